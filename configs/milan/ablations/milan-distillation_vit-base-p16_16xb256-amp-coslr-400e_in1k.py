@@ -1,0 +1,6 @@
+# Knowledge distillation: no decoder, loss on the visible patches (table 10).
+_base_ = '../milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+
+model = dict(
+    neck=dict(_delete_=True, type='mmmilan.LinearProjection', embed_dim=768, predict_feature_dim=512),
+)

@@ -1,0 +1,6 @@
+# CLIP target and semantic aware masking with the vanilla decoder (table 5, row 6).
+_base_ = '../milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+
+model = dict(
+    neck=dict(type='mmmilan.MAEDecoder'),
+)

@@ -1,0 +1,26 @@
+# MILAN, ViT-B/16, CLIP ViT-B/16 target: 16 GPUs x 256 images, 400 epochs of ImageNet-1k (table 5, row 8).
+_base_ = [
+    '../_base_/imagenet_pretrain.py',
+    '../_base_/pretrain_adamw_coslr_400e.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    type='mmmilan.MILAN',
+    backbone=dict(type='mmmilan.MILANViT', arch='base', img_size=224, patch_size=16),
+    masking=dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75),
+    neck=dict(
+        type='mmmilan.PromptingDecoder',
+        num_patches=196,
+        embed_dim=768,
+        decoder_embed_dim=512,
+        decoder_depth=8,
+        decoder_num_heads=16,
+        mlp_ratio=4,
+        predict_feature_dim=512,
+    ),
+    head=dict(
+        type='mmmilan.CLIPTarget',
+        teacher=dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-quickgelu', pretrained='openai'),
+    ),
+)

@@ -1,0 +1,108 @@
+"""Images in folders, with or without labels."""
+
+from __future__ import annotations
+
+import multiprocessing
+from contextlib import nullcontext
+
+import mmcv
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.fileio import get, get_file_backend
+from mmengine.logging import print_log
+from mmpretrain.datasets import CustomDataset
+
+from mmmilan.datasets.reproducible import Draw, seeded
+from mmmilan.errors import InputError
+from mmmilan.registry import DATASETS, TRANSFORMS
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+MAX_CORRUPT_IN_A_ROW = 100
+
+
+class CorruptImageError(InputError):
+    """An image that does not decode."""
+
+
+@TRANSFORMS.register_module()
+class LoadImage(BaseTransform):
+    """Read ``results['img_path']`` through MMEngine's file backends into ``results['img']``, BGR uint8 [H, W, 3].
+
+    Raises:
+        CorruptImageError: naming the image if it does not decode, or is a JPEG that ends too early (which
+            OpenCV would fill up with grey).
+    """
+
+    def transform(self, results: dict) -> dict:
+        path = results['img_path']
+        content = get(path)
+        if content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+            raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
+        image = mmcv.imfrombytes(content, flag='color', backend='cv2') if content else None
+        if image is None:
+            raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
+        results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        return results
+
+
+@DATASETS.register_module()
+class ImageFolder(CustomDataset):
+    """Every image below a folder, however nested.
+
+    Args:
+        data_root: The folder.
+        with_label: Take the names of the first level of folders as classes.
+        on_corrupt: What to do with an image that does not decode: 'skip' takes another one in its place, names
+            it in the log and counts it in ``num_corrupt``; 'raise' stops.
+        kwargs: Other arguments of mmpretrain's ``CustomDataset``.
+
+    Raises:
+        InputError: if the folder is missing or holds no image.
+    """
+
+    def __init__(
+        self, data_root: str, with_label: bool = False, on_corrupt: str = 'skip', **kwargs
+    ) -> None:
+        if on_corrupt not in ('skip', 'raise'):
+            raise InputError(f"on_corrupt={on_corrupt!r} is unknown; choose 'skip' or 'raise'.")
+        self.on_corrupt = on_corrupt
+        self._num_corrupt = multiprocessing.Value('q', 0)  # shared with the data workers
+        super().__init__(data_root=data_root, with_label=with_label, extensions=EXTENSIONS, **kwargs)
+
+    @property
+    def num_corrupt(self) -> int:
+        """Number of times that an image did not decode, in all data workers."""
+        return self._num_corrupt.value
+
+    def load_data_list(self) -> list[dict]:
+        backend = get_file_backend(self.img_prefix, enable_singleton=True)
+        if not backend.isdir(self.img_prefix):
+            raise InputError(f'The data folder {self.img_prefix} does not exist; set data_root to the folder of images.')
+        try:
+            return super().load_data_list()
+        except RuntimeError as error:  # mmpretrain found no sample
+            raise InputError(
+                f'The data folder {self.img_prefix} holds no image; it should hold files that end in '
+                f'{", ".join(EXTENSIONS)}.'
+            ) from error
+
+    def __getitem__(self, index: int | Draw) -> dict:
+        """Sample ``index`` after the pipeline, its augmentations fixed by a :class:`Draw` if it is one."""
+        if not self._fully_initialized:
+            self.full_init()
+        draw = index if isinstance(index, Draw) else None
+        with seeded(draw) if draw else nullcontext():
+            return self.load_or_replace(draw.index if draw else index)
+
+    def load_or_replace(self, index: int) -> dict:
+        for _ in range(MAX_CORRUPT_IN_A_ROW):
+            try:
+                return self.prepare_data(index)
+            except CorruptImageError as error:
+                if self.on_corrupt == 'raise':
+                    raise
+                with self._num_corrupt.get_lock():
+                    self._num_corrupt.value += 1
+                print_log(f'Skipped: {error}', logger='current', level='WARNING')
+                index = np.random.randint(len(self))
+        raise InputError(f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode.')

@@ -1,0 +1,55 @@
+"""Augmentations that are a function of (seed, epoch, sample), and of nothing else.
+
+MMEngine seeds data workers once, or the same way at every epoch, so what a sample looks like depends on the
+number of workers, and a resumed run sees other images than an uninterrupted one. Here the sampler hands each
+sample's own random seed to the dataset along with its index.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.dataset import DefaultSampler
+
+from mmmilan.registry import DATA_SAMPLERS
+
+
+class Draw(NamedTuple):
+    """One sample of one epoch, as the sampler asks for it."""
+
+    seed: int
+    epoch: int
+    index: int
+
+
+@DATA_SAMPLERS.register_module()
+class ReproducibleSampler(DefaultSampler):
+    """MMEngine's ``DefaultSampler`` that yields a :class:`Draw` in place of an index.
+
+    For the data sets of mmmilan, which know what to do with one. Same arguments.
+    """
+
+    def __iter__(self) -> Iterator[Draw]:
+        indices = super().__iter__()
+        return (Draw(self.seed, self.epoch, index) for index in indices)
+
+
+@contextmanager
+def seeded(draw: Draw) -> Iterator[None]:
+    """Within this context Python's, NumPy's and PyTorch's (CPU) random numbers are those of ``draw``."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,5 @@
+from mmmilan.engine.hooks import CorruptImageHook, NonFiniteLossHook, StepSeedHook
+from mmmilan.engine.metrics import ReconstructionLoss
+from mmmilan.engine.optim import BFloat16OptimWrapper
+
+__all__ = ['BFloat16OptimWrapper', 'CorruptImageHook', 'NonFiniteLossHook', 'ReconstructionLoss', 'StepSeedHook']

@@ -1,0 +1,26 @@
+"""The one exception for everything that a user can put right, and how the tools print it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """A file, key or option is at fault; the message is one sentence that names it and says what to do.
+
+    The tools print the message alone, without a stack trace.
+    """
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """End the program with the message of an ``InputError`` raised in this context, and exit status 1."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        if message.startswith('Caught '):  # by a data worker, whose stack trace PyTorch puts before it
+            message = message.rpartition('Error: ')[2]
+        sys.exit(f'error: {message.strip()}')

@@ -1,0 +1,17 @@
+from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
+from mmmilan.models.milan import MILAN
+from mmmilan.models.targets import CLIPTarget, PixelTarget
+from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
+from mmmilan.models.vit import MILANViT
+
+__all__ = [
+    'CLIPTarget',
+    'LinearProjection',
+    'MAEDecoder',
+    'MILAN',
+    'MILANViT',
+    'OpenCLIPTeacher',
+    'PixelTarget',
+    'PromptingDecoder',
+    'TimmTeacher',
+]

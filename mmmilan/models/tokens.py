@@ -1,0 +1,27 @@
+"""Patches and positions as token sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, C] at index [B, K] -> [B, K, C]; a batch of one in ``tokens`` serves all images."""
+    tokens = tokens.expand(index.shape[0], -1, -1)
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_position_embedding(grid_size: int, embed_dims: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions [1, 1 + grid_size², embed_dims], zeros for the class token.
+
+    The first half of the channels encodes the column, the second the row, each as sines then cosines of
+    embed_dims / 4 wavelengths up to 10000 (MAE, and the published code of MILAN).
+    """
+    frequencies = 10000.0 ** -(torch.arange(embed_dims // 4, dtype=torch.float64) / (embed_dims // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = axis[None, :].expand(grid_size, -1, -1)
+    rows = axis[:, None].expand(-1, grid_size, -1)
+    patches = torch.cat([columns, rows], dim=2).flatten(0, 1)
+    return torch.cat([torch.zeros(1, embed_dims), patches.float()])[None]

@@ -1,0 +1,82 @@
+"""The encoder: a plain ViT that can be run on its visible patches only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.models import VisionTransformer
+from torch import Tensor, nn
+
+from mmmilan.errors import InputError
+from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
+from mmmilan.registry import MODELS
+
+
+def init_linear(module: nn.Module) -> None:
+    """MAE's initialisation of linear layers: Xavier uniform weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@MODELS.register_module()
+class MILANViT(VisionTransformer):
+    """mmpretrain's ``VisionTransformer`` with fixed sine-cosine positions and a masked forward.
+
+    Arguments and state-dict keys are mmpretrain's own, so a checkpoint of one is a checkpoint of the other.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        rows, columns = self.patch_resolution
+        if rows != columns:
+            raise InputError(f'img_size={self.img_size} gives {rows}x{columns} patches; MILANViT needs a square.')
+        self.num_patches = rows * columns
+        self.pos_embed.requires_grad = False
+
+    def init_weights(self) -> None:
+        """Initialise as MAE does; weights named by ``init_cfg`` (type 'Pretrained') replace these."""
+        self.apply(init_linear)
+        projection = self.patch_embed.projection
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution[0], self.embed_dims))
+        for layer in self.layers:
+            layer.is_init = True  # or mmpretrain's own initialisation of its blocks would follow
+        super().init_weights()
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Encode whole images, or only some of their patches.
+
+        Args:
+            images: Normalised images [B, 3, H, W].
+            visible: Indices [B, V] of the patches to see, int64; None for all of them.
+
+        Returns:
+            With ``visible``, tokens [B, 1 + V, D] after the final norm: class token, then patches in the
+            order given. Without, mmpretrain's tuple of features as ``out_type`` asks.
+        """
+        if visible is None:
+            return super().forward(images)
+        x = self.embed_visible(images, visible) + gather_tokens(self.pos_embed[:, 1:], visible)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.ln1(x)
+
+    def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Patch embedding of the visible patches alone: [B, 3, H, W], [B, V] -> [B, V, D]."""
+        if tuple(images.shape[-2:]) != self.img_size:
+            raise InputError(
+                f'The images are {tuple(images.shape[-2:])} but img_size={self.img_size}; make the '
+                'crop of the data pipeline and img_size of the backbone equal.'
+            )
+        rows, columns = self.patch_resolution
+        patches = images.unflatten(2, (rows, -1)).unflatten(4, (columns, -1)).permute(0, 2, 4, 1, 3, 5)
+        image = torch.arange(len(images), device=images.device)[:, None]
+        patches = patches[image, visible // columns, visible % columns]
+        projection = self.patch_embed.projection
+        return F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)

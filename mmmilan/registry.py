@@ -1,0 +1,21 @@
+"""Registries of scope ``mmmilan``, children of MMEngine's roots.
+
+``type='mmmilan.X'`` in the config of any OpenMMLab project finds X here: MMEngine imports this file when
+it meets the scope, and a registry imports its ``locations`` when it is first asked. No ``custom_imports``.
+"""
+
+from mmengine import registry as roots
+from mmengine.registry import Registry
+
+
+def _child(root: Registry, *locations: str) -> Registry:
+    return Registry(root.name, parent=root, scope='mmmilan', locations=list(locations))
+
+
+MODELS = _child(roots.MODELS, 'mmmilan.models')
+TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.masking', 'mmmilan.datasets')
+DATASETS = _child(roots.DATASETS, 'mmmilan.datasets')
+DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmmilan.datasets')
+HOOKS = _child(roots.HOOKS, 'mmmilan.engine')
+METRICS = _child(roots.METRICS, 'mmmilan.engine')
+OPTIM_WRAPPERS = _child(roots.OPTIM_WRAPPERS, 'mmmilan.engine')

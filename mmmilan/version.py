@@ -1,0 +1,58 @@
+"""The version of mmmilan, and those of its dependencies that it can work with."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+from mmmilan.errors import InputError
+
+__version__ = '0.1.0'
+
+# import name: (names it is published under, versions that work, required, what to install)
+DEPENDENCIES = {
+    'torch': (('torch',), '>=2.1', True, 'torch'),
+    'mmengine': (('onedl-mmengine', 'mmengine'), '>=0.10,<1.0', True, 'onedl-mmengine'),
+    'mmcv': (
+        ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
+        '>=2.0,<2.4',
+        True,
+        'onedl-mmcv (mmcv-lite is enough for pretraining)',
+    ),
+    'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), '>=1.0,<2.0', True, 'onedl-mmpretrain'),
+    'mmdet': (('onedl-mmdetection', 'mmdet'), '>=3.0,<4.0', False, 'onedl-mmdetection'),
+    'mmseg': (('onedl-mmsegmentation', 'mmsegmentation'), '>=1.0,<2.0', False, 'onedl-mmsegmentation'),
+}
+
+
+def installed_version(distributions: tuple[str, ...]) -> str | None:
+    """Version of the first of these distributions that is installed, read without importing it."""
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_versions() -> None:
+    """Compare what is installed with ``DEPENDENCIES``.
+
+    Raises:
+        InputError: naming every package that is missing or of a version that cannot work.
+    """
+    faults, remedies = [], []
+    for package, (distributions, wanted, required, remedy) in DEPENDENCIES.items():
+        found = installed_version(distributions)
+        if found is None and required:
+            faults.append(f'{package} is missing')
+        elif found is not None and not SpecifierSet(wanted).contains(found, prereleases=True):
+            faults.append(f'{package} {found} is outside {wanted}')
+        else:
+            continue
+        remedies.append(f'{remedy} ({package}{wanted})')
+    if faults:
+        raise InputError(
+            f'mmmilan cannot run because {", ".join(faults)}; install {" and ".join(remedies)}.'
+        )

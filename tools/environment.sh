@@ -1,0 +1,62 @@
+# Sourced by demo.sh and test.sh: makes the environment if it is missing and puts it first on the PATH.
+#
+# It asks for Python >= 3.10 (PYTHON names one) and a C++ compiler. MMMILAN_VENV names the folder, by default
+# .venv in the checkout. mmcv's operators are compiled once for a given torch and Python; the wheel is kept in
+# ${XDG_CACHE_HOME:-~/.cache}/mmmilan/wheels for the next environment.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${MMMILAN_VENV:-$root/.venv}
+torch=2.11.0
+mmcv=2.3.6
+stamp=$venv/mmmilan-$(cksum < "${BASH_SOURCE[0]}" | cut -d" " -f1)
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+find_python() {
+    local python
+    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    fail "no Python >= 3.10 was found; install one, or name it: PYTHON=/path/to/python3 bash $0"
+}
+
+install_mmcv() {
+    local tag wheels
+    tag=$("$venv/bin/python" -c 'import sys; print(f"cp{sys.version_info.major}{sys.version_info.minor}")')
+    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$torch-$tag
+    if ! compgen -G "$wheels/onedl_mmcv-$mmcv-*.whl" >/dev/null; then
+        command -v c++ >/dev/null || fail 'no C++ compiler was found; install g++ or clang (c++ must be on the PATH)'
+        echo "-- compiling mmcv's operators, once for torch $torch (5 to 10 minutes on two cores)"
+        mkdir -p "$wheels"
+        local build
+        build=$(mktemp -d "$wheels/build.XXXX")
+        CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --quiet --no-build-isolation --no-deps \
+            "onedl-mmcv==$mmcv" --wheel-dir "$build"
+        mv "$build"/*.whl "$wheels/"
+        rmdir "$build"
+    fi
+    "$venv/bin/pip" install --quiet "$wheels"/onedl_mmcv-$mmcv-*.whl
+}
+
+make_environment() {
+    local python
+    python=$(find_python)
+    echo "-- making the environment in $venv with $("$python" --version) (several GB; 3 minutes, more with mmcv's compilation)"
+    "$python" -m venv "$venv"
+    echo '-- installing PyTorch'
+    "$venv/bin/pip" install --quiet "torch==$torch" torchvision==0.26.0 'numpy<2.3' 'setuptools>=80,<82' ninja wheel psutil
+    install_mmcv
+    echo '-- installing the OpenMMLab packages, open_clip and timm'
+    "$venv/bin/pip" install --quiet onedl-mmengine==0.10.12 onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 \
+        onedl-mmsegmentation==1.4.2 open_clip_torch==3.3.0 timm==1.0.31 'transformers<5' 'numpy<2.3' \
+        pytest ruff tensorboard rich safetensors matplotlib scikit-learn
+    "$venv/bin/pip" install --quiet --no-build-isolation --no-deps --editable "$root"
+    touch "$stamp"
+}
+
+[ -e "$stamp" ] || make_environment
+export PATH="$venv/bin:$PATH"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Run all tests, in an environment made for it if there is none yet: bash tools/test.sh [PYTEST OPTIONS]
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+ruff check .
+python -m pytest "$@"
