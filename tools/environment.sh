@@ -4,6 +4,7 @@
 # .venv in the checkout. mmcv's operators are compiled once for a given torch and Python; the wheel is kept in
 # ${XDG_CACHE_HOME:-~/.cache}/mmmilan/wheels for the next environment.
 set -euo pipefail
+export OMP_WAIT_POLICY=PASSIVE  # idle threads that spin take the cores from the data workers
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${MMMILAN_VENV:-$root/.venv}

@@ -1,4 +1,13 @@
+from mmmilan.datasets.captions import CaptionedImages, TokenizeCaption
 from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadImage
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 
-__all__ = ['CorruptImageError', 'Draw', 'ImageFolder', 'LoadImage', 'ReproducibleSampler']
+__all__ = [
+    'CaptionedImages',
+    'CorruptImageError',
+    'Draw',
+    'ImageFolder',
+    'LoadImage',
+    'ReproducibleSampler',
+    'TokenizeCaption',
+]

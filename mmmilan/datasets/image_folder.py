@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from contextlib import nullcontext
 
@@ -103,6 +104,6 @@ class ImageFolder(CustomDataset):
                     raise
                 with self._num_corrupt.get_lock():
                     self._num_corrupt.value += 1
-                print_log(f'Skipped: {error}', logger='current', level='WARNING')
+                print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
                 index = np.random.randint(len(self))
         raise InputError(f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode.')

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -32,7 +32,7 @@ class StepSeedHook(Hook):
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Stop at the first loss that is not finite, before anything is saved.
+    """Stop at the first loss that is not finite, on all processes, before anything is saved.
 
     Raises:
         InputError: naming the step and the last good checkpoint.
@@ -43,14 +43,20 @@ class NonFiniteLossHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        if torch.isfinite(outputs['loss']).all():
-            return
+        loss = outputs['loss'].detach().clone()
+        all_reduce(loss, op='mean')  # one process with a bad loss spoils the weights of all
+        if not torch.isfinite(loss):
+            self.stop(runner, f'The loss is {loss.item()} at iteration {runner.iter + 1} (epoch {runner.epoch + 1})')
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        # the last step may have spoilt the weights, which no loss has shown yet
+        if not all(torch.isfinite(parameter).all() for parameter in runner.model.parameters()):
+            self.stop(runner, f'The weights are not finite after iteration {runner.iter} (epoch {runner.epoch + 1})')
+
+    def stop(self, runner: Runner, fault: str) -> None:
         checkpoint = find_latest_checkpoint(runner.work_dir)
         remedy = f'resume from {checkpoint}' if checkpoint else 'start again (no checkpoint was written yet)'
-        raise InputError(
-            f'The loss is {outputs["loss"].item()} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}); '
-            f'{remedy} with a lower learning rate or with optim_wrapper.clip_grad.'
-        )
+        raise InputError(f'{fault}; {remedy} with a lower learning rate or with optim_wrapper.clip_grad.')
 
 
 @HOOKS.register_module()

@@ -1,3 +1,4 @@
+from mmmilan.models.clip import CLIP
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.milan import MILAN
 from mmmilan.models.targets import CLIPTarget, PixelTarget
@@ -5,6 +6,7 @@ from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 
 __all__ = [
+    'CLIP',
     'CLIPTarget',
     'LinearProjection',
     'MAEDecoder',

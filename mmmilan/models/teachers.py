@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -14,31 +15,8 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
+from mmmilan.models.attention import class_attention
 from mmmilan.registry import MODELS
-
-
-def class_attention(tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int) -> Tensor:
-    """Attention of the class token to each patch, averaged over heads (paper, eq. 3).
-
-    Only the class token's row is formed: its query is carried through the key projection, q·(W_k y) =
-    (W_kᵀ q)·y, so no keys are computed. The key bias adds the same to every score and drops out.
-
-    Args:
-        tokens: Normed input [B, 1 + N, D] of a self-attention layer, class token first.
-        qkv_weight: Packed projection [3D, D].
-        qkv_bias: Packed bias [3D].
-        num_heads: Number of heads.
-
-    Returns:
-        Importance [B, N], float32; with the class token's attention to itself, dropped here, it sums to 1.
-    """
-    width = tokens.shape[-1]
-    head_dim = width // num_heads
-    query = F.linear(tokens[:, 0], qkv_weight[:width], qkv_bias[:width]).unflatten(1, (num_heads, head_dim))
-    key_weight = qkv_weight[width : 2 * width].unflatten(0, (num_heads, head_dim))
-    query = torch.einsum('bhk,hkd->bhd', query, key_weight.to(query.dtype))
-    scores = query @ tokens.to(query.dtype).transpose(1, 2)
-    return (scores.float() / math.sqrt(head_dim)).softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
 class Teacher(nn.Module):
@@ -116,7 +94,7 @@ def warn_random_weights(teacher: str) -> None:
     print_log(
         f'{teacher}: pretrained=None gives random weights; the target means nothing, measure speed only.',
         logger='current',
-        level='WARNING',
+        level=logging.WARNING,
     )
 
 
@@ -187,7 +165,8 @@ def build_open_clip_tower(model: str, pretrained: str | None) -> nn.Module:
         )
     visual = open_clip.create_model(model, pretrained=pretrained).visual
     block = getattr(getattr(visual, 'transformer', None), 'resblocks', [None])[-1]
-    if not hasattr(getattr(block, 'attn', None), 'in_proj_weight') or visual.pool_type != 'tok':
+    is_vit = hasattr(getattr(block, 'attn', None), 'in_proj_weight')
+    if not is_vit or visual.pool_type != 'tok' or visual.attn_pool is not None:
         raise InputError(f'The image tower of {model} is not a plain ViT with a class token; choose one that is.')
     return visual
 

@@ -1,0 +1,1 @@
+"""Weights: their layouts (``layouts``), files (``io``), downloads (``download``) and names (``zoo``)."""

@@ -1,0 +1,255 @@
+"""The key layouts in which ViT and MILAN weights are published, and the way from one to another.
+
+``TABLE`` says everything: one row a parameter, one column a layout. Converting is reading a row in one column
+and writing it in another, so both directions come from the same text and no weight is ever changed. Only
+Hugging Face's separate query, key and value are joined into ``qkv`` and split again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmmilan.errors import InputError
+
+# In a name, # is a layer's number and * the parameter's own name (weight, bias, running_mean, ...). None: the layout
+# has no place for it. Hugging Face's ``qkv`` is in fact query, key and value: see ``_join_qkv`` and ``_split_qkv``.
+TABLE = [
+    # mmmilan, OpenMMLab; the published repository, MAE, timm; Hugging Face
+    ('backbone.cls_token', 'cls_token', 'embeddings.cls_token'),
+    ('backbone.pos_embed', 'pos_embed', 'embeddings.position_embeddings'),
+    ('backbone.patch_embed.projection.*', 'patch_embed.proj.*', 'embeddings.patch_embeddings.projection.*'),
+    ('backbone.layers.#.ln1.*', 'blocks.#.norm1.*', 'encoder.layer.#.layernorm_before.*'),
+    ('backbone.layers.#.attn.qkv.*', 'blocks.#.attn.qkv.*', 'encoder.layer.#.attention.attention.qkv.*'),
+    ('backbone.layers.#.attn.proj.*', 'blocks.#.attn.proj.*', 'encoder.layer.#.attention.output.dense.*'),
+    ('backbone.layers.#.ln2.*', 'blocks.#.norm2.*', 'encoder.layer.#.layernorm_after.*'),
+    ('backbone.layers.#.ffn.layers.0.0.*', 'blocks.#.mlp.fc1.*', 'encoder.layer.#.intermediate.dense.*'),
+    ('backbone.layers.#.ffn.layers.1.*', 'blocks.#.mlp.fc2.*', 'encoder.layer.#.output.dense.*'),
+    ('backbone.ln1.*', 'norm.*', 'layernorm.*'),  # of every token
+    # pretraining: the prompting decoder (q and kv), or MAE's (qkv)
+    ('neck.decoder_embed.*', 'decoder_embed.*', None),
+    ('neck.mask_token', 'mask_token', None),
+    ('neck.decoder_pos_embed', 'decoder_pos_embed', None),
+    ('neck.decoder_blocks.#.ln1.*', 'decoder_blocks.#.norm1.*', None),
+    ('neck.decoder_blocks.#.attn.q.*', 'decoder_blocks.#.attn.q.*', None),
+    ('neck.decoder_blocks.#.attn.kv.*', 'decoder_blocks.#.attn.kv.*', None),
+    ('neck.decoder_blocks.#.attn.qkv.*', 'decoder_blocks.#.attn.qkv.*', None),
+    ('neck.decoder_blocks.#.attn.proj.*', 'decoder_blocks.#.attn.proj.*', None),
+    ('neck.decoder_blocks.#.ln2.*', 'decoder_blocks.#.norm2.*', None),
+    ('neck.decoder_blocks.#.ffn.layers.0.0.*', 'decoder_blocks.#.mlp.fc1.*', None),
+    ('neck.decoder_blocks.#.ffn.layers.1.*', 'decoder_blocks.#.mlp.fc2.*', None),
+    ('neck.ln1.*', 'decoder_norm.*', None),
+    ('neck.decoder_pred.*', 'decoder_pred.*', None),
+]
+# What classifies, by what it looks at. A head's own name follows from that (mmpretrain's LinearClsHead after the mean
+# of the patch tokens, VisionTransformerClsHead after the class token), where two rows share a name the first is meant.
+CLASSIFIERS = {
+    'linear probe': [('neck.bn.*', 'head.0.*', None), ('head.layers.head.*', 'head.1.*', None)],
+    'classifier on the mean token': [
+        ('backbone.ln2.*', 'fc_norm.*', None),
+        ('head.fc.*', 'head.*', None),
+        ('head.layers.head.*', 'head.*', None),
+    ],
+    'classifier on the class token': [
+        ('head.layers.head.*', 'head.*', 'classifier.*'),
+        ('head.fc.*', 'head.*', 'classifier.*'),
+    ],
+}
+COLUMN = {'mmmilan': 0, 'openmmlab': 0, 'official': 1, 'timm': 1, 'huggingface': 2}
+TITLE = {
+    'mmmilan': 'mmmilan',
+    'openmmlab': 'OpenMMLab',
+    'official': 'the published MILAN or MAE repository',
+    'timm': 'timm',
+    'huggingface': 'Hugging Face ViT',
+}
+# Parts that belong to no student: the frozen CLIP that mmpretrain saves with MILAN, and the tanh layer that
+# Hugging Face's ViTModel puts on the class token and that no image model here uses.
+DROPPED = ('target_generator.', 'pooler.', 'data_preprocessor.')
+
+_PATCH_WEIGHT = [name.replace('*', 'weight') for name in TABLE[2]]
+_QUERY_KEY_VALUE = re.compile(r'(encoder\.layer\.\d+\.attention\.attention)\.(query|key|value)\.(weight|bias)')
+_LAYER_NUMBER = re.compile(r'(?:backbone\.layers|blocks|encoder\.layer)\.(\d+)\.')
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a state dict holds.
+
+    Attributes:
+        name: a key of ``COLUMN``.
+        content: ``'pretraining'``, ``'encoder'``, ``'detector or segmentor'`` or a key of ``CLASSIFIERS``.
+        depth: number of encoder layers.
+        embed_dims: width of the encoder.
+        decoder: ``'prompting'``, ``'vanilla'`` (MAE's) or None.
+        dropped: the ``DROPPED`` prefixes that are present.
+    """
+
+    name: str
+    content: str
+    depth: int
+    embed_dims: int
+    decoder: str | None
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        decoder = f', {self.decoder} decoder' if self.decoder else ''
+        vit = f'ViT of {self.depth} layers, {self.embed_dims} wide{decoder}'
+        dropped = f'; to be left out: {", ".join(f"{prefix}*" for prefix in self.dropped)}' if self.dropped else ''
+        return f'{self.content} in the layout of {TITLE[self.name]} ({vit}){dropped}'
+
+
+def detect_layout(state_dict: dict[str, Tensor]) -> Layout:
+    """Recognise the layout of a state dict by its keys.
+
+    Raises:
+        InputError: no ViT in a known layout is in it, or a value is not a tensor.
+    """
+    return _detect(_uniform_keys(state_dict))
+
+
+def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bool = False) -> dict[str, Tensor]:
+    """Rename the weights of any known layout to another.
+
+    Args:
+        state_dict: the weights, of any size of ViT, with or without ``module.`` before each key.
+        to: a key of ``COLUMN``.
+        encoder_only: keep the encoder and leave decoder, heads and detector parts.
+
+    Returns:
+        The same tensors under new keys (Hugging Face's query, key and value are copies), less what ``DROPPED`` names.
+
+    Raises:
+        InputError: a key is unknown, or the layout asked for has no place for it.
+    """
+    if to not in COLUMN:
+        raise InputError(f'unknown layout {to!r}: choose one of {", ".join(COLUMN)}')
+    weights = _uniform_keys(state_dict)
+    layout = _detect(weights)
+    weights = {key: value for key, value in weights.items() if not key.startswith(DROPPED)}
+    if layout.content == 'detector or segmentor':
+        if not encoder_only and COLUMN[to] == 0:
+            return weights
+        if not encoder_only:
+            raise InputError(
+                f'{TITLE[to]} has no place for a {layout.content}: convert its encoder alone (--encoder-only)'
+            )
+        weights = {key: value for key, value in weights.items() if key.startswith('backbone.')}
+    rows = TABLE + CLASSIFIERS.get(layout.content, [])
+    if layout.name == 'huggingface':
+        weights = _join_qkv(weights)
+    converted = _rename(weights, rows, layout.name, to, encoder_only)
+    if to == 'huggingface':
+        converted = _split_qkv(converted)
+        if 'classifier.weight' in converted:  # ViTForImageClassification holds a ViTModel
+            converted = {key if key.startswith('classifier.') else f'vit.{key}': converted[key] for key in converted}
+    return converted
+
+
+def _uniform_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the prefixes that differ between files of one layout."""
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f'{key!r} is a {type(value).__name__}, not a tensor: give the state dict itself')
+    keys = [key.removeprefix('module.') for key in state_dict]  # DistributedDataParallel
+    if 'patch_embed.projection.weight' in keys:  # an OpenMMLab backbone on its own
+        keys = [f'backbone.{key}' for key in keys]
+    keys = [key.removeprefix('vit.') for key in keys]  # ViTForImageClassification
+    return dict(zip(keys, state_dict.values(), strict=True))
+
+
+def _detect(weights: dict[str, Tensor]) -> Layout:
+    found = [column for column, key in enumerate(_PATCH_WEIGHT) if key in weights]
+    if not found:
+        if any('visual.' in key or 'class_embedding' in key for key in weights):
+            raise InputError('this is a CLIP model, not a ViT to convert: give the file to the teacher as `pretrained`')
+        some = ', '.join(list(weights)[:3]) or 'none'
+        raise InputError(
+            f'no ViT in a known layout: none of {", ".join(_PATCH_WEIGHT)} is among the keys ({some}, ...)'
+        )
+    dropped = tuple(prefix for prefix in DROPPED if any(key.startswith(prefix) for key in weights))
+    decoder = None
+    if any('decoder_blocks.0.attn.' in key for key in weights):
+        decoder = 'prompting' if any('decoder_blocks.0.attn.q.' in key for key in weights) else 'vanilla'
+    content = _content(weights, decoder)
+    name = ('mmmilan', 'timm', 'huggingface')[found[0]]
+    if name == 'mmmilan' and 'target_generator.' in dropped:
+        name = 'openmmlab'
+    if name == 'timm' and content in ('pretraining', 'linear probe'):
+        name = 'official'
+    layers = {match[1] for key in weights if (match := _LAYER_NUMBER.match(key))}
+    return Layout(name, content, len(layers), len(weights[_PATCH_WEIGHT[found[0]]]), decoder, dropped)
+
+
+def _content(weights: dict[str, Tensor], decoder: str | None) -> str:
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in weights)
+
+    if decoder or has('decoder_', 'neck.decoder_'):
+        return 'pretraining'
+    if has('roi_head.', 'rpn_head.', 'decode_head.', 'bbox_head.'):
+        return 'detector or segmentor'
+    if has('neck.bn.', 'head.0.'):
+        return 'linear probe'
+    if has('backbone.ln2.', 'fc_norm.'):
+        return 'classifier on the mean token'
+    return 'classifier on the class token' if has('head.', 'classifier.') else 'encoder'
+
+
+def _rename(
+    weights: dict[str, Tensor], rows: list[tuple], source: str, target: str, encoder_only: bool
+) -> dict[str, Tensor]:
+    rows = [row for row in rows if row[COLUMN[source]]]
+    patterns = [(_regex(row[COLUMN[source]]), row) for row in rows]
+    renamed = {}
+    for key, value in weights.items():
+        found = ((match, row) for regex, row in patterns if (match := regex.fullmatch(key)))
+        match, row = next(found, (None, None))
+        if match is None:
+            raise InputError(f'unknown key {key!r}: no weight of {TITLE[source]} has this name')
+        of_encoder = row[0].startswith('backbone.')
+        if encoder_only and not of_encoder:
+            continue
+        name = row[COLUMN[target]]
+        if name is None or (target == 'timm' and row[0].startswith('neck.')):
+            advice = '' if of_encoder else ': convert the encoder alone (--encoder-only), or choose another layout'
+            raise InputError(f'{TITLE[target]} has no place for {key!r}{advice}')
+        for value_in_name in match.groups():
+            name = re.sub(r'[#*]', value_in_name, name, count=1)
+        renamed[name] = value
+    return renamed
+
+
+def _regex(name: str) -> re.Pattern:
+    return re.compile(re.escape(name).replace(r'\#', r'(\d+)').replace(r'\*', '([a-z_]+)'))
+
+
+def _join_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's query, key and value as one ``qkv``, in the place of the query."""
+    joined = {}
+    for key, value in weights.items():
+        match = _QUERY_KEY_VALUE.fullmatch(key)
+        if match is None:
+            joined[key] = value
+            continue
+        names = [f'{match[1]}.{part}.{match[3]}' for part in ('query', 'key', 'value')]
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise InputError(f'{missing[0]!r} is missing: query, key and value are needed together')
+        joined.setdefault(f'{match[1]}.qkv.{match[3]}', torch.cat([weights[name] for name in names]))
+    return joined
+
+
+def _split_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of ``_join_qkv``."""
+    split = {}
+    for key, value in weights.items():
+        if '.qkv.' not in key:
+            split[key] = value
+            continue
+        for part, piece in zip(('query', 'key', 'value'), value.chunk(3), strict=True):
+            split[key.replace('.qkv.', f'.{part}.')] = piece.clone()  # a view would keep, and save, all three
+    return split

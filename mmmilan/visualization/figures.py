@@ -1,0 +1,78 @@
+"""Pictures of what a masked model sees and predicts (paper, figures 3 to 5). Images are RGB uint8 [H, W, 3]."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mmmilan.models.attention import class_attention
+from mmmilan.models.vit import MILANViT
+
+MASKED_GREY = 225
+
+
+def to_image(normalised: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
+    """Undo the normalisation of one image [3, H, W]."""
+    pixels = (normalised.cpu() * std.cpu().view(3, 1, 1) + mean.cpu().view(3, 1, 1)).round().clamp(0, 255)
+    return pixels.permute(1, 2, 0).byte().numpy()
+
+
+def patch_map(values: Tensor, image: np.ndarray) -> np.ndarray:
+    """Values of patches [N] as an array [H, W] of the image's size, one value to a patch."""
+    side = math.isqrt(len(values))
+    grid = values.float().cpu().numpy().reshape(side, side)
+    return cv2.resize(grid, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def draw_mask(image: np.ndarray, mask: Tensor) -> np.ndarray:
+    """The image with its masked patches (mask [N], True = masked) in grey."""
+    masked = patch_map(mask, image)[..., None] > 0.5
+    return np.where(masked, MASKED_GREY, image).astype(np.uint8)
+
+
+def draw_heat(image: np.ndarray, values: Tensor, colormap: str, opacity: float = 0.75) -> np.ndarray:
+    """Values of patches [N] laid over the grey image, scaled from their least to their greatest.
+
+    Patches of value NaN are left as they are.
+    """
+    heat = patch_map(values, image)
+    low, high = np.nanmin(heat), np.nanmax(heat)
+    scaled = (heat - low) / max(high - low, 1e-12)
+    colour = matplotlib.colormaps[colormap](np.nan_to_num(scaled))[..., :3] * 255
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    blended = opacity * colour + (1 - opacity) * grey
+    return np.where(np.isnan(heat)[..., None], image, blended).astype(np.uint8)
+
+
+@torch.no_grad()
+def last_attention(backbone: MILANViT, images: Tensor) -> Tensor:
+    """Attention of the class token in the encoder's last block: images [B, 3, H, W] -> [B, N]."""
+    inputs: list[Tensor] = []
+    last = backbone.layers[-1]
+    handle = last.ln1.register_forward_hook(lambda module, args, output: inputs.append(output))
+    try:
+        backbone(images, torch.arange(backbone.num_patches, device=images.device).expand(len(images), -1))
+    finally:
+        handle.remove()
+    qkv = last.attn.qkv
+    return class_attention(inputs[0], qkv.weight, qkv.bias, last.attn.num_heads)
+
+
+def draw_curves(curves: dict[str, tuple[list[float], list[float]]], ylabel: str) -> str:
+    """Training curves, name -> (epochs, losses), one panel each, as an SVG element."""
+    figure = Figure(figsize=(3.4 * len(curves), 2.4), layout='constrained')
+    for axes, (name, (epochs, losses)) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        axes.plot(epochs, losses, color='#2563eb', linewidth=1.2)
+        axes.set(title=name, xlabel='epoch', ylabel=ylabel)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.25)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format='svg')
+    return buffer.getvalue().partition('<svg')[1] + buffer.getvalue().partition('<svg')[2]

@@ -1,0 +1,269 @@
+"""See MILAN at work: from captions to a CLIP, from the CLIP to a MILAN encoder, from there to a page of pictures.
+
+Without options it draws its own captioned images and downloads nothing. With --data it takes your images, and a
+real CLIP (--teacher) in place of the one that it would train on captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, FUNCTIONS, MODELS, init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.datasets.scenes import write_scenes
+from mmmilan.engine.probing import extract_features, knn_accuracy, linear_probe_accuracy, mean_patch
+from mmmilan.errors import InputError, reported
+from mmmilan.visualization.figures import draw_curves, draw_heat, draw_mask, last_attention, to_image
+from mmmilan.visualization.page import Page
+
+CONFIGS = Path(__file__).parent.parent / 'configs' / 'demo'
+NUM_TRAIN, NUM_VAL = 3000, 600
+NUM_PICTURES = 8
+METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
+console = Console()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, default=Path('demo'), help='folder of everything that the demo writes')
+    parser.add_argument('--data', type=Path, help='your own images, in folders named by class or in any other way')
+    parser.add_argument(
+        '--teacher',
+        help='MODEL:TAG of open_clip, e.g. ViT-B-16-quickgelu:openai (the default with --data), or a file in '
+        "OpenAI's layout",
+    )
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--epochs-scale', type=float, default=1.0, help='train this many times the default epochs')
+    return parser.parse_args()
+
+
+class ProgressHook(Hook):
+    """A progress bar in place of MMEngine's log lines, which go to the stage's folder."""
+
+    def __init__(self, description: str) -> None:
+        columns = [TextColumn('{task.description:18}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, TextColumn('loss {task.fields[loss]}'), console=console)
+        self.description = description
+
+    def before_train(self, runner: Runner) -> None:
+        self.task = self.progress.add_task(self.description, total=runner.max_iters, loss='')
+        self.progress.start()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        self.progress.update(self.task, completed=runner.iter + 1, loss=f'{outputs["loss"].item():.3f}')
+
+    def after_train(self, runner: Runner) -> None:
+        self.progress.stop()
+
+
+def train(cfg: Config, description: str) -> tuple[nn.Module, float]:
+    """Train from a config; the model and the seconds it took."""
+    cfg.log_level = 'ERROR'
+    cfg.default_hooks.checkpoint.update(interval=cfg.train_cfg.max_epochs, max_keep_ckpts=1)
+    cfg.experiment_name = f'{Path(cfg.work_dir).name}-{time.time_ns()}'
+    if not torch.cuda.is_available():
+        cfg.env_cfg.dist_cfg.backend = 'gloo'
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(ProgressHook(description))
+    start = time.time()
+    runner.train()
+    return runner.model, time.time() - start
+
+
+def work_dir(args: argparse.Namespace, stage: str) -> Path:
+    return args.out / f'{stage}-seed{args.seed}'
+
+
+def read_config(name: str, args: argparse.Namespace, stage: str) -> Config:
+    """A config of the demo, with the output folder, the seed and the length that the user asked for."""
+    cfg = Config.fromfile(CONFIGS / name)
+    cfg.work_dir = str(work_dir(args, stage))
+    cfg.randomness = dict(seed=args.seed)
+    scaled = max(2, round(cfg.train_cfg.max_epochs * args.epochs_scale))
+    cfg.train_cfg.max_epochs = scaled
+    cfg.param_scheduler[1].update(T_max=scaled - 1, end=scaled)
+    return cfg
+
+
+def train_clip(args: argparse.Namespace) -> dict:
+    """Train the small CLIP on captions; its config as a teacher."""
+    cfg = read_config('clip_vit-tiny-p8_scenes.py', args, 'clip')
+    scenes = args.out / 'scenes'
+    cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
+    model, _ = train(cfg, 'CLIP on captions')
+    path = args.out / f'clip-seed{args.seed}.pth'
+    save_checkpoint_file(model.clip.state_dict(), path)
+    return dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))
+
+
+def given_teacher(name: str) -> dict:
+    """The teacher's config for what the user gave as --teacher."""
+    if Path(name).exists():
+        return dict(type='mmmilan.OpenCLIPTeacher', pretrained=name)
+    model, separator, tag = name.partition(':')
+    if not separator:
+        raise InputError(f'--teacher {name} is neither a file nor MODEL:TAG of open_clip.')
+    return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
+
+
+def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace) -> Config:
+    """The config of a method with the demo's or the user's images and teacher."""
+    cfg = read_config(METHODS[method], args, method.lower())
+    cfg.train_dataloader.dataset.data_root = str(args.data or args.out / 'scenes' / 'train')
+    cfg.test_dataloader.dataset.data_root = str(args.data or args.out / 'scenes' / 'val')
+    if method == 'MILAN':
+        cfg.model.head.teacher = teacher_cfg
+    if args.data or args.teacher:
+        fit_to_teacher(cfg, teacher_cfg)
+    return cfg
+
+
+def fit_to_teacher(cfg: Config, teacher_cfg: dict) -> None:
+    """Give the demo's student the image size, the patch size and the target of a real teacher."""
+    teacher = MODELS.build(teacher_cfg)
+    size, patch = teacher.input_size, teacher.patch_size
+    cfg.model.backbone.update(img_size=size, patch_size=patch)
+    cfg.model.neck.num_patches = teacher.num_patches
+    if cfg.model.head.type == 'mmmilan.CLIPTarget':
+        cfg.model.neck.predict_feature_dim = teacher.feature_dim
+    else:
+        cfg.model.neck.predict_feature_dim = 3 * patch**2
+        cfg.model.head.patch_size = patch
+    cfg.train_dataloader.dataset.pipeline[1].scale = size
+    cfg.test_dataloader.dataset.pipeline[1].scale = (size, size)
+
+
+def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
+    """Labelled data: train and test, or one data set to be split; none where folders do not name classes."""
+    if args.data and sum(path.is_dir() for path in args.data.iterdir()) < 2:
+        return []
+    folders = [args.data] if args.data else [args.out / 'scenes' / split for split in ('train', 'val')]
+    dataset = cfg.test_dataloader.dataset
+    return [DATASETS.build({**dataset, 'data_root': str(folder), 'with_label': True}) for folder in folders]
+
+
+def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, float]:
+    """Top-1 accuracy in percent of the model's frozen encoder."""
+    features = mean_patch(model.backbone)
+    parts = [extract_features(features, model.data_preprocessor, d, f'Features of {name}') for d in datasets]
+    if len(parts) == 1:
+        tokens, labels = parts[0]
+        split = train_test_split(tokens, labels, test_size=0.2, random_state=0)
+        parts = [(split[0], split[2]), (split[1], split[3])]
+    return dict(linear=100 * linear_probe_accuracy(*parts), knn=100 * knn_accuracy(*parts))
+
+
+def read_curve(folder: Path) -> tuple[list[float], list[float]]:
+    """Epochs and losses that MMEngine's visualizer wrote in the last run of a work dir."""
+    path = max(folder.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if 'loss' in row]
+    last = rows[-1]['step']
+    return [rows[-1]['epoch'] * row['step'] / last for row in rows], [row['loss'] for row in rows]
+
+
+@torch.no_grad()
+def picture_rows(encoders: dict[str, nn.Module], dataset: Dataset) -> list[list[np.ndarray]]:
+    """Rows of the page's gallery, for images spread over the data set."""
+    milan = encoders['MILAN']
+    indices = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
+    batch = milan.data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in indices]))
+    images = batch['inputs']
+    attention = [last_attention(encoder.backbone, images) for encoder in encoders.values()]
+    rows = []
+    for i, sample in enumerate(milan.predict(images)):
+        image = to_image(images[i], milan.data_preprocessor.mean, milan.data_preprocessor.std)
+        row = [image, draw_heat(image, sample.importance, 'inferno'), draw_mask(image, sample.mask)]
+        row += [draw_heat(image, sample.patch_loss, 'Greens')]
+        rows.append(row + [draw_heat(image, maps[i], 'inferno') for maps in attention])
+    return rows
+
+
+def write_page(args: argparse.Namespace, scores: dict, seconds: dict, encoders: dict[str, nn.Module]) -> Path:
+    """The HTML page with the table, the pictures and the curves."""
+    page = Page(
+        'MILAN at work',
+        'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
+        "the CLIP's features of all of them. No label was used before the table.",
+    )
+    if scores:
+        page.heading(
+            'What the frozen encoders know',
+            'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the mean of the patch '
+            f'tokens, for images not seen in training. Seed {args.seed}.',
+        )
+        rows = [[name, *(f'{scores[name][key]:.1f}' for key in ('linear', 'knn'))] for name in scores]
+        rows = [[*row, f'{seconds[row[0]]:.0f} s' if row[0] in seconds else '–'] for row in rows]
+        page.table(['encoder', 'linear probe', 'k-NN', 'pretraining'], rows, best=0)
+    page.heading(
+        'What MILAN sees and predicts',
+        'The image; how important CLIP finds each patch; the patches drawn by importance, which are all that the '
+        'encoder sees; the loss of each patch (dark is high); and where the class token looks in the last block of '
+        'each encoder.',
+    )
+    header = ['image', 'importance', 'visible', 'loss', *(f'attention: {name}' for name in encoders)]
+    dataset = DATASETS.build(pretraining_config('MILAN', {}, args).test_dataloader.dataset)
+    page.gallery(header, picture_rows(encoders, dataset))
+    page.heading('How it was learned', 'Training loss. Each measures something else, so compare shapes, not heights.')
+    stages = ['milan', 'mae'] if args.data or args.teacher else ['clip', 'milan', 'mae']
+    page.svg(draw_curves({stage.upper(): read_curve(work_dir(args, stage)) for stage in stages}, 'loss'))
+    path = args.out / 'index.html'
+    page.write(path, f'Written by tools/demo.py with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
+    return path
+
+
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    table = Table('encoder', 'linear probe', 'k-NN', title='Top-1 accuracy of frozen features, %')
+    for name, score in scores.items():
+        table.add_row(name, f'{score["linear"]:.1f}', f'{score["knn"]:.1f}')
+    console.print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.time()
+    init_default_scope('mmpretrain')
+    if args.data:
+        teacher_cfg = given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai')
+    else:
+        write_scenes(args.out / 'scenes', NUM_TRAIN, NUM_VAL)
+        teacher_cfg = given_teacher(args.teacher) if args.teacher else train_clip(args)
+
+    cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
+    encoders, seconds = {}, {}
+    for method, cfg in cfgs.items():
+        encoders[method], seconds[method] = train(cfg, f'{method} pretraining')
+    set_random_seed(args.seed)
+    encoders['random'] = MODELS.build(cfgs['MILAN'].model)
+    encoders['random'].init_weights()
+    for model in encoders.values():
+        model.to(get_device()).eval()
+
+    datasets = probing_datasets(cfgs['MILAN'], args)
+    scores = {name: probe(name, model, datasets) for name, model in encoders.items()} if datasets else {}
+    page = write_page(args, scores, seconds, encoders)
+    args.out.joinpath(f'results-seed{args.seed}.json').write_text(json.dumps(scores, indent=2))
+    if scores:
+        print_scores(scores)
+    console.print(f'The page: {page.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
+
+
+if __name__ == '__main__':
+    with reported():
+        main()
