@@ -59,9 +59,7 @@ class Masking(BaseTransform):
         exact = round((1 - self.mask_ratio) * num_patches, 12)
         visible = math.floor(exact) if self.rounding == 'floor' else math.ceil(exact)
         if visible < 1:
-            raise InputError(
-                f'mask_ratio={self.mask_ratio} leaves none of {num_patches} patches visible; lower it.'
-            )
+            raise InputError(f'mask_ratio={self.mask_ratio} leaves none of {num_patches} patches visible; lower it.')
         return visible
 
     def draw(self, importance: Tensor) -> Tensor:

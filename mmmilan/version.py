@@ -12,7 +12,7 @@ __version__ = '0.1.0'
 
 # import name: (names it is published under, versions that work, required, what to install)
 DEPENDENCIES = {
-    'torch': (('torch',), '>=2.1', True, 'torch'),
+    'torch': (('torch',), '>=2.6', True, 'torch'),
     'mmengine': (('onedl-mmengine', 'mmengine'), '>=0.10,<1.0', True, 'onedl-mmengine'),
     'mmcv': (
         ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
@@ -21,6 +21,7 @@ DEPENDENCIES = {
         'onedl-mmcv (mmcv-lite is enough for pretraining)',
     ),
     'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), '>=1.0,<2.0', True, 'onedl-mmpretrain'),
+    'transformers': (('transformers',), '<5', False, "'transformers<5', as mmpretrain cannot be imported with 5"),
     'mmdet': (('onedl-mmdetection', 'mmdet'), '>=3.0,<4.0', False, 'onedl-mmdetection'),
     'mmseg': (('onedl-mmsegmentation', 'mmsegmentation'), '>=1.0,<2.0', False, 'onedl-mmsegmentation'),
 }
@@ -45,6 +46,8 @@ def check_versions() -> None:
     faults, remedies = [], []
     for package, (distributions, wanted, required, remedy) in DEPENDENCIES.items():
         found = installed_version(distributions)
+        if package == 'transformers' and installed_version(('pycocotools',)) is None:
+            continue  # mmpretrain then leaves out the models that break with version 5
         if found is None and required:
             faults.append(f'{package} is missing')
         elif found is not None and not SpecifierSet(wanted).contains(found, prereleases=True):
@@ -53,6 +56,4 @@ def check_versions() -> None:
             continue
         remedies.append(f'{remedy} ({package}{wanted})')
     if faults:
-        raise InputError(
-            f'mmmilan cannot run because {", ".join(faults)}; install {" and ".join(remedies)}.'
-        )
+        raise InputError(f'mmmilan cannot run because {", ".join(faults)}; install {" and ".join(remedies)}.')

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / 'shared'
+
+torch.set_num_threads(1)  # the models here are too small for more
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +27,15 @@ def reproducible():
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def log(caplog):
+    """What MMEngine logs, as pytest's ``caplog``."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope='session')
@@ -71,3 +87,55 @@ def image_folder(tmp_path_factory):
         image = cv2.resize(rng.integers(0, 255, (8, 10, 3), dtype=np.uint8), (80, 72), interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(path), image)
     return root
+
+
+@pytest.fixture
+def tiny_config(milan_cfg, image_folder, tmp_path):
+    """Writes a config file: the base config in the sizes of the recorded run, 2 epochs of 6 steps on the 24 images.
+
+    Call it with changes, as for ``Config.merge_from_dict``. The work directory is ``tmp_path / 'work'``.
+    """
+    numbers = itertools.count()
+
+    def write(changes: dict | None = None) -> Path:
+        cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
+        cfg.model = milan_cfg | dict(data_preprocessor=cfg.model.data_preprocessor)
+        for loader in ('train_dataloader', 'test_dataloader'):
+            # workers that persist take 5 s each to end when the garbage collector meets them in this process
+            cfg[loader].update(batch_size=4, num_workers=2, persistent_workers=False)
+            cfg[loader].dataset.data_root = str(image_folder)
+            cfg[loader].dataset.pipeline[1].scale = 64
+        cfg.test_dataloader.dataset.pipeline[2].crop_size = 64
+        cfg.param_scheduler = [
+            dict(type='LinearLR', start_factor=0.1, end=1, convert_to_iter_based=True),
+            dict(type='CosineAnnealingLR', begin=1, T_max=1, end=2, convert_to_iter_based=True),
+        ]
+        cfg.train_cfg.max_epochs = 2
+        cfg.default_hooks.logger.interval = 1
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.merge_from_dict(changes or {})
+        # MMEngine keeps loggers by the name of the experiment, which is that of the file
+        path = tmp_path / f'{tmp_path.name}_{next(numbers)}.py'
+        cfg.dump(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_tool(monkeypatch):
+    """Runs a script of tools/ in this process, as the command line would."""
+
+    def run(script: str, *args: object) -> None:
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        monkeypatch.setenv('LOCAL_RANK', '0')  # or the script would set it for good
+        runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
+
+    return run
+
+
+def read_scalars(work_dir: Path) -> list[dict]:
+    """What a run in ``work_dir`` logged at each step (the last run, if there were several)."""
+    path = max(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]

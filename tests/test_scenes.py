@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import cv2
@@ -20,10 +22,12 @@ from mmmilan.datasets import scenes
 from mmmilan.datasets.scenes import (
     BACKGROUNDS,
     COLOURS,
-    MATERIALS,
+    KINDS,
     SEMANTIC_CLASSES,
     SHAPES,
+    captions,
     make_scene,
+    paint,
     polygons,
     render,
     sample_scene,
@@ -81,18 +85,22 @@ def test_seed_split_and_index_all_matter_and_the_size_leaves_the_scene_alone() -
 def test_folders_name_the_classes_in_order_and_are_balanced(root: Path) -> None:
     for split, number in NUM.items():
         folders = sorted((root / split).iterdir())
-        assert [folder.name for folder in folders] == list(SHAPES)
-        assert {len(list(folder.glob('*.jpg'))) for folder in folders} == {number // len(SHAPES)}
+        assert [folder.name for folder in folders] == list(KINDS)
+        assert {len(list(folder.glob('*.jpg'))) for folder in folders} == {number // len(KINDS)}
 
 
 def test_mmpretrain_reads_images_and_labels(root: Path) -> None:
     from mmpretrain.datasets import CustomDataset
 
     dataset = CustomDataset(data_prefix=str(root / 'train'))
-    assert tuple(SHAPES) == dataset.CLASSES and len(dataset) == NUM['train']
+    assert tuple(KINDS) == dataset.CLASSES and len(dataset) == NUM['train']
     for item in dataset:
-        assert tuple(SHAPES)[item['gt_label']] == Path(item['img_path']).parent.name
-        assert cv2.imread(item['img_path']).shape == (SIZE, SIZE, 3)
+        path = Path(item['img_path'])
+        assert tuple(KINDS)[item['gt_label']] == path.parent.name
+        drawn = make_scene(SEED, 'train', int(path.stem), SIZE)[2].astype(int)
+        stored = cv2.imread(str(path))[..., ::-1]
+        assert stored.shape == (SIZE, SIZE, 3)
+        assert np.abs(stored - drawn).mean() < 5  # JPEG; swapped channels would be far more
 
 
 @pytest.mark.parametrize('split', NUM)
@@ -131,41 +139,67 @@ def test_captions_tell_what_the_label_maps_show(root: Path, split: str) -> None:
     assert len(rows) == 2 * NUM[split]
     for (image, first), (same, second) in zip(rows[::2], rows[1::2], strict=True):
         assert image == same and first != second
-        labels = cv2.imread(
-            str(root / 'semantic' / split / image.replace('.jpg', '.png')), cv2.IMREAD_UNCHANGED
-        )
+        labels = cv2.imread(str(root / 'semantic' / split / image.replace('.jpg', '.png')), cv2.IMREAD_UNCHANGED)
         shown = {SEMANTIC_CLASSES[label] for label in np.unique(labels)}
-        shape, index = image.removesuffix('.jpg').split('/')
-        main = make_scene(SEED, split, int(index), SIZE)[0].objects[0]
+        kind, index = image.removesuffix('.jpg').split('/')
+        objects = make_scene(SEED, split, int(index), SIZE)[0].objects
+        outlines = {item.kind: item.shape for item in objects}
+        named = []
         for caption in (first, second):
             assert re.fullmatch('[a-z]+( [a-z]+)*', caption)
             assert not re.search(r'\ba [aeiou]|\ban [^aeiou]', caption)
             words = caption.split()
-            assert {main.colour, main.material} <= set(words)
-            assert next(word for word in words if word in SHAPES) == shape == main.shape
-        assert set(first.split()) & set(SEMANTIC_CLASSES) == shown & {*BACKGROUNDS, shape}
+            named.append([word for word in words if word in KINDS])
+            for word, following in pairwise(words):
+                assert following not in SHAPES or following == outlines[word]
+        assert named == [[kind], [item.kind for item in objects]]
+        assert set(first.split()) & set(BACKGROUNDS) <= shown
         assert set(second.split()) & set(SEMANTIC_CLASSES) == shown
 
 
-@pytest.mark.parametrize('index', range(len(SHAPES)))
-def test_an_instance_map_is_the_outline_that_the_scene_gives(index: int) -> None:
-    scene = make_scene(SEED, 'train', index, 48)[0]
-    main = scene.objects[0]
-    _, instances = render(dataclasses.replace(scene, objects=(main,)), 96,
-                          np.random.default_rng(0))
+@pytest.mark.parametrize(('seed', 'shape'), enumerate(SHAPES))
+def test_an_instance_map_is_the_outline_that_the_scene_gives(seed: int, shape: str) -> None:
+    scene = sample_scene(np.random.default_rng(seed), 'oak')
+    main = dataclasses.replace(scene.objects[0], shape=shape)
+    _, instances = render(dataclasses.replace(scene, objects=(main,)), 96, np.random.default_rng(0))
     across, down = np.meshgrid(*[(np.arange(96) + 0.5) / 96] * 2)
     offset = (across - main.centre[0]) + 1j * (down - main.centre[1])
     offset *= np.exp(-1j * main.angle) / main.radius
     points = np.stack([offset.real.ravel(), offset.imag.ravel()], axis=1)
-    inside = [Outline(loop).contains_points(points).reshape(96, 96) for loop in SHAPES[main.shape]]
+    inside = [Outline(loop).contains_points(points).reshape(96, 96) for loop in SHAPES[shape]]
     expected = np.logical_xor.reduce(inside)
     found = instances == 1
     assert (found & expected).sum() / (found | expected).sum() > 0.95
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_colour_of_a_kind_looks_like_its_name(kind: str) -> None:
+    hues = 360 * np.array([hue for hue, _, _ in COLOURS.values()])
+    for seed in range(4):
+        scene = sample_scene(np.random.default_rng(seed), kind)
+        alone = dataclasses.replace(scene, objects=scene.objects[:1])
+        image, instances = render(alone, 48, np.random.default_rng(seed))
+        hue, saturation, _ = cv2.split(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV))
+        seen = hue[(instances == 1) & (saturation > 0.5)]
+        distance = np.abs((seen[:, None] - hues + 180) % 360 - 180)
+        nearest = np.bincount(distance.argmin(axis=1), minlength=len(hues))
+        assert list(COLOURS)[nearest.argmax()] == KINDS[kind][0]
+
+
+def test_kinds_differ_in_colour_and_pattern_alone() -> None:
+    assert len(set(KINDS.values())) == len(KINDS)
+    scene = sample_scene(np.random.default_rng(7), 'oak')
+    images = {}
+    for kind in KINDS:  # all in the same colour
+        main = dataclasses.replace(scene.objects[0], kind=kind)
+        images[kind], _ = render(dataclasses.replace(scene, objects=(main,)), 48, np.random.default_rng(0))
+    for one, other in combinations(KINDS, 2):
+        assert np.array_equal(images[one], images[other]) == (KINDS[one][1] == KINDS[other][1])
+
+
 def test_a_change_of_colour_changes_the_pixels_of_the_object_alone() -> None:
-    scene = sample_scene(np.random.default_rng(7), 'ring')
-    main = dataclasses.replace(scene.objects[0], material='plain', rgb=(0.9, 0.1, 0.1))
+    scene = sample_scene(np.random.default_rng(7), 'oak')  # the one pattern without a second colour
+    main = dataclasses.replace(scene.objects[0], rgb=(0.9, 0.1, 0.1))
     recoloured = dataclasses.replace(main, rgb=(0.1, 0.2, 0.9))
     images = []
     for item in (main, recoloured):
@@ -186,37 +220,66 @@ def test_polygons_decode_to_the_very_mask() -> None:
         assert np.array_equal(coco_mask.decode(encoded), mask), seed
 
 
-def test_the_shape_has_no_say_in_anything_else() -> None:
-    for seed in range(50):
-        scene, other = (sample_scene(np.random.default_rng(seed), s) for s in ('disc', 'star'))
-        assert scene.background == other.background and scene.light == other.light
-        for ours, theirs in zip(scene.objects, other.objects, strict=True):
-            assert dataclasses.replace(ours, shape='') == dataclasses.replace(theirs, shape='')
+def test_the_kind_has_no_say_in_anything_but_colour() -> None:
+    for seed in range(20):
+        seen = set()
+        for kind in KINDS:
+            scene = sample_scene(np.random.default_rng(seed), kind)
+            assert [item.kind for item in scene.objects].count(kind) == 1 and scene.objects[0].kind == kind
+            bare = tuple(dataclasses.replace(item, kind='', rgb=(0, 0, 0)) for item in scene.objects)
+            seen.add(dataclasses.replace(scene, objects=bare))
+        assert len(seen) == 1
 
 
 def test_every_attribute_is_drawn_about_equally_often() -> None:
-    number = 2400
-    drawn = [sample_scene(np.random.default_rng(seed), 'disc') for seed in range(number)]
+    drawn = []
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng, 'oak')
+        drawn.append((scene, set(captions(scene, rng)[0].split())))
+    small = [item for scene, _ in drawn for item in scene.objects[1:]]
     for choices, values in (
-        (BACKGROUNDS, [scene.background for scene in drawn]),
-        (COLOURS, [scene.objects[0].colour for scene in drawn]),
-        (MATERIALS, [scene.objects[0].material for scene in drawn]),
-        ((1, 2, 3), [len(scene.objects) for scene in drawn]),
+        (BACKGROUNDS, [scene.background for scene, _ in drawn]),
+        (SHAPES, [scene.objects[0].shape for scene, _ in drawn]),
+        ((1, 2, 3), [len(scene.objects) for scene, _ in drawn]),
+        (KINDS.keys() - {'oak'}, [item.kind for item in small]),
+        (SHAPES, [item.shape for item in small]),
+        ((True, False), [scene.objects[0].shape in words for scene, words in drawn]),
+        ((True, False), [scene.background in words for scene, words in drawn]),
     ):
         counts, share = Counter(values), 1 / len(choices)
-        deviation = (number * share * (1 - share)) ** 0.5
+        deviation = (len(values) * share * (1 - share)) ** 0.5
         assert set(counts) == set(choices)
-        assert all(abs(count - number * share) < 4 * deviation for count in counts.values())
+        assert all(abs(count - len(values) * share) < 4 * deviation for count in counts.values())
 
 
-def test_objects_lie_inside_the_image_and_stay_visible() -> None:
-    for index in range(60):
-        scene, _, _, instances = make_scene(SEED, 'val', index, 96)
-        for number, item in enumerate(scene.objects, start=1):
-            alone = dataclasses.replace(scene, objects=(item,))
-            whole = render(alone, 96, np.random.default_rng(0))[1].sum()
-            assert (instances == number).sum() > 0.6 * whole
+def test_objects_lie_inside_the_image_and_no_centre_in_the_circle_of_another() -> None:
+    for seed in range(300):
+        objects = sample_scene(np.random.default_rng(seed), 'oak').objects
+        for item in objects:
             assert all(item.radius <= place <= 1 - item.radius for place in item.centre)
+        for one, other in combinations(objects, 2):
+            assert math.dist(one.centre, other.centre) > max(one.radius, other.radius)
+
+
+def test_a_later_object_lies_in_front_of_an_earlier_one() -> None:
+    scene = sample_scene(np.random.default_rng(0), 'oak')
+    main = dataclasses.replace(scene.objects[0], shape='disc')
+    small = dataclasses.replace(main, kind='frog', radius=main.radius / 2)
+    _, instances = render(dataclasses.replace(scene, objects=(main, small)), 48, np.random.default_rng(0))
+    ratio = (instances == 1).sum() / (instances == 2).sum()
+    assert ratio == pytest.approx(3, rel=0.1)  # a disc less one of a quarter of its area
+
+
+def test_objects_stay_visible_and_the_main_one_is_the_largest() -> None:
+    for index in range(60):
+        scene, _, _, instances = make_scene(SEED, 'val', index, 48)
+        areas = np.bincount(instances.ravel(), minlength=len(scene.objects) + 1)[1:]
+        assert areas.argmax() == 0
+        for area, item in zip(areas, scene.objects, strict=True):
+            canvas = np.zeros((48, 48, 3), np.float32)
+            whole = paint(canvas, item, scene.light, np.random.default_rng(0)) > 0.5
+            assert area > 0.6 * whole.sum()
 
 
 def test_the_same_set_is_reused(root: Path, capsys: pytest.CaptureFixture) -> None:
@@ -242,9 +305,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, meta: str | 
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ('option', 'value'), [('num_train', 9), ('num_val', 0), ('image_size', 20), ('seed', -1)]
-)
+@pytest.mark.parametrize(('option', 'value'), [('num_train', 9), ('num_val', 0), ('image_size', 20), ('seed', -1)])
 def test_an_option_out_of_range_is_named(tmp_path: Path, option: str, value: int) -> None:
     with pytest.raises(InputError, match=f'^{option} is {value}'):
         write_scenes(tmp_path / 'set', **{'num_train': 10, 'num_val': 10, option: value})

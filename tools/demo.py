@@ -27,14 +27,14 @@ from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.datasets.scenes import write_scenes
-from mmmilan.engine.probing import extract_features, knn_accuracy, linear_probe_accuracy, mean_patch
+from mmmilan.engine.probing import extract_features, knn_accuracy, linear_probe_accuracy
 from mmmilan.errors import InputError, reported
 from mmmilan.visualization.figures import draw_curves, draw_heat, draw_mask, last_attention, to_image
 from mmmilan.visualization.page import Page
 
 CONFIGS = Path(__file__).parent.parent / 'configs' / 'demo'
-NUM_TRAIN, NUM_VAL = 3000, 600
 NUM_PICTURES = 8
+PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
 console = Console()
 
@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         help='MODEL:TAG of open_clip, e.g. ViT-B-16-quickgelu:openai (the default with --data), or a file in '
         "OpenAI's layout",
     )
+    parser.add_argument('--num-images', type=int, default=3000, help='how many images to draw, and a fifth for testing')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--epochs-scale', type=float, default=1.0, help='train this many times the default epochs')
     return parser.parse_args()
@@ -159,14 +160,19 @@ def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
 
 
 def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, float]:
-    """Top-1 accuracy in percent of the model's frozen encoder."""
-    features = mean_patch(model.backbone)
-    parts = [extract_features(features, model.data_preprocessor, d, f'Features of {name}') for d in datasets]
+    """Top-1 accuracy in percent of the model's frozen class token, by the probes of ``PROBES``."""
+    parts = [extract_features(model, dataset, f'Features of {name}') for dataset in datasets]
     if len(parts) == 1:
-        tokens, labels = parts[0]
-        split = train_test_split(tokens, labels, test_size=0.2, random_state=0)
+        features, labels = parts[0]
+        split = train_test_split(features, labels, test_size=0.2, random_state=0)
         parts = [(split[0], split[2]), (split[1], split[3])]
-    return dict(linear=100 * linear_probe_accuracy(*parts), knn=100 * knn_accuracy(*parts))
+    (features, labels), test = parts
+    accuracies = (
+        linear_probe_accuracy((features, labels), test),
+        linear_probe_accuracy((features[::10], labels[::10]), test),
+        knn_accuracy((features, labels), test),
+    )
+    return {probe: 100 * accuracy for probe, accuracy in zip(PROBES, accuracies, strict=True)}
 
 
 def read_curve(folder: Path) -> tuple[list[float], list[float]]:
@@ -205,12 +211,11 @@ def write_page(args: argparse.Namespace, scores: dict, seconds: dict, encoders: 
     if scores:
         page.heading(
             'What the frozen encoders know',
-            'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the mean of the patch '
-            f'tokens, for images not seen in training. Seed {args.seed}.',
+            'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the class token, for '
+            f'images not seen in training. Seed {args.seed}.',
         )
-        rows = [[name, *(f'{scores[name][key]:.1f}' for key in ('linear', 'knn'))] for name in scores]
-        rows = [[*row, f'{seconds[row[0]]:.0f} s' if row[0] in seconds else '–'] for row in rows]
-        page.table(['encoder', 'linear probe', 'k-NN', 'pretraining'], rows, best=0)
+        rows = [[*row, f'{seconds[row[0]]:.0f} s' if row[0] in seconds else '–'] for row in score_rows(scores)]
+        page.table(['encoder', *PROBES, 'pretraining'], rows, best=0)
     page.heading(
         'What MILAN sees and predicts',
         'The image; how important CLIP finds each patch; the patches drawn by importance, which are all that the '
@@ -228,11 +233,8 @@ def write_page(args: argparse.Namespace, scores: dict, seconds: dict, encoders: 
     return path
 
 
-def print_scores(scores: dict[str, dict[str, float]]) -> None:
-    table = Table('encoder', 'linear probe', 'k-NN', title='Top-1 accuracy of frozen features, %')
-    for name, score in scores.items():
-        table.add_row(name, f'{score["linear"]:.1f}', f'{score["knn"]:.1f}')
-    console.print(table)
+def score_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
+    return [[name, *(f'{score[probe]:.1f}' for probe in PROBES)] for name, score in scores.items()]
 
 
 def main() -> None:
@@ -242,7 +244,7 @@ def main() -> None:
     if args.data:
         teacher_cfg = given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai')
     else:
-        write_scenes(args.out / 'scenes', NUM_TRAIN, NUM_VAL)
+        write_scenes(args.out / 'scenes', args.num_images, args.num_images // 5)
         teacher_cfg = given_teacher(args.teacher) if args.teacher else train_clip(args)
 
     cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
@@ -260,7 +262,10 @@ def main() -> None:
     page = write_page(args, scores, seconds, encoders)
     args.out.joinpath(f'results-seed{args.seed}.json').write_text(json.dumps(scores, indent=2))
     if scores:
-        print_scores(scores)
+        table = Table('encoder', *PROBES, title='Top-1 accuracy of the frozen class token, %')
+        for row in score_rows(scores):
+            table.add_row(*row)
+        console.print(table)
     console.print(f'The page: {page.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
 
 

@@ -6,19 +6,19 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
+from mmmilan.engine.distributed import init_cpu_processes
 from mmmilan.errors import InputError, reported
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint: file, URL or name of a model of the zoo')
     parser.add_argument('--work-dir', help='folder of logs, by default work_dirs/CONFIG')
     parser.add_argument('--out', help='write all predictions to this .pkl file')
     parser.add_argument(
@@ -33,17 +33,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    for path in (args.config, args.checkpoint):
-        if not os.path.isfile(path):
-            raise InputError(f'The file {path} does not exist.')
+    if not os.path.isfile(args.config):
+        raise InputError(f'The config {args.config} does not exist.')
     cfg = Config.fromfile(args.config)
     cfg.launcher, cfg.load_from = args.launcher, args.checkpoint
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
-    if not torch.cuda.is_available():
-        cfg.env_cfg.dist_cfg.backend = 'gloo'
     use_safe_loading()
+    init_cpu_processes(cfg)
     runner = Runner.from_cfg(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

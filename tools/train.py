@@ -12,6 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
+from mmmilan.engine.distributed import init_cpu_processes
 from mmmilan.errors import InputError, reported
 
 
@@ -43,8 +44,6 @@ def read_config(args: argparse.Namespace) -> Config:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
-    if not torch.cuda.is_available():
-        cfg.env_cfg.dist_cfg.backend = 'gloo'
     return cfg
 
 
@@ -60,10 +59,20 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
     MMEngine counts batch and processes; accumulation is counted here.
     """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-        raise InputError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config.')
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise InputError('Scaling the learning rate needs auto_scale_lr.base_batch_size in the config.')
     cfg.auto_scale_lr.enable = True
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+
+
+def check_not_empty(runner: Runner) -> None:
+    """MMEngine would fail on an epoch without steps, and not say why."""
+    loader = runner.train_dataloader
+    if len(loader) == 0:
+        raise InputError(
+            f'The {len(loader.dataset)} training images do not fill one batch of {loader.batch_size} on each of '
+            f'{runner.world_size} processes; lower train_dataloader.batch_size.'
+        )
 
 
 def main() -> None:
@@ -71,13 +80,15 @@ def main() -> None:
     cfg = read_config(args)
     if args.amp:
         enable_amp(cfg)
-    if args.auto_scale_lr:
+    if args.auto_scale_lr or (cfg.get('auto_scale_lr') or {}).get('enable'):
         enable_auto_scale_lr(cfg)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     use_safe_loading()
+    init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    check_not_empty(runner)
     runner.train()
 
 

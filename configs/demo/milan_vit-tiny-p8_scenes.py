@@ -23,6 +23,7 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=1,
     pin_memory=False,
+    drop_last=False,
     dataset=dict(
         data_root='demo/scenes/train',
         pipeline=[

@@ -120,7 +120,7 @@ def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bo
         encoder_only: keep the encoder and leave decoder, heads and detector parts.
 
     Returns:
-        The same tensors under new keys (Hugging Face's query, key and value are copies), less what ``DROPPED`` names.
+        The same tensors under new keys, less what ``DROPPED`` names.
 
     Raises:
         InputError: a key is unknown, or the layout asked for has no place for it.
@@ -130,13 +130,11 @@ def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bo
     weights = _uniform_keys(state_dict)
     layout = _detect(weights)
     weights = {key: value for key, value in weights.items() if not key.startswith(DROPPED)}
-    if layout.content == 'detector or segmentor':
-        if not encoder_only and COLUMN[to] == 0:
+    if layout.content == 'detector or segmentor' and not encoder_only:
+        if COLUMN[to] == COLUMN['mmmilan']:
             return weights
-        if not encoder_only:
-            raise InputError(
-                f'{TITLE[to]} has no place for a {layout.content}: convert its encoder alone (--encoder-only)'
-            )
+        raise InputError(f'{TITLE[to]} has no place for a {layout.content}: convert the encoder alone (--encoder-only)')
+    if layout.content == 'detector or segmentor':
         weights = {key: value for key, value in weights.items() if key.startswith('backbone.')}
     rows = TABLE + CLASSIFIERS.get(layout.content, [])
     if layout.name == 'huggingface':
@@ -251,5 +249,5 @@ def _split_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             split[key] = value
             continue
         for part, piece in zip(('query', 'key', 'value'), value.chunk(3), strict=True):
-            split[key.replace('.qkv.', f'.{part}.')] = piece.clone()  # a view would keep, and save, all three
+            split[key.replace('.qkv.', f'.{part}.')] = piece
     return split

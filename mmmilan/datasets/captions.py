@@ -44,7 +44,9 @@ class CaptionedImages(ImageFolder):
                 texts.setdefault(row['image'], []).append(row['caption'])
         if not texts:
             raise InputError(f'{self.captions} names no image.')
-        return [dict(img_path=str(Path(self.img_prefix, image)), captions=captions) for image, captions in texts.items()]
+        return [
+            dict(img_path=str(Path(self.img_prefix, image)), captions=captions) for image, captions in texts.items()
+        ]
 
 
 @TRANSFORMS.register_module()

@@ -35,6 +35,8 @@ class LoadImage(BaseTransform):
     """
 
     def transform(self, results: dict) -> dict:
+        if 'img' in results:  # mmpretrain's inferencers bring arrays
+            return results
         path = results['img_path']
         content = get(path)
         if content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
@@ -61,9 +63,7 @@ class ImageFolder(CustomDataset):
         InputError: if the folder is missing or holds no image.
     """
 
-    def __init__(
-        self, data_root: str, with_label: bool = False, on_corrupt: str = 'skip', **kwargs
-    ) -> None:
+    def __init__(self, data_root: str, with_label: bool = False, on_corrupt: str = 'skip', **kwargs) -> None:
         if on_corrupt not in ('skip', 'raise'):
             raise InputError(f"on_corrupt={on_corrupt!r} is unknown; choose 'skip' or 'raise'.")
         self.on_corrupt = on_corrupt
@@ -78,7 +78,9 @@ class ImageFolder(CustomDataset):
     def load_data_list(self) -> list[dict]:
         backend = get_file_backend(self.img_prefix, enable_singleton=True)
         if not backend.isdir(self.img_prefix):
-            raise InputError(f'The data folder {self.img_prefix} does not exist; set data_root to the folder of images.')
+            raise InputError(
+                f'The data folder {self.img_prefix} does not exist; set data_root to the folder of images.'
+            )
         try:
             return super().load_data_list()
         except RuntimeError as error:  # mmpretrain found no sample

@@ -263,27 +263,32 @@ SEMANTIC_CLASSES = (*BACKGROUNDS, *KINDS)  # label of a pixel = index
 # ---- Sampling and captions ----------------------------------------------------------------------
 
 
-def sample_object(rng: Rng, kind: str, radius: float, others: tuple[SceneObject, ...] = ()) -> SceneObject:
-    """Draws an object wholly inside the image that hides little of the others."""
+def sample_place(rng: Rng, radius: float, others: tuple[SceneObject, ...]) -> tuple[float, float] | None:
+    """A centre wholly inside the image that hides little of the others; None if 100 tries find no room."""
+    for centre in rng.uniform(radius, 1 - radius, (100, 2)):
+        if all(np.hypot(*(centre - other.centre)) >= other.radius + 0.3 * radius for other in others):
+            return tuple(map(float, centre))
+    return None
+
+
+def sample_object(rng: Rng, kind: str, radius: float, centre: tuple[float, float]) -> SceneObject:
     hue, saturation, value = COLOURS[KINDS[kind][0]] + rng.uniform(-1, 1, 3) * (0.012, 0.03, 0.05)
     rgb = colorsys.hsv_to_rgb(hue % 1, saturation, min(value, 1.0))
-    centre = rng.uniform(radius, 1 - radius, 2)
-    while any(np.hypot(*(centre - o.centre)) < o.radius + 0.3 * radius for o in others):
-        centre = rng.uniform(radius, 1 - radius, 2)
     angle = rng.uniform(-1, 1) * np.pi / 4
-    return SceneObject(
-        kind, str(rng.choice(list(SHAPES))), tuple(map(float, rgb)), tuple(map(float, centre)), radius, angle
-    )
+    return SceneObject(kind, str(rng.choice(list(SHAPES))), tuple(map(float, rgb)), centre, radius, angle)
 
 
 def sample_scene(rng: Rng, kind: str) -> Scene:
     """Draws everything but the kind of the main object."""
     background = str(rng.choice(list(BACKGROUNDS)))
-    objects = (sample_object(rng, kind, rng.uniform(0.26, 0.40)),)
+    radius = rng.uniform(0.26, 0.40)
+    objects = (sample_object(rng, kind, radius, sample_place(rng, radius, ())),)
     rest = [name for name in KINDS if name != kind]
     for name in rng.choice(rest, rng.integers(3), replace=False):
-        radius = objects[0].radius * rng.uniform(0.33, 0.4)  # its area stays below the main one's
-        objects += (sample_object(rng, str(name), radius, objects),)
+        small = radius * rng.uniform(0.33, 0.4)  # its area stays below the main one's
+        centre = sample_place(rng, small, objects)
+        if centre is not None:
+            objects += (sample_object(rng, str(name), small, centre),)
     return Scene(background, rng.uniform(0, 2 * np.pi), objects)
 
 

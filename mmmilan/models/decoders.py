@@ -63,8 +63,7 @@ class Decoder(BaseModule):
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         feedforward_channels = int(mlp_ratio * decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            self.build_block(decoder_embed_dim, decoder_num_heads, feedforward_channels)
-            for _ in range(decoder_depth)
+            self.build_block(decoder_embed_dim, decoder_num_heads, feedforward_channels) for _ in range(decoder_depth)
         )
         self.ln1 = nn.LayerNorm(decoder_embed_dim, eps=NORM_CFG['eps'])
         self.decoder_pred = nn.Linear(decoder_embed_dim, predict_feature_dim)
@@ -129,8 +128,7 @@ class PromptingAttention(nn.Module):
         else:
             keys_values = torch.cat([prompts.repeat(1, 1, 2), self.kv(x)], dim=1)
         query, key, value = (
-            t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for t in (self.q(x), *keys_values.chunk(2, dim=2))
+            t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.q(x), *keys_values.chunk(2, dim=2))
         )
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 

@@ -110,7 +110,7 @@ class MILAN(BaseModel):
                 f'The target has {num_patches} patches and the encoder {self.backbone.num_patches}; set '
                 "the teacher's input_size so that its grid is the encoder's."
             )
-        if data_samples and 'mask' in data_samples[0]:
+        if any('mask' in sample for sample in data_samples or []):
             mask, num_visible = self._supplied_mask(data_samples, num_patches)
         else:
             if importance is None:  # only RandomMasking gets here, see __init__
@@ -138,6 +138,12 @@ class MILAN(BaseModel):
 
     def _supplied_mask(self, data_samples: list[DataSample], num_patches: int) -> tuple[Tensor, int]:
         """Masks of the data pipeline as one tensor, with their common number of visible patches."""
+        num_missing = sum('mask' not in sample for sample in data_samples)
+        if num_missing:
+            raise InputError(
+                f'{num_missing} of the {len(data_samples)} images of a batch have no data_sample.mask; '
+                'give every image a mask, or none.'
+            )
         mask = torch.stack([sample.mask.flatten().bool() for sample in data_samples])
         num_visible = (~mask).sum(1).tolist()
         if mask.shape[1] != num_patches:
@@ -155,6 +161,11 @@ class MILAN(BaseModel):
             raise InputError(
                 f'neck.embed_dim={self.neck.embed_dim} but the encoder gives {self.backbone.embed_dims} '
                 'dimensions; make them equal.'
+            )
+        if getattr(self.neck, 'num_patches', self.backbone.num_patches) != self.backbone.num_patches:
+            raise InputError(
+                f'neck.num_patches={self.neck.num_patches} but the encoder has {self.backbone.num_patches} '
+                'patches; make them equal.'
             )
         if self.neck.predict_feature_dim != self.head.feature_dim:
             raise InputError(

@@ -111,9 +111,7 @@ class OpenCLIPTeacher(Teacher):
             interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
     """
 
-    def __init__(
-        self, model: str | None = None, pretrained: str | None = None, input_size: int | None = None
-    ) -> None:
+    def __init__(self, model: str | None = None, pretrained: str | None = None, input_size: int | None = None) -> None:
         super().__init__()
         if model is None and pretrained is None:
             raise InputError('OpenCLIPTeacher needs a model name, or a file as pretrained.')
@@ -196,7 +194,8 @@ def build_openai_tower(path: str) -> nn.Module:
     try:
         visual.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise InputError(f'{path} looks like a CLIP image tower but does not fit: {error}') from error
+        reason = ' '.join(str(error).split())
+        raise InputError(f'{path} looks like a CLIP image tower but does not fit: {reason}') from error
     return visual
 
 
@@ -236,9 +235,7 @@ class TimmTeacher(Teacher):
             interpolated to it.
     """
 
-    def __init__(
-        self, model: str, pretrained: bool | str | None = True, input_size: int | None = None
-    ) -> None:
+    def __init__(self, model: str, pretrained: bool | str | None = True, input_size: int | None = None) -> None:
         import timm
 
         super().__init__()
@@ -269,7 +266,8 @@ class TimmTeacher(Teacher):
         try:
             self.vit.load_state_dict(weights)
         except RuntimeError as error:
-            raise InputError(f'{path} does not hold the weights of this timm ViT: {error}') from error
+            reason = ' '.join(str(error).split())
+            raise InputError(f'{path} does not hold the weights of this timm ViT: {reason}') from error
 
     @property
     def blocks(self) -> nn.Module:

@@ -68,11 +68,13 @@ def last_attention(backbone: MILANViT, images: Tensor) -> Tensor:
 def draw_curves(curves: dict[str, tuple[list[float], list[float]]], ylabel: str) -> str:
     """Training curves, name -> (epochs, losses), one panel each, as an SVG element."""
     figure = Figure(figsize=(3.4 * len(curves), 2.4), layout='constrained')
-    for axes, (name, (epochs, losses)) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (name, (epochs, losses)) in zip(panels, curves.items(), strict=True):
         axes.plot(epochs, losses, color='#2563eb', linewidth=1.2)
         axes.set(title=name, xlabel='epoch', ylabel=ylabel)
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.25)
     buffer = io.StringIO()
     figure.savefig(buffer, format='svg')
-    return buffer.getvalue().partition('<svg')[1] + buffer.getvalue().partition('<svg')[2]
+    text = buffer.getvalue()
+    return text[text.index('<svg') :]

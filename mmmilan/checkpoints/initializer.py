@@ -1,0 +1,66 @@
+"""``init_cfg=dict(type='Pretrained', ...)`` that takes any layout and does not fail in silence."""
+
+from __future__ import annotations
+
+from mmengine.logging import print_log
+from mmengine.model.weight_init import PretrainedInit, update_init_info
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+from mmmilan.checkpoints.io import get_state_dict
+from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.errors import InputError
+
+
+class PretrainedWeights(PretrainedInit):
+    """Loads the weights of a module from a checkpoint in any layout.
+
+    Args:
+        checkpoint: file, URL, or name of a model of the zoo.
+        prefix: the part to take, in this project's layout. By default the whole module's keys are looked for as they
+            are, and then under ``backbone.``.
+        map_location: where to put them first.
+
+    Raises:
+        InputError: on the call, if no weight of the module is in the checkpoint or a shape differs.
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location)
+        weights = as_mmmilan(get_state_dict(checkpoint))
+        wanted = set(module.state_dict())
+        prefix = self.prefix
+        if prefix is None:
+            prefix = '' if wanted & set(weights) else 'backbone.'
+        prefix = f'{prefix.rstrip(".")}.' if prefix else ''
+        found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if not wanted & set(found):
+            raise InputError(
+                f'{self.checkpoint} holds no weight of {type(module).__name__} under {prefix!r}: its keys begin with '
+                f'{", ".join(sorted({key.partition(".")[0] for key in weights}))}'
+            )
+        try:
+            missing, unused = module.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            raise InputError(f'{self.checkpoint} does not fit: {" ".join(str(error).split())}') from error
+        loaded = f'{len(wanted) - len(missing)} of {len(wanted)} weights of {type(module).__name__}'
+        message = (
+            f'{loaded} are those of {self.checkpoint}; as initialised: {_some(missing)}; not used: {_some(unused)}'
+        )
+        print_log(message, logger='current')
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())
+
+
+def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ViT in this project's layout, other weights as they are."""
+    try:
+        layout = detect_layout(weights)
+    except InputError:
+        return weights
+    return weights if layout.name in ('mmmilan', 'openmmlab') else convert(weights)
+
+
+def _some(names: list[str]) -> str:
+    more = f' and {len(names) - 6} more' if len(names) > 6 else ''
+    return ', '.join(names[:6]) + more if names else 'none'

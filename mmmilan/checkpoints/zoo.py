@@ -1,0 +1,129 @@
+"""The names of published checkpoints, read from ``model-index.yml``, and how mmpretrain comes to know them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmmilan.errors import InputError
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """An entry of a metafile.
+
+    Attributes:
+        name: what ``get_model`` calls it.
+        config: the config file that it was trained with.
+        weights: URL of the checkpoint; None if none has been published.
+        sha256: the whole hash of the checkpoint, if the metafile has it.
+    """
+
+    name: str
+    config: Path
+    weights: str | None
+    sha256: str | None
+
+
+def zoo_root() -> Path:
+    """The folder of ``model-index.yml`` and ``configs``: in the installed package, or the checkout."""
+    package = Path(__file__).parents[1]
+    for root in (package / '.mim', package.parent):
+        if (root / 'model-index.yml').is_file():
+            return root
+    raise InputError(f'no model-index.yml in {package / ".mim"} or {package.parent}: install mmmilan again')
+
+
+@functools.lru_cache
+def zoo_models() -> dict[str, ZooModel]:
+    """Every model of the zoo by its name."""
+    import yaml
+
+    root = zoo_root()
+    models = {}
+    for metafile in yaml.safe_load((root / 'model-index.yml').read_text())['Import']:
+        for entry in yaml.safe_load((root / metafile).read_text())['Models']:
+            sha256 = entry['Metadata'].get('SHA256')
+            models[entry['Name']] = ZooModel(entry['Name'], root / entry['Config'], entry.get('Weights'), sha256)
+    return models
+
+
+def find_model(name: str) -> ZooModel:
+    """The model of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in zoo_models():
+        raise InputError(f'the zoo has no model {name!r}: choose one of {", ".join(zoo_models())}')
+    return zoo_models()[name]
+
+
+def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
+    """The local file of a checkpoint that is named by path, URL or model name; it is downloaded if need be.
+
+    Raises:
+        InputError: it is none of these, or cannot be had.
+    """
+    from mmmilan.checkpoints.download import download
+
+    text = os.fspath(checkpoint)
+    path = Path(text.removeprefix('file://')).expanduser()
+    if path.is_file():
+        return path
+    if text.startswith(('http://', 'https://')):
+        return download(text)
+    if text not in zoo_models():
+        raise InputError(f'{text} is neither a file nor a URL nor a model of the zoo ({", ".join(zoo_models())})')
+    model = zoo_models()[text]
+    if model.weights is None:
+        raise InputError(f'no weights of {text} have been published: train it, or give a file')
+    return download(model.weights, model.sha256)
+
+
+def extend_mmpretrain() -> None:
+    """Let ``mmpretrain.get_model`` and ``mmpretrain.list_models`` find our models, without importing mmpretrain."""
+    if 'mmpretrain.apis.model' in sys.modules:
+        _extend(sys.modules['mmpretrain.apis.model'].ModelHub)
+    elif not any(isinstance(finder, _WhenMMPretrainIsImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenMMPretrainIsImported())
+
+
+class _WhenMMPretrainIsImported(importlib.abc.MetaPathFinder):
+    """Extends mmpretrain's hub once, right after the module that holds it has been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != 'mmpretrain.apis.model':
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def run_and_extend(module):
+            run(module)
+            _extend(module.ModelHub)
+
+        spec.loader.exec_module = run_and_extend
+        return spec
+
+
+def _extend(hub: type) -> None:
+    """mmpretrain fills its hub at the first question; ours go in right after, in place of those of the same name."""
+    fill = hub._register_mmpretrain_models
+
+    @functools.lru_cache
+    def add_ours():
+        for name in zoo_models():
+            hub._models_dict.pop(name, None)
+        hub.register_model_index(zoo_root() / 'model-index.yml', config_prefix=zoo_root())
+
+    def fill_and_add(cls):
+        fill()
+        add_ours()
+
+    hub._register_mmpretrain_models = classmethod(fill_and_add)

@@ -1,0 +1,34 @@
+"""The demo, small: every stage runs and leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+
+PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
+
+
+def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
+    out = tmp_path / 'demo'
+    run_tool('demo.py', '--out', out, '--num-images', 130, '--epochs-scale', 0.2)
+
+    scores = json.loads((out / 'results-seed0.json').read_text())
+    assert list(scores) == ['MILAN', 'MAE', 'random']
+    assert all(0 <= score[probe] <= 100 for score in scores.values() for probe in PROBES)
+    for part in ('scenes/train', 'scenes/annotations/instances_val.json', 'clip-seed0.pth', 'milan-seed0/epoch_2.pth'):
+        assert (out / part).exists(), part
+
+    page = (out / 'index.html').read_text()
+    for name, score in scores.items():
+        assert f'<td>{name}</td>' + ''.join(f'<td>{score[probe]:.1f}</td>' for probe in PROBES) in page
+    assert page.count('<img') == 8 * 7  # images by columns
+    assert page.count('<svg') == 1
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert str(out / 'index.html') in capsys.readouterr().out.replace('\n', '')
+
+
+def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file, tmp_path):
+    out = tmp_path / 'demo'
+    run_tool('demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.2)
+    assert set(json.loads((out / 'results-seed0.json').read_text())) == {'MILAN', 'MAE', 'random'}
+    assert (out / 'index.html').stat().st_size > 10_000
