@@ -25,37 +25,39 @@ find_python() {
     fail "no Python >= 3.10 was found; install one, or name it: PYTHON=/path/to/python3 bash $0"
 }
 
-install_mmcv() {
-    local tag wheels
-    tag=$("$venv/bin/python" -c 'import sys; print(f"cp{sys.version_info.major}{sys.version_info.minor}")')
-    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$torch-$tag
-    if ! compgen -G "$wheels/onedl_mmcv-$mmcv-*.whl" >/dev/null; then
-        command -v c++ >/dev/null || fail 'no C++ compiler was found; install g++ or clang (c++ must be on the PATH)'
-        echo "-- compiling mmcv's operators, once for torch $torch (5 to 10 minutes on two cores)"
-        mkdir -p "$wheels"
-        local build
-        build=$(mktemp -d "$wheels/build.XXXX")
-        CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --quiet --no-build-isolation --no-deps \
-            "onedl-mmcv==$mmcv" --wheel-dir "$build"
-        mv "$build"/*.whl "$wheels/"
-        rmdir "$build"
-    fi
-    "$venv/bin/pip" install --quiet "$wheels"/onedl_mmcv-$mmcv-*.whl
+install() {  # pip, with a line for each file that it fetches
+    "$venv/bin/pip" install "$@" | { grep --line-buffered -oE '(Downloading|Building wheel for) .*' || true; }
+}
+
+build_mmcv() {  # into folder $1
+    echo "-- compiling mmcv's operators, once for torch $torch (5 to 10 minutes on two cores)"
+    command -v c++ >/dev/null || fail 'no C++ compiler was found; install g++ or clang (c++ must be on the PATH)'
+    mkdir -p "$1"
+    local build
+    build=$(mktemp -d "$1/build.XXXX")
+    CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --verbose --no-build-isolation --no-deps "onedl-mmcv==$mmcv" \
+        --wheel-dir "$build" 2>&1 | tee "$build/log" \
+        | { grep --line-buffered -oE '\[[0-9]+/[0-9]+\]' || true; } | awk '{ printf "\r   file %s ", $0; fflush() } END { print "" }' \
+        || { tail -n 30 "$build/log" >&2; fail "mmcv did not compile; the whole log is $build/log"; }
+    mv "$build"/*.whl "$1/"
+    rm -r "$build"
 }
 
 make_environment() {
-    local python
+    local python tag wheels
     python=$(find_python)
-    echo "-- making the environment in $venv with $("$python" --version) (several GB; 3 minutes, more with mmcv's compilation)"
+    echo "-- making the environment in $venv with $("$python" --version): several GB, about 4 minutes"
     "$python" -m venv "$venv"
     echo '-- installing PyTorch'
-    "$venv/bin/pip" install --quiet "torch==$torch" torchvision==0.26.0 'numpy<2.3' 'setuptools>=80,<82' ninja wheel psutil
-    install_mmcv
+    install "torch==$torch" torchvision==0.26.0 'numpy<2.3' 'setuptools>=80,<82' ninja wheel psutil
+    tag=$("$venv/bin/python" -c 'import sys; print(f"cp{sys.version_info.major}{sys.version_info.minor}")')
+    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$torch-$tag
+    compgen -G "$wheels/onedl_mmcv-$mmcv-*.whl" >/dev/null || build_mmcv "$wheels"
     echo '-- installing the OpenMMLab packages, open_clip and timm'
-    "$venv/bin/pip" install --quiet onedl-mmengine==0.10.12 onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 \
-        onedl-mmsegmentation==1.4.2 open_clip_torch==3.3.0 timm==1.0.31 'transformers<5' 'numpy<2.3' \
+    install "$wheels"/onedl_mmcv-$mmcv-*.whl onedl-mmengine==0.10.12 onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 \
+        onedl-mmsegmentation==1.4.2 open_clip_torch==3.3.0 timm==1.0.31 'transformers<5' 'numpy<2.3' filelock \
         pytest ruff tensorboard rich safetensors matplotlib scikit-learn
-    "$venv/bin/pip" install --quiet --no-build-isolation --no-deps --editable "$root"
+    install --no-build-isolation --no-deps --editable "$root"
     touch "$stamp"
 }
 

@@ -15,8 +15,15 @@ train_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root)
 test_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root))
 
 auto_scale_lr = dict(enable=True)
+warmup = max(1, epochs // 10)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-4, end=epochs / 10, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', T_max=epochs * 0.9, begin=epochs / 10, end=epochs, convert_to_iter_based=True),
+    dict(type='LinearLR', start_factor=1e-4, end=warmup, convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        T_max=max(1, epochs - warmup),
+        begin=warmup,
+        end=max(epochs, warmup + 1),
+        convert_to_iter_based=True,
+    ),
 ]
 train_cfg = dict(max_epochs=epochs)
