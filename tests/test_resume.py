@@ -74,13 +74,8 @@ def test_killed_and_resumed(tiny_config, run_tool, tmp_path):
         assert_identical(load(tmp_path / 'other/epoch_1.pth'), expected)
 
 
-def test_seeds_and_epochs_differ(tiny_config, run_tool, tmp_path):
-    """Equality above is not for want of randomness: another seed gives other weights, another epoch other losses."""
-    no_learning = {'optim_wrapper.optimizer.lr': 0.0, 'optim_wrapper.type': 'OptimWrapper'}
-    losses = {}
-    for seed in (0, 1):
-        config = tiny_config({'randomness.seed': seed, 'work_dir': str(tmp_path / f'seed{seed}'), **no_learning})
-        run_tool('train.py', config)
-        losses[seed] = [record['loss'] for record in read_scalars(tmp_path / f'seed{seed}')]
-    assert len(losses[0]) == 12
-    assert len({*losses[0], *losses[1]}) == 24  # the weights stand still; crops and masks do not
+def test_steps_and_epochs_differ(tiny_config, run_tool, tmp_path):
+    """Equality above is not for want of randomness: with weights that stand still, no two losses are the same."""
+    run_tool('train.py', tiny_config({'optim_wrapper.optimizer.lr': 0.0, 'optim_wrapper.type': 'OptimWrapper'}))
+    losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
+    assert len(losses) == len(set(losses)) == 12
