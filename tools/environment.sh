@@ -29,6 +29,14 @@ install() {  # pip, with a line for each file that it fetches
     "$venv/bin/pip" install "$@" | { grep --line-buffered -oE '(Downloading|Building wheel for) .*' || true; }
 }
 
+show_count() {  # of the files that ninja has compiled
+    local line
+    while read -r line; do
+        [[ $line =~ ^\[[0-9]+/[0-9]+\] ]] && printf '\r   file %s ' "${BASH_REMATCH[0]}"
+    done
+    echo
+}
+
 build_mmcv() {  # into folder $1
     echo "-- compiling mmcv's operators, once for torch $torch (5 to 10 minutes on two cores)"
     command -v c++ >/dev/null || fail 'no C++ compiler was found; install g++ or clang (c++ must be on the PATH)'
@@ -36,8 +44,7 @@ build_mmcv() {  # into folder $1
     local build
     build=$(mktemp -d "$1/build.XXXX")
     CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --verbose --no-build-isolation --no-deps "onedl-mmcv==$mmcv" \
-        --wheel-dir "$build" 2>&1 | tee "$build/log" \
-        | { grep --line-buffered -oE '\[[0-9]+/[0-9]+\]' || true; } | awk '{ printf "\r   file %s ", $0; fflush() } END { print "" }' \
+        --wheel-dir "$build" 2>&1 | tee "$build/log" | show_count \
         || { tail -n 30 "$build/log" >&2; fail "mmcv did not compile; the whole log is $build/log"; }
     mv "$build"/*.whl "$1/"
     rm -r "$build"

@@ -17,7 +17,6 @@ model = dict(
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,
-    persistent_workers=True,
     sampler=dict(type='mmmilan.ReproducibleSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
     dataset=dict(

@@ -22,6 +22,7 @@ load = dict(type='mmmilan.LoadImage')
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,
+    persistent_workers=False,  # their end takes seconds, and the demo trains three models
     pin_memory=False,
     drop_last=False,
     dataset=dict(
