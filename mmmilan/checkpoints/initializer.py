@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mmengine.logging import print_log
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -11,9 +13,18 @@ from mmmilan.checkpoints.io import get_state_dict
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.errors import InputError
 
+# What an encoder may have that pretraining had not: the norm after the mean of the patch tokens, relative positions,
+# layer scale, and the layers of DenseViT that rescale its maps.
+_NEW = re.compile(r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|scales\..+')
+# What an encoder may have no use for: the norms after its last layer.
+_FINAL_NORM = re.compile(r'ln[12]\.\w+')
+
 
 class PretrainedWeights(PretrainedInit):
     """Loads the weights of a module from a checkpoint in any layout.
+
+    An encoder (mmpretrain's ``VisionTransformer``, ``MILANViT``, ``DenseViT``) is loaded whole or not at all; positions
+    of another image size are interpolated. Of other modules, what the checkpoint has is loaded.
 
     Args:
         checkpoint: file, URL, or name of a model of the zoo.
@@ -22,7 +33,8 @@ class PretrainedWeights(PretrainedInit):
         map_location: where to put them first.
 
     Raises:
-        InputError: on the call, if no weight of the module is in the checkpoint or a shape differs.
+        InputError: on the call, if no weight of the module is in the checkpoint, a shape differs, or only a part of
+            an encoder fits.
     """
 
     def __call__(self, module: nn.Module) -> None:
@@ -39,9 +51,10 @@ class PretrainedWeights(PretrainedInit):
                 f'{self.checkpoint} holds no weight of {type(module).__name__} under {prefix!r}: its keys begin with '
                 f'{", ".join(sorted({key.partition(".")[0] for key in weights}))}'
             )
+        self._check_encoder(module, wanted - set(found), set(found) - wanted)
         try:
             missing, unused = module.load_state_dict(found, strict=False)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter for positions that are no square
             raise InputError(f'{self.checkpoint} does not fit: {" ".join(str(error).split())}') from error
         loaded = f'{len(wanted) - len(missing)} of {len(wanted)} weights of {type(module).__name__}'
         message = (
@@ -50,6 +63,20 @@ class PretrainedWeights(PretrainedInit):
         print_log(message, logger='current')
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())
+
+    def _check_encoder(self, module: nn.Module, missing: set[str], unused: set[str]) -> None:
+        """Refuse a checkpoint that fits an encoder in part."""
+        from mmpretrain.models import VisionTransformer
+
+        if not isinstance(module, VisionTransformer):
+            return
+        missing = sorted(key for key in missing if not _NEW.fullmatch(key))
+        unused = sorted(key for key in unused if not _FINAL_NORM.fullmatch(key))
+        if missing or unused:
+            raise InputError(
+                f'{self.checkpoint} fits {type(module).__name__} only in part: missing {_some(missing)}; '
+                f'left over {_some(unused)}: give the checkpoint of a model with the same layers, or change arch'
+            )
 
 
 def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 from mmmilan.models.clip import CLIP
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
+from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.milan import MILAN
 from mmmilan.models.targets import CLIPTarget, PixelTarget
 from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
@@ -8,6 +9,7 @@ from mmmilan.models.vit import MILANViT
 __all__ = [
     'CLIP',
     'CLIPTarget',
+    'DenseViT',
     'LinearProjection',
     'MAEDecoder',
     'MILAN',

@@ -17,9 +17,7 @@ model = dict(
         drop_path_rate=0.1,
         out_type='avg_featmap',
         final_norm=False,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k', prefix='backbone.'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'),
     ),
     head=dict(
         type='mmpretrain.LinearClsHead',
@@ -35,7 +33,7 @@ model = dict(
 optim_wrapper = dict(
     type='mmmilan.BFloat16OptimWrapper',
     optimizer=dict(type='AdamW', lr=4e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+    constructor='mmmilan.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         layer_decay_rate=0.65,
         norm_decay_mult=0.0,

@@ -1,0 +1,44 @@
+"""Layer decay of the learning rate for models of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
+from torch import nn
+
+from mmmilan.errors import InputError
+from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor):
+    """mmpretrain's constructor, for any model whose ``backbone`` is a ViT: classifiers, detectors, segmentors.
+
+    With L blocks and decay r, the learning rate is multiplied by r^(L+1) for patch embedding, class token and
+    positions, by r^(L-i) for block i (from 0), and by 1 for everything after the blocks. mmpretrain's own asks the
+    model for ``get_layer_depth``, which only classifiers have. ``paramwise_cfg`` is mmpretrain's, with
+    ``layer_decay_rate`` for r.
+
+    Raises:
+        InputError: the model's backbone is not a ViT of mmpretrain or of this project.
+    """
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        get_layer_depth: Callable | None = None,
+        **kwargs,
+    ) -> None:
+        if get_layer_depth is None:
+            backbone = getattr(module, 'backbone', None)
+            if not hasattr(backbone, 'get_layer_depth'):
+                raise InputError(
+                    f'layer decay needs a ViT as backbone of {type(module).__name__}, not {type(backbone).__name__}: '
+                    'use mmmilan.DenseViT or remove optim_wrapper.constructor'
+                )
+            get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
+        super().add_params(params, module, prefix, get_layer_depth, **kwargs)
