@@ -10,7 +10,7 @@ PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--num-images', 130, '--epochs-scale', 0.2)
+    run_tool('demo.py', '--out', out, '--num-images', 130, '--epochs-scale', 0.1)
 
     scores = json.loads((out / 'results-seed0.json').read_text())
     assert list(scores) == ['MILAN', 'MAE', 'random']
@@ -29,6 +29,6 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
 
 def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file, tmp_path):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.2)
+    run_tool('demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.1)
     assert set(json.loads((out / 'results-seed0.json').read_text())) == {'MILAN', 'MAE', 'random'}
     assert (out / 'index.html').stat().st_size > 10_000
