@@ -38,8 +38,8 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def knn_accuracy(train: Split, test: Split, neighbours: int = 20) -> float:
-    """Top-1 accuracy in [0, 1] of the vote of the nearest ``neighbours`` by cosine, weighted by closeness."""
-    classifier = KNeighborsClassifier(neighbours, metric='cosine', weights='distance')
+    """Top-1 accuracy in [0, 1] of the vote of the nearest ``neighbours`` (or all) by cosine, weighted by closeness."""
+    classifier = KNeighborsClassifier(min(neighbours, len(train[1])), metric='cosine', weights='distance')
     return float(classifier.fit(*train).score(*test))
 
 
