@@ -201,8 +201,10 @@ def picture_rows(encoders: dict[str, nn.Module], dataset: Dataset) -> list[list[
     return rows
 
 
-def write_page(args: argparse.Namespace, scores: dict, seconds: dict, encoders: dict[str, nn.Module]) -> Path:
-    """The HTML page with the table, the pictures and the curves."""
+def write_page(
+    args: argparse.Namespace, scores: dict, seconds: dict, encoders: dict[str, nn.Module], dataset: Dataset
+) -> Path:
+    """The HTML page with the table, the pictures (of images of ``dataset``) and the curves."""
     page = Page(
         'MILAN at work',
         'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
@@ -223,7 +225,6 @@ def write_page(args: argparse.Namespace, scores: dict, seconds: dict, encoders: 
         'each encoder.',
     )
     header = ['image', 'importance', 'visible', 'loss', *(f'attention: {name}' for name in encoders)]
-    dataset = DATASETS.build(pretraining_config('MILAN', {}, args).test_dataloader.dataset)
     page.gallery(header, picture_rows(encoders, dataset))
     page.heading('How it was learned', 'Training loss. Each measures something else, so compare shapes, not heights.')
     stages = ['milan', 'mae'] if args.data or args.teacher else ['clip', 'milan', 'mae']
@@ -259,7 +260,8 @@ def main() -> None:
 
     datasets = probing_datasets(cfgs['MILAN'], args)
     scores = {name: probe(name, model, datasets) for name, model in encoders.items()} if datasets else {}
-    page = write_page(args, scores, seconds, encoders)
+    pictured = DATASETS.build(cfgs['MILAN'].test_dataloader.dataset)
+    page = write_page(args, scores, seconds, encoders, pictured)
     args.out.joinpath(f'results-seed{args.seed}.json').write_text(json.dumps(scores, indent=2))
     if scores:
         table = Table('encoder', *PROBES, title='Top-1 accuracy of the frozen class token, %')
