@@ -430,7 +430,7 @@ def snippets():
 # What makes the README's training small enough for a test: the command of the README is run as it stands, plus these.
 TINY = (
     'train_dataloader.batch_size=3 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
-    'train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
+    'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
     'default_hooks.checkpoint.save_optimizer=False'
 )
 
