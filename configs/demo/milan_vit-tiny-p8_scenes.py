@@ -48,7 +48,7 @@ test_dataloader = dict(
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', begin=1, T_max=17, end=18, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=1, T_max=7, end=8, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=18)
+train_cfg = dict(max_epochs=8)
 default_hooks = dict(logger=dict(interval=10))
