@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.checkpoints.io import save_checkpoint_file, write_text
 from mmmilan.datasets.scenes import write_scenes
 from mmmilan.engine.probing import extract_features, knn_accuracy, linear_probe_accuracy
 from mmmilan.errors import InputError, reported
@@ -78,8 +78,6 @@ def train(cfg: Config, description: str) -> tuple[nn.Module, float]:
     cfg.log_level = 'ERROR'
     cfg.default_hooks.checkpoint.update(interval=cfg.train_cfg.max_epochs, max_keep_ckpts=1)
     cfg.experiment_name = f'{Path(cfg.work_dir).name}-{time.time_ns()}'
-    if not torch.cuda.is_available():
-        cfg.env_cfg.dist_cfg.backend = 'gloo'
     runner = Runner.from_cfg(cfg)
     runner.register_hook(ProgressHook(description))
     start = time.time()
@@ -262,7 +260,7 @@ def main() -> None:
     scores = {name: probe(name, model, datasets) for name, model in encoders.items()} if datasets else {}
     pictured = DATASETS.build(cfgs['MILAN'].test_dataloader.dataset)
     page = write_page(args, scores, seconds, encoders, pictured)
-    args.out.joinpath(f'results-seed{args.seed}.json').write_text(json.dumps(scores, indent=2))
+    write_text(args.out / f'results-seed{args.seed}.json', json.dumps(scores, indent=2))
     if scores:
         table = Table('encoder', *PROBES, title='Top-1 accuracy of the frozen class token, %')
         for row in score_rows(scores):

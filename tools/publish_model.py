@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmmilan.apis import get_model
 from mmmilan.checkpoints.download import file_sha256
-from mmmilan.checkpoints.hub import write_hub_dir, write_text
-from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
+from mmmilan.checkpoints.hub import write_hub_dir
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file, write_text
 from mmmilan.checkpoints.layouts import Layout, convert, detect_layout
 from mmmilan.errors import InputError, reported
 

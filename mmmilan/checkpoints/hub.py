@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpretrain.models import ImageClassifier, VisionTransformer
 
-from mmmilan.checkpoints.io import save_checkpoint_file, whole_file
+from mmmilan.checkpoints.io import save_checkpoint_file, write_text
 from mmmilan.checkpoints.layouts import convert, detect_layout
 
 
@@ -37,12 +37,6 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
         libraries.append('transformers')
     write_text(folder / 'config.json', json.dumps(config, indent=2))
     return libraries
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding='utf-8')
 
 
 def _timm_config(model: ImageClassifier, name: str) -> dict[str, Any]:

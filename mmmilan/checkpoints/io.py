@@ -120,6 +120,12 @@ def whole_file(path: Path):
         Path(temporary).unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text, encoding='utf-8')
+
+
 def _safetensors(weights: dict[str, Tensor], meta: Any) -> bytes:
     """A safetensors file; the library writes the header's metadata in random order, this one always the same bytes."""
     metadata = {'format': 'pt', 'meta': json.dumps(meta, default=_as_json)}

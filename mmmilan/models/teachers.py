@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
 from mmmilan.models.attention import class_attention
 from mmmilan.registry import MODELS
@@ -219,8 +219,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise InputError(f"The teacher's file {path} does not exist; correct pretrained=.")
     if zipfile.is_zipfile(path) and any(name.endswith('constants.pkl') for name in zipfile.ZipFile(path).namelist()):
         return torch.jit.load(path, map_location='cpu').state_dict()
-    checkpoint = load_checkpoint_file(path)
-    return checkpoint.get('state_dict', checkpoint)
+    return get_state_dict(load_checkpoint_file(path))
 
 
 @MODELS.register_module()

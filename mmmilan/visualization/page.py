@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from mmmilan.checkpoints.io import write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
@@ -57,9 +58,7 @@ class Page:
             f'<style>{STYLE}</style></head><body>{"".join(self.parts)}<footer><p>{html.escape(footer)}</p></footer>'
             '</body></html>'
         )
-        unfinished = path.with_suffix('.part')
-        unfinished.write_text(document, encoding='utf-8')
-        os.replace(unfinished, path)
+        write_text(path, document)
 
 
 def _img(image: np.ndarray) -> str:
