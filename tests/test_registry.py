@@ -38,10 +38,11 @@ def look_up(scope):
     found.append(project.get('mmmilan.MILAN').__module__)
     if scope == 'mmpretrain':
         found.append(project.get('MILAN').__module__)  # mmpretrain's own keeps its name
-    os.write(1, f'{scope} {" ".join(found)}\n'.encode())  # at once: others write too
+    os.write(1, f'{scope} {" ".join(found)}\n'.encode())  # whole, as the others write too
 
 for scope in sys.argv[1:]:
     if os.fork() == 0:
+        sys.stdout = open(os.devnull, 'w')  # packages greet when imported, in pieces that would fall between the lines
         look_up(scope)
         os._exit(0)
 for scope in sys.argv[1:]:
