@@ -104,7 +104,8 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
             # workers that persist take 5 s each to end when the garbage collector meets them in this process
             cfg[loader].update(batch_size=4, num_workers=2, persistent_workers=False)
             cfg[loader].dataset.data_root = str(image_folder)
-            cfg[loader].dataset.pipeline[1].scale = 64
+        cfg.train_dataloader.dataset.pipeline[0].scale = 64
+        cfg.test_dataloader.dataset.pipeline[1].scale = 64
         cfg.test_dataloader.dataset.pipeline[2].crop_size = 64
         cfg.param_scheduler = [
             dict(type='LinearLR', start_factor=0.1, end=1, convert_to_iter_based=True),
@@ -129,6 +130,7 @@ def run_tool(monkeypatch):
 
     def run(script: str, *args: object) -> None:
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        monkeypatch.syspath_prepend(str(ROOT / 'tools'))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # or the script would set it for good
         runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
 

@@ -111,7 +111,7 @@ def test_fewer_images_than_a_batch(tiny_config, error_of):
 
 
 def test_images_of_another_size(tiny_config, error_of):
-    config = tiny_config({'train_dataloader.dataset.pipeline.1.scale': 80})
+    config = tiny_config({'train_dataloader.dataset.pipeline.0.scale': 80})
     message = error_of('train.py', config)
     assert message.startswith('The images are (80, 80) but img_size=(64, 64); make the crop ')
 

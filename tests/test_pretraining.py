@@ -185,7 +185,7 @@ def distributed_step(rank: int, cfg: dict, folder: str) -> None:
     loss = model(images[half], samples[half], mode='loss')['loss']
     loss.backward()
     state = dict(loss=loss.detach(), gradients=gradients(model.module))
-    runner = SimpleNamespace(iter=4, epoch=0, work_dir=folder)
+    runner = SimpleNamespace(iter=4, epoch=0, work_dir=folder, hooks=[])
     try:
         NonFiniteLossHook().after_train_iter(runner, 0, outputs=dict(loss=torch.tensor([1.0, torch.nan][rank])))
     except InputError as error:
@@ -230,7 +230,7 @@ def test_accumulated_gradients_are_one_large_batch(milan_cfg):
 def train(cfg: dict, wrapper: type[OptimWrapper], steps: int) -> tuple[list[float], MILAN]:
     """Losses of some steps on one batch."""
     model = build(cfg)
-    wrapper = wrapper(torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95)))
+    wrapper = wrapper(torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95)))
     images, samples = batch(16)
     data = dict(inputs=images, data_samples=samples)
     return [model.train_step(data, wrapper)['loss'].item() for _ in range(steps)], model
@@ -242,7 +242,7 @@ def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert losses != expected  # it is another precision
     assert losses[-1] < 0.5 * losses[0]
-    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 0.02
+    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 0.01
 
 
 def test_bfloat16_is_that_of_student_and_teacher(milan_cfg):

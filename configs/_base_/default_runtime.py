@@ -1,6 +1,7 @@
 default_scope = 'mmpretrain'
 
 default_hooks = dict(
+    runtime_info=dict(type='mmmilan.DeferredRuntimeInfoHook'),
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100),
     param_scheduler=dict(type='ParamSchedulerHook'),
@@ -11,6 +12,8 @@ custom_hooks = [
     dict(type='mmmilan.StepSeedHook'),
     dict(type='mmmilan.NonFiniteLossHook'),
     dict(type='mmmilan.CorruptImageHook'),
+    dict(type='mmmilan.ThroughputHook'),
+    dict(type='mmmilan.ClassCountHook'),
 ]
 
 env_cfg = dict(

@@ -5,6 +5,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         to_rgb=True,
+        non_blocking=True,
     )
 )
 
@@ -20,15 +21,7 @@ train_dataloader = dict(
         type='mmmilan.ImageFolder',
         data_root='data/imagenet/train',
         pipeline=[
-            dict(type='mmmilan.LoadImage'),
-            dict(
-                type='RandomResizedCrop',
-                scale=224,
-                crop_ratio_range=(0.2, 1.0),
-                backend='pillow',
-                interpolation='bicubic',
-            ),
-            dict(type='RandomFlip', prob=0.5),
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=224, crop_ratio_range=(0.2, 1.0), flip_prob=0.5),
             dict(type='PackInputs'),
         ],
     ),

@@ -1,7 +1,8 @@
 # The learning rate 1.5e-4 x 4096 / 256 is for a batch of 4096; --auto-scale-lr adapts it to another one.
 optim_wrapper = dict(
     type='mmmilan.BFloat16OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2.4e-3, betas=(0.9, 0.95), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2.4e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
+    constructor='mmmilan.GroupingOptimWrapperConstructor',
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,

@@ -1,8 +1,9 @@
-"""``init_cfg=dict(type='Pretrained', ...)`` that takes any layout and does not fail in silence."""
+"""Weights into an encoder (``init_cfg=dict(type='Pretrained', ...)``) or a whole model: any layout, none in silence."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model.weight_init import PretrainedInit, update_init_info
@@ -77,6 +78,51 @@ class PretrainedWeights(PretrainedInit):
                 f'{self.checkpoint} fits {type(module).__name__} only in part: missing {_some(missing)}; '
                 f'left over {_some(unused)}: give the checkpoint of a model with the same layers, or change arch'
             )
+
+
+def load_model(model: nn.Module, checkpoint: dict[str, Any], source: str) -> dict[str, Tensor]:
+    """Load all weights of a model; what the checkpoint has beyond them is only logged.
+
+    Args:
+        model: the whole model, such as a classifier or a detector.
+        checkpoint: what the file holds, in any layout.
+        source: what messages call it.
+
+    Returns:
+        The checkpoint's weights in this project's layout.
+
+    Raises:
+        InputError: a weight of the model is missing, or has another shape (as the head of other classes).
+    """
+    weights = as_mmmilan(get_state_dict(checkpoint))
+    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    name = type(model).__name__
+    try:
+        missing, unused = model.load_state_dict(weights, strict=False)
+    except (RuntimeError, AssertionError) as error:  # the latter for positions that are no square
+        misfits = re.findall(r'size mismatch for (\S+):', str(error))
+        fault = _class_count(model, weights, misfits) or ' '.join(str(error).split())
+        raise InputError(f'{source} does not fit: {fault}') from error
+    if missing:
+        raise InputError(
+            f'{source} does not hold all of {name}: missing {_some(missing)}; left over {_some(unused)}: give a '
+            'checkpoint of this config, or start training from an encoder by model.backbone.init_cfg.checkpoint'
+        )
+    print_log(f'All weights of {name} are those of {source}; not used: {_some(unused)}', logger='current')
+    return weights
+
+
+def _class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]) -> str:
+    """What to do, if nothing but heads of another number of classes is in the way."""
+    counting = [name for name, module in model.named_modules() if hasattr(module, 'num_classes')]
+    heads = {name for name in counting if any(key.startswith(f'{name}.') for key in misfits)}
+    if not misfits or not all(key.startswith(tuple(f'{name}.' for name in heads)) for key in misfits):
+        return ''
+    key = misfits[0]
+    shapes = f'{list(weights[key].shape)}, and {list(model.state_dict()[key].shape)} in the model'
+    # mmpretrain's data preprocessor has to know as well
+    options = [f'model.{name}.num_classes' for name in counting if name in heads | {'data_preprocessor'}]
+    return f'its {key} is {shapes}: set {" and ".join(options)} to the number of classes that it was trained for'
 
 
 def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 from mmmilan.datasets.captions import CaptionedImages, TokenizeCaption
 from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadImage
+from mmmilan.datasets.random_resized_crop import LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     'Draw',
     'ImageFolder',
     'LoadImage',
+    'LoadRandomResizedCrop',
     'ReproducibleSampler',
     'TokenizeCaption',
 ]

@@ -13,6 +13,7 @@ from mmengine.fileio import get, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
 
+from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS, TRANSFORMS
@@ -29,23 +30,64 @@ class CorruptImageError(InputError):
 class LoadImage(BaseTransform):
     """Read ``results['img_path']`` through MMEngine's file backends into ``results['img']``, BGR uint8 [H, W, 3].
 
+    Args:
+        backend_args: MMEngine's file backend, e.g. ``dict(backend='lmdb', db_path='train.lmdb')``; None tells it
+            from the path.
+
     Raises:
         CorruptImageError: naming the image if it does not decode, or is a JPEG that ends too early (which
             OpenCV would fill up with grey).
+        InputError: naming the image if there is no such file.
     """
 
+    def __init__(self, backend_args: dict | None = None) -> None:
+        self.backend_args = backend_args
+
     def transform(self, results: dict) -> dict:
-        if 'img' in results:  # mmpretrain's inferencers bring arrays
-            return results
-        path = results['img_path']
-        content = get(path)
-        if content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
-            raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
-        image = mmcv.imfrombytes(content, flag='color', backend='cv2') if content else None
-        if image is None:
-            raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
+        # inferencers bring arrays
+        image = results['img'] if 'img' in results else self.read(results['img_path'])
         results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
         return results
+
+    def read(self, path: str) -> np.ndarray:
+        return decode(read_bytes(path, self.backend_args), path)
+
+
+def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        InputError: naming the image if there is no such file.
+    """
+    try:
+        content = get(path, backend_args)
+    except FileNotFoundError:
+        content = None
+    if content is None:  # so MMEngine's LMDB backend says it
+        raise InputError(
+            f'The image {path} is missing; set data_root and data_prefix of the data set to where it is, or drop '
+            'it from the annotations.'
+        )
+    return content
+
+
+def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
+    """An image file as BGR uint8 [H, W, 3], turned as its EXIF orientation says.
+
+    Args:
+        content: The file.
+        path: Its name, for the error.
+        flag: 'color', or OpenCV's ``IMREAD_REDUCED_COLOR_2``, ``_4`` or ``_8``.
+
+    Raises:
+        CorruptImageError: if it does not decode, or is a JPEG that ends too early.
+    """
+    if content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+        raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
+    image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
+    if image is None:
+        raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
+    return image
 
 
 @DATASETS.register_module()
@@ -57,16 +99,27 @@ class ImageFolder(CustomDataset):
         with_label: Take the names of the first level of folders as classes.
         on_corrupt: What to do with an image that does not decode: 'skip' takes another one in its place, names
             it in the log and counts it in ``num_corrupt``; 'raise' stops.
+        backend_args: MMEngine's file backend that holds the images; the transform that loads them needs the same.
+            With ``dict(backend='lmdb', db_path=...)`` the images are the keys of that database, which
+            ``tools/pack_images.py`` makes of a folder.
         kwargs: Other arguments of mmpretrain's ``CustomDataset``.
 
     Raises:
         InputError: if the folder is missing or holds no image.
     """
 
-    def __init__(self, data_root: str, with_label: bool = False, on_corrupt: str = 'skip', **kwargs) -> None:
+    def __init__(
+        self,
+        data_root: str,
+        with_label: bool = False,
+        on_corrupt: str = 'skip',
+        backend_args: dict | None = None,
+        **kwargs,
+    ) -> None:
         if on_corrupt not in ('skip', 'raise'):
             raise InputError(f"on_corrupt={on_corrupt!r} is unknown; choose 'skip' or 'raise'.")
         self.on_corrupt = on_corrupt
+        self.backend_args = backend_args
         self._num_corrupt = multiprocessing.Value('q', 0)  # shared with the data workers
         super().__init__(data_root=data_root, with_label=with_label, extensions=EXTENSIONS, **kwargs)
 
@@ -76,6 +129,8 @@ class ImageFolder(CustomDataset):
         return self._num_corrupt.value
 
     def load_data_list(self) -> list[dict]:
+        if (self.backend_args or {}).get('backend') == 'lmdb':
+            return self.load_lmdb_list(self.backend_args['db_path'])
         backend = get_file_backend(self.img_prefix, enable_singleton=True)
         if not backend.isdir(self.img_prefix):
             raise InputError(
@@ -88,6 +143,17 @@ class ImageFolder(CustomDataset):
                 f'The data folder {self.img_prefix} holds no image; it should hold files that end in '
                 f'{", ".join(EXTENSIONS)}.'
             ) from error
+
+    def load_lmdb_list(self, db_path: str) -> list[dict]:
+        paths = [path for path in list_lmdb(db_path) if self.is_valid_file(path)]
+        if not paths:
+            raise InputError(f'The database {db_path} holds no image; make it with tools/pack_images.py.')
+        if not self.with_label:
+            return [dict(img_path=path) for path in paths]
+        classes = sorted({path.split('/')[0] for path in paths})
+        self._metainfo['classes'] = tuple(classes)
+        label = {name: i for i, name in enumerate(classes)}
+        return [dict(img_path=path, gt_label=label[path.split('/')[0]]) for path in paths]
 
     def __getitem__(self, index: int | Draw) -> dict:
         """Sample ``index`` after the pipeline, its augmentations fixed by a :class:`Draw` if it is one."""

@@ -1,13 +1,19 @@
-from mmmilan.engine.hooks import CorruptImageHook, NonFiniteLossHook, StepSeedHook
+from mmmilan.engine.hooks import ClassCountHook, CorruptImageHook, ExactLoadingHook, NonFiniteLossHook, StepSeedHook
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.metrics import ReconstructionLoss
-from mmmilan.engine.optim import BFloat16OptimWrapper
+from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
+from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'ClassCountHook',
     'CorruptImageHook',
+    'DeferredRuntimeInfoHook',
+    'ExactLoadingHook',
+    'GroupingOptimWrapperConstructor',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossHook',
     'ReconstructionLoss',
     'StepSeedHook',
+    'ThroughputHook',
 ]

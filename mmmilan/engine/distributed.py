@@ -1,9 +1,10 @@
-"""Several processes without GPUs."""
+"""Several processes: without GPUs, or with one model in pieces."""
 
 from __future__ import annotations
 
 import torch
 from mmengine.config import Config
+from torch import nn
 
 
 def init_cpu_processes(cfg: Config) -> None:
@@ -20,3 +21,12 @@ def init_cpu_processes(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+
+
+def wrap_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """FSDP's ``auto_wrap_policy``: every transformer block is gathered and released on its own, all else at once."""
+    from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
+
+    from mmmilan.models.decoders import PromptingBlock
+
+    return recurse or isinstance(module, TransformerEncoderLayer | PromptingBlock)

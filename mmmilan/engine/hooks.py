@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import all_gather, get_rank
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import Tensor
 
+from mmmilan.checkpoints.initializer import load_model
+from mmmilan.engine.throughput import log_is_due
 from mmmilan.errors import InputError
 from mmmilan.registry import HOOKS
 
@@ -32,25 +37,43 @@ class StepSeedHook(Hook):
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Stop at the first loss that is not finite, on all processes, before anything is saved.
+    """Stop when a loss was not finite, on all processes, before anything is saved.
+
+    The losses stay on the GPU until a line of the log is due, so that no step waits for one.
 
     Raises:
-        InputError: naming the step and the last good checkpoint.
+        InputError: naming the first bad step and the last good checkpoint.
     """
 
     priority = 'NORMAL'  # the checkpoint hook comes later, so the bad weights are never written
 
+    def __init__(self) -> None:
+        self.state: Tensor | None = None  # number and loss of the last step, or of the first bad one
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        loss = outputs['loss'].detach().clone()
-        all_reduce(loss, op='mean')  # one process with a bad loss spoils the weights of all
-        if not torch.isfinite(loss):
-            self.stop(runner, f'The loss is {loss.item()} at iteration {runner.iter + 1} (epoch {runner.epoch + 1})')
+        loss = outputs['loss'].detach()
+        state = torch.stack([torch.full_like(loss, runner.iter + 1), loss])
+        self.state = state if self.state is None else torch.where(self.state[1].isfinite(), state, self.state)
+        if log_is_due(runner, batch_idx):
+            # one process with a bad loss spoils the weights of all
+            bad = [state for state in torch.stack(all_gather(self.state)).tolist() if not math.isfinite(state[1])]
+            if bad:
+                iteration, loss = min(bad, key=lambda state: state[0])
+                self.stop(runner, f'The loss is {loss} at iteration {int(iteration)} (epoch {runner.epoch + 1})')
 
     def after_train_epoch(self, runner: Runner) -> None:
         # the last step may have spoilt the weights, which no loss has shown yet
-        if not all(torch.isfinite(parameter).all() for parameter in runner.model.parameters()):
+        self.check_weights(runner, list(runner.model.parameters()))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # of a run by iterations, which saves between two lines of the log
+        self.check_weights(runner, [v for v in checkpoint['state_dict'].values() if v.is_floating_point()])
+
+    def check_weights(self, runner: Runner, weights: list[Tensor]) -> None:
+        finite = [weight.isfinite().all() for weight in weights]  # with FSDP none but in the first process
+        if finite and not torch.stack(finite).all():
             self.stop(runner, f'The weights are not finite after iteration {runner.iter} (epoch {runner.epoch + 1})')
 
     def stop(self, runner: Runner, fault: str) -> None:
@@ -67,3 +90,42 @@ class CorruptImageHook(Hook):
         count = getattr(runner.train_dataloader.dataset, 'num_corrupt', 0)
         if count:
             runner.logger.warning(f'{count} images did not decode so far and were replaced by others.')
+
+
+@HOOKS.register_module()
+class ExactLoadingHook(Hook):
+    """Refuse a checkpoint, at ``load_from`` and ``resume``, that lacks a weight of the model; take one in any layout.
+
+    MMEngine itself loads what fits and goes on with random weights for the rest.
+
+    Raises:
+        InputError: see :func:`mmmilan.checkpoints.initializer.load_model`.
+    """
+
+    priority = 'VERY_LOW'  # after hooks that change the checkpoint, as EMAHook does
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        source = runner.cfg.get('load_from') or f'The last checkpoint in {runner.work_dir}'
+        # MMEngine will load the same once more
+        checkpoint['state_dict'] = load_model(model, checkpoint, source)
+
+
+@HOOKS.register_module()
+class ClassCountHook(Hook):
+    """Refuse to train on a data set with another number of classes than the model has.
+
+    Raises:
+        InputError: naming the options to set.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
+        counts = {name: getattr(module, 'num_classes', None) for name, module in runner.model.named_modules()}
+        wrong = [
+            f'model.{name.removeprefix("module.")}.num_classes={count}'
+            for name, count in counts.items()
+            if classes and count not in (None, len(classes)) and not name.endswith('rpn_head')  # object or not
+        ]
+        if wrong:
+            raise InputError(f'The training data has {len(classes)} classes, but {", ".join(wrong)}; make them equal.')

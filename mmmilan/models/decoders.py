@@ -15,6 +15,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmmilan.errors import InputError
 from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
@@ -37,6 +38,7 @@ class Decoder(BaseModule):
         decoder_num_heads: Attention heads of each block.
         mlp_ratio: Hidden width of the feed-forward network over the decoder's width.
         predict_feature_dim: Width C of the target.
+        with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Decoder(BaseModule):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4,
         predict_feature_dim: int = 512,
+        with_cp: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        self.with_cp = with_cp
         self.embed_dim = embed_dim
         self.num_patches = num_patches
         self.predict_feature_dim = predict_feature_dim
@@ -70,6 +74,9 @@ class Decoder(BaseModule):
 
     def build_block(self, embed_dims: int, num_heads: int, feedforward_channels: int) -> nn.Module:
         raise NotImplementedError
+
+    def run_block(self, block: nn.Module, *tokens: Tensor) -> Tensor:
+        return checkpoint(block, *tokens, use_reentrant=False) if self.with_cp else block(*tokens)
 
     def init_weights(self) -> None:
         """Initialise as MAE does."""
@@ -170,7 +177,7 @@ class PromptingDecoder(Decoder):
         """latent [B, 1 + V, D], visible [B, V], masked [B, N - V] -> predictions [B, 1 + N, C]."""
         prompts, x = self.embed(latent, visible, masked)
         for block in self.decoder_blocks:
-            x = block(x, prompts)
+            x = self.run_block(block, x, prompts)
         return self.predict(torch.cat([prompts, x], dim=1))
 
 
@@ -185,7 +192,7 @@ class MAEDecoder(Decoder):
         """latent [B, 1 + V, D], visible [B, V], masked [B, N - V] -> predictions [B, 1 + N, C]."""
         tokens = torch.cat(self.embed(latent, visible, masked), dim=1)
         for block in self.decoder_blocks:
-            tokens = block(tokens)
+            tokens = self.run_block(block, tokens)
         return self.predict(tokens)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.masking import SemanticAwareMasking
+from mmmilan.models.compilation import compile_forward
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
 
@@ -46,6 +47,8 @@ class MILAN(BaseModel):
         neck: Config of the decoder.
         head: Config of the target and its loss.
         data_preprocessor: Config of the normalisation of images.
+        compile: Compile encoder, decoder and teacher before the first training step; a dict gives options of
+            ``torch.compile``. Without a compiler the model runs as it is, with a warning.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class MILAN(BaseModel):
         neck: dict,
         head: dict,
         data_preprocessor: dict | None = None,
+        compile: bool | dict = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
+        self.compile_options = {} if compile is True else compile or None  # None: not to be compiled, or done
         self.backbone = MODELS.build(backbone)
         self.masking = TRANSFORMS.build(masking)
         self.neck = MODELS.build(neck)
@@ -83,6 +88,10 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
+        if self.compile_options is not None:
+            parts = [self.backbone, self.neck, self.head.teacher]
+            compile_forward([part for part in parts if part is not None], inputs.device, **self.compile_options)
+            self.compile_options = None
         return dict(loss=self.reconstruct(inputs, data_samples).loss)
 
     def reconstruct(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> Reconstruction:

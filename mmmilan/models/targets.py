@@ -39,6 +39,12 @@ class Target(BaseModule):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def run_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's features [B, 1 + N, C] and importance [B, N]."""
+        if next(self.teacher.parameters()).device != images.device:
+            self.teacher.to(images.device)  # FSDP moves nothing but the parameters that it shards
+        return self.teacher(images)
+
     def target(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images [B, 3, H, W] -> target [B, 1 + N, C] and, with a teacher, importance [B, N]."""
         raise NotImplementedError
@@ -67,7 +73,7 @@ class CLIPTarget(Target):
         self.feature_dim = self.teacher.feature_dim
 
     def target(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.teacher(images)
+        return self.run_teacher(images)
 
     def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:
         pred, target = F.normalize(pred.float(), dim=-1), F.normalize(target.float(), dim=-1)
@@ -107,7 +113,7 @@ class PixelTarget(Target):
         if self.norm_pix:
             var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             patches = (patches - mean) / (var + 1e-6).sqrt()
-        importance = self.teacher(images)[1] if self.teacher is not None else None
+        importance = self.run_teacher(images)[1] if self.teacher is not None else None
         return F.pad(patches, (0, 0, 1, 0)), importance  # zeros stand for the class token, not counted
 
     def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import zipfile
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.open_clip import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.models.attention import class_attention
 from mmmilan.registry import MODELS
@@ -49,8 +51,8 @@ class Teacher(nn.Module):
         x = self.embed(images)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x)
-        return self.project(last(x)), self.importance(last, x)
+            x = self.run_block(block, x)
+        return self.project(self.run_block(last, x)), self.importance(last, x)
 
     @property
     def blocks(self) -> nn.Module:
@@ -60,6 +62,10 @@ class Teacher(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens before the first block."""
         raise NotImplementedError
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """One of the blocks."""
+        return block(tokens)
 
     def importance(self, last: nn.Module, tokens: Tensor) -> Tensor:
         """Importance from the last block and its input."""
@@ -104,19 +110,26 @@ class OpenCLIPTeacher(Teacher):
 
     Args:
         model: Name of an open_clip model with a ViT tower. None reads the architecture off the shapes of the
-            ``pretrained`` file, which is in OpenAI's layout: TorchScript archive or state dict, the whole
-            CLIP or its visual tower alone, heads of width 64, QuickGELU.
+            ``pretrained`` file: a checkpoint of :class:`MaskCLIP`, or one in OpenAI's layout (TorchScript archive or
+            state dict, the whole CLIP or its visual tower alone, QuickGELU).
         pretrained: An open_clip tag, a file, or None for random weights (to measure speed).
         input_size: Side of the image that the teacher sees, by default its own. The positions are
             interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
+        head_width: Width of the attention heads of a tower without model name, which no shape tells.
     """
 
-    def __init__(self, model: str | None = None, pretrained: str | None = None, input_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        pretrained: str | None = None,
+        input_size: int | None = None,
+        head_width: int = 64,
+    ) -> None:
         super().__init__()
         if model is None and pretrained is None:
             raise InputError('OpenCLIPTeacher needs a model name, or a file as pretrained.')
         if model is None:
-            self.visual = build_openai_tower(pretrained)
+            self.visual = build_tower_of_file(pretrained, head_width)
         else:
             self.visual = build_open_clip_tower(model, pretrained)
         self.feature_dim = self.visual.proj.shape[1]
@@ -125,6 +138,7 @@ class OpenCLIPTeacher(Teacher):
         check_input_size(self.input_size, self.patch_size)
         positions = resize_positions(self.visual.positional_embedding.data, self.input_size // self.patch_size)
         self.visual.positional_embedding = nn.Parameter(positions)
+        fold_quick_gelu(self.visual)
 
     @property
     def blocks(self) -> nn.Module:
@@ -136,12 +150,33 @@ class OpenCLIPTeacher(Teacher):
         cls_token = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         return visual.ln_pre(torch.cat([cls_token, patches], dim=1) + visual.positional_embedding)
 
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        # open_clip goes through nn.MultiheadAttention, which on some devices forms the whole attention matrix
+        attn = block.attn
+        qkv = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
+        qkv = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        tokens = tokens + block.ls_1(attn.out_proj(attended))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
     def importance(self, last: nn.Module, tokens: Tensor) -> Tensor:
         attn = last.attn
         return class_attention(last.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.visual.ln_post(tokens) @ self.visual.proj
+
+
+def fold_quick_gelu(visual: nn.Module) -> None:
+    """Let the weights do a part of QuickGELU: x sigmoid(1.702 x) = silu(1.702 x) / 1.702, one operation, not three."""
+    from open_clip.transformer import QuickGELU
+
+    for block in visual.transformer.resblocks:
+        if isinstance(block.mlp.gelu, QuickGELU):
+            for parameter in block.mlp.c_fc.parameters():
+                parameter.data *= 1.702
+            block.mlp.c_proj.weight.data /= 1.702
+            block.mlp.gelu = nn.SiLU(inplace=True)
 
 
 def build_open_clip_tower(model: str, pretrained: str | None) -> nn.Module:
@@ -169,16 +204,20 @@ def build_open_clip_tower(model: str, pretrained: str | None) -> nn.Module:
     return visual
 
 
-def build_openai_tower(path: str) -> nn.Module:
-    """A CLIP visual tower from a file in OpenAI's layout, its architecture read off the shapes.
+def build_tower_of_file(path: str, head_width: int) -> nn.Module:
+    """A CLIP visual tower from a checkpoint of MaskCLIP or in OpenAI's layout, its architecture read off the shapes.
 
     Raises:
         InputError: if the file holds no such tower.
     """
-    from open_clip.transformer import QuickGELU, VisionTransformer
+    from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 
-    state_dict = visual_state_dict(read_weights(path), path)
+    weights = read_weights(path)
+    of_maskclip = is_maskclip(weights)
+    state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
     width, _, _, patch_size = state_dict['conv1.weight'].shape
+    if width % head_width:
+        raise InputError(f'The tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.')
     grid_size = math.isqrt(len(state_dict['positional_embedding']) - 1)
     layers = {re.match(r'transformer\.resblocks\.(\d+)\.', key) for key in state_dict} - {None}
     visual = VisionTransformer(
@@ -186,10 +225,12 @@ def build_openai_tower(path: str) -> nn.Module:
         patch_size=patch_size,
         width=width,
         layers=1 + max(int(match[1]) for match in layers),
-        heads=width // 64,
+        heads=width // head_width,
         mlp_ratio=state_dict['transformer.resblocks.0.mlp.c_fc.weight'].shape[0] / width,
         output_dim=state_dict['proj'].shape[1],
-        act_layer=QuickGELU,
+        no_ln_pre=of_maskclip,
+        act_layer=nn.GELU if of_maskclip else QuickGELU,
+        norm_layer=partial(LayerNorm, eps=NORM_EPS) if of_maskclip else LayerNorm,
     )
     try:
         visual.load_state_dict(state_dict)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from mmpretrain.models import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmmilan.errors import InputError
 from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
@@ -25,10 +26,14 @@ class MILANViT(VisionTransformer):
     """mmpretrain's ``VisionTransformer`` with fixed sine-cosine positions and a masked forward.
 
     Arguments and state-dict keys are mmpretrain's own, so a checkpoint of one is a checkpoint of the other.
+
+    Args:
+        with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, with_cp: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.with_cp = with_cp
         rows, columns = self.patch_resolution
         if rows != columns:
             raise InputError(f'img_size={self.img_size} gives {rows}x{columns} patches; MILANViT needs a square.')
@@ -64,7 +69,7 @@ class MILANViT(VisionTransformer):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.with_cp else layer(x)
         return self.ln1(x)
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""A folder of images as one LMDB file, for disks and networks that do not like millions of small files.
+
+MMEngine's LMDB backend reads it: ``backend_args=dict(backend='lmdb', db_path=...)``. The keys are the paths of the
+images below the folder, the values their files, untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmmilan.errors import InputError
+
+COMMIT_EVERY = 10000
+
+
+def import_lmdb():
+    try:
+        import lmdb
+    except ImportError as error:
+        raise InputError('Images in an LMDB need the package lmdb: pip install lmdb.') from error
+    return lmdb
+
+
+def list_lmdb(db_path: str) -> list[str]:
+    """The keys of a database, sorted.
+
+    Raises:
+        InputError: if there is no such database, or the package lmdb is missing.
+    """
+    lmdb = import_lmdb()
+    if not os.path.isdir(db_path):
+        raise InputError(f'The database {db_path} does not exist; make it with tools/pack_images.py.')
+    with (
+        lmdb.open(db_path, readonly=True, lock=False) as database,
+        database.begin() as transaction,
+        transaction.cursor() as cursor,
+    ):
+        return [key.decode() for key in cursor.iternext(values=False)]
+
+
+def pack_images(folder: Path, paths: Iterable[Path], db_path: Path) -> None:
+    """Write the images at ``paths``, below ``folder``, into a new database; it is there whole or not at all.
+
+    Raises:
+        InputError: if the database exists, a name is not ASCII (MMEngine's backend asks for it) or is too long.
+    """
+    lmdb = import_lmdb()
+    if db_path.exists():
+        raise InputError(f'{db_path} exists; remove it or choose another name.')
+    unfinished = db_path.with_name(f'{db_path.name}.{os.getpid()}.tmp')
+    # the map's size is a limit of the file, not memory
+    database = lmdb.open(str(unfinished), map_size=1 << 42)
+    try:
+        transaction = database.begin(write=True)
+        for i, path in enumerate(paths):
+            name = path.relative_to(folder).as_posix()
+            if not name.isascii() or len(name) > database.max_key_size():
+                raise InputError(f'The name {name} is not ASCII, or longer than {database.max_key_size()}; rename it.')
+            transaction.put(name.encode(), path.read_bytes())
+            if i % COMMIT_EVERY == COMMIT_EVERY - 1:
+                transaction.commit()
+                transaction = database.begin(write=True)
+        transaction.commit()
+        database.close()
+        os.replace(unfinished, db_path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

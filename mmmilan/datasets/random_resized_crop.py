@@ -1,0 +1,105 @@
+"""Loading, cropping and flipping for training in one transform, which is faster than one after the other."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmpretrain.datasets.transforms import RandomResizedCrop
+from PIL import Image, UnidentifiedImageError
+
+from mmmilan.datasets.image_folder import decode, read_bytes
+from mmmilan.registry import TRANSFORMS
+
+ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
+# After a reduced decoding there must remain this many times the output's pixels, in each direction, to be filtered.
+GAP = 2
+REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+
+
+@TRANSFORMS.register_module()
+class LoadRandomResizedCrop(RandomResizedCrop):
+    """Read ``results['img_path']``, crop, resize, flip: ``results['img']``, BGR uint8 [scale, scale, 3].
+
+    In place of ``LoadImage``, mmpretrain's ``RandomResizedCrop(backend='pillow', interpolation='bicubic')`` and
+    ``RandomFlip``. The same random numbers give the same crop and flip. PyTorch resizes by Pillow's antialiased
+    bicubic filter, in vectorised integer arithmetic. The crop is drawn on the size in the file's header, so a large
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is then still twice the output (Pillow's own
+    ``reducing_gap`` for thumbnails).
+
+    Args:
+        scale: Size of the output, a number or (height, width).
+        crop_ratio_range: Area of the crop over that of the image.
+        aspect_ratio_range: Width over height of the crop.
+        flip_prob: Probability of a horizontal flip.
+        backend_args: See :class:`mmmilan.LoadImage`; the errors are the same too.
+    """
+
+    def __init__(
+        self,
+        scale: int | tuple[int, int],
+        crop_ratio_range: tuple[float, float] = (0.08, 1.0),
+        aspect_ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_prob: float = 0.0,
+        backend_args: dict | None = None,
+    ) -> None:
+        super().__init__(scale, crop_ratio_range, aspect_ratio_range, interpolation='bicubic')
+        self.flip_prob = flip_prob
+        self.backend_args = backend_args
+
+    def transform(self, results: dict) -> dict:
+        path = results['img_path']
+        content = read_bytes(path, self.backend_args)
+        shape = header_shape(content)
+        if shape is None:
+            image = decode(content, path)
+            shape, factor = image.shape[:2], 1
+            box = self.draw_crop(shape)
+        else:
+            box = self.draw_crop(shape)
+            factor = self.reduction(box)
+            image = decode(content, path, REDUCED.get(factor, 'color'))
+        flip = np.random.random_sample() < self.flip_prob
+        image = resize(crop(image, box, factor), self.scale, flip)
+        results.update(img=image, img_shape=image.shape[:2], ori_shape=shape, flip=flip)
+        return results
+
+    def draw_crop(self, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop of an image of this (height, width)."""
+        return self.rand_crop_params(np.broadcast_to(np.uint8(0), shape))  # it reads nothing but the shape
+
+    def reduction(self, box: tuple[int, int, int, int]) -> int:
+        """By how much the image may be reduced such that the crop is still large enough to be filtered well."""
+        spare = min(box[2] / self.scale[0], box[3] / self.scale[1]) / GAP
+        return next((factor for factor in REDUCED if factor <= spare), 1)
+
+
+def header_shape(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG after its EXIF rotation, without decoding it; None for anything else."""
+    if content[:2] != b'\xff\xd8':
+        return None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            turned = 'exif' in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return None  # decoding it will say what is wrong
+
+
+def crop(image: np.ndarray, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+    """The part of an image, reduced by ``factor``, that ``box`` is of the whole one."""
+    top, left, height, width = (round(side / factor) for side in box)
+    return image[top : top + height, left : left + width]
+
+
+def resize(image: np.ndarray, size: tuple[int, int], flip: bool = False) -> np.ndarray:
+    """uint8 [H, W, 3] -> [*size, 3], flipped if asked for: antialiased bicubic, Pillow's but for rounding.
+
+    The result is stored channel by channel, so that packing it as [3, H, W] copies nothing.
+    """
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+    tensor = F.interpolate(tensor, size=size, mode='bicubic', antialias=True)[0]
+    return (tensor.flip(-1) if flip else tensor).contiguous().permute(1, 2, 0).numpy()

@@ -1,0 +1,119 @@
+"""How fast a run is, in every line of its log; and a log that does not slow it down."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import ExitStack
+
+import torch
+from mmengine.dist import get_world_size
+from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
+from mmengine.runner import Runner
+from torch import Tensor
+
+from mmmilan.engine.flops import counted_flops, peak_tflops
+from mmmilan.registry import HOOKS
+
+
+def log_is_due(runner: Runner, batch_idx: int) -> bool:
+    """Whether MMEngine's ``LoggerHook`` may write a line after this step."""
+    interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 1)
+    return (batch_idx + 1) % interval == 0 or batch_idx + 1 == len(runner.train_dataloader)
+
+
+@HOOKS.register_module()
+class DeferredRuntimeInfoHook(RuntimeInfoHook):
+    """MMEngine's ``RuntimeInfoHook``, which fetches the losses from the GPU only when a log line is due.
+
+    MMEngine's fetches them after every step, and so waits for the GPU before it prepares the next one. The losses of
+    all steps are logged as before. In a config: ``default_hooks.runtime_info``.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[dict] = []
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        # a copy, as a later step may write to the same memory
+        self.pending.append({k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in outputs.items()})
+        if log_is_due(runner, batch_idx):
+            for outputs in self.pending:
+                super().after_train_iter(runner, batch_idx, data_batch, outputs)
+            self.pending.clear()
+
+
+@HOOKS.register_module()
+class ThroughputHook(Hook):
+    """Log the speed of training since the last line of the log, in text and in TensorBoard.
+
+    * ``images_per_s``: on all processes together;
+    * ``mfu``: share of the device's peak in dense products that the model used (0 to 1), by the operations counted in
+      the second step, the teacher's included (that step runs uncompiled). Only where the peak is known;
+    * ``data_wait``: share of the time in which training waited for images;
+    * ``peak_memory_gb``: the most that tensors took up on the GPU; without one, the most that the process did;
+    * ``hours_left``: to the end of the run, at this speed.
+
+    Args:
+        peak_tflops: TFLOP/s of one device in dense bfloat16 products, where its data sheet is not known here.
+    """
+
+    priority = 'NORMAL'  # after the timer of the default hooks, before the logger
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        self.peak_tflops = peak_tflops
+        self.flops_per_image: float | None = None
+        self.images = self.steps = 0
+        self.counting: ExitStack | None = None
+        self.warm = False  # the first step is done, in which a model may be compiled
+
+    def before_train(self, runner: Runner) -> None:
+        device = next(runner.model.parameters()).device
+        self.peak_tflops = self.peak_tflops or peak_tflops(device, torch.bfloat16)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if self.peak_tflops and self.flops_per_image is None and self.warm:
+            self.counting = ExitStack()
+            self.counter = self.counting.enter_context(counted_flops())
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        images = len(data_batch['inputs'])
+        if self.counting:
+            self.counting.close()
+            self.counting = None
+            self.flops_per_image = self.counter.get_total_flops() / images
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # of the step that ran uncompiled
+        self.warm = True
+        self.images += images
+        self.steps += 1
+        if log_is_due(runner, batch_idx):
+            for name, value in self.measure(runner).items():
+                runner.message_hub.update_scalar(f'train/{name}', value)
+            self.images = self.steps = 0
+
+    def measure(self, runner: Runner) -> dict[str, float]:
+        """The values since the last call."""
+        seconds, wait = (
+            runner.message_hub.get_scalar(f'train/{name}').mean(self.steps) * self.steps
+            for name in ('time', 'data_time')
+        )
+        rate = self.images / seconds
+        values = dict(images_per_s=rate * get_world_size())
+        if self.flops_per_image:
+            values['mfu'] = rate * self.flops_per_image / (1e12 * self.peak_tflops)
+        values['data_wait'] = wait / seconds
+        values['peak_memory_gb'] = peak_memory() / 1e9
+        values['hours_left'] = (runner.max_iters - runner.iter - 1) * seconds / self.steps / 3600
+        return values
+
+
+def peak_memory() -> int:
+    """Bytes, at most so far: of tensors on the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else 1024 * peak

@@ -1,0 +1,28 @@
+"""``torch.compile`` where there is a compiler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from mmengine.logging import print_log
+from torch import nn
+
+
+def compile_forward(modules: Iterable[nn.Module], device: torch.device, **options) -> None:
+    """Compile the ``forward`` of modules for fixed shapes, or leave them as they are, with a warning.
+
+    Args:
+        modules: Their state dicts and hooks stay as they are.
+        device: Where they will run.
+        options: Of ``torch.compile``; ``mode='max-autotune'`` searches the fastest kernels and uses CUDA graphs.
+    """
+    try:  # a trial, as a missing compiler shows only when something is compiled
+        torch.compile(torch.sin, **options)(torch.ones(8, device=device))
+    except Exception as error:  # what is raised depends on what is missing: Triton, a C++ compiler, its headers
+        reason = str(error).strip().splitlines()[0]
+        print_log(f'Not compiled, the model runs as it is: {reason}', logger='current', level=logging.WARNING)
+        return
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=False, **options)

@@ -1,0 +1,30 @@
+"""Pack a folder of images into one LMDB: python tools/pack_images.py data/imagenet/train data/imagenet/train.lmdb"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.progress import track
+
+from mmmilan.datasets.image_folder import EXTENSIONS
+from mmmilan.datasets.packed import pack_images
+from mmmilan.errors import InputError, reported
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('folder', type=Path, help='folder of images, flat or nested')
+    parser.add_argument('database', type=Path, help='the LMDB to write')
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        raise InputError(f'The folder {args.folder} does not exist.')
+    paths = sorted(path for path in args.folder.rglob('*') if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise InputError(f'The folder {args.folder} holds no image.')
+    pack_images(args.folder, track(paths, description=f'packing {len(paths)} images'), args.database)
+
+
+if __name__ == '__main__':
+    with reported():
+        main()
