@@ -11,6 +11,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
+from mmmilan.engine import ExactLoadingHook
 from mmmilan.engine.distributed import init_cpu_processes
 from mmmilan.errors import InputError, reported
 
@@ -43,6 +44,7 @@ def main() -> None:
     use_safe_loading()
     init_cpu_processes(cfg)
     runner = Runner.from_cfg(cfg)
+    runner.register_hook(ExactLoadingHook())
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()

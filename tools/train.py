@@ -12,6 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
+from mmmilan.engine import ExactLoadingHook
 from mmmilan.engine.distributed import init_cpu_processes
 from mmmilan.errors import InputError, reported
 
@@ -88,6 +89,7 @@ def main() -> None:
     use_safe_loading()
     init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(ExactLoadingHook())
     check_not_empty(runner)
     runner.train()
 

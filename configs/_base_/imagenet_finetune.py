@@ -1,4 +1,23 @@
 # ImageNet-1k with labels, augmented for fine-tuning as MAE does (paper, appendix A.1).
+rand_augment = dict(
+    type='RandAugment',
+    policies='timm_increasing',
+    num_policies=2,
+    total_level=10,
+    magnitude_level=9,
+    magnitude_std=0.5,
+    hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
+)
+random_erasing = dict(
+    type='RandomErasing',
+    erase_prob=0.25,
+    mode='rand',
+    min_area_ratio=0.02,
+    max_area_ratio=1 / 3,
+    fill_color=[103.53, 116.28, 123.675],
+    fill_std=[57.375, 57.12, 58.395],
+)
+
 train_dataloader = dict(
     batch_size=128,
     num_workers=12,
@@ -15,24 +34,8 @@ train_dataloader = dict(
             dict(type='mmmilan.LoadImage'),
             dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
             dict(type='RandomFlip', prob=0.5),
-            dict(
-                type='RandAugment',
-                policies='timm_increasing',
-                num_policies=2,
-                total_level=10,
-                magnitude_level=9,
-                magnitude_std=0.5,
-                hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
-            ),
-            dict(
-                type='RandomErasing',
-                erase_prob=0.25,
-                mode='rand',
-                min_area_ratio=0.02,
-                max_area_ratio=1 / 3,
-                fill_color=[103.53, 116.28, 123.675],
-                fill_std=[57.375, 57.12, 58.395],
-            ),
+            rand_augment,
+            random_erasing,
             dict(type='PackInputs'),
         ],
     ),

@@ -1,11 +1,14 @@
-"""Evaluation of a pretraining model."""
+"""Evaluation of pretraining models, and of classifiers on other data sets than they were trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from mmengine.evaluator import BaseMetric
+from mmpretrain.evaluation import Accuracy
 
+from mmmilan.errors import InputError
 from mmmilan.registry import METRICS
 
 
@@ -20,3 +23,50 @@ class ReconstructionLoss(BaseMetric):
 
     def compute_metrics(self, results: list[float]) -> dict[str, float]:
         return dict(loss=sum(results) / len(results))
+
+
+@METRICS.register_module()
+class ImageNetSubsetAccuracy(Accuracy):
+    """Accuracy of an ImageNet-1k classifier on a data set that has only some of the 1000 classes.
+
+    The best of the data set's own classes counts, whatever the scores of all others: so the authors of ImageNet-A and
+    ImageNet-R score their 200 classes. For the data set, an ``ImageFolder`` whose folders are WordNet ids.
+
+    Args:
+        topk: As for mmpretrain's ``Accuracy``; results are in percent.
+        kwargs: Other arguments of ``Accuracy``.
+
+    Raises:
+        InputError: in use, if a folder is not the WordNet id of a class, or the model has not 1000 classes.
+    """
+
+    def __init__(self, topk: int | Sequence[int] = (1, 5), **kwargs) -> None:
+        super().__init__(topk, thrs=None, **kwargs)
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """Where among the 1000 classes those of the data set are."""
+        from timm.data import ImageNetInfo
+
+        column = {wordnet_id: i for i, wordnet_id in enumerate(ImageNetInfo('imagenet-1k').label_names())}
+        folders = self.dataset_meta['classes']
+        unknown = [folder for folder in folders if folder not in column]
+        if unknown:
+            raise InputError(
+                f'{len(unknown)} of the {len(folders)} class folders are not WordNet ids of ImageNet-1k '
+                f'({", ".join(unknown[:3])}); set test_dataloader.dataset.data_root to the folder of n01440764, ...'
+            )
+        return [column[folder] for folder in folders]
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        num_classes = len(data_samples[0]['pred_score'])
+        if num_classes != 1000:
+            raise InputError(
+                f'The model has {num_classes} classes; ImageNetSubsetAccuracy needs the 1000 of ImageNet-1k '
+                '(model.head.num_classes).'
+            )
+        scores = [sample['pred_score'][self.columns] for sample in data_samples]
+        labels = [sample['gt_label'] for sample in data_samples]
+        super().process(
+            data_batch, [dict(pred_score=s, gt_label=label) for s, label in zip(scores, labels, strict=True)]
+        )

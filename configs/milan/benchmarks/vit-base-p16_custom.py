@@ -21,6 +21,8 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1, min(5, num_classes)))
+test_evaluator = val_evaluator
 
 auto_scale_lr = dict(enable=True)
 warmup = max(1, epochs // 10)

@@ -1,0 +1,4 @@
+# A fine-tuned ViT-B/16 on ImageNet-Sketch, which has all 1000 classes (paper, table 4).
+_base_ = './vit-base-p16_imagenet-a.py'
+
+test_dataloader = dict(dataset=dict(data_root='data/imagenet-sketch'))

@@ -1,0 +1,4 @@
+# A fine-tuned ViT-L/16 on ImageNet-A (paper, table 4).
+_base_ = './vit-base-p16_imagenet-a.py'
+
+model = dict(backbone=dict(arch='large'), head=dict(in_channels=1024))
