@@ -145,7 +145,7 @@ def test_metafiles_are_in_openmmlabs_form():
     assert set(models) == set(zoo.zoo_models())
     for model in models.values():
         assert Config.fromfile(ROOT / model.config).model
-        assert model.full_model.paper['Title'].startswith('MILAN')  # from the collection
+        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP'))  # from the collection
         if model.weights:
             assert model.weights.startswith('https://download.openmmlab.com/mmselfsup/1.x/milan/')
             assert re.search(r'_20221129-[0-9a-f]{8}\.pth$', model.weights)

@@ -58,6 +58,8 @@ CLASSIFIERS = {
         ('head.fc.*', 'head.*', 'classifier.*'),
     ],
 }
+# Models of which only the encoder has a place in other layouts.
+WITHOUT_ROWS = ('detector or segmentor', 'MaskCLIP')
 COLUMN = {'mmmilan': 0, 'openmmlab': 0, 'official': 1, 'timm': 1, 'huggingface': 2}
 TITLE = {
     'mmmilan': 'mmmilan',
@@ -81,7 +83,7 @@ class Layout:
 
     Attributes:
         name: a key of ``COLUMN``.
-        content: ``'pretraining'``, ``'encoder'``, ``'detector or segmentor'`` or a key of ``CLASSIFIERS``.
+        content: ``'pretraining'``, ``'encoder'``, one of ``WITHOUT_ROWS`` or a key of ``CLASSIFIERS``.
         depth: number of encoder layers.
         embed_dims: width of the encoder.
         decoder: ``'prompting'``, ``'vanilla'`` (MAE's) or None.
@@ -130,11 +132,11 @@ def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bo
     weights = _uniform_keys(state_dict)
     layout = _detect(weights)
     weights = {key: value for key, value in weights.items() if not key.startswith(DROPPED)}
-    if layout.content == 'detector or segmentor' and not encoder_only:
+    if layout.content in WITHOUT_ROWS and not encoder_only:
         if COLUMN[to] == COLUMN['mmmilan']:
             return weights
         raise InputError(f'{TITLE[to]} has no place for a {layout.content}: convert the encoder alone (--encoder-only)')
-    if layout.content == 'detector or segmentor':
+    if layout.content in WITHOUT_ROWS:
         weights = {key: value for key, value in weights.items() if key.startswith('backbone.')}
     rows = TABLE + CLASSIFIERS.get(layout.content, [])
     if layout.name == 'huggingface':
@@ -186,6 +188,8 @@ def _content(weights: dict[str, Tensor], decoder: str | None) -> str:
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in weights)
 
+    if has('image_projection.'):
+        return 'MaskCLIP'
     if decoder or has('decoder_', 'neck.decoder_'):
         return 'pretraining'
     if has('roi_head.', 'rpn_head.', 'decode_head.', 'bbox_head.'):

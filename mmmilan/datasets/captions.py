@@ -1,68 +1,254 @@
-"""Captioned images."""
+"""Captioned images: in folders with a table of captions, COCO's JSON or text files, and in tar shards."""
 
 from __future__ import annotations
 
 import csv
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmcv.transforms import BaseTransform
+from mmengine.fileio import exists, register_backend
+from mmengine.fileio.backends import BaseStorageBackend
+from mmengine.logging import print_log
+from rich.progress import track
 
-from mmmilan.datasets.image_folder import ImageFolder
+from mmmilan.checkpoints.io import write_text
+from mmmilan.datasets.image_folder import EXTENSIONS, CorruptImageError, ImageFolder
+from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.errors import InputError
-from mmmilan.registry import DATASETS, TRANSFORMS
+from mmmilan.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 
 
 @DATASETS.register_module()
 class CaptionedImages(ImageFolder):
-    """Images with captions from a CSV file of columns ``image`` (path below ``data_root``) and ``caption``.
-
-    An image may have several rows; ``results['captions']`` holds all its texts.
+    """Images in a folder and their captions; ``results['captions']`` holds all texts of an image.
 
     Args:
         data_root: Folder of the images.
-        captions: The CSV file.
+        captions: A ``.csv`` or ``.tsv`` file with columns ``image`` (path below ``data_root``) and ``caption``, in
+            which an image may have several rows; or a ``.json`` file in COCO's format of captions. None reads the text
+            file of the same name beside each image, one caption a line.
+        on_corrupt: What to do with an image that is missing or does not decode, or has no caption: 'skip' goes on
+            without it and names it in the log; 'raise' stops.
         kwargs: Other arguments of :class:`ImageFolder`.
 
     Raises:
-        InputError: if the file is missing, lacks a column, or names no image.
+        InputError: if a file is missing or in no known format, or no image is left.
     """
 
-    def __init__(self, data_root: str, captions: str, **kwargs) -> None:
-        self.captions = Path(captions)
+    def __init__(self, data_root: str, captions: str | None = None, **kwargs) -> None:
+        self.captions = Path(captions) if captions else None
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
+        texts: dict[str, list[str]] = {}
+        for place, image, caption in self.read_rows():
+            if not image or not (caption or '').strip():
+                self.reject(f'{place} has no {"caption" if image else "image"}; complete or remove it.')
+                continue
+            texts.setdefault(image, []).append(caption.strip())
+        if not texts:
+            raise InputError(f'{self.captions or self.img_prefix} has no image with a caption.')
+        return [dict(img_path=str(Path(self.img_prefix, image)), captions=texts[image]) for image in texts]
+
+    def read_rows(self) -> Iterable[tuple[str, str | None, str | None]]:
+        """Where each caption stands, its image (below the folder) and its text."""
+        if self.captions is None:
+            return self.read_text_files()
         if not self.captions.is_file():
             raise InputError(f'The captions file {self.captions} does not exist.')
-        texts: dict[str, list[str]] = {}
-        with open(self.captions, newline='') as file:
-            rows = csv.DictReader(file)
-            if not {'image', 'caption'} <= set(rows.fieldnames or ()):
-                raise InputError(f'{self.captions} lacks a column named image or caption; name them in its first row.')
-            for row in rows:
-                texts.setdefault(row['image'], []).append(row['caption'])
-        if not texts:
-            raise InputError(f'{self.captions} names no image.')
-        return [
-            dict(img_path=str(Path(self.img_prefix, image)), captions=captions) for image, captions in texts.items()
-        ]
+        readers = {'.csv': read_table, '.tsv': read_table, '.json': read_coco}
+        if self.captions.suffix not in readers:
+            raise InputError(f'{self.captions} ends in none of {", ".join(readers)}; the ending tells its format.')
+        return readers[self.captions.suffix](self.captions)
+
+    def read_text_files(self) -> Iterator[tuple[str, str, str]]:
+        for info in super().load_data_list():
+            image = Path(info['img_path'])
+            path = image.with_suffix('.txt')
+            lines = path.read_text(encoding='utf-8').split('\n') if path.is_file() else []
+            for line in [line for line in lines if line.strip()] or ['']:
+                yield str(path), str(image.relative_to(self.img_prefix)), line
+
+    def reject(self, fault: str) -> None:
+        if self.on_corrupt == 'raise':
+            raise InputError(fault)
+        print_log(f'Skipped: {fault}', logger='current', level=logging.WARNING)
+
+    def prepare_data(self, index: int) -> dict:
+        """Sample ``index`` after the pipeline; a missing image is treated as one that does not decode."""
+        try:
+            return super().prepare_data(index)
+        except InputError as error:
+            if isinstance(error, CorruptImageError) or exists(self.get_data_info(index)['img_path']):
+                raise
+            raise CorruptImageError(str(error)) from error
+
+
+def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    """Rows of a CSV or TSV file with columns image and caption."""
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = csv.DictReader(file, delimiter='\t' if path.suffix == '.tsv' else ',')
+        if not {'image', 'caption'} <= set(rows.fieldnames or ()):
+            raise InputError(f'{path} lacks a column named image or caption; name them in its first row.')
+        for row in rows:
+            yield f'{path}, line {rows.line_num},', row['image'], row['caption']
+
+
+def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    """Captions in COCO's format: ``images`` and ``annotations``, which name each other by the image's id."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        images = {image['id']: image['file_name'] for image in content['images']}
+        rows = [(row['image_id'], row['caption']) for row in content['annotations']]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not in COCO's format of captions ({type(error).__name__}: {error}).") from error
+    for number, (image, caption) in enumerate(rows):
+        yield f'{path}, annotation {number} of image {image},', images.get(image), caption
+
+
+@DATASETS.register_module()
+class CaptionedShards(CaptionedImages):
+    """Captioned images in tar files, as WebDataset packs them.
+
+    Files of a tar with the same name up to the first dot are one sample: an image, and a ``.txt`` file with one caption
+    a line or a ``.json`` file with ``caption`` (one text or a list). The first use of a tar reads all its headers and
+    writes where its images are to ``NAME.tar.index.json``; images are then read by their place. With ``ShardSampler``
+    one shard is read after the other.
+
+    Args:
+        data_root: Folder of the tar files.
+        kwargs: Other arguments of :class:`CaptionedImages`, but for ``captions``.
+
+    Raises:
+        InputError: if there is no tar file, or one is damaged.
+    """
+
+    def __init__(self, data_root: str, **kwargs) -> None:
+        self.shard_sizes: list[int] = []
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        shards = sorted(Path(self.data_root).glob('*.tar'))
+        if not shards:
+            raise InputError(f'The folder {self.data_root} holds no .tar file; set data_root to that of the shards.')
+        samples = []
+        for shard in track(shards, 'Tar shards', transient=True):
+            count = len(samples)
+            for path, captions in load_index(shard):
+                if captions:
+                    samples.append(dict(img_path=path, captions=captions))
+                else:
+                    self.reject(f'{path} has no caption; complete or remove it.')
+            self.shard_sizes.append(len(samples) - count)
+        if not samples:
+            raise InputError(f'The tar files in {self.data_root} hold no image with a caption.')
+        return samples
+
+
+def load_index(shard: Path) -> list[tuple[str, list[str]]]:
+    """Path (for :class:`TarBackend`) and captions of each image of a tar, whose index is kept beside it."""
+    path = shard.with_name(f'{shard.name}.index.json')
+    stamp = [shard.stat().st_size, shard.stat().st_mtime_ns]
+    index = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else dict(stamp=None)
+    if index['stamp'] != stamp:
+        index = dict(stamp=stamp, samples=read_index(shard))
+        try:
+            write_text(path, json.dumps(index))
+        except InputError as error:  # a read-only disk
+            print_log(f'{error}; the tar will be indexed again next time.', logger='current', level=logging.WARNING)
+    return [(f'tar://{shard}/{name}@{offset}+{size}', texts) for name, offset, size, texts in index['samples']]
+
+
+def read_index(shard: Path) -> list[tuple[str, int, int, list[str]]]:
+    """Name, offset, size and captions of each image of a tar."""
+    images: dict[str, tuple[str, int, int]] = {}
+    captions: dict[str, list[str]] = {}
+    try:
+        with tarfile.open(shard, 'r:') as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                folder, _, name = member.name.rpartition('/')
+                sample, _, extension = name.partition('.')
+                sample = f'{folder}/{sample}'
+                if f'.{extension.lower()}' in EXTENSIONS:
+                    images[sample] = member.name, member.offset_data, member.size
+                elif extension in ('txt', 'json'):
+                    captions.setdefault(sample, []).extend(read_captions(tar.extractfile(member).read(), extension))
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(f'{shard} is damaged ({error}); copy or download it again.') from error
+    return [(*image, captions.get(sample, [])) for sample, image in images.items()]
+
+
+def read_captions(content: bytes, extension: str) -> list[str]:
+    """The captions in a ``.txt`` or ``.json`` file of a sample."""
+    texts = content.decode('utf-8').split('\n') if extension == 'txt' else json.loads(content).get('caption') or []
+    return [text.strip() for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
+
+
+@register_backend('mmmilan.tar', prefixes='tar')
+class TarBackend(BaseStorageBackend):
+    """MMEngine's file backend for a part of a tar: ``tar://SHARD.tar/NAME@OFFSET+SIZE``."""
+
+    PATH = re.compile(r'tar://(.+?\.tar)/.+@(\d+)\+(\d+)')
+
+    def get(self, filepath: str) -> bytes:
+        shard, offset, size = self.PATH.fullmatch(filepath).groups()
+        with open(shard, 'rb') as file:
+            file.seek(int(offset))
+            return file.read(int(size))
+
+    def get_text(self, filepath: str, encoding: str = 'utf-8') -> str:
+        return self.get(filepath).decode(encoding)
+
+    def exists(self, filepath: str) -> bool:
+        return Path(self.PATH.fullmatch(filepath)[1]).is_file()
+
+
+@DATA_SAMPLERS.register_module()
+class ShardSampler(ReproducibleSampler):
+    """Shards of a :class:`CaptionedShards` in random order, and the samples of each in random order.
+
+    All processes read the same shard at a time, so a disk is read nearly in sequence. Arguments of MMEngine's
+    ``DefaultSampler``, but for ``shuffle``.
+    """
+
+    def __iter__(self) -> Iterator[Draw]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        sizes = torch.tensor(self.dataset.shard_sizes)
+        starts = sizes.cumsum(0) - sizes
+        shards = torch.randperm(len(sizes), generator=generator).tolist()
+        order = [starts[shard] + torch.randperm(int(sizes[shard]), generator=generator) for shard in shards]
+        order = torch.cat(order)
+        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+        own = order[self.rank : self.total_size : self.world_size].tolist()
+        return (Draw(self.seed, self.epoch, index) for index in own)
 
 
 @TRANSFORMS.register_module()
 class TokenizeCaption(BaseTransform):
-    """One of ``results['captions']``, drawn at random, as token ids ``results['text']`` [context_length], int64.
+    """``results['captions']`` as token ids ``results['text']``, int64.
 
     Args:
-        context_length: Number of tokens; longer texts are cut.
+        context_length: Number of tokens L; longer texts are cut.
+        all_captions: Give all texts of the image [T, L] for evaluation; by default one [L], drawn at random.
     """
 
-    def __init__(self, context_length: int = 77) -> None:
+    def __init__(self, context_length: int = 77, all_captions: bool = False) -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
         self.tokenizer = SimpleTokenizer(context_length=context_length)
+        self.all_captions = all_captions
 
     def transform(self, results: dict) -> dict:
-        caption = results['captions'][np.random.randint(len(results['captions']))]
-        results['text'] = self.tokenizer(caption)[0]
+        captions = results['captions']
+        if self.all_captions:
+            results['text'] = self.tokenizer(captions)
+        else:
+            results['text'] = self.tokenizer(captions[np.random.randint(len(captions))])[0]
         return results

@@ -1,6 +1,8 @@
+from mmmilan.engine.clip_evaluation import RetrievalRecall, ZeroShotLoop
 from mmmilan.engine.hooks import ClassCountHook, CorruptImageHook, ExactLoadingHook, NonFiniteLossHook, StepSeedHook
 from mmmilan.engine.knn import KNNLoop
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmmilan.engine.mean_teacher import MeanTeacherHook
 from mmmilan.engine.metrics import ImageNetSubsetAccuracy, ReconstructionLoss
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
 from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
@@ -15,8 +17,11 @@ __all__ = [
     'ImageNetSubsetAccuracy',
     'KNNLoop',
     'LayerDecayOptimWrapperConstructor',
+    'MeanTeacherHook',
     'NonFiniteLossHook',
     'ReconstructionLoss',
+    'RetrievalRecall',
     'StepSeedHook',
     'ThroughputHook',
+    'ZeroShotLoop',
 ]

@@ -1,6 +1,10 @@
 from mmmilan.models.clip import CLIP
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
+from mmmilan.models.distillation import CodewordTarget, FeatureTarget
+from mmmilan.models.language import MaskedLanguageModel
+from mmmilan.models.maskclip import MaskCLIP
+from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.milan import MILAN
 from mmmilan.models.probing import SemanticAwareViT
 from mmmilan.models.targets import CLIPTarget, PixelTarget
@@ -10,11 +14,16 @@ from mmmilan.models.vit import MILANViT
 __all__ = [
     'CLIP',
     'CLIPTarget',
+    'CodewordTarget',
     'DenseViT',
+    'FeatureTarget',
     'LinearProjection',
     'MAEDecoder',
     'MILAN',
     'MILANViT',
+    'MaskCLIP',
+    'MaskedLanguageModel',
+    'MeanTeacher',
     'OpenCLIPTeacher',
     'PixelTarget',
     'PromptingDecoder',

@@ -1,0 +1,4 @@
+# An image decoder of 8 blocks.
+_base_ = '../maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py'
+
+model = dict(neck=dict(decoder_depth=8))

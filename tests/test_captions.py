@@ -1,0 +1,244 @@
+"""Captioned images from every kind of source; bad rows; and which text of several is drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from mmmilan.datasets import CaptionedImages, CaptionedShards, Draw, ShardSampler, TokenizeCaption
+from mmmilan.datasets.captions import load_index
+from mmmilan.errors import InputError
+
+CAPTIONS = {'a.png': ['a red square', 'a box'], 'b/c.png': ['naïve, "quoted"'], 'd.e.png': ['third']}
+LOAD = [dict(type='mmmilan.LoadImage')]
+
+
+def encode(value: int) -> bytes:
+    return cv2.imencode('.png', np.full((6, 4, 3), value, np.uint8))[1].tobytes()
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder of three images, told apart by their brightness."""
+    for i, name in enumerate(CAPTIONS):
+        path = tmp_path / 'images' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(10 * i))
+    return tmp_path / 'images'
+
+
+def as_csv(folder: Path, delimiter: str = ',') -> str:
+    path = folder.parent / ('captions.csv' if delimiter == ',' else 'captions.tsv')
+    lines = [delimiter.join(['caption', 'url', 'image'])]
+    for image, texts in CAPTIONS.items():
+        lines += [delimiter.join(['"' + text.replace('"', '""') + '"', 'x', image]) for text in texts]
+    path.write_text('\n'.join(lines), encoding='utf-8')
+    return str(path)
+
+
+def as_tsv(folder: Path) -> str:
+    return as_csv(folder, '\t')
+
+
+def as_coco(folder: Path) -> str:
+    content = dict(
+        images=[dict(id=7 + i, file_name=image) for i, image in enumerate(CAPTIONS)],
+        annotations=[dict(image_id=7 + i, caption=t) for i, texts in enumerate(CAPTIONS.values()) for t in texts],
+    )
+    path = folder.parent / 'captions.json'
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def as_text_files(folder: Path) -> None:
+    for image, texts in CAPTIONS.items():
+        (folder / image).with_suffix('.txt').write_text('\n'.join(texts) + '\n', encoding='utf-8')
+
+
+@pytest.mark.parametrize('write', [as_csv, as_tsv, as_coco, as_text_files])
+def test_every_format_gives_the_same_images_and_texts(images, write: Callable, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    dataset = CaptionedImages('images', write(images), pipeline=LOAD)
+    found = {os.path.relpath(s['img_path'], 'images'): (s['captions'], int(s['img'][0, 0, 0])) for s in dataset}
+    assert found == {image: (texts, 10 * i) for i, (image, texts) in enumerate(CAPTIONS.items())}
+
+
+@pytest.mark.parametrize('name,content,message', [
+    ('captions.csv', 'image,text\na.png,x', 'lacks a column named image or caption'),
+    ('captions.csv', 'image,caption\n', 'has no image with a caption'),
+    ('captions.json', '{"images": []}', "is not in COCO's format of captions .KeyError: 'annotations'"),
+    ('captions.json', 'a', "is not in COCO's format of captions"),
+    ('captions.parquet', '', 'ends in none of .csv, .tsv, .json'),
+    (None, None, 'captions.csv does not exist'),
+])  # fmt: skip
+def test_bad_files(images, name, content, message):
+    if name:
+        (images.parent / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        CaptionedImages(str(images), str(images.parent / (name or 'captions.csv')))
+
+
+BAD_ROWS = 'image,caption\na.png,one\nb/c.png,\n,lost\nd.e.png,"  "\nb/c.png,two\nd.e.png'
+FAULTS = (
+    'captions.csv, line 3, has no caption',
+    'line 4, has no image',
+    'line 5, has no caption',
+    'line 7, has no caption',
+)
+
+
+def test_bad_rows_are_named_and_skipped(images, log):
+    path = images.parent / 'captions.csv'
+    path.write_text(BAD_ROWS)
+    dataset = CaptionedImages(str(images), str(path))
+    assert [dataset.get_data_info(i)['captions'] for i in range(len(dataset))] == [['one'], ['two']]
+    assert len(log.messages) == 4
+    assert all(fault in message for fault, message in zip(FAULTS, log.messages, strict=True))
+    with pytest.raises(InputError, match='captions.csv, line 3, has no caption; complete or remove it'):
+        CaptionedImages(str(images), str(path), on_corrupt='raise')
+
+
+def test_missing_and_broken_images_are_named_and_skipped(images, log):
+    path = as_csv(images)
+    (images / 'a.png').unlink()
+    (images / 'b/c.png').write_bytes(b'\x89PNG')
+    dataset = CaptionedImages(str(images), path, pipeline=LOAD)
+    assert [Path(dataset[i]['img_path']).name for i in range(3)] == ['d.e.png'] * 3
+    assert 'The image' in log.text and 'a.png is missing' in log.text and 'c.png does not decode' in log.text
+    assert dataset.num_corrupt >= 2
+    dataset = CaptionedImages(str(images), path, pipeline=LOAD, on_corrupt='raise')
+    for index, message in ((0, 'a.png is missing'), (1, 'c.png does not decode')):
+        with pytest.raises(InputError, match=message):
+            dataset[index]
+
+
+def test_faults_of_the_pipeline_are_not_skipped(images):
+    """A transform that complains is no bad row."""
+    dataset = CaptionedImages(str(images), as_csv(images), pipeline=[dict(type='mmmilan.RandomMasking')])
+    with pytest.raises(InputError, match="finds no results\\['importance'\\]"):
+        dataset[0]
+
+
+# -- tar shards
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Two shards of 3 and 4 samples; the texts are in .txt and .json files, before and after the images."""
+    folder = tmp_path / 'shards'
+    first = {'x/000.txt': b'zero\nnull\n', 'x/000.png': encode(0), 'x/001.png': encode(1), 'x/001.txt': b'one'}
+    first |= {'x/002.json': b'{"caption": ["two", " "], "url": ""}', 'x/002.png': encode(2), 'x/readme.md': b'?'}
+    write_shard(folder / '00000.tar', first)
+    second = {
+        f'{i:03}.{e}': v for i in range(3, 7) for e, v in (('png', encode(i)), ('json', b'{"caption": "%d"}' % i))
+    }
+    write_shard(folder / '00001.tar', second)
+    return folder
+
+
+def test_shards(shards):
+    dataset = CaptionedShards(str(shards), pipeline=LOAD)
+    assert [int(sample['img'][0, 0, 0]) for sample in dataset] == list(range(7))
+    assert [s['captions'] for s in dataset] == [['zero', 'null'], ['one'], ['two'], ['3'], ['4'], ['5'], ['6']]
+    assert dataset.shard_sizes == [3, 4]
+
+
+def test_a_shard_is_indexed_once_and_again_when_it_changes(shards, monkeypatch):
+    shard = shards / '00001.tar'
+    expected = load_index(shard)
+    monkeypatch.setattr(tarfile, 'open', lambda *args: pytest.fail('read again'))
+    assert load_index(shard) == expected and len(expected) == 4
+    monkeypatch.undo()
+    moved = shards.rename(shards.with_name('moved'))  # with its index
+    assert [path for path, _ in load_index(moved / '00001.tar')] == [
+        p.replace('/shards/', '/moved/') for p, _ in expected
+    ]
+    write_shard(moved / '00001.tar', {'a.png': encode(9), 'a.txt': b'new'})
+    assert [texts for _, texts in load_index(moved / '00001.tar')] == [['new']]
+
+
+def test_bad_shards(shards, log, tmp_path):
+    with pytest.raises(InputError, match='holds no .tar file'):
+        CaptionedShards(str(tmp_path))
+    write_shard(shards / '00002.tar', {'7.png': encode(7), '8.png': b'broken', '8.txt': b'eight'})
+    dataset = CaptionedShards(str(shards), pipeline=LOAD)
+    assert dataset.shard_sizes == [3, 4, 1]
+    assert int(dataset[7]['img'][0, 0, 0]) < 7
+    assert '00002.tar/7.png@' in log.text and 'has no caption' in log.text
+    assert '00002.tar/8.png@' in log.text and 'does not decode' in log.text
+    with pytest.raises(InputError, match='00002.tar/7.png@.* has no caption'):
+        CaptionedShards(str(shards), on_corrupt='raise')
+    content = (shards / '00001.tar').read_bytes()
+    (shards / '00001.tar').write_bytes(content[:3000])
+    with pytest.raises(InputError, match='00001.tar is damaged'):
+        CaptionedShards(str(shards))
+
+
+def test_shard_sampler_reads_one_shard_after_the_other(shards):
+    dataset = CaptionedShards(str(shards))
+    sampler = ShardSampler(dataset, seed=3)
+    orders = []
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        draws = list(sampler)
+        assert draws == list(sampler) and {draw[:2] for draw in draws} == {(3, epoch)}
+        orders.append([draw.index for draw in draws])
+    for order in orders:
+        assert sorted(order) == list(range(7))
+        in_second = [index >= 3 for index in order]
+        assert sum(a != b for a, b in zip(in_second[:-1], in_second[1:], strict=True)) == 1
+    assert len({tuple(order) for order in orders}) == 8
+    assert len({order[0] >= 3 for order in orders}) == 2
+
+
+def test_processes_share_the_shards(shards, monkeypatch):
+    dataset = CaptionedShards(str(shards))
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr('mmengine.dataset.sampler.get_dist_info', lambda rank=rank: (rank, 2))
+        parts.append([draw.index for draw in ShardSampler(dataset, seed=0)])
+    monkeypatch.undo()
+    whole = [draw.index for draw in ShardSampler(dataset, seed=0)]
+    assert parts == [whole[::2], whole[1::2] + whole[:1]]
+
+
+# -- texts
+
+
+def test_one_of_several_texts_is_drawn_reproducibly(images):
+    pipeline = [*LOAD, dict(type='mmmilan.TokenizeCaption', context_length=8)]
+    dataset = CaptionedImages(str(images), as_csv(images), pipeline=pipeline)
+    tokenizer = SimpleTokenizer(context_length=8)
+    both = [tuple(text.tolist()) for text in tokenizer(CAPTIONS['a.png'])]
+    drawn = [tuple(dataset[Draw(0, epoch, 0)]['text'].tolist()) for epoch in range(20)]
+    assert drawn == [tuple(dataset[Draw(0, epoch, 0)]['text'].tolist()) for epoch in range(20)]
+    assert set(drawn) == set(both)
+    assert 4 <= drawn.count(both[0]) <= 16
+
+
+def test_all_texts_for_evaluation():
+    results = TokenizeCaption(context_length=5, all_captions=True).transform(dict(captions=['a', 'a dog in the snow']))
+    tokenizer = SimpleTokenizer()
+    assert results['text'].shape == (2, 5) and results['text'].dtype == torch.int64
+    assert results['text'][:, 0].tolist() == [tokenizer.sot_token_id] * 2
+    assert results['text'].max(1).values.tolist() == [tokenizer.eot_token_id] * 2  # a text that is cut keeps its end
