@@ -11,7 +11,7 @@ train_dataloader = dict(
         data_prefix=dict(img='train2017/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=[
-            dict(type='LoadImageFromFile'),
+            dict(type='mmmilan.LoadImage'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(type='RandomFlip', prob=0.5),
             dict(type='RandomResize', scale=(1024, 1024), ratio_range=(0.1, 2.0), keep_ratio=True),
@@ -39,7 +39,7 @@ val_dataloader = dict(
         data_prefix=dict(img='val2017/'),
         test_mode=True,
         pipeline=[
-            dict(type='LoadImageFromFile'),
+            dict(type='mmmilan.LoadImage'),
             dict(type='Resize', scale=(1024, 1024), keep_ratio=True),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(

@@ -20,7 +20,7 @@ model = dict(
 
 load = dict(type='mmmilan.LoadImage')
 train_dataloader = dict(
-    batch_size=64,
+    batch_size=32,
     num_workers=1,
     persistent_workers=False,  # their end takes seconds, and the demo trains three models
     pin_memory=False,

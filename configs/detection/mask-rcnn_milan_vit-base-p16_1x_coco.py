@@ -52,6 +52,5 @@ train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12)
 val_cfg = dict()
 test_cfg = dict()
 
-custom_hooks = [dict(type='mmmilan.StepSeedHook'), dict(type='mmmilan.NonFiniteLossHook')]
 visualizer = dict(type='DetLocalVisualizer')
 default_hooks = dict(visualization=dict(type='DetVisualizationHook'))

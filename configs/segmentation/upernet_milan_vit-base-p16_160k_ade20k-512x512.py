@@ -77,7 +77,6 @@ val_cfg = dict()
 test_cfg = dict()
 
 log_processor = dict(by_epoch=False)
-custom_hooks = [dict(type='mmmilan.StepSeedHook'), dict(type='mmmilan.NonFiniteLossHook')]
 visualizer = dict(type='SegLocalVisualizer')
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),

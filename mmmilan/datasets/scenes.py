@@ -28,7 +28,7 @@ from rich.progress import track
 
 from mmmilan.errors import InputError
 
-VERSION = 1  # raise it whenever the same seed no longer gives the same files
+VERSION = 2  # raise it whenever the same seed no longer gives the same files
 SPLITS = ('train', 'val')
 SUPERSAMPLING = 2  # scenes are drawn this many times larger, then averaged down
 
@@ -281,11 +281,11 @@ def sample_object(rng: Rng, kind: str, radius: float, centre: tuple[float, float
 def sample_scene(rng: Rng, kind: str) -> Scene:
     """Draws everything but the kind of the main object."""
     background = str(rng.choice(list(BACKGROUNDS)))
-    radius = rng.uniform(0.26, 0.40)
+    radius = rng.uniform(0.2, 0.32)
     objects = (sample_object(rng, kind, radius, sample_place(rng, radius, ())),)
     rest = [name for name in KINDS if name != kind]
     for name in rng.choice(rest, rng.integers(3), replace=False):
-        small = radius * rng.uniform(0.33, 0.4)  # its area stays below the main one's
+        small = radius * rng.uniform(0.4, 0.5)  # its area stays below the main one's
         centre = sample_place(rng, small, objects)
         if centre is not None:
             objects += (sample_object(rng, str(name), small, centre),)

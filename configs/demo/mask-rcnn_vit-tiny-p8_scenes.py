@@ -1,0 +1,80 @@
+# The demo's transfer to detection: a Mask R-CNN of a quarter of the width on the drawn scenes, 96 x 96 pixels.
+_base_ = '../detection/mask-rcnn_milan_vit-base-p16_1x_coco.py'
+
+strides = [2, 4, 8, 16, 32]  # of maps at 4, 2, 1 and 1/2 times the resolution of patches of 8 pixels, and FPN's last
+rois = dict(out_channels=64, featmap_strides=strides[:4])
+model = dict(
+    data_preprocessor=dict(pad_size_divisor=96),
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512),
+        img_size=64,
+        patch_size=8,
+        out_indices=(0, 1, 2, 3),
+        window_size=6,
+        global_indices=(1, 3),
+        init_cfg=dict(checkpoint='demo/milan-seed0/epoch_8.pth'),
+    ),
+    neck=dict(in_channels=[128, 128, 128, 128], out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(strides=strides)),
+    roi_head=dict(
+        bbox_roi_extractor=rois,
+        bbox_head=dict(in_channels=64, conv_out_channels=64, fc_out_channels=256, num_classes=10),
+        mask_roi_extractor=rois,
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=10),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=20)),
+)
+
+classes = ('candy', 'frog', 'gingham', 'gold', 'ladybird', 'melon', 'oak', 'steel', 'taxi', 'tiger')
+load = dict(type='mmmilan.LoadImage')
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=False,
+    dataset=dict(
+        data_root='demo/scenes',
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=classes),
+        filter_cfg=dict(min_size=8),
+        pipeline=[
+            load,
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackDetInputs'),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=False,
+    dataset=dict(
+        data_root='demo/scenes',
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val/'),
+        metainfo=dict(classes=classes),
+        pipeline=[
+            load,
+            dict(type='Resize', scale=(96, 96), keep_ratio=True),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+        ],
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file='demo/scenes/annotations/instances_val.json')
+test_evaluator = val_evaluator
+
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-2, end=1, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=1, T_max=3, end=4, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=4, val_interval=4)
+default_hooks = dict(logger=dict(interval=10))
