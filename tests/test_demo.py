@@ -10,9 +10,10 @@ PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--num-images', 130, '--epochs-scale', 0.1)
+    run_tool('demo.py', '--out', out, '--num-images', 60, '--epochs-scale', 0.1, '--full')
 
     scores = json.loads((out / 'results-seed0.json').read_text())
+    transfer = scores.pop('transfer')
     assert list(scores) == ['MILAN', 'MAE', 'random']
     assert all(0 <= score[probe] <= 100 for score in scores.values() for probe in PROBES)
     for part in ('scenes/train', 'scenes/annotations/instances_val.json', 'clip-seed0.pth', 'milan-seed0/epoch_2.pth'):
@@ -21,7 +22,11 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     page = (out / 'index.html').read_text()
     for name, score in scores.items():
         assert f'<td>{name}</td>' + ''.join(f'<td>{score[probe]:.1f}</td>' for probe in PROBES) in page
-    assert page.count('<img') == 8 * 7  # images by columns
+    for task, score in transfer.items():
+        assert f'<td>{task}</td><td>{score["random"]:.1f}</td><td>{score["MILAN"]:.1f}</td>' in page
+    tasks = ['classification, top-1', 'detection, box AP', 'detection, mask AP', 'segmentation, mIoU']
+    assert list(transfer) == tasks
+    assert page.count('<img') == 8 * 7 + 6 * 7  # images by columns
     assert page.count('<svg') == 1
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert str(out / 'index.html') in capsys.readouterr().out.replace('\n', '')

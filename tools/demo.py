@@ -1,7 +1,8 @@
 """See MILAN at work: from captions to a CLIP, from the CLIP to a MILAN encoder, from there to a page of pictures.
 
 Without options it draws its own captioned images and downloads nothing. With --data it takes your images, and a
-real CLIP (--teacher) in place of the one that it would train on captions.
+real CLIP (--teacher) in place of the one that it would train on captions. With --full it goes on to classification,
+detection and segmentation.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from demo_page import add_curves, add_pictures, add_scores, add_transfer
+from demo_transfer import Transfer, transfer, transfer_pictures
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, FUNCTIONS, MODELS, init_default_scope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner, find_latest_checkpoint, set_random_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,15 +27,13 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.checkpoints.io import save_checkpoint_file, write_text
+from mmmilan.checkpoints.io import save_checkpoint_file, use_safe_loading, write_text
 from mmmilan.datasets.scenes import write_scenes
 from mmmilan.engine.probing import extract_features, knn_accuracy, linear_probe_accuracy
 from mmmilan.errors import InputError, reported
-from mmmilan.visualization.figures import draw_curves, draw_heat, draw_mask, last_attention, to_image
 from mmmilan.visualization.page import Page
 
 CONFIGS = Path(__file__).parent.parent / 'configs' / 'demo'
-NUM_PICTURES = 8
 PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
 console = Console()
@@ -48,10 +48,18 @@ def parse_args() -> argparse.Namespace:
         help='MODEL:TAG of open_clip, e.g. ViT-B-16-quickgelu:openai (the default with --data), or a file in '
         "OpenAI's layout",
     )
-    parser.add_argument('--num-images', type=int, default=3000, help='how many images to draw, and a fifth for testing')
+    parser.add_argument(
+        '--full',
+        action='store_true',
+        help='fine-tune for classification, detection and segmentation too, from MILAN and from random weights',
+    )
+    parser.add_argument('--num-images', type=int, default=3000, help='how many images to draw, and a third for testing')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--epochs-scale', type=float, default=1.0, help='train this many times the default epochs')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.full and (args.data or args.teacher):
+        raise InputError("--full is for the demo's own images and CLIP; drop --data and --teacher.")
+    return args
 
 
 class ProgressHook(Hook):
@@ -72,17 +80,27 @@ class ProgressHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self.progress.stop()
 
+    def before_test(self, runner: Runner) -> None:
+        self.task = self.progress.add_task(f'{self.description}: test', total=len(runner.test_dataloader), loss='')
+        self.progress.start()
 
-def train(cfg: Config, description: str) -> tuple[nn.Module, float]:
-    """Train from a config; the model and the seconds it took."""
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        self.progress.update(self.task, completed=batch_idx + 1)
+
+    def after_test(self, runner: Runner) -> None:
+        self.progress.stop()
+
+
+def train(cfg: Config, description: str) -> tuple[Runner, float]:
+    """Train from a config; the runner and the seconds it took."""
     cfg.log_level = 'ERROR'
-    cfg.default_hooks.checkpoint.update(interval=cfg.train_cfg.max_epochs, max_keep_ckpts=1)
+    cfg.default_hooks.checkpoint.interval = -1  # the last one only
     cfg.experiment_name = f'{Path(cfg.work_dir).name}-{time.time_ns()}'
     runner = Runner.from_cfg(cfg)
     runner.register_hook(ProgressHook(description))
     start = time.time()
     runner.train()
-    return runner.model, time.time() - start
+    return runner, time.time() - start
 
 
 def work_dir(args: argparse.Namespace, stage: str) -> Path:
@@ -105,9 +123,9 @@ def train_clip(args: argparse.Namespace) -> dict:
     cfg = read_config('clip_vit-tiny-p8_scenes.py', args, 'clip')
     scenes = args.out / 'scenes'
     cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
-    model, _ = train(cfg, 'CLIP on captions')
+    runner, _ = train(cfg, 'CLIP on captions')
     path = args.out / f'clip-seed{args.seed}.pth'
-    save_checkpoint_file(model.clip.state_dict(), path)
+    save_checkpoint_file(runner.model.clip.state_dict(), path)
     return dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))
 
 
@@ -173,100 +191,83 @@ def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, flo
     return {probe: 100 * accuracy for probe, accuracy in zip(PROBES, accuracies, strict=True)}
 
 
-def read_curve(folder: Path) -> tuple[list[float], list[float]]:
-    """Epochs and losses that MMEngine's visualizer wrote in the last run of a work dir."""
-    path = max(folder.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if 'loss' in row]
-    last = rows[-1]['step']
-    return [rows[-1]['epoch'] * row['step'] / last for row in rows], [row['loss'] for row in rows]
-
-
-@torch.no_grad()
-def picture_rows(encoders: dict[str, nn.Module], dataset: Dataset) -> list[list[np.ndarray]]:
-    """Rows of the page's gallery, for images spread over the data set."""
-    milan = encoders['MILAN']
-    indices = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
-    batch = milan.data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in indices]))
-    images = batch['inputs']
-    attention = [last_attention(encoder.backbone, images) for encoder in encoders.values()]
-    rows = []
-    for i, sample in enumerate(milan.predict(images)):
-        image = to_image(images[i], milan.data_preprocessor.mean, milan.data_preprocessor.std)
-        row = [image, draw_heat(image, sample.importance, 'inferno'), draw_mask(image, sample.mask)]
-        row += [draw_heat(image, sample.patch_loss, 'Greens')]
-        rows.append(row + [draw_heat(image, maps[i], 'inferno') for maps in attention])
-    return rows
-
-
-def write_page(
-    args: argparse.Namespace, scores: dict, seconds: dict, encoders: dict[str, nn.Module], dataset: Dataset
-) -> Path:
-    """The HTML page with the table, the pictures (of images of ``dataset``) and the curves."""
-    page = Page(
-        'MILAN at work',
-        'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
-        "the CLIP's features of all of them. No label was used before the table.",
-    )
-    if scores:
-        page.heading(
-            'What the frozen encoders know',
-            'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the class token, for '
-            f'images not seen in training. Seed {args.seed}.',
-        )
-        rows = [[*row, f'{seconds[row[0]]:.0f} s' if row[0] in seconds else '–'] for row in score_rows(scores)]
-        page.table(['encoder', *PROBES, 'pretraining'], rows, best=0)
-    page.heading(
-        'What MILAN sees and predicts',
-        'The image; how important CLIP finds each patch; the patches drawn by importance, which are all that the '
-        'encoder sees; the loss of each patch (dark is high); and where the class token looks in the last block of '
-        'each encoder.',
-    )
-    header = ['image', 'importance', 'visible', 'loss', *(f'attention: {name}' for name in encoders)]
-    page.gallery(header, picture_rows(encoders, dataset))
-    page.heading('How it was learned', 'Training loss. Each measures something else, so compare shapes, not heights.')
-    stages = ['milan', 'mae'] if args.data or args.teacher else ['clip', 'milan', 'mae']
-    page.svg(draw_curves({stage.upper(): read_curve(work_dir(args, stage)) for stage in stages}, 'loss'))
-    path = args.out / 'index.html'
-    page.write(path, f'Written by tools/demo.py with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
-    return path
-
-
 def score_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
     return [[name, *(f'{score[probe]:.1f}' for probe in PROBES)] for name, score in scores.items()]
 
 
-def main() -> None:
-    args = parse_args()
-    start = time.time()
-    init_default_scope('mmpretrain')
-    if args.data:
-        teacher_cfg = given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai')
-    else:
-        write_scenes(args.out / 'scenes', args.num_images, args.num_images // 5)
-        teacher_cfg = given_teacher(args.teacher) if args.teacher else train_clip(args)
+def transfer_rows(result: Transfer) -> list[list[str]]:
+    return [[task, *(f'{score:.1f}' for score in scores.values())] for task, scores in result.scores.items()]
 
-    cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def run_transfer(args: argparse.Namespace, random: nn.Module) -> Transfer:
+    """Fine-tune for each task from random weights and from the MILAN checkpoint."""
+    path = args.out / f'random-seed{args.seed}.pth'
+    save_checkpoint_file(random.state_dict(), path)
+    starts = {'random': path, 'MILAN': Path(find_latest_checkpoint(work_dir(args, 'milan')))}
+    return transfer(starts, args.out / 'scenes', lambda name, stage: read_config(name, args, stage), train)
+
+
+def pretrain(args: argparse.Namespace, cfgs: dict[str, Config]) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """The encoder of each method and a random one, ready for evaluation, and the seconds that pretraining took."""
     encoders, seconds = {}, {}
     for method, cfg in cfgs.items():
-        encoders[method], seconds[method] = train(cfg, f'{method} pretraining')
+        runner, seconds[method] = train(cfg, f'{method} pretraining')
+        encoders[method] = runner.model
     set_random_seed(args.seed)
     encoders['random'] = MODELS.build(cfgs['MILAN'].model)
     encoders['random'].init_weights()
     for model in encoders.values():
         model.to(get_device()).eval()
+    return encoders, seconds
 
+
+def main() -> None:
+    args = parse_args()
+    start = time.time()
+    use_safe_loading()
+    init_default_scope('mmpretrain')
+    if args.data:
+        teacher_cfg = given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai')
+    else:
+        write_scenes(args.out / 'scenes', args.num_images, args.num_images // 3)
+        teacher_cfg = given_teacher(args.teacher) if args.teacher else train_clip(args)
+    cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
+    encoders, seconds = pretrain(args, cfgs)
+
+    page = Page(
+        'MILAN at work',
+        'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
+        "the CLIP's features of all of them. No label was used before the table.",
+    )
+    results = {}
     datasets = probing_datasets(cfgs['MILAN'], args)
-    scores = {name: probe(name, model, datasets) for name, model in encoders.items()} if datasets else {}
-    pictured = DATASETS.build(cfgs['MILAN'].test_dataloader.dataset)
-    page = write_page(args, scores, seconds, encoders, pictured)
-    write_text(args.out / f'results-seed{args.seed}.json', json.dumps(scores, indent=2))
-    if scores:
-        table = Table('encoder', *PROBES, title='Top-1 accuracy of the frozen class token, %')
-        for row in score_rows(scores):
-            table.add_row(*row)
-        console.print(table)
-    console.print(f'The page: {page.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
+    if datasets:
+        results = {name: probe(name, model, datasets) for name, model in encoders.items()}
+        rows = score_rows(results)
+        print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
+        times = [f'{seconds[name]:.0f} s' if name in seconds else '–' for name in results]
+        add_scores(page, ['encoder', *PROBES, 'pretraining'], [[*row, t] for row, t in zip(rows, times, strict=True)])
+    add_pictures(page, encoders, DATASETS.build(cfgs['MILAN'].test_dataloader.dataset))
+    stages = ['milan', 'mae'] if args.data or args.teacher else ['clip', 'milan', 'mae']
+    add_curves(page, {stage.upper(): work_dir(args, stage) for stage in stages})
+    if args.full:
+        transferred = run_transfer(args, encoders['random'])
+        rows = transfer_rows(transferred)
+        print_table('After fine-tuning, %', ['task', 'random', 'MILAN'], rows)
+        add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred))
+        results['transfer'] = transferred.scores
+
+    path = args.out / 'index.html'
+    page.write(path, f'Written by tools/demo.py with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
+    write_text(args.out / f'results-seed{args.seed}.json', json.dumps(results, indent=2))
+    console.print(f'The page: {path.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
 
 
 if __name__ == '__main__':

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import cv2
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from mmmilan.models.attention import class_attention
 from mmmilan.models.vit import MILANViT
@@ -78,3 +81,45 @@ def draw_curves(curves: dict[str, tuple[list[float], list[float]]], ylabel: str)
     figure.savefig(buffer, format='svg')
     text = buffer.getvalue()
     return text[text.index('<svg') :]
+
+
+def draw_labels(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The image with each pixel in the colour of its class; ``labels`` is int [H, W]."""
+    masks = torch.from_numpy(labels)[None] == torch.arange(num_classes)[:, None, None]
+    return _to_array(draw_segmentation_masks(_to_tensor(image), masks, alpha=0.7, colors=class_colours(num_classes)))
+
+
+def draw_objects(
+    image: np.ndarray, boxes: Tensor, masks: Tensor, labels: Tensor, classes: Sequence[str], zoom: int = 3
+) -> np.ndarray:
+    """The image, enlarged ``zoom`` times, with the box, the mask and the name of each object.
+
+    Args:
+        image: RGB uint8 [H, W, 3].
+        boxes: Left, top, right, bottom in pixels [K, 4].
+        masks: bool [K, H, W].
+        labels: Index of each object into ``classes`` [K].
+    """
+    enlarged = _to_tensor(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC))
+    if len(labels):
+        colours = [class_colours(len(classes))[label] for label in labels]
+        masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
+        enlarged = draw_segmentation_masks(enlarged, masks, alpha=0.5, colors=colours)
+        names = [classes[label] for label in labels]
+        font = dict(font=findfont('DejaVu Sans'), font_size=8 * zoom)  # matplotlib brings it
+        enlarged = draw_bounding_boxes(enlarged, zoom * boxes, names, colors=colours, width=2, **font)
+    return _to_array(enlarged)
+
+
+def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
+    """One RGB colour a class, of evenly spaced hues."""
+    hues = matplotlib.colormaps['hsv'](np.linspace(0, 1, num_classes, endpoint=False))
+    return [tuple(int(255 * channel) for channel in colour[:3]) for colour in hues]
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _to_array(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()

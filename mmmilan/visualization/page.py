@@ -18,7 +18,7 @@ table { border-collapse: collapse } th, td { padding: .35rem .9rem; text-align: 
 thead th { border-bottom: 2px solid #1f2937 } tbody tr { border-bottom: 1px solid #e5e7eb }
 td:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right } tr.best { font-weight: 600 }
 .gallery td { padding: 2px; text-align: center } .gallery th { font-size: .8rem; text-align: center; padding: 2px }
-.gallery tbody tr { border: 0 } .gallery img { width: 118px; display: block; image-rendering: pixelated }
+.gallery tbody tr { border: 0 } .gallery img { width: 142px; display: block; image-rendering: pixelated }
 svg { max-width: 100%; height: auto }
 """
 

@@ -1,0 +1,137 @@
+"""The last part of the demo, --full: what MILAN's encoder is worth in classification, detection and segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
+from torch.utils.data import Dataset
+
+from mmmilan.visualization.figures import draw_labels, draw_objects
+
+NUM_PICTURES = 6
+MIN_SCORE = 0.5  # of the boxes in the pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the demo: its name, its config and what it measures (name and MMEngine's key), in percent."""
+
+    name: str
+    config: str
+    metrics: dict[str, str]
+
+
+TASKS = (
+    Task('classification', 'vit-tiny-p8_finetune_scenes.py', {'top-1': 'accuracy/top1'}),
+    Task(
+        'detection',
+        'mask-rcnn_vit-tiny-p8_scenes.py',
+        {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
+    ),
+    Task('segmentation', 'upernet_vit-tiny-p8_scenes.py', {'mIoU': 'mIoU'}),
+)
+
+
+@dataclass
+class Transfer:
+    """Scores in percent, by task and metric, then by encoder; and what trained them, by task, then by encoder."""
+
+    scores: dict[str, dict[str, float]]
+    runners: dict[str, dict[str, Runner]]
+
+
+def fill_in(cfg: Config, scenes: Path, start: Path) -> Config:
+    """Give a task's config the data set and the checkpoint that it starts from."""
+    cfg.model.backbone.init_cfg.checkpoint = str(start)
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(scenes)
+    if 'ann_file' in cfg.test_evaluator:
+        cfg.test_evaluator.ann_file = str(scenes / 'annotations' / 'instances_val.json')
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None  # one evaluation, after training
+    return cfg
+
+
+def transfer(
+    starts: dict[str, Path],
+    scenes: Path,
+    read_config: Callable[[str, str], Config],
+    train: Callable[[Config, str], tuple[Runner, float]],
+) -> Transfer:
+    """Train each task from each checkpoint of ``starts``, with the same schedule, and evaluate it.
+
+    Args:
+        starts: Name and checkpoint of the encoders.
+        scenes: The data set.
+        read_config: The demo's reader of configs: file name and stage to config.
+        train: The demo's trainer: config and description to runner and seconds.
+    """
+    result = Transfer({}, {})
+    for task in TASKS:
+        result.runners[task.name] = {}
+        for name, start in starts.items():
+            cfg = fill_in(read_config(task.config, f'{task.name}-{name.lower()}'), scenes, start)
+            runner, _ = train(cfg, f'{task.name}, {name}')
+            metrics = runner.test()
+            for label, key in task.metrics.items():
+                # no AP at all is what MMDetection gives where nothing was detected
+                score = float(metrics.get(key, 0)) * (100 if key.startswith('coco') else 1)
+                result.scores.setdefault(f'{task.name}, {label}', {})[name] = score
+            result.runners[task.name][name] = runner
+    return result
+
+
+def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Header and rows of the page's gallery: images, annotated and predicted objects, annotated and predicted maps."""
+    dataset = test_set(result.runners['detection'])
+    paths = [dataset[i]['data_samples'].img_path for i in np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)]
+    header, columns = ['image'], [[mmcv.imread(path, channel_order='rgb') for path in paths]]
+    for title, task, drawn in (('objects', 'detection', drawn_objects), ('classes', 'segmentation', drawn_map)):
+        runners = result.runners[task]
+        dataset = test_set(runners)
+        index = {dataset.get_data_info(i)['img_path']: i for i in range(len(dataset))}
+        samples = [dataset[index[path]] for path in paths]
+        classes = dataset.metainfo['classes']
+        header += [f'{title}: annotated', *(f'{title}: {name}' for name in runners)]
+        columns.append([drawn(to_rgb(sample), sample['data_samples'], 'gt', classes) for sample in samples])
+        for runner in runners.values():
+            columns.append([drawn(to_rgb(sample), predict(runner, sample), 'pred', classes) for sample in samples])
+    return header, [list(row) for row in zip(*columns, strict=True)]
+
+
+def test_set(runners: dict[str, Runner]) -> Dataset:
+    return next(iter(runners.values())).test_dataloader.dataset
+
+
+def to_rgb(sample: dict) -> np.ndarray:
+    return np.ascontiguousarray(sample['inputs'].numpy()[::-1].transpose(1, 2, 0))
+
+
+@torch.no_grad()
+def predict(runner: Runner, sample: dict) -> BaseDataElement:
+    """The data sample of one image, with predictions."""
+    runner.model.eval()
+    return runner.model.test_step(dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]))[0].cpu()
+
+
+def drawn_objects(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
+    """The image with the annotated (kind 'gt') or the predicted ('pred') objects of MMDetection's data sample."""
+    objects = sample.get(f'{kind}_instances')
+    if kind == 'gt':
+        boxes, masks = objects.bboxes.tensor, torch.from_numpy(objects.masks.masks).bool()
+    else:
+        objects = objects[objects.scores > MIN_SCORE]
+        boxes, masks = objects.bboxes, objects.masks
+    return draw_objects(image, boxes, masks, objects.labels, classes)
+
+
+def drawn_map(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
+    """The image with the annotated (kind 'gt') or the predicted ('pred') label map of MMSegmentation's data sample."""
+    return draw_labels(image, sample.get(f'{kind}_sem_seg').data[0].numpy(), len(classes))
