@@ -47,6 +47,7 @@ def small(task: str, sibling: str, num_classes: int, data_root: Path, checkpoint
     cfg.train_dataloader.batch_size = 4
     cfg.param_scheduler = []
     cfg.default_hooks.logger.interval = 1
+    cfg.log_processor = dict(window_size=1, by_epoch=task == 'detection')  # each step's own loss
     cfg.default_hooks.checkpoint.interval = -1
     cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
     cfg.work_dir = str(tmp_path / 'work')

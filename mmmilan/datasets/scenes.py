@@ -19,7 +19,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -461,7 +463,7 @@ def write_image(path: Path, image: Array) -> None:
     path.write_bytes(cv2.imencode(path.suffix, image, options)[1])
 
 
-def write_split(folder: Path, split: str, num_images: int, image_size: int, seed: int) -> None:
+def write_split(pool: Executor, folder: Path, split: str, num_images: int, image_size: int, seed: int) -> None:
     coco = {
         'info': {'description': f'Scenes drawn by mmmilan, {split} split'},
         'images': [],
@@ -469,8 +471,10 @@ def write_split(folder: Path, split: str, num_images: int, image_size: int, seed
         'categories': [{'id': i, 'name': name} for i, name in enumerate(KINDS, start=1)],
     }
     rows = []
-    for index in track(range(num_images), description=f'Drawing scenes ({split})'):
-        scene, texts, image, instances = make_scene(seed, split, index, image_size)
+    scenes = pool.map(partial(make_scene, seed, split, image_size=image_size), range(num_images), chunksize=16)
+    for index, (scene, texts, image, instances) in enumerate(
+        track(scenes, total=num_images, description=f'Drawing scenes ({split})')
+    ):
         stem = f'{scene.objects[0].kind}/{index:06d}'
         write_image(folder / split / f'{stem}.jpg', image[..., ::-1])
         write_image(folder / 'semantic' / split / f'{stem}.png', semantic_map(scene, instances))
@@ -535,8 +539,9 @@ def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96,
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
             folder = Path(temporary) / root.name
-            write_split(folder, 'train', num_train, image_size, seed)
-            write_split(folder, 'val', num_val, image_size, seed)
+            with ProcessPoolExecutor() as pool:
+                write_split(pool, folder, 'train', num_train, image_size, seed)
+                write_split(pool, folder, 'val', num_val, image_size, seed)
             (folder / 'semantic' / 'classes.json').write_text(json.dumps(SEMANTIC_CLASSES))
             (folder / 'meta.json').write_text(json.dumps(meta, indent=2))
             os.replace(folder, root)
