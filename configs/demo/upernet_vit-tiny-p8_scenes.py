@@ -53,9 +53,9 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', begin=1, T_max=2, end=3, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=1, T_max=1, end=2, convert_to_iter_based=True),
 ]
-train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=3, val_interval=3)
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=2, val_interval=2)
 log_processor = dict(by_epoch=True)
 default_hooks = dict(
     logger=dict(interval=10, log_metric_by_epoch=True),
