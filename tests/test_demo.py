@@ -10,7 +10,7 @@ PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--num-images', 60, '--epochs-scale', 0.1, '--full')
+    run_tool('demo.py', '--out', out, '--num-images', 30, '--epochs-scale', 0.1, '--full')
 
     scores = json.loads((out / 'results-seed0.json').read_text())
     transfer = scores.pop('transfer')
