@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from conftest import ROOT, SHARED, read_scalars
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmmilan.datasets.scenes import write_scenes
 from mmmilan.registry import MODELS
 
 CONFIGS = ROOT / 'configs'
@@ -114,3 +118,35 @@ def test_segmentation(data, checkpoint, run_tool, tmp_path):
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=20)
     figures = train_and_test(cfg, run_tool, tmp_path, 'iter_20.pth')
     assert 0 <= figures['mIoU'] <= 100 and 0 < figures['aAcc'] <= 100
+
+
+@pytest.mark.parametrize('sibling', ['mask-rcnn_vit-tiny-p8_scenes.py', 'upernet_vit-tiny-p8_scenes.py'])
+def test_two_processes(sibling, checkpoint, tmp_path):
+    """dist_train.sh and dist_test.sh on CPU: the small siblings on a few scenes."""
+    scenes = tmp_path / 'scenes'
+    write_scenes(scenes, 10, 10)
+    cfg = Config.fromfile(CONFIGS / 'demo' / sibling)
+    cfg.model.backbone.init_cfg.checkpoint = str(checkpoint)
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0)
+        loader.dataset.data_root = str(scenes)
+    if 'ann_file' in cfg.test_evaluator:
+        cfg.test_evaluator.ann_file = str(scenes / 'annotations/instances_val.json')
+        cfg.model.test_cfg.rcnn.score_thr = 0.0
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.train_cfg.max_epochs = 1
+    cfg.param_scheduler = []
+    cfg.work_dir = str(tmp_path / 'work')
+    path = tmp_path / f'{tmp_path.name}.py'
+    cfg.dump(path)
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT='29618')
+    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+    trained = tmp_path / 'work/epoch_1.pth'
+    for command in (['dist_train.sh', path, '2'], ['dist_test.sh', path, trained, '2']):
+        script = ['bash', ROOT / 'tools' / command[0], *command[1:]]
+        result = subprocess.run(script, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert torch.load(trained, weights_only=False)['meta']['iter'] == 3  # 10 images in batches of 2 x 2
+    newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    figures = json.loads(newest.read_text())
+    assert 'coco/segm_mAP' in figures or 'mIoU' in figures

@@ -1,7 +1,9 @@
 # The demo's transfer to segmentation: a narrow UperNet on the drawn scenes, 96 x 96 pixels.
 _base_ = '../segmentation/upernet_milan_vit-base-p16_160k_ade20k-512x512.py'
 
-head = dict(num_classes=16, norm_cfg=dict(type='BN'))
+# groups of channels: the pooled map of a single image has nothing to take the statistics of a batch from
+norm_cfg = dict(_delete_=True, type='GN', num_groups=16)
+head = dict(num_classes=16, norm_cfg=norm_cfg)
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
