@@ -13,8 +13,8 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         init_cfg=dict(checkpoint='demo/milan-seed0/epoch_8.pth'),
     ),
-    decode_head=dict(in_channels=[128, 128, 128, 128], channels=64, **head),
-    auxiliary_head=dict(in_channels=128, channels=64, **head),
+    decode_head=dict(in_channels=[128, 128, 128, 128], channels=32, **head),
+    auxiliary_head=dict(in_channels=128, channels=32, **head),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
 
