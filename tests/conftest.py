@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,6 +138,18 @@ def run_tool(monkeypatch):
         runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
 
     return run
+
+
+def run_script(script: str, *args: object) -> None:
+    """Runs a shell script of tools/ in processes of its own; it must succeed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port))
+    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+    command = ['bash', ROOT / 'tools' / script, *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def read_scalars(work_dir: Path) -> list[dict]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, read_scalars
+from conftest import ROOT, SHARED, read_scalars, run_script
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmpretrain.structures import DataSample
@@ -296,12 +293,8 @@ def test_knn_on_two_processes(knn_config, raw_checkpoint, labelled_images, run_t
     """They give the votes of one process: 25 test images and 39 labelled ones, neither a multiple of two."""
     (labelled_images / 'train/class0/0.png').unlink()
     run_tool('test.py', knn_config, raw_checkpoint, '--out', tmp_path / 'one.pkl', *KNN_OPTIONS)
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT='29633')
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    script = ['bash', ROOT / 'tools/dist_test.sh', knn_config, raw_checkpoint, '2', '--work-dir', tmp_path / 'two']
-    script += ['--out', tmp_path / 'two.pkl', *KNN_OPTIONS]
-    result = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    options = ['--work-dir', tmp_path / 'two', '--out', tmp_path / 'two.pkl', *KNN_OPTIONS]
+    run_script('dist_test.sh', knn_config, raw_checkpoint, 2, *options)
     one, two = last_metrics(tmp_path / 'work'), last_metrics(tmp_path / 'two')
     assert [one[f'accuracy/top{k}'] for k in (1, 2)] == [two[f'accuracy/top{k}'] for k in (1, 2)]
     one, two = scores(tmp_path / 'one.pkl'), scores(tmp_path / 'two.pkl')

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, read_scalars
+from conftest import ROOT, SHARED, read_scalars, run_script
 from mmengine.config import Config
 from mmengine.hooks import LoggerHook
 from mmengine.logging import MessageHub
@@ -246,11 +243,7 @@ def test_fsdp(tiny_config, tmp_path, milan_cfg):
     changes = {'runner_type': cfg.runner_type, 'strategy': cfg.strategy.to_dict(), 'optim_wrapper.type': 'OptimWrapper'}
     changes['strategy']['model_wrapper']['device_id'] = 'cpu'  # MMEngine takes a GPU for granted
     changes |= {'train_cfg.max_epochs': 1, 'param_scheduler': None, 'train_dataloader.num_workers': 0}
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT='29619')
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    script = ['bash', ROOT / 'tools/dist_train.sh', tiny_config(changes), '1']
-    result = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_script('dist_train.sh', tiny_config(changes), 1)
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == 6 and losses[-1] < losses[0]
     checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)

@@ -6,12 +6,11 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_scalars
+from conftest import ROOT, read_scalars, run_script
 
 
 def used_config(work_dir: Path) -> str:
@@ -94,11 +93,7 @@ def test_test_of_what_is_not_there(tiny_config, run_tool):
 def test_dist_train(tiny_config, tmp_path):
     """Two processes on CPU train an epoch together: each sees half of the images."""
     config = tiny_config({'train_cfg.max_epochs': 1, 'param_scheduler': None})
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT='29617')
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    script = ['bash', ROOT / 'tools/dist_train.sh', config, '2', '--auto-scale-lr']
-    result = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_script('dist_train.sh', config, 2, '--auto-scale-lr')
     checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
     assert checkpoint['meta']['iter'] == 3  # 24 images in batches of 2 x 4
     assert not any(key.startswith('module.') for key in checkpoint['state_dict'])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, read_scalars
+from conftest import ROOT, SHARED, read_scalars, run_script
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -139,13 +136,9 @@ def test_two_processes(sibling, checkpoint, tmp_path):
     cfg.work_dir = str(tmp_path / 'work')
     path = tmp_path / f'{tmp_path.name}.py'
     cfg.dump(path)
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT='29618')
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
     trained = tmp_path / 'work/epoch_1.pth'
-    for command in (['dist_train.sh', path, '2'], ['dist_test.sh', path, trained, '2']):
-        script = ['bash', ROOT / 'tools' / command[0], *command[1:]]
-        result = subprocess.run(script, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    run_script('dist_train.sh', path, 2)
+    run_script('dist_test.sh', path, trained, 2)
     assert torch.load(trained, weights_only=False)['meta']['iter'] == 3  # 10 images in batches of 2 x 2
     newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     figures = json.loads(newest.read_text())

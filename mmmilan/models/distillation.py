@@ -24,7 +24,7 @@ class DistillationTarget(Target):
 
     def target(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, 1 + N, C] and importance [B, N] from the frozen teacher."""
-        return self.teacher(images)
+        return self.run_teacher(images)
 
 
 @MODELS.register_module()

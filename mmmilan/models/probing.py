@@ -51,5 +51,5 @@ class SemanticAwareViT(MILANViT):
     @torch.no_grad()
     def important_patches(self, images: Tensor) -> Tensor:
         """Indices [B, V] of the V most important patches of each image, int64."""
-        _, importance = self.target.teacher(images)
+        _, importance = self.target.run_teacher(images)
         return importance.topk(self.num_visible, dim=1).indices
