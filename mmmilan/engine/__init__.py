@@ -1,5 +1,12 @@
 from mmmilan.engine.clip_evaluation import RetrievalRecall, ZeroShotLoop
-from mmmilan.engine.hooks import ClassCountHook, CorruptImageHook, ExactLoadingHook, NonFiniteLossHook, StepSeedHook
+from mmmilan.engine.hooks import (
+    ClassCountHook,
+    CorruptImageHook,
+    ExactLoadingHook,
+    MainLoggerHook,
+    NonFiniteLossHook,
+    StepSeedHook,
+)
 from mmmilan.engine.knn import KNNLoop
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.mean_teacher import MeanTeacherHook
@@ -17,6 +24,7 @@ __all__ = [
     'ImageNetSubsetAccuracy',
     'KNNLoop',
     'LayerDecayOptimWrapperConstructor',
+    'MainLoggerHook',
     'MeanTeacherHook',
     'NonFiniteLossHook',
     'ReconstructionLoss',

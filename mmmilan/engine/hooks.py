@@ -7,8 +7,8 @@ import random
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather, get_rank
-from mmengine.hooks import Hook
+from mmengine.dist import all_gather, get_rank, master_only
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor
@@ -129,3 +129,13 @@ class ClassCountHook(Hook):
         ]
         if wrong:
             raise InputError(f'The training data has {len(classes)} classes, but {", ".join(wrong)}; make them equal.')
+
+
+@HOOKS.register_module()
+class MainLoggerHook(LoggerHook):
+    """MMEngine's ``LoggerHook``, with the figures of a test written by the main process only.
+
+    MMEngine's every process writes them to the same file, at the same time.
+    """
+
+    after_test_epoch = master_only(LoggerHook.after_test_epoch)
