@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import mmmilan.models.compilation as compilation
+from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import DeferredRuntimeInfoHook, NonFiniteLossHook
 from mmmilan.engine.distributed import wrap_blocks
 from mmmilan.engine.flops import counted_flops, peak_tflops
@@ -256,6 +257,28 @@ def test_fsdp_wraps_blocks(milan_cfg):
         model = MODELS.build(milan_cfg)
         wrapped = [module for module in model.modules() if wrap_blocks(module, False, 0)]
         assert wrapped == [*model.backbone.layers, *model.neck.decoder_blocks]
+
+
+def test_zero(tiny_config, tmp_path):
+    """Two processes that share out the optimizer's states: as one that does not, also resumed."""
+    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')
+    base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 12}
+    config = tiny_config(base)
+    zero = base | {
+        'optim_wrapper.optimizer': cfg.optim_wrapper.optimizer.to_dict(),
+        'default_hooks.checkpoint': cfg.default_hooks.checkpoint.to_dict(),
+        'work_dir': str(tmp_path / 'zero'),
+    }
+    run_script('dist_train.sh', config, 2)
+    run_script('dist_train.sh', tiny_config(zero | {'train_cfg.max_epochs': 1}), 2)
+    run_script('dist_train.sh', tiny_config(zero), 2, '--resume')
+    expected, actual = (load_checkpoint_file(tmp_path / name / 'epoch_2.pth') for name in ('work', 'zero'))
+    for name, value in expected['state_dict'].items():
+        torch.testing.assert_close(actual['state_dict'][name], value, rtol=1e-5, atol=1e-6)
+    states = expected['optimizer']['state']
+    assert set(actual['optimizer']['state']) == set(states)
+    for i, state in states.items():
+        torch.testing.assert_close(actual['optimizer']['state'][i]['exp_avg'], state['exp_avg'], rtol=1e-4, atol=1e-7)
 
 
 # -- the log

@@ -1,4 +1,5 @@
 from mmmilan.engine.clip_evaluation import RetrievalRecall, ZeroShotLoop
+from mmmilan.engine.distributed import ZeroCheckpointHook, ZeroRedundancyOptimizer
 from mmmilan.engine.hooks import (
     ClassCountHook,
     CorruptImageHook,
@@ -31,5 +32,7 @@ __all__ = [
     'RetrievalRecall',
     'StepSeedHook',
     'ThroughputHook',
+    'ZeroCheckpointHook',
+    'ZeroRedundancyOptimizer',
     'ZeroShotLoop',
 ]

@@ -1,10 +1,15 @@
-"""Several processes: without GPUs, or with one model in pieces."""
+"""Several processes: without GPUs, with one model in pieces, or with one optimizer in pieces."""
 
 from __future__ import annotations
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
+from mmengine.runner import Runner
 from torch import nn
+
+from mmmilan.registry import HOOKS, OPTIMIZERS
 
 
 def init_cpu_processes(cfg: Config) -> None:
@@ -30,3 +35,24 @@ def wrap_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool
     from mmmilan.models.decoders import PromptingBlock
 
     return recurse or isinstance(module, TransformerEncoderLayer | PromptingBlock)
+
+
+@OPTIMIZERS.register_module()
+class ZeroRedundancyOptimizer(MMEngineZeroRedundancyOptimizer):
+    """MMEngine's ZeRO, stage 1, for checkpoints of :class:`ZeroCheckpointHook`. Same arguments.
+
+    MMEngine's collects the states of all processes whenever it is asked for them, but only one process asks.
+    """
+
+    def state_dict(self) -> dict:
+        """What ``consolidate_state_dict`` collected."""
+        return super(MMEngineZeroRedundancyOptimizer, self).state_dict()
+
+
+@HOOKS.register_module()
+class ZeroCheckpointHook(CheckpointHook):
+    """MMEngine's hook, for :class:`ZeroRedundancyOptimizer`: all processes hand in their states before one saves."""
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        runner.optim_wrapper.optimizer.consolidate_state_dict()
+        super()._save_checkpoint_with_step(runner, step, meta)
