@@ -98,7 +98,7 @@ def test_weight_decay_on_weights_alone(on_meta):  # noqa: F811
     cfg = Config.fromfile(CONFIGS[BASE])
     model = build(CONFIGS[BASE])
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    decay = {id(group['params'][0]): group['weight_decay'] for group in wrapper.optimizer.param_groups}
+    decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     tokens = ('bias', 'cls_token', 'mask_token', 'positional_embedding', 'logit_scale')
     for key, parameter in model.named_parameters():

@@ -34,7 +34,8 @@ default_hooks = dict(mean_teacher=dict(type='mmmilan.MeanTeacherHook', start=0.9
 no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     type='mmmilan.BFloat16OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2),
+    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2, fused=True),
+    constructor='mmmilan.GroupingOptimWrapperConstructor',
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
