@@ -14,9 +14,10 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
 
     scores = json.loads((out / 'results-seed0.json').read_text())
     transfer = scores.pop('transfer')
+    assert 0 <= scores.pop('MaskCLIP')['zero-shot'] <= 100
     assert list(scores) == ['MILAN', 'MAE', 'random']
     assert all(0 <= score[probe] <= 100 for score in scores.values() for probe in PROBES)
-    for part in ('scenes/train', 'scenes/annotations/instances_val.json', 'clip-seed0.pth', 'milan-seed0/epoch_2.pth'):
+    for part in ('scenes/annotations/instances_val.json', 'maskclip-seed0/epoch_2.pth', 'milan-seed0/epoch_2.pth'):
         assert (out / part).exists(), part
 
     page = (out / 'index.html').read_text()

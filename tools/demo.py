@@ -1,8 +1,8 @@
-"""See MILAN at work: from captions to a CLIP, from the CLIP to a MILAN encoder, from there to a page of pictures.
+"""See MILAN at work: from captions to a MaskCLIP, from it to a MILAN encoder, from there to a page of pictures.
 
 Without options it draws its own captioned images and downloads nothing. With --data it takes your images, and a
-real CLIP (--teacher) in place of the one that it would train on captions. With --full it goes on to classification,
-detection and segmentation.
+real CLIP (--teacher) in place of the MaskCLIP that it would train on captions. With --full it goes on to
+classification, detection and segmentation.
 """
 
 from __future__ import annotations
@@ -118,17 +118,6 @@ def read_config(name: str, args: argparse.Namespace, stage: str) -> Config:
     return cfg
 
 
-def train_clip(args: argparse.Namespace) -> dict:
-    """Train the small CLIP on captions; its config as a teacher."""
-    cfg = read_config('clip_vit-tiny-p8_scenes.py', args, 'clip')
-    scenes = args.out / 'scenes'
-    cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
-    runner, _ = train(cfg, 'CLIP on captions')
-    path = args.out / f'clip-seed{args.seed}.pth'
-    save_checkpoint_file(runner.model.clip.state_dict(), path)
-    return dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))
-
-
 def given_teacher(name: str) -> dict:
     """The teacher's config for what the user gave as --teacher."""
     if Path(name).exists():
@@ -137,6 +126,27 @@ def given_teacher(name: str) -> dict:
     if not separator:
         raise InputError(f'--teacher {name} is neither a file nor MODEL:TAG of open_clip.')
     return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
+
+
+def train_maskclip(args: argparse.Namespace) -> tuple[str, float]:
+    """Train the small MaskCLIP on captions; its checkpoint and its zero-shot accuracy in percent."""
+    cfg = read_config('maskclip_vit-tiny-p8_scenes.py', args, 'maskclip')
+    scenes = args.out / 'scenes'
+    cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
+    cfg.test_dataloader.dataset.data_root = str(scenes / 'val')
+    runner, _ = train(cfg, 'MaskCLIP on captions')
+    return find_latest_checkpoint(cfg.work_dir), runner.test()['accuracy/top1']
+
+
+def make_teacher(args: argparse.Namespace) -> tuple[dict, dict[str, dict[str, float]]]:
+    """The teacher's config; and the scores of the one that is trained here, if it is, by its name."""
+    if not args.data:
+        write_scenes(args.out / 'scenes', args.num_images, args.num_images // 3)
+    if args.data or args.teacher:
+        return given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai'), {}
+    checkpoint, accuracy = train_maskclip(args)
+    console.print(f'MaskCLIP tells {accuracy:.1f} % of the test images by the names of the classes alone (zero-shot).')
+    return given_teacher(checkpoint), {'MaskCLIP': {'zero-shot': accuracy}}
 
 
 def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace) -> Config:
@@ -233,30 +243,26 @@ def main() -> None:
     start = time.time()
     use_safe_loading()
     init_default_scope('mmpretrain')
-    if args.data:
-        teacher_cfg = given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai')
-    else:
-        write_scenes(args.out / 'scenes', args.num_images, args.num_images // 3)
-        teacher_cfg = given_teacher(args.teacher) if args.teacher else train_clip(args)
+    teacher_cfg, results = make_teacher(args)
     cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
     encoders, seconds = pretrain(args, cfgs)
+    curves = {name: work_dir(args, name.lower()) for name in (*results, *METHODS)}
 
     page = Page(
         'MILAN at work',
         'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
         "the CLIP's features of all of them. No label was used before the table.",
     )
-    results = {}
     datasets = probing_datasets(cfgs['MILAN'], args)
     if datasets:
-        results = {name: probe(name, model, datasets) for name, model in encoders.items()}
-        rows = score_rows(results)
+        scores = {name: probe(name, model, datasets) for name, model in encoders.items()}
+        rows = score_rows(scores)
         print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
-        times = [f'{seconds[name]:.0f} s' if name in seconds else '–' for name in results]
+        times = [f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores]
         add_scores(page, ['encoder', *PROBES, 'pretraining'], [[*row, t] for row, t in zip(rows, times, strict=True)])
+        results |= scores
     add_pictures(page, encoders, DATASETS.build(cfgs['MILAN'].test_dataloader.dataset))
-    stages = ['milan', 'mae'] if args.data or args.teacher else ['clip', 'milan', 'mae']
-    add_curves(page, {stage.upper(): work_dir(args, stage) for stage in stages})
+    add_curves(page, curves)
     if args.full:
         transferred = run_transfer(args, encoders['random'])
         rows = transfer_rows(transferred)

@@ -13,7 +13,7 @@ model = dict(
     head=dict(feature_dim=128, num_codewords=256),
     language=dict(decoder_num_heads=2),
 )
-default_hooks = dict(logger=dict(interval=10), mean_teacher=dict(start=0.99, end=0.999))  # 5 epochs are 235 steps
+default_hooks = dict(logger=dict(interval=10), mean_teacher=dict(start=0.99, end=0.999))  # 4 epochs are 188 steps
 
 load = dict(type='mmmilan.LoadImage')
 train_dataloader = dict(
@@ -53,6 +53,6 @@ test_cfg = dict(templates=['a {}'], class_names=None)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(weight_decay=0.1))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', begin=1, T_max=4, end=5, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=1, T_max=3, end=4, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=5)
+train_cfg = dict(max_epochs=4)

@@ -1,9 +1,9 @@
-# The demo: MILAN on the drawn scenes, against the demo's own CLIP.
+# The demo: MILAN on the drawn scenes, against the demo's own MaskCLIP.
 _base_ = '../milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
 model = dict(
     backbone=dict(
-        arch=dict(_delete_=True, embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512),
+        arch=dict(_delete_=True, embed_dims=128, num_layers=4, num_heads=2, feedforward_channels=512),
         img_size=64,
         patch_size=8,
     ),
@@ -15,7 +15,7 @@ model = dict(
         decoder_num_heads=4,
         predict_feature_dim=128,
     ),
-    head=dict(teacher=dict(model=None, pretrained='demo/clip.pth')),
+    head=dict(teacher=dict(model=None, pretrained='demo/maskclip-seed0/epoch_4.pth')),
 )
 
 load = dict(type='mmmilan.LoadImage')

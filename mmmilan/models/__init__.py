@@ -1,4 +1,3 @@
-from mmmilan.models.clip import CLIP
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.distillation import CodewordTarget, FeatureTarget
@@ -12,7 +11,6 @@ from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 
 __all__ = [
-    'CLIP',
     'CLIPTarget',
     'CodewordTarget',
     'DenseViT',
