@@ -1,6 +1,6 @@
 from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSampler, TokenizeCaption
 from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadImage
-from mmmilan.datasets.random_resized_crop import LoadRandomResizedCrop
+from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     'CorruptImageError',
     'Draw',
     'ImageFolder',
+    'LoadEncodedCrop',
     'LoadImage',
     'LoadRandomResizedCrop',
     'ReproducibleSampler',

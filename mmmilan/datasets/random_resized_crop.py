@@ -77,6 +77,41 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         return next((factor for factor in REDUCED if factor <= spare), 1)
 
 
+@TRANSFORMS.register_module()
+class LoadEncodedCrop(LoadRandomResizedCrop):
+    """Read ``results['img_path']`` and draw its crop and flip, for :class:`DecodingDataPreprocessor` to carry out.
+
+    ``results['img']`` is the file itself, uint8 [length], where it is a JPEG of one or three channels that EXIF does
+    not turn; anything else is decoded, cropped and flipped at once, as by the base class. ``PackInputs`` must pass
+    on ``META_KEYS``. Same arguments and the same random numbers as :class:`LoadRandomResizedCrop`.
+    """
+
+    META_KEYS = ('img_path', 'img_shape', 'ori_shape', 'crop', 'flip')
+
+    def transform(self, results: dict) -> dict:
+        path = results['img_path']
+        content = read_bytes(path, self.backend_args)
+        if not is_plain_jpeg(content, path):
+            return super().transform(results)
+        shape = header_shape(content)
+        box = self.draw_crop(shape)
+        flip = np.random.random_sample() < self.flip_prob
+        image = np.frombuffer(bytearray(content), np.uint8)
+        results.update(img=image, img_shape=self.scale, ori_shape=shape, crop=box, flip=flip)
+        return results
+
+
+def is_plain_jpeg(content: bytes, path: str) -> bool:
+    """Whether every decoder makes the same image of a file: a complete JPEG, grey or in three colours, not turned."""
+    if content[:2] != b'\xff\xd8' or content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+        return False
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.mode in ('L', 'RGB') and image.getexif().get(ORIENTATION, 1) == 1
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return False
+
+
 def header_shape(content: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG after its EXIF rotation, without decoding it; None for anything else."""
     if content[:2] != b'\xff\xd8':

@@ -1,4 +1,5 @@
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
+from mmmilan.models.decoding import DecodingDataPreprocessor
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.distillation import CodewordTarget, FeatureTarget
 from mmmilan.models.language import MaskedLanguageModel
@@ -13,6 +14,7 @@ from mmmilan.models.vit import MILANViT
 __all__ = [
     'CLIPTarget',
     'CodewordTarget',
+    'DecodingDataPreprocessor',
     'DenseViT',
     'FeatureTarget',
     'LinearProjection',
