@@ -30,6 +30,7 @@ def error_of_training(scenes, run_tool, tmp_path):
         cfg = Config.fromfile(ROOT / 'configs/demo' / TASKS[task][0])
         cfg.model.backbone.init_cfg = None
         cfg.train_dataloader.batch_size = 2
+        cfg.train_dataloader.dataset.indices = None
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             loader.num_workers = 0
             loader.dataset.data_root = str(scenes)

@@ -31,7 +31,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def small(task: str, sibling: str, num_classes: int, data_root: Path, checkpoint: Path, tmp_path: Path) -> Config:
-    """A config of the paper's size with the model of its small sibling, for images of 96 pixels."""
+    """A config of the paper's size with the model of its small sibling, for images of 64 pixels."""
     if not data_root.is_dir():
         pytest.skip(f'{data_root} is missing')
     (base,) = [path for path in (CONFIGS / task).glob('*vit-base*') if '1x' in path.stem or '160k' in path.stem]
@@ -70,13 +70,13 @@ def train_and_test(cfg: Config, run_tool, tmp_path: Path, checkpoint: str) -> di
 def test_detection_on_coco128(checkpoint, run_tool, tmp_path):
     init_default_scope('mmdet')
     cfg = small('detection', 'mask-rcnn_vit-tiny-p8_scenes.py', 80, COCO128, checkpoint, tmp_path)
-    cfg.train_dataloader.dataset.pipeline[3].update(scale=(96, 96), ratio_range=(0.8, 1.2))
-    cfg.train_dataloader.dataset.pipeline[4].crop_size = (96, 96)
+    cfg.train_dataloader.dataset.pipeline[3].update(scale=(64, 64), ratio_range=(0.8, 1.2))
+    cfg.train_dataloader.dataset.pipeline[4].crop_size = (64, 64)
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.model.test_cfg.rcnn.score_thr = 0.0  # so that there is something to evaluate after so few steps
     cfg.test_dataloader.dataset.update(indices=10)
-    cfg.test_dataloader.dataset.pipeline[1].scale = (96, 96)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (64, 64)
     cfg.test_evaluator.ann_file = str(COCO128 / 'annotations/instances_val2017.json')
     figures = train_and_test(cfg, run_tool, tmp_path, 'epoch_1.pth')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
@@ -106,9 +106,9 @@ def test_segmentation(data, checkpoint, run_tool, tmp_path):
     else:
         for name in ('train_dataloader', 'test_dataloader'):
             cfg[name].dataset.data_prefix = dict(img_path='images/validation', seg_map_path='annotations/validation')
-    cfg.train_dataloader.dataset.pipeline[2].scale = (384, 96)
-    cfg.train_dataloader.dataset.pipeline[3].crop_size = (96, 96)
-    cfg.test_dataloader.dataset.pipeline[1].scale = (384, 96)
+    cfg.train_dataloader.dataset.pipeline[2].scale = (256, 64)
+    cfg.train_dataloader.dataset.pipeline[3].crop_size = (64, 64)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (256, 64)
     cfg.train_dataloader.dataset.indices = 4 if data == 'coco128' else None  # a few can be learned in a few steps
     cfg.test_dataloader.dataset.indices = 3
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
@@ -126,7 +126,7 @@ def test_two_processes(sibling, checkpoint, tmp_path):
     cfg.model.backbone.init_cfg.checkpoint = str(checkpoint)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0)
-        loader.dataset.data_root = str(scenes)
+        loader.dataset.update(data_root=str(scenes), indices=None)
     if 'ann_file' in cfg.test_evaluator:
         cfg.test_evaluator.ann_file = str(scenes / 'annotations/instances_val.json')
         cfg.model.test_cfg.rcnn.score_thr = 0.0

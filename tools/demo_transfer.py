@@ -51,6 +51,8 @@ class Transfer:
 def fill_in(cfg: Config, scenes: Path, start: Path) -> Config:
     """Give a task's config the data set and the checkpoint that it starts from."""
     cfg.model.backbone.init_cfg.checkpoint = str(start)
+    num_images = len(list((scenes / 'train').glob('*/*.jpg')))
+    cfg.train_dataloader.dataset.indices = [i for i in cfg.train_dataloader.dataset.indices if i < num_images]
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(scenes)
     if 'ann_file' in cfg.test_evaluator:
@@ -92,7 +94,8 @@ def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray
     """Header and rows of the page's gallery: images, annotated and predicted objects, annotated and predicted maps."""
     dataset = test_set(result.runners['detection'])
     paths = [dataset[i]['data_samples'].img_path for i in np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)]
-    header, columns = ['image'], [[mmcv.imread(path, channel_order='rgb') for path in paths]]
+    images = [mmcv.imread(path, channel_order='rgb') for path in paths]
+    header, columns = ['image'], [images]
     for title, task, drawn in (('objects', 'detection', drawn_objects), ('classes', 'segmentation', drawn_map)):
         runners = result.runners[task]
         dataset = test_set(runners)
@@ -100,9 +103,10 @@ def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray
         samples = [dataset[index[path]] for path in paths]
         classes = dataset.metainfo['classes']
         header += [f'{title}: annotated', *(f'{title}: {name}' for name in runners)]
-        columns.append([drawn(to_rgb(sample), sample['data_samples'], 'gt', classes) for sample in samples])
-        for runner in runners.values():
-            columns.append([drawn(to_rgb(sample), predict(runner, sample), 'pred', classes) for sample in samples])
+        truths = [sample['data_samples'] for sample in samples]
+        predictions = [[predict(runner, sample) for sample in samples] for runner in runners.values()]
+        for kind, results in zip(('gt', *('pred',) * len(runners)), (truths, *predictions), strict=True):
+            columns.append([drawn(*pair, kind, classes) for pair in zip(images, results, strict=True)])
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -110,13 +114,9 @@ def test_set(runners: dict[str, Runner]) -> Dataset:
     return next(iter(runners.values())).test_dataloader.dataset
 
 
-def to_rgb(sample: dict) -> np.ndarray:
-    return np.ascontiguousarray(sample['inputs'].numpy()[::-1].transpose(1, 2, 0))
-
-
 @torch.no_grad()
 def predict(runner: Runner, sample: dict) -> BaseDataElement:
-    """The data sample of one image, with predictions."""
+    """The data sample of one image, with predictions in pixels of the file."""
     runner.model.eval()
     return runner.model.test_step(dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]))[0].cpu()
 
