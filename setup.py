@@ -48,6 +48,6 @@ setup(
     ],
     extras_require={
         'dense': ['onedl-mmcv>=2.3', 'onedl-mmdetection>=3.5', 'onedl-mmsegmentation>=1.4'],
-        'test': ['pytest', 'ruff', 'transformers<5', 'tensorboard', 'lmdb'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'transformers<5', 'tensorboard', 'lmdb'],
     },
 )

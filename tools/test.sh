@@ -3,4 +3,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 ruff check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"  # two at a time, as they use one core each
