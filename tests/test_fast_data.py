@@ -288,9 +288,9 @@ def test_decoding_in_the_preprocessor(write_jpeg, tmp_path):
 def test_a_file_that_does_not_decode_in_the_preprocessor(write_jpeg):
     path = Path(write_jpeg(300, 240))
     path.write_bytes(path.read_bytes().replace(b'\xff\xdb', b'\xff\xef'))  # no tables of quantisation
-    results = LoadEncodedCrop(64)(dict(img_path=str(path)))
-    batch = pseudo_collate([PackInputs(meta_keys=LoadEncodedCrop.META_KEYS)(results)])
-    with pytest.raises(InputError, match=f'does not decode .*{path}'):
+    pack, load = PackInputs(meta_keys=LoadEncodedCrop.META_KEYS), LoadEncodedCrop(64)
+    batch = pseudo_collate([pack(load(dict(img_path=str(path)))) for path in (write_jpeg(120, 90), path)])
+    with pytest.raises(InputError, match=f'{path} does not decode'):
         MODELS.build(dict(type='mmmilan.DecodingDataPreprocessor'))(batch)
 
 

@@ -28,25 +28,25 @@ class DecodingDataPreprocessor(SelfSupDataPreprocessor):
         Raises:
             InputError: if a file does not decode.
         """
-        samples = data['data_samples']
-        encoded = [i for i, image in enumerate(data['inputs']) if image.ndim == 1]
-        images = dict(zip(encoded, self.decode([data['inputs'][i] for i in encoded], samples), strict=True))
-        inputs = [
-            cut(images[i], samples[i]) if i in images else image.to(self.device)
-            for i, image in enumerate(data['inputs'])
-        ]
-        return super().forward(dict(inputs=torch.stack(inputs), data_samples=samples), training)
+        inputs, samples = data['inputs'], data['data_samples']
+        encoded = [i for i, image in enumerate(inputs) if image.ndim == 1]
+        decoded = self.decode([inputs[i] for i in encoded], [samples[i].img_path for i in encoded])
+        images = [image.to(self.device) for image in inputs]
+        for i, image in zip(encoded, decoded, strict=True):
+            images[i] = cut(image, samples[i])
+        return super().forward(dict(inputs=torch.stack(images), data_samples=samples), training)
 
-    def decode(self, files: list[Tensor], samples: list[DataSample]) -> list[Tensor]:
+    def decode(self, files: list[Tensor], paths: list[str]) -> list[Tensor]:
         """JPEG files, uint8 [length], as images in BGR, uint8 [3, H, W], on the device."""
-        if not files:
-            return []
         try:
-            images = decode_jpeg(files, ImageReadMode.RGB, self.device)
-        except RuntimeError as error:
-            names = ', '.join(sample.img_path for sample in samples)
-            raise InputError(f'One of these images does not decode ({error}); replace or remove it: {names}') from error
-        return [image.flip(0) for image in images]
+            return [image.flip(0) for image in decode_jpeg(files, ImageReadMode.RGB, self.device)] if files else []
+        except RuntimeError:  # which does not say whose fault it is
+            for file, path in zip(files, paths, strict=True):
+                try:
+                    decode_jpeg(file, ImageReadMode.RGB, self.device)
+                except RuntimeError as error:
+                    raise InputError(f'{path} does not decode as an image ({error}); replace or remove it.') from error
+            raise
 
 
 def cut(image: Tensor, sample: DataSample) -> Tensor:
