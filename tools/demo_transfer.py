@@ -51,9 +51,10 @@ class Transfer:
 def fill_in(cfg: Config, scenes: Path, start: Path) -> Config:
     """Give a task's config the data set and the checkpoint that it starts from."""
     cfg.model.backbone.init_cfg.checkpoint = str(start)
-    num_images = len(list((scenes / 'train').glob('*/*.jpg')))
-    cfg.train_dataloader.dataset.indices = [i for i in cfg.train_dataloader.dataset.indices if i < num_images]
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+    train, num_images = cfg.train_dataloader, len(list((scenes / 'train').glob('*/*.jpg')))
+    train.dataset.indices = [i for i in train.dataset.indices if i < num_images]
+    train.batch_size = min(train.batch_size, len(train.dataset.indices))
+    for loader in (train, cfg.test_dataloader):
         loader.dataset.data_root = str(scenes)
     if 'ann_file' in cfg.test_evaluator:
         cfg.test_evaluator.ann_file = str(scenes / 'annotations' / 'instances_val.json')

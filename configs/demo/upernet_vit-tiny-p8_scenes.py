@@ -1,9 +1,7 @@
 # The demo's transfer to segmentation: a narrow UperNet on a ninth of the drawn scenes, 64 x 64 pixels.
 _base_ = '../segmentation/upernet_milan_vit-base-p16_160k_ade20k-512x512.py'
 
-# groups of channels: the pooled map of a single image has nothing to take the statistics of a batch from
-norm_cfg = dict(_delete_=True, type='GN', num_groups=4)
-head = dict(num_classes=16, norm_cfg=norm_cfg)
+head = dict(num_classes=16, norm_cfg=dict(type='BN'))  # SyncBN needs GPUs
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
     backbone=dict(
@@ -33,7 +31,8 @@ resize = dict(type='Resize', scale=(64, 64))
 flip = dict(type='RandomFlip', prob=0.5)
 train_dataloader = dict(
     batch_size=8,
-    sampler=dict(type='DefaultSampler'),
+    drop_last=True,  # a single image, pooled to one pixel, has no statistics
+    sampler=dict(type='DefaultSampler', shuffle=True),
     num_workers=1,
     persistent_workers=False,
     dataset=dict(
