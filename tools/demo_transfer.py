@@ -104,10 +104,10 @@ def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray
         samples = [dataset[index[path]] for path in paths]
         classes = dataset.metainfo['classes']
         header += [f'{title}: annotated', *(f'{title}: {name}' for name in runners)]
-        truths = [sample['data_samples'] for sample in samples]
-        predictions = [[predict(runner, sample) for sample in samples] for runner in runners.values()]
-        for kind, results in zip(('gt', *('pred',) * len(runners)), (truths, *predictions), strict=True):
-            columns.append([drawn(*pair, kind, classes) for pair in zip(images, results, strict=True)])
+        pairs = list(zip(images, samples, strict=True))
+        columns.append([drawn(image, sample['data_samples'], 'gt', classes) for image, sample in pairs])
+        for runner in runners.values():
+            columns.append([drawn(image, predict(runner, sample), 'pred', classes) for image, sample in pairs])
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -71,6 +71,11 @@ def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
     return content
 
 
+def is_truncated_jpeg(content: bytes) -> bool:
+    """Whether a file is a JPEG whose last scan has no end."""
+    return content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
+
+
 def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
     """An image file as BGR uint8 [H, W, 3], turned as its EXIF orientation says.
 
@@ -82,7 +87,7 @@ def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
     Raises:
         CorruptImageError: if it does not decode, or is a JPEG that ends too early.
     """
-    if content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
+    if is_truncated_jpeg(content):
         raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
     image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
     if image is None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
 from PIL import Image, UnidentifiedImageError
 
-from mmmilan.datasets.image_folder import decode, read_bytes
+from mmmilan.datasets.image_folder import decode, is_truncated_jpeg, read_bytes
 from mmmilan.registry import TRANSFORMS
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
@@ -51,9 +51,11 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         self.backend_args = backend_args
 
     def transform(self, results: dict) -> dict:
-        path = results['img_path']
-        content = read_bytes(path, self.backend_args)
-        shape = header_shape(content)
+        return self.load(results, read_bytes(results['img_path'], self.backend_args))
+
+    def load(self, results: dict, content: bytes) -> dict:
+        """Decode, crop, resize and flip the file that was read."""
+        path, shape = results['img_path'], header_shape(content)
         if shape is None:
             image = decode(content, path)
             shape, factor = image.shape[:2], 1
@@ -89,11 +91,10 @@ class LoadEncodedCrop(LoadRandomResizedCrop):
     META_KEYS = ('img_path', 'img_shape', 'ori_shape', 'crop', 'flip')
 
     def transform(self, results: dict) -> dict:
-        path = results['img_path']
-        content = read_bytes(path, self.backend_args)
-        if not is_plain_jpeg(content, path):
-            return super().transform(results)
-        shape = header_shape(content)
+        content = read_bytes(results['img_path'], self.backend_args)
+        shape = plain_jpeg_shape(content)
+        if shape is None:
+            return self.load(results, content)
         box = self.draw_crop(shape)
         flip = np.random.random_sample() < self.flip_prob
         image = np.frombuffer(bytearray(content), np.uint8)
@@ -101,15 +102,16 @@ class LoadEncodedCrop(LoadRandomResizedCrop):
         return results
 
 
-def is_plain_jpeg(content: bytes, path: str) -> bool:
-    """Whether every decoder makes the same image of a file: a complete JPEG, grey or in three colours, not turned."""
-    if content[:2] != b'\xff\xd8' or content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda'):
-        return False
+def plain_jpeg_shape(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a complete JPEG, grey or in three colours, not turned by EXIF; None for anything else."""
+    if content[:2] != b'\xff\xd8' or is_truncated_jpeg(content):
+        return None
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.mode in ('L', 'RGB') and image.getexif().get(ORIENTATION, 1) == 1
+            plain = image.mode in ('L', 'RGB') and image.getexif().get(ORIENTATION, 1) == 1
+            return image.size[::-1] if plain else None
     except (UnidentifiedImageError, OSError, SyntaxError):
-        return False
+        return None  # decoding it will say what is wrong
 
 
 def header_shape(content: bytes) -> tuple[int, int] | None:

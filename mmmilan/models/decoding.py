@@ -31,9 +31,8 @@ class DecodingDataPreprocessor(SelfSupDataPreprocessor):
         inputs, samples = data['inputs'], data['data_samples']
         encoded = [i for i, image in enumerate(inputs) if image.ndim == 1]
         decoded = self.decode([inputs[i] for i in encoded], [samples[i].img_path for i in encoded])
-        images = [image.to(self.device) for image in inputs]
-        for i, image in zip(encoded, decoded, strict=True):
-            images[i] = cut(image, samples[i])
+        cropped = {i: cut(image, samples[i]) for i, image in zip(encoded, decoded, strict=True)}
+        images = [cropped[i] if i in cropped else image.to(self.device) for i, image in enumerate(inputs)]
         return super().forward(dict(inputs=torch.stack(images), data_samples=samples), training)
 
     def decode(self, files: list[Tensor], paths: list[str]) -> list[Tensor]:
