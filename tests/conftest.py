@@ -41,6 +41,12 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Train in bfloat16 where it is asked for, on processors that only emulate it too."""
+    monkeypatch.setattr('mmmilan.engine.optim.computes_in_bfloat16', lambda device: True)
+
+
 @pytest.fixture(scope='session')
 def official():
     """What the published code computed, see tests/data/README.md."""

@@ -136,7 +136,7 @@ def test_contrastive_loss_in_16_bits(cfg):
         assert maskclip.contrastive_loss(image, text, torch.tensor(100.0)) == expected
 
 
-def test_training_in_bfloat16(cfg):
+def test_training_in_bfloat16(cfg, bfloat16):
     """Towers and decoders compute in 16 bits; losses, embeddings and what is averaged stay in 32."""
     model = build(cfg)
     FixedDraws(model, 0)

@@ -64,6 +64,8 @@ def test_benchmark(run_tool, tmp_path, command, options, parts):
         assert figures['gflops_per_image'] > 0
         low, high = figures['ms']['quartiles']
         assert low <= figures['ms']['median'] <= high
+    if '--dtype' in options:
+        assert [figures['precision'] for figures in others] == ['bfloat16', 'float32']
     if '--peak-tflops' in options:
         assert ours['mfu'] == pytest.approx(ours['gflops_per_image'] * ours['images_per_s'] / 1000)
 
@@ -171,12 +173,41 @@ def test_compiled_gives_the_same(milan_cfg):
     """All of ``torch.compile`` but the generation of code, which takes minutes here."""
     milan_cfg['backbone']['arch']['num_layers'] = milan_cfg['neck']['decoder_depth'] = 1
     expected = step(milan_cfg)
-    actual = step(milan_cfg | dict(compile=dict(backend='aot_eager')))
+    actual = step(milan_cfg | dict(compile=dict(backend='aot_eager_decomp_partition')))
     assert_same(actual, expected)
     model, plain = actual[0], expected[0]
     for part in (model.backbone, model.neck, model.head.teacher):
         assert hasattr(part.forward, '_torchdynamo_orig_callable')
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def kept_for_backward(cfg: dict) -> tuple[int, int]:
+    """Bytes of activations that a forward pass on 64 images keeps, and FLOPs of the backward pass's matrix products."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(torch.randn(64, 3, 64, 64))['loss']
+    with counted_flops() as counter:
+        loss.backward()
+    return sum(kept.values()), counter.get_flop_counts()['Global'][torch.ops.aten.mm]
+
+
+def test_compiled_keeps_less_for_the_backward_pass(milan_cfg):
+    """Norms and GELUs are computed again, products of matrices are not."""
+    kept, flops = kept_for_backward(milan_cfg)
+    milan_cfg['compile'] = dict(backend='aot_eager_decomp_partition')
+    kept_compiled, flops_compiled = kept_for_backward(milan_cfg)
+    assert kept_compiled < 0.75 * kept
+    assert flops_compiled == flops
 
 
 def test_no_compiler(milan_cfg, monkeypatch, log):

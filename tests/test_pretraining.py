@@ -236,7 +236,7 @@ def train(cfg: dict, wrapper: type[OptimWrapper], steps: int) -> tuple[list[floa
     return [model.train_step(data, wrapper)['loss'].item() for _ in range(steps)], model
 
 
-def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg):
+def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg, bfloat16):
     expected, _ = train(milan_cfg, OptimWrapper, steps=40)
     losses, model = train(milan_cfg, BFloat16OptimWrapper, steps=40)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -245,7 +245,7 @@ def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg):
     assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 0.01
 
 
-def test_bfloat16_is_that_of_student_and_teacher(milan_cfg):
+def test_bfloat16_is_that_of_student_and_teacher(milan_cfg, bfloat16):
     model = build(milan_cfg)
     wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
     seen = {}
@@ -258,3 +258,11 @@ def test_bfloat16_is_that_of_student_and_teacher(milan_cfg):
         loss = model.loss(images, samples)['loss']
     assert len(seen) == 3 and set(seen.values()) == {torch.bfloat16}
     assert loss.dtype == torch.float32
+
+
+def test_float32_where_bfloat16_is_emulated(milan_cfg, monkeypatch, log):
+    monkeypatch.setattr('mmmilan.engine.optim.computes_in_bfloat16', lambda device: False)
+    expected, _ = train(milan_cfg, OptimWrapper, steps=2)
+    losses, _ = train(milan_cfg, BFloat16OptimWrapper, steps=2)
+    assert losses == expected
+    assert 'This processor has no bfloat16 arithmetic' in log.text

@@ -23,7 +23,7 @@ def used_config(work_dir: Path) -> str:
 FLOAT32 = {'optim_wrapper.type': 'OptimWrapper', 'train_cfg.max_epochs': 1}
 
 
-def test_amp(tiny_config, run_tool, tmp_path):
+def test_amp(tiny_config, run_tool, tmp_path, bfloat16):
     """bfloat16 where the config has float32; a config that has chosen its precision keeps it."""
     run_tool('train.py', tiny_config(FLOAT32), '--work-dir', tmp_path / 'float32')
     run_tool('train.py', tiny_config(FLOAT32), '--work-dir', tmp_path / 'amp', '--amp')

@@ -38,6 +38,7 @@ DEFAULTS = dict(
 )
 # what the table calls a figure of the JSON file
 ROWS = {
+    'precision': 'precision',
     'GFLOP/image': 'gflops_per_image',
     'MFU': 'mfu',
     'peak memory, MB': 'peak_memory_mb',

@@ -118,7 +118,10 @@ def step(args: argparse.Namespace) -> Iterator[Contestant]:
         model, cfg = milan_models(args, ours)
         cfg.optim_wrapper.type = wrapper_of[dtype]
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-        yield Contestant(name, partial(training_step, model, wrapper, images), args.batch_size)
+        if dtype == torch.bfloat16 and not ours:
+            wrapper.enabled = True  # also on a CPU without bfloat16, where mmmilan's takes float32
+        extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
+        yield Contestant(name, partial(training_step, model, wrapper, images), args.batch_size, extra=extra)
 
 
 def teacher(args: argparse.Namespace) -> Iterator[Contestant]:

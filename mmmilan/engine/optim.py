@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Whether a device has products in bfloat16; a CPU without them emulates them, up to a hundred times slower."""
+    return device != 'cpu' or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -18,12 +25,20 @@ class BFloat16OptimWrapper(OptimWrapper):
     """Mixed precision in bfloat16 on GPU or CPU.
 
     The range of bfloat16 is that of float32, so there is no loss scaling and no skipped step. For GPUs without
-    it use MMEngine's ``AmpOptimWrapper``. Arguments of ``OptimWrapper``.
+    it use MMEngine's ``AmpOptimWrapper``. A CPU without it trains in float32, with a warning. Arguments of
+    ``OptimWrapper``.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.enabled = computes_in_bfloat16(get_device())
+        if not self.enabled:
+            message = 'This processor has no bfloat16 arithmetic and would be far slower with it; training in float32.'
+            print_log(message, logger='current', level=logging.WARNING)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
+        with super().optim_context(model), torch.autocast(get_device(), torch.bfloat16, enabled=self.enabled):
             yield
 
 
