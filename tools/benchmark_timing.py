@@ -36,7 +36,7 @@ class Contestant:
 
 @dataclass
 class Result:
-    """Seconds of each round; of each part, in rounds of their own; FLOPs of a round; bytes on a GPU."""
+    """Seconds of each round and of its parts; FLOPs of a round; bytes on a GPU."""
 
     images: int
     extra: dict
@@ -94,18 +94,19 @@ def compete(contestants: Iterable[Contestant], args: argparse.Namespace) -> dict
 
 
 def time_round(contestant: Contestant, result: Result, device: torch.device) -> None:
-    """Time one round as a whole, and another one by its parts, whose laps a GPU's queue has to wait for."""
-    if device.type == 'cuda':
+    """Time one round. On a GPU its parts get a round of their own, as its queue has to be waited for after each."""
+    on_gpu = device.type == 'cuda'
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     others = allocated(device) - result.resident
     watch = Stopwatch(device)
-    contestant.run(no_lap)
-    watch('whole')
-    result.seconds.append(watch.laps['whole'])
-    if device.type == 'cuda':
+    start = watch.last
+    contestant.run(no_lap if on_gpu else watch)
+    result.seconds.append(watch.now() - start)
+    if on_gpu:
         result.peak_memory = torch.cuda.max_memory_allocated(device) - others
-    watch = Stopwatch(device)
-    contestant.run(watch)
+        watch = Stopwatch(device)
+        contestant.run(watch)
     for part, seconds in watch.laps.items():
         result.parts.setdefault(part, []).append(seconds)
 
