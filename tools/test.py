@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
 from mmmilan.engine import ExactLoadingHook
-from mmmilan.engine.distributed import init_cpu_processes
+from mmmilan.engine.distributed import end_processes, init_cpu_processes
 from mmmilan.errors import InputError, reported
 
 
@@ -48,6 +48,7 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()
+    end_processes()
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from mmmilan.checkpoints.io import use_safe_loading
 from mmmilan.engine import ExactLoadingHook
-from mmmilan.engine.distributed import init_cpu_processes
+from mmmilan.engine.distributed import end_processes, init_cpu_processes
 from mmmilan.errors import InputError, reported
 
 
@@ -92,6 +92,7 @@ def main() -> None:
     runner.register_hook(ExactLoadingHook())
     check_not_empty(runner)
     runner.train()
+    end_processes()
 
 
 if __name__ == '__main__':

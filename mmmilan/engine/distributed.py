@@ -28,6 +28,13 @@ def init_cpu_processes(cfg: Config) -> None:
     )
 
 
+def end_processes() -> None:
+    """Let all processes leave together: one that is gone early takes connections with it that others may still use."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def wrap_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """FSDP's ``auto_wrap_policy``: every transformer block is gathered and released on its own, all else at once."""
     from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
