@@ -181,6 +181,18 @@ def test_compiled_gives_the_same(milan_cfg):
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_compiled_parts_are_one_step(milan_cfg, monkeypatch):
+    """CUDA graphs are told where a step begins, or the decoder would overwrite the teacher's features."""
+    calls = []
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: calls.append('begin'))
+    model = MODELS.build(milan_cfg | dict(compile=dict(backend='eager')))
+    for part in (model.backbone, model.neck, model.head.teacher):
+        part.register_forward_hook(lambda part, *_: calls.append(type(part).__name__))
+    for _ in range(2):
+        model.loss(torch.randn(2, 3, 64, 64))
+    assert calls == ['begin', 'OpenCLIPTeacher', 'MILANViT', 'PromptingDecoder'] * 2
+
+
 def kept_for_backward(cfg: dict) -> tuple[int, int]:
     """Bytes of activations that a forward pass on 64 images keeps, and FLOPs of the backward pass's matrix products."""
     torch.manual_seed(0)

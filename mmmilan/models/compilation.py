@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch._functorch.config
@@ -15,11 +15,11 @@ from torch import nn
 ACTIVATION_MEMORY_BUDGET = 0.8
 
 
-def compile_forward(modules: Iterable[nn.Module], device: torch.device, **options) -> None:
+def compile_forward(modules: Sequence[nn.Module], device: torch.device, **options) -> None:
     """Compile the ``forward`` of modules for fixed shapes, or leave them as they are, with a warning.
 
     Args:
-        modules: Their state dicts and hooks stay as they are.
+        modules: In the order in which a step runs them. Their state dicts stay as they are.
         device: Where they will run.
         options: Of ``torch.compile``; ``mode='max-autotune'`` searches the fastest kernels and uses CUDA graphs.
     """
@@ -30,5 +30,7 @@ def compile_forward(modules: Iterable[nn.Module], device: torch.device, **option
         print_log(f'Not compiled, the model runs as it is: {reason}', logger='current', level=logging.WARNING)
         return
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # for all that is compiled from now on
+    # or CUDA graphs would take each module for a step of its own, and its outputs for free when the next one runs
+    modules[0].register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=False, **options)

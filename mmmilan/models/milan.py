@@ -89,7 +89,7 @@ class MILAN(BaseModel):
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
         if self.compile_options is not None:
-            parts = [self.backbone, self.neck, self.head.teacher]
+            parts = [self.head.teacher, self.backbone, self.neck]
             compile_forward([part for part in parts if part is not None], inputs.device, **self.compile_options)
             self.compile_options = None
         return dict(loss=self.reconstruct(inputs, data_samples).loss)
