@@ -302,18 +302,23 @@ def test_fsdp_wraps_blocks(milan_cfg):
         assert wrapped == [*model.backbone.layers, *model.neck.decoder_blocks]
 
 
-@pytest.mark.skipif(not os.environ.get('MMMILAN_TEST_SLOW'), reason='set MMMILAN_TEST_SLOW=1 to train for a minute')
-def test_zero(tiny_config, tmp_path):
-    """Two processes that share out the optimizer's states go on where a plain run was, and end where it ends."""
+SLOW = pytest.mark.skipif(
+    not os.environ.get('MMMILAN_TEST_SLOW'), reason='set MMMILAN_TEST_SLOW=1 to train for a minute'
+)
+
+
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=SLOW)])
+def test_zero(tiny_config, tmp_path, processes):
+    """Processes that share out the optimizer's states go on where a plain run was, and end where it ends."""
     cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')
-    base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 12}
-    run_script('dist_train.sh', tiny_config(base), 2)
+    base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 24 // processes}
+    run_script('dist_train.sh', tiny_config(base), processes)
     zero = base | {
         'optim_wrapper.optimizer': cfg.optim_wrapper.optimizer.to_dict(),
         'default_hooks.checkpoint': cfg.default_hooks.checkpoint.to_dict(),
         'work_dir': str(tmp_path / 'zero'),
     }
-    run_script('dist_train.sh', tiny_config(zero), 2, '--resume', tmp_path / 'work/epoch_1.pth')
+    run_script('dist_train.sh', tiny_config(zero), processes, '--resume', tmp_path / 'work/epoch_1.pth')
     expected, actual = (load_checkpoint_file(tmp_path / name / 'epoch_2.pth') for name in ('work', 'zero'))
     for name, value in expected['state_dict'].items():
         torch.testing.assert_close(actual['state_dict'][name], value, rtol=1e-5, atol=1e-6)
