@@ -4,8 +4,8 @@
 # .venv in the checkout. mmcv's operators are compiled once for a given torch and Python; the wheel is kept in
 # ${XDG_CACHE_HOME:-~/.cache}/mmmilan/wheels for the next environment.
 set -euo pipefail
-# Threads that wait for work spin for some 20 microseconds, then sleep. Asleep at once, small models train at 0.6 times
-# the speed; spinning on, which is the default, takes the cores from the data workers.
+# Threads that wait for work spin for a moment, then sleep. Asleep at once, small models train at 0.6 times the speed;
+# spinning on, which is the default, takes the cores from the data workers.
 export GOMP_SPINCOUNT=10000
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

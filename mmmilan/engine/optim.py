@@ -16,7 +16,7 @@ from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Whether a device has products in bfloat16; a CPU without them emulates them, up to a hundred times slower."""
+    """Whether a device has products in bfloat16; a CPU without them emulates them, some twenty times slower."""
     return device != 'cpu' or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
