@@ -88,14 +88,12 @@ class WindowAttention(MultiheadAttention):
         shape = tuple(2 * side - 1 for side in size)
         if tuple(table.shape[1:]) != shape:
             table = F.interpolate(table[None], size=shape, mode='bicubic', align_corners=False)[0]
-        rows, columns = (torch.arange(side, device=table.device) for side in size)
-        rows = rows[:, None] - rows + size[0] - 1
-        columns = columns[:, None] - columns + size[1] - 1
-        bias = F.pad(table[:, rows[:, None, :, None], columns[:, None]].flatten(3, 4).flatten(1, 2), (1, 0, 1, 0))
-        bias[:, 0, 1:] = self.rel_pos_cls[:, 0, None]
-        bias[:, 1:, 0] = self.rel_pos_cls[:, 1, None]
-        bias[:, 0, 0] = self.rel_pos_cls[:, 2]
-        return bias
+        # a query in row i sees the rows i to i + h - 1 of the table, for the keys from the last row to the first
+        bias = table.unfold(1, size[0], 1).unfold(2, size[1], 1).flip(3, 4).flatten(3, 4).flatten(1, 2)
+        cls_to_patch, patch_to_cls, cls_to_cls = self.rel_pos_cls[:, None].split(1, dim=2)
+        cls_row = torch.cat([cls_to_cls, cls_to_patch.expand(-1, -1, bias.shape[1])], dim=2)
+        bias = torch.cat([patch_to_cls.expand(-1, bias.shape[1], -1), bias], dim=2)
+        return torch.cat([cls_row, bias], dim=1)
 
 
 @MODELS.register_module()
