@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import barrier, is_distributed
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
 from mmengine.runner import Runner
@@ -30,8 +31,8 @@ def init_cpu_processes(cfg: Config) -> None:
 
 def end_processes() -> None:
     """Let all processes leave together: one that is gone early takes connections with it that others may still use."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if is_distributed():
+        barrier()
         torch.distributed.destroy_process_group()
 
 
