@@ -11,7 +11,7 @@ __all__ = ['FeatureExtractor', 'ImageClassificationInferencer', '__version__', '
 
 def __getattr__(name: str):
     if name in __all__:
-        from mmmilan import apis
+        from mmmilan import api
 
-        return getattr(apis, name)
+        return getattr(api, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def exit_on_input_error() -> Iterator[None]:
     """End the program with the message of an ``InputError`` raised in this context, and exit status 1."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which patches the encoder gets to see (paper, section 2.4)."""
+"""Which patches the encoder sees (paper, section 2.4)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from mmcv.transforms import BaseTransform
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mmmilan.errors import InputError
@@ -36,13 +37,54 @@ def draw_mask(weights: Tensor, num_visible: int) -> Tensor:
     return torch.ones_like(weights, dtype=torch.bool).scatter_(1, visible, False)
 
 
+def split_patches(mask: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    """Indices of the visible and of the masked patches, each in image order.
+
+    Args:
+        mask: Boolean mask [B, N], True = masked, with ``num_visible`` False entries in each row.
+        num_visible: Number V of visible patches.
+
+    Returns:
+        Visible [B, V] and masked [B, N - V], int64.
+    """
+    return mask.byte().argsort(dim=1, stable=True).split([num_visible, mask.shape[1] - num_visible], dim=1)
+
+
+def supplied_masks(data_samples: list[BaseDataElement] | None, num_patches: int) -> Tensor | None:
+    """Masks [B, N] that the data pipeline set as ``data_sample.mask``; None if it set none.
+
+    Raises:
+        InputError: only some images have a mask, or the masks differ in size or in their number of visible patches.
+    """
+    masks = [sample.mask.flatten().bool() for sample in data_samples or [] if 'mask' in sample]
+    if not masks:
+        return None
+    if len(masks) < len(data_samples):
+        raise InputError(
+            f'{len(data_samples) - len(masks)} of the {len(data_samples)} images of a batch have no data_sample.mask; '
+            'give every image a mask, or none.'
+        )
+    sizes = sorted({len(mask) for mask in masks})
+    if sizes != [num_patches]:
+        raise InputError(f'data_sample.mask has {sizes[0]} entries for {num_patches} patches; give one entry a patch.')
+    visible = sorted({int((~mask).sum()) for mask in masks})
+    if len(visible) > 1:
+        raise InputError(
+            f'The masks of one batch leave {visible} patches visible; every mask must leave the same number.'
+        )
+    return torch.stack(masks)
+
+
 class Masking(BaseTransform):
-    """Base of the two masking strategies.
+    """Base of the masking strategies.
 
     Args:
         mask_ratio: Share r of the patches that is masked, 0 <= r < 1.
         rounding: 'floor' keeps ⌊(1-r)N⌋ patches as the published code does, 'ceil' keeps ⌈(1-r)N⌉ as the
             paper writes. They agree at N = 196, r = 0.75.
+
+    Raises:
+        InputError: an option is out of range.
     """
 
     def __init__(self, mask_ratio: float = 0.75, rounding: str = 'floor') -> None:
@@ -62,8 +104,17 @@ class Masking(BaseTransform):
             raise InputError(f'mask_ratio={self.mask_ratio} leaves none of {num_patches} patches visible; lower it.')
         return visible
 
-    def draw(self, importance: Tensor) -> Tensor:
-        """Mask a batch: importance [B, N] -> boolean mask [B, N], True = masked."""
+    def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
+        """Mask a batch.
+
+        Args:
+            importance: Importance [B, N] of the patches, or None where there is no teacher.
+            shape: (B, N).
+            device: Where to draw if there is no importance.
+
+        Returns:
+            Boolean mask [B, N], True = masked.
+        """
         raise NotImplementedError
 
     def transform(self, results: dict) -> dict:
@@ -74,27 +125,28 @@ class Masking(BaseTransform):
                 f"{type(self).__name__} finds no results['importance'] for "
                 f'{results.get("img_path", "the sample")}; add a transform before it that loads the map.'
             )
-        importance = torch.as_tensor(results['importance']).flatten()
-        results['mask'] = self.draw(importance[None])[0].numpy()
+        importance = torch.as_tensor(results['importance']).flatten()[None]
+        results['mask'] = self.draw(importance, importance.shape)[0].numpy()
         return results
 
 
 @TRANSFORMS.register_module()
 class SemanticAwareMasking(Masking):
-    """Patches are kept with probability proportional to their importance (paper, section 2.4).
+    """Keep patches with probability proportional to their importance (paper, section 2.4).
 
     Importance is the attention of CLIP's class token to each patch. The paper has the class token's
-    attention to itself in the pool as well; since draws without replacement from the rest of the pool
-    do not depend on it, keeping it out, as the published code does, changes nothing for the patches.
+    attention to itself in the pool as well. Draws without replacement from the rest of the pool do not
+    depend on it, so leaving it out, as the published code does, changes nothing for the patches.
     """
 
-    def draw(self, importance: Tensor) -> Tensor:
-        return draw_mask(importance, self.num_visible(importance.shape[1]))
+    def draw(self, importance: Tensor, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
+        return draw_mask(importance, self.num_visible(shape[1]))
 
 
 @TRANSFORMS.register_module()
 class RandomMasking(Masking):
-    """Every patch is kept with the same probability (MAE; rows RS of the paper's table 8)."""
+    """Keep every patch with the same probability (MAE; rows RS of the paper's table 8)."""
 
-    def draw(self, importance: Tensor) -> Tensor:
-        return draw_mask(torch.ones_like(importance), self.num_visible(importance.shape[1]))
+    def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
+        device = device if importance is None else importance.device
+        return draw_mask(torch.ones(shape, device=device), self.num_visible(shape[1]))

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import runpy
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import open_clip
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from mmengine.registry import WEIGHT_INITIALIZERS, init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / 'shared'
+from helpers import ROOT
+from mmmilan.checkpoints.loading import use_safe_loading
 
 torch.set_num_threads(1)  # the models here are too small for more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU are skipped without one."""
+    for item in items:
+        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 
 @pytest.fixture(autouse=True)
@@ -139,26 +145,27 @@ def run_tool(monkeypatch):
 
     def run(script: str, *args: object) -> None:
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        monkeypatch.syspath_prepend(str(ROOT / 'tools'))  # where a script finds its neighbours
+        monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # or the script would set it for good
         runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
 
     return run
 
 
-def run_script(script: str, *args: object) -> None:
-    """Runs a shell script of tools/ in processes of its own; it must succeed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port))
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    command = ['bash', ROOT / 'tools' / script, *map(str, args)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def safe_mmengine():
+    """MMEngine as our tools use it, and afterwards as it was."""
+    schemes, initializer = CheckpointLoader._schemes.copy(), WEIGHT_INITIALIZERS.get('Pretrained')
+    use_safe_loading()
+    yield
+    CheckpointLoader._schemes = schemes
+    WEIGHT_INITIALIZERS.register_module('Pretrained', force=True, module=initializer)
 
 
-def read_scalars(work_dir: Path) -> list[dict]:
-    """What a run in ``work_dir`` logged at each step (the last run, if there were several)."""
-    path = max(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Models are built at their real size, but without memory."""
+    create_model = open_clip.create_model
+    monkeypatch.setattr(open_clip, 'create_model', lambda *args, **kwargs: create_model(*args, **kwargs, device='meta'))
+    with torch.device('meta'):
+        yield

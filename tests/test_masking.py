@@ -91,7 +91,7 @@ def test_importance_all_zero_is_a_uniform_draw():
 
 def test_random_masking_ignores_importance():
     masking = TRANSFORMS.build(dict(type='mmmilan.RandomMasking', mask_ratio=0.75))
-    visible = ~masking.draw(torch.tensor([1e6, 1, 1, 1, 0, 0, 0, 0]).expand(20_000, -1))
+    visible = ~masking.draw(torch.tensor([1e6, 1, 1, 1, 0, 0, 0, 0]).expand(20_000, -1), (20_000, 8))
     expected = dict.fromkeys(itertools.combinations(range(8), 2), 20_000 / 28)
     assert chi_square(count_sets(visible, 2), expected) < 27 + 5 * math.sqrt(54)
 
@@ -105,7 +105,7 @@ def test_number_of_visible_patches(num_patches, mask_ratio, floor, ceil):
         cfg = dict(type='mmmilan.SemanticAwareMasking', mask_ratio=mask_ratio, rounding=rounding)
         masking = TRANSFORMS.build(cfg)
         assert masking.num_visible(num_patches) == expected
-        assert (~masking.draw(torch.rand(3, num_patches))).sum(1).tolist() == [expected] * 3
+        assert (~masking.draw(torch.rand(3, num_patches), (3, num_patches))).sum(1).tolist() == [expected] * 3
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_bad_options(options, named):
 def test_a_ratio_that_leaves_nothing():
     masking = TRANSFORMS.build(dict(type='mmmilan.RandomMasking', mask_ratio=0.95))
     with pytest.raises(InputError, match=r'mask_ratio=0.95 leaves none of 16 patches'):
-        masking.draw(torch.ones(1, 16))
+        masking.draw(None, (1, 16))
 
 
 def pipeline(*transforms: dict) -> Compose:
@@ -159,4 +159,4 @@ def test_drawn_inside_the_algorithm(official, milan_cfg):
     torch.manual_seed(3)
     predicted = torch.stack([sample.mask for sample in model.predict(official['input'])])
     torch.manual_seed(3)
-    assert torch.equal(predicted, model.masking.draw(model.head.target(official['input'])[1]))
+    assert torch.equal(predicted, model.masking.draw(model.head.run_teacher(official['input'])[1], predicted.shape))

@@ -7,7 +7,7 @@ import argparse
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import COLUMN, TITLE, convert, detect_layout
 from mmmilan.checkpoints.zoo import resolve_checkpoint
-from mmmilan.errors import InputError, reported
+from mmmilan.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,5 +41,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with reported():
+    with exit_on_input_error():
         main()

@@ -8,10 +8,10 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmmilan.checkpoints.initializer import load_model
 from mmmilan.checkpoints.io import load_checkpoint_file
-from mmmilan.checkpoints.open_clip import write_open_clip
-from mmmilan.errors import InputError, reported
+from mmmilan.checkpoints.loading import load_weights
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.export.open_clip import write_open_clip
 from mmmilan.models import MaskCLIP
 from mmmilan.registry import MODELS
 
@@ -32,11 +32,11 @@ def main() -> None:
         model = MODELS.build(Config.fromfile(args.config).model)
     if not isinstance(model, MaskCLIP):
         raise InputError(f'{args.config} is a config of {type(model).__name__}; give one of MaskCLIP.')
-    load_model(model, load_checkpoint_file(args.checkpoint), str(args.checkpoint))
+    load_weights(model, load_checkpoint_file(args.checkpoint), str(args.checkpoint))
     write_open_clip(model, args.folder)
     print(f"open_clip.create_model_and_transforms('local-dir:{args.folder}') loads the model.")
 
 
 if __name__ == '__main__':
-    with reported():
+    with exit_on_input_error():
         main()

@@ -9,7 +9,7 @@ from rich.progress import track
 
 from mmmilan.datasets.image_folder import EXTENSIONS
 from mmmilan.datasets.packed import pack_images
-from mmmilan.errors import InputError, reported
+from mmmilan.errors import InputError, exit_on_input_error
 
 
 def main() -> None:
@@ -26,5 +26,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with reported():
+    with exit_on_input_error():
         main()

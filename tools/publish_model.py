@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from mmmilan.apis import get_model
+from mmmilan.api import get_model
 from mmmilan.checkpoints.download import file_sha256
-from mmmilan.checkpoints.hub import write_hub_dir
-from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file, write_text
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import Layout, convert, detect_layout
-from mmmilan.errors import InputError, reported
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.export.hub import write_hub_dir
+from mmmilan.files import write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the rest names the machine it was trained on
 
@@ -131,5 +132,5 @@ def hub_card(card: str, libraries: list[str]) -> str:
 
 
 if __name__ == '__main__':
-    with reported():
+    with exit_on_input_error():
         main()

@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmmilan.checkpoints.io import use_safe_loading
-from mmmilan.engine import ExactLoadingHook
-from mmmilan.engine.distributed import end_processes, init_cpu_processes
-from mmmilan.errors import InputError, reported
+from mmmilan.engine.launch import add_shared_arguments, launched, read_config
+from mmmilan.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG')
+    add_shared_arguments(parser)
     parser.add_argument(
         '--resume', nargs='?', const='auto', help='resume from this checkpoint, or from the last one in the work dir'
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 where a GPU lacks it')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the real batch')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config, e.g. a.b=3'
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
-
-
-def read_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's options merged in."""
-    if not os.path.isfile(args.config):
-        raise InputError(f'The config {args.config} does not exist.')
-    cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
-    return cfg
+    return parser.parse_args()
 
 
 def enable_amp(cfg: Config) -> None:
@@ -86,15 +61,11 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    use_safe_loading()
-    init_cpu_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(ExactLoadingHook())
-    check_not_empty(runner)
-    runner.train()
-    end_processes()
+    with launched(cfg) as runner:
+        check_not_empty(runner)
+        runner.train()
 
 
 if __name__ == '__main__':
-    with reported():
+    with exit_on_input_error():
         main()

@@ -81,8 +81,8 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
             except _Failure as failure:
                 failures.append(f'{address}: {failure}')
     raise InputError(
-        f'{url.rpartition("/")[2]} could not be downloaded ({"; ".join(failures)}): put the file at {target}, '
-        'or name a mirror that can be reached in MMMILAN_MIRRORS'
+        f'{url.rpartition("/")[2]} could not be downloaded ({", ".join(failures)}); put the file at {target}, '
+        'or name a mirror that can be reached in MMMILAN_MIRRORS.'
     )
 
 
@@ -117,7 +117,7 @@ def _locked(target: Path) -> filelock.AcquireReturnProxy:
 
 
 def _cannot_write(target: Path, error: OSError) -> InputError:
-    return InputError(f'{target} cannot be written ({error.strerror}): name another folder in MMMILAN_CACHE')
+    return InputError(f'{target} cannot be written ({error.strerror}); name another folder in MMMILAN_CACHE.')
 
 
 def _fetch(address: str, target: Path, digest: str | None, timeout: float) -> None:

@@ -13,8 +13,7 @@ import os
 import pickle
 import pickletools
 import re
-import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mmmilan.errors import InputError
+from mmmilan.files import atomic_write, first_line
 
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
 _STATE_DICT_KEYS = ('state_dict', 'model', 'module', 'model_state_dict')
@@ -49,13 +49,15 @@ def load_checkpoint_file(
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f'{path} is not a file: give the path of a checkpoint')
+        raise InputError(f'{path} is not a file; give the path of a checkpoint.')
     with path.open('rb') as file:
         start = file.read(9)
     if start[8:] == b'{':  # eight bytes of length, then a JSON header
         return _load_safetensors(path, map_location)
     if not start.startswith((b'PK\x03\x04', b'\x80')):
-        raise InputError(f'{path} is neither a PyTorch nor a safetensors file: it begins with {start[:8]!r}')
+        raise InputError(
+            f'{path} is neither a PyTorch nor a safetensors file (it begins with {start[:8]!r}); give a checkpoint.'
+        )
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -65,10 +67,12 @@ def load_checkpoint_file(
         checkpoint = torch.load(path, map_location=map_location, weights_only=False)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(
-            f'{path} is incomplete or damaged ({_first_line(error)}): copy or download it again'
+            f'{path} is incomplete or damaged ({first_line(error)}); copy or download it again.'
         ) from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f'{path} holds a {type(checkpoint).__name__}, not a dictionary of weights')
+        raise InputError(
+            f'{path} holds a {type(checkpoint).__name__} in place of a dictionary of weights; give a checkpoint.'
+        )
     return checkpoint
 
 
@@ -92,38 +96,13 @@ def save_checkpoint_file(checkpoint: dict[str, Any], path: str | os.PathLike) ->
     """
     path = Path(path)
     if path.suffix == '.safetensors':
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             Path(temporary).write_bytes(_safetensors(get_state_dict(checkpoint), checkpoint.get('meta', {})))
     elif path.suffix in ('.pth', '.pt', '.bin'):
-        with whole_file(path) as temporary, open(temporary, 'wb') as file:
+        with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)  # by name it would write the name into the file, and change its hash
     else:
-        raise InputError(f'{path} ends in neither .pth nor .safetensors: the ending says which kind to write')
-
-
-@contextmanager
-def whole_file(path: Path):
-    """A temporary name beside ``path`` to write to; it becomes ``path`` if nothing goes wrong."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f'{path} cannot be written: {error.strerror}') from error
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives it to the owner alone
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch says RuntimeError for a full disk
-        raise InputError(f'{path} was not written: {_first_line(error)}') from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding='utf-8')
+        raise InputError(f'{path} ends in neither .pth nor .safetensors; choose one of them.')
 
 
 def _safetensors(weights: dict[str, Tensor], meta: Any) -> bytes:
@@ -140,12 +119,6 @@ def _as_json(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
-
-
 def _load_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework='pt') as file:
@@ -153,7 +126,7 @@ def _load_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
             meta = json.loads((file.metadata() or {}).get('meta', '{}'))
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(
-            f'{path} is incomplete or damaged ({_first_line(error)}): copy or download it again'
+            f'{path} is incomplete or damaged ({first_line(error)}); copy or download it again.'
         ) from error
     if isinstance(map_location, (str, torch.device)):
         weights = {key: value.to(map_location) for key, value in weights.items()}
@@ -184,10 +157,10 @@ def _refusal(path: Path, error: Exception) -> str:
     named = re.search(r'GLOBAL (.+?)(?: was not| whose module)', str(error))
     name = named[1] if named else ', '.join(_globals_of_plain_pickle(path))
     if not name:
-        return f'{path} is not a checkpoint that can be read safely: {_first_line(error)}'
+        return f'{path} cannot be read safely ({first_line(error)}); give a checkpoint of torch.save or safetensors.'
     return (
         f'{path} is refused: reading it would call {name}, which is code and not weights; '
-        'say allow_pickle (--allow-pickle) only if you would also run this file as a script'
+        'say allow_pickle (--allow-pickle) only if you would also run this file as a script.'
     )
 
 
@@ -203,40 +176,3 @@ def _globals_of_plain_pickle(path: Path) -> list[str]:
             elif isinstance(value, str):
                 strings.append(value)
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def use_safe_loading() -> None:
-    """Make MMEngine, in this process, read every checkpoint as data: ``load_from``, ``resume`` and ``init_cfg``.
-
-    Wherever a checkpoint is named, it can then be a file, a URL (its hash is checked) or a model of the zoo; and an
-    ``init_cfg`` of type ``Pretrained`` takes weights of any layout, see :class:`PretrainedWeights`.
-    """
-    from mmengine.registry import WEIGHT_INITIALIZERS
-    from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, get_torchvision_models
-
-    from mmmilan.checkpoints.initializer import PretrainedWeights
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
-
-    def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint_file(resolve_checkpoint(filename), map_location=map_location or 'cpu')
-
-    def load_from_name(filename: str, map_location: Any = None) -> dict[str, Any]:
-        scheme, name = filename.split('://')
-        urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
-        if name not in urls:
-            raise InputError(f'{filename} is not a name that MMEngine knows: give the URL or a file')
-        return load_from_local(urls[name], map_location)
-
-    def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
-        raise InputError(f'{filename} cannot be read safely from there: copy it to a file first')
-
-    CheckpointLoader.register_scheme(['', 'http://', 'https://'], load_from_local, force=True)
-    names = ['modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://']
-    CheckpointLoader.register_scheme(names, load_from_name, force=True)
-    for scheme in set(CheckpointLoader._schemes) - {'', 'http://', 'https://', *names}:
-        CheckpointLoader.register_scheme(scheme, load_from_elsewhere, force=True)
-    WEIGHT_INITIALIZERS.register_module('Pretrained', force=True, module=PretrainedWeights)

@@ -128,14 +128,14 @@ def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bo
         InputError: a key is unknown, or the layout asked for has no place for it.
     """
     if to not in COLUMN:
-        raise InputError(f'unknown layout {to!r}: choose one of {", ".join(COLUMN)}')
+        raise InputError(f'The layout {to!r} is unknown; choose one of {", ".join(COLUMN)}.')
     weights = _uniform_keys(state_dict)
     layout = _detect(weights)
     weights = {key: value for key, value in weights.items() if not key.startswith(DROPPED)}
     if layout.content in WITHOUT_ROWS and not encoder_only:
         if COLUMN[to] == COLUMN['mmmilan']:
             return weights
-        raise InputError(f'{TITLE[to]} has no place for a {layout.content}: convert the encoder alone (--encoder-only)')
+        raise InputError(f'{TITLE[to]} has no place for a {layout.content}; convert its encoder (--encoder-only).')
     if layout.content in WITHOUT_ROWS:
         weights = {key: value for key, value in weights.items() if key.startswith('backbone.')}
     rows = TABLE + CLASSIFIERS.get(layout.content, [])
@@ -153,7 +153,7 @@ def _uniform_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo the prefixes that differ between files of one layout."""
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
-            raise InputError(f'{key!r} is a {type(value).__name__}, not a tensor: give the state dict itself')
+            raise InputError(f'{key!r} is a {type(value).__name__}, not a tensor; give the state dict itself.')
     keys = [key.removeprefix('module.') for key in state_dict]  # DistributedDataParallel
     if 'patch_embed.projection.weight' in keys:  # an OpenMMLab backbone on its own
         keys = [f'backbone.{key}' for key in keys]
@@ -165,10 +165,10 @@ def _detect(weights: dict[str, Tensor]) -> Layout:
     found = [column for column, key in enumerate(_PATCH_WEIGHT) if key in weights]
     if not found:
         if any('visual.' in key or 'class_embedding' in key for key in weights):
-            raise InputError('this is a CLIP model, not a ViT to convert: give the file to the teacher as `pretrained`')
+            raise InputError('This is a CLIP, not a ViT to convert; give the file to the teacher as `pretrained`.')
         some = ', '.join(list(weights)[:3]) or 'none'
         raise InputError(
-            f'no ViT in a known layout: none of {", ".join(_PATCH_WEIGHT)} is among the keys ({some}, ...)'
+            f'No ViT in a known layout: none of {", ".join(_PATCH_WEIGHT)} is among the keys ({some}, ...); give a ViT.'
         )
     dropped = tuple(prefix for prefix in DROPPED if any(key.startswith(prefix) for key in weights))
     decoder = None
@@ -211,14 +211,18 @@ def _rename(
         found = ((match, row) for regex, row in patterns if (match := regex.fullmatch(key)))
         match, row = next(found, (None, None))
         if match is None:
-            raise InputError(f'unknown key {key!r}: no weight of {TITLE[source]} has this name')
+            raise InputError(f'The key {key!r} is unknown, no weight of {TITLE[source]} has this name; remove it.')
         of_encoder = row[0].startswith('backbone.')
         if encoder_only and not of_encoder:
             continue
         name = row[COLUMN[target]]
         if name is None or (target == 'timm' and row[0].startswith('neck.')):
-            advice = '' if of_encoder else ': convert the encoder alone (--encoder-only), or choose another layout'
-            raise InputError(f'{TITLE[target]} has no place for {key!r}{advice}')
+            advice = (
+                '; choose another layout.'
+                if of_encoder
+                else '; convert the encoder alone (--encoder-only), or choose another layout.'
+            )
+            raise InputError(f'{TITLE[target]} has no place for {key!r}; {advice}choose another layout.')
         for value_in_name in match.groups():
             name = re.sub(r'[#*]', value_in_name, name, count=1)
         renamed[name] = value
@@ -240,7 +244,7 @@ def _join_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [f'{match[1]}.{part}.{match[3]}' for part in ('query', 'key', 'value')]
         missing = [name for name in names if name not in weights]
         if missing:
-            raise InputError(f'{missing[0]!r} is missing: query, key and value are needed together')
+            raise InputError(f'{missing[0]!r} is missing; give query, key and value together.')
         joined.setdefault(f'{match[1]}.qkv.{match[3]}', torch.cat([weights[name] for name in names]))
     return joined
 

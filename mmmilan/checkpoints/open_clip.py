@@ -1,22 +1,15 @@
-"""MaskCLIP's weights as an open_clip model.
+"""MaskCLIP's weights under the names of open_clip.
 
-open_clip's ViT has no bias in its patch embedding: ours goes into the positions, to which it is added anyway.
+open_clip's ViT has no bias in its patch embedding. The bias moves into the positions, to which it is added anyway.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mmmilan.checkpoints.io import save_checkpoint_file, write_text
 from mmmilan.errors import InputError
-
-if TYPE_CHECKING:
-    from mmmilan.models.maskclip import MaskCLIP
 
 NORM_EPS = 1e-6  # of mmpretrain's ViT; open_clip's own is 1e-5
 # The parts of a block of the image tower: MaskCLIP's name and open_clip's.
@@ -67,38 +60,3 @@ def _block_key(key: str) -> str:
         raise InputError(f"open_clip's ViT has no place for {key!r}; only a plain MILANViT can be exported.")
     layer, part, kind = match.groups()
     return f'visual.transformer.resblocks.{layer}.{_BLOCK[part]}{kind}'
-
-
-def write_open_clip(model: MaskCLIP, folder: str | Path) -> None:
-    """Write a model so that ``open_clip.create_model_and_transforms('local-dir:FOLDER')`` loads it.
-
-    Args:
-        model: The model; ``open_clip`` then gives the same embeddings.
-        folder: Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
-    """
-    config = dict(model_cfg=open_clip_config(model), preprocess_cfg=_preprocessing(model))
-    save_checkpoint_file(to_open_clip(model.state_dict()), Path(folder, 'open_clip_model.safetensors'))
-    write_text(Path(folder, 'open_clip_config.json'), json.dumps(config, indent=2))
-
-
-def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
-    """open_clip's config of the architecture of a model."""
-    arch = model.backbone.arch_settings
-    vision = dict(
-        image_size=model.backbone.img_size[0],
-        patch_size=model.backbone.patch_embed.projection.kernel_size[0],
-        width=arch['embed_dims'],
-        layers=arch['num_layers'],
-        head_width=arch['embed_dims'] // arch['num_heads'],
-        mlp_ratio=arch['feedforward_channels'] / arch['embed_dims'],
-        no_ln_pre=True,
-        norm_kwargs=dict(eps=NORM_EPS),
-    )
-    return dict(embed_dim=model.image_projection.out_features, vision_cfg=vision, text_cfg=dict(model.text_cfg))
-
-
-def _preprocessing(model: MaskCLIP) -> dict[str, Any]:
-    """open_clip's config of the normalisation, which it applies to RGB in [0, 1]."""
-    normalisation = model.data_preprocessor
-    mean, std = ((value.flatten() / 255).tolist() for value in (normalisation.mean, normalisation.std))
-    return dict(mean=mean, std=std, interpolation='bicubic')

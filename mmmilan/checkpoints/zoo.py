@@ -36,7 +36,7 @@ def zoo_root() -> Path:
     for root in (package / '.mim', package.parent):
         if (root / 'model-index.yml').is_file():
             return root
-    raise InputError(f'no model-index.yml in {package / ".mim"} or {package.parent}: install mmmilan again')
+    raise InputError(f'There is no model-index.yml in {package / ".mim"} or {package.parent}; install mmmilan again.')
 
 
 @functools.lru_cache
@@ -60,7 +60,7 @@ def find_model(name: str) -> ZooModel:
         InputError: there is none.
     """
     if name not in zoo_models():
-        raise InputError(f'the zoo has no model {name!r}: choose one of {", ".join(zoo_models())}')
+        raise InputError(f'The zoo has no model {name!r}; choose one of {", ".join(zoo_models())}.')
     return zoo_models()[name]
 
 
@@ -79,10 +79,12 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     if text.startswith(('http://', 'https://')):
         return download(text)
     if text not in zoo_models():
-        raise InputError(f'{text} is neither a file nor a URL nor a model of the zoo ({", ".join(zoo_models())})')
+        raise InputError(
+            f'{text} is neither a file nor a URL nor a model of the zoo; choose one of {", ".join(zoo_models())}.'
+        )
     model = zoo_models()[text]
     if model.weights is None:
-        raise InputError(f'no weights of {text} have been published: train it, or give a file')
+        raise InputError(f'No weights of {text} have been published; train it, or give a file.')
     return download(model.weights, model.sha256)
 
 

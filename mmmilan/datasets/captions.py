@@ -18,10 +18,10 @@ from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.logging import print_log
 from rich.progress import track
 
-from mmmilan.checkpoints.io import write_text
 from mmmilan.datasets.image_folder import EXTENSIONS, CorruptImageError, ImageFolder
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.errors import InputError
+from mmmilan.files import write_text
 from mmmilan.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -55,12 +56,13 @@ class LoadRandomResizedCrop(RandomResizedCrop):
 
     def load(self, results: dict, content: bytes) -> dict:
         """Decode, crop, resize and flip the file that was read."""
-        path, shape = results['img_path'], header_shape(content)
-        if shape is None:
+        path, header = results['img_path'], read_jpeg_header(content)
+        if header is None:
             image = decode(content, path)
             shape, factor = image.shape[:2], 1
             box = self.draw_crop(shape)
         else:
+            shape = header.shape
             box = self.draw_crop(shape)
             factor = self.reduction(box)
             image = decode(content, path, REDUCED.get(factor, 'color'))
@@ -92,36 +94,35 @@ class LoadEncodedCrop(LoadRandomResizedCrop):
 
     def transform(self, results: dict) -> dict:
         content = read_bytes(results['img_path'], self.backend_args)
-        shape = plain_jpeg_shape(content)
-        if shape is None:
+        header = read_jpeg_header(content)
+        if header is None or not header.plain:
             return self.load(results, content)
-        box = self.draw_crop(shape)
+        box = self.draw_crop(header.shape)
         flip = np.random.random_sample() < self.flip_prob
         image = np.frombuffer(bytearray(content), np.uint8)
-        results.update(img=image, img_shape=self.scale, ori_shape=shape, crop=box, flip=flip)
+        results.update(img=image, img_shape=self.scale, ori_shape=header.shape, crop=box, flip=flip)
         return results
 
 
-def plain_jpeg_shape(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a complete JPEG, grey or in three colours, not turned by EXIF; None for anything else."""
-    if content[:2] != b'\xff\xd8' or is_truncated_jpeg(content):
-        return None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            plain = image.mode in ('L', 'RGB') and image.getexif().get(ORIENTATION, 1) == 1
-            return image.size[::-1] if plain else None
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        return None  # decoding it will say what is wrong
+class JPEGHeader(NamedTuple):
+    """What the header of a JPEG says: (height, width) after the EXIF rotation, and whether decoding alone gives it.
+
+    ``plain`` images are complete, grey or in three colours, and not turned by EXIF.
+    """
+
+    shape: tuple[int, int]
+    plain: bool
 
 
-def header_shape(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG after its EXIF rotation, without decoding it; None for anything else."""
+def read_jpeg_header(content: bytes) -> JPEGHeader | None:
+    """The header of a JPEG, without decoding it; None for anything else."""
     if content[:2] != b'\xff\xd8':
         return None
     try:
         with Image.open(io.BytesIO(content)) as image:
-            turned = 'exif' in image.info and image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size if turned else image.size[::-1]
+            orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info else 1
+            plain = image.mode in ('L', 'RGB') and orientation == 1 and not is_truncated_jpeg(content)
+            return JPEGHeader(image.size if orientation >= 5 else image.size[::-1], plain)
     except (UnidentifiedImageError, OSError, SyntaxError):
         return None  # decoding it will say what is wrong
 

@@ -1,4 +1,4 @@
-from mmmilan.engine.clip_evaluation import RetrievalRecall, ZeroShotLoop
+from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import ZeroCheckpointHook, ZeroRedundancyOptimizer
 from mmmilan.engine.hooks import (
     ClassCountHook,
@@ -8,31 +8,25 @@ from mmmilan.engine.hooks import (
     NonFiniteLossHook,
     StepSeedHook,
 )
-from mmmilan.engine.knn import KNNLoop
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.mean_teacher import MeanTeacherHook
-from mmmilan.engine.metrics import ImageNetSubsetAccuracy, ReconstructionLoss
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
 from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
 __all__ = [
     'BFloat16OptimWrapper',
     'ClassCountHook',
+    'CompileHook',
     'CorruptImageHook',
     'DeferredRuntimeInfoHook',
     'ExactLoadingHook',
     'GroupingOptimWrapperConstructor',
-    'ImageNetSubsetAccuracy',
-    'KNNLoop',
     'LayerDecayOptimWrapperConstructor',
     'MainLoggerHook',
     'MeanTeacherHook',
     'NonFiniteLossHook',
-    'ReconstructionLoss',
-    'RetrievalRecall',
     'StepSeedHook',
     'ThroughputHook',
     'ZeroCheckpointHook',
     'ZeroRedundancyOptimizer',
-    'ZeroShotLoop',
 ]

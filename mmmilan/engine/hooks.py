@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather, get_rank, master_only
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor
 
-from mmmilan.checkpoints.initializer import load_model
+from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.throughput import log_is_due
 from mmmilan.errors import InputError
+from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
 
@@ -99,16 +99,15 @@ class ExactLoadingHook(Hook):
     MMEngine itself loads what fits and goes on with random weights for the rest.
 
     Raises:
-        InputError: see :func:`mmmilan.checkpoints.initializer.load_model`.
+        InputError: see :func:`mmmilan.checkpoints.loading.load_weights`.
     """
 
     priority = 'VERY_LOW'  # after hooks that change the checkpoint, as EMAHook does
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         source = runner.cfg.get('load_from') or f'The last checkpoint in {runner.work_dir}'
         # MMEngine will load the same once more
-        checkpoint['state_dict'] = load_model(model, checkpoint, source)
+        checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)
 
 
 @HOOKS.register_module()

@@ -37,8 +37,8 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
             backbone = getattr(module, 'backbone', None)
             if not hasattr(backbone, 'get_layer_depth'):
                 raise InputError(
-                    f'layer decay needs a ViT as backbone of {type(module).__name__}, not {type(backbone).__name__}: '
-                    'use mmmilan.DenseViT or remove optim_wrapper.constructor'
+                    f'Layer decay needs a ViT as backbone of {type(module).__name__}, not {type(backbone).__name__}; '
+                    'use mmmilan.DenseViT or remove optim_wrapper.constructor.'
                 )
             get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
         super().add_params(params, module, prefix, get_layer_depth, **kwargs)

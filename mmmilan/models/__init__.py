@@ -1,13 +1,12 @@
+from mmmilan.models.data_preprocessor import DecodingDataPreprocessor
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
-from mmmilan.models.decoding import DecodingDataPreprocessor
 from mmmilan.models.dense_vit import DenseViT
-from mmmilan.models.distillation import CodewordTarget, FeatureTarget
 from mmmilan.models.language import MaskedLanguageModel
 from mmmilan.models.maskclip import MaskCLIP
 from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.milan import MILAN
-from mmmilan.models.probing import SemanticAwareViT
-from mmmilan.models.targets import CLIPTarget, PixelTarget
+from mmmilan.models.semantic_aware_vit import SemanticAwareViT
+from mmmilan.models.targets import CLIPTarget, CodewordTarget, FeatureTarget, PixelTarget
 from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 

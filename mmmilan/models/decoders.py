@@ -85,7 +85,7 @@ class Decoder(BaseModule):
         positions = sincos_position_embedding(self.grid_size, self.decoder_pos_embed.shape[-1])
         self.decoder_pos_embed.data.copy_(positions)
         for block in self.decoder_blocks:
-            block.is_init = True  # or mmpretrain's own initialisation of its blocks would follow
+            block.is_init = True  # keep mmpretrain from re-initialising its blocks
         super().init_weights()
 
     def embed(self, latent: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from mmmilan.errors import InputError
-from mmmilan.masking import SemanticAwareMasking
+from mmmilan.masking import split_patches
+from mmmilan.models.fitting import check_parts
 from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
@@ -95,14 +96,15 @@ class MaskCLIP(BaseModel):
         self.text = TextTransformer(output_dim=embed_dim, **text)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if distillation_weight:
-            self.masking = TRANSFORMS.build(required(masking, 'masking', 'distillation_weight'))
-            self.neck = MODELS.build(required(neck, 'neck', 'distillation_weight'))
-            self.head = MODELS.build(required(head, 'head', 'distillation_weight'))
+            self.masking = TRANSFORMS.build(require_cfg(masking, 'masking', 'distillation_weight'))
+            self.neck = MODELS.build(require_cfg(neck, 'neck', 'distillation_weight'))
+            self.head = MODELS.build(require_cfg(head, 'head', 'distillation_weight'))
             self.mean_teacher = MeanTeacher(self.backbone) if self.head.teacher is None else None
-            self._check_widths()
+            target_dim = self.backbone.embed_dims if self.head.teacher is None else self.head.teacher.feature_dim
+            check_parts(self.backbone, self.masking, self.neck, self.head, target_dim)
         if language_weight:
             sizes = dict(width=self.text.width, vocab_size=self.text.vocab_size)
-            self.language = MODELS.build(required(language, 'language', 'language_weight'), default_args=sizes)
+            self.language = MODELS.build(require_cfg(language, 'language', 'language_weight'), default_args=sizes)
 
     def init_weights(self) -> None:
         """Initialise all parts; mean teachers start as their students."""
@@ -162,17 +164,16 @@ class MaskCLIP(BaseModel):
     def distil(self, images: Tensor) -> Tensor:
         """Masked self-distillation: the loss of the masked patches of images [B, 3, H, W], a scalar."""
         if self.mean_teacher is None:
-            target, importance = self.head.target(images)
+            target, importance = self.head.run_teacher(images)  # [B, 1+N, C], [B, N]
         else:
             target, importance = self.encode_tokens(self.mean_teacher, images), None
         num_patches = self.backbone.num_patches
-        num_visible = self.masking.num_visible(num_patches)
-        mask = self.masking.draw(target.new_ones(len(target), num_patches) if importance is None else importance)
-        order = mask.byte().argsort(dim=1, stable=True)
-        visible, masked = order[:, :num_visible], order[:, num_visible:]
+        mask = self.masking.draw(importance, (len(images), num_patches), images.device)
+        visible, masked = split_patches(mask, self.masking.num_visible(num_patches))  # [B, V], [B, N-V]
 
-        pred = self.neck(self.backbone(images, visible), visible, masked)
-        return self.head.token_loss(pred[:, 1 + num_visible :], gather_tokens(target[:, 1:], masked)).mean()
+        pred = self.neck(self.backbone(images, visible), visible, masked)  # [B, 1+N, C]
+        pred = pred[:, self.head.loss_tokens(visible.shape[1])]  # of the masked patches [B, N-V, C]
+        return self.head.token_loss(pred, gather_tokens(target[:, 1:], masked)).mean()
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> list[DataSample]:
@@ -189,25 +190,9 @@ class MaskCLIP(BaseModel):
                 sample.set_field(embedding, 'text_embedding')
         return data_samples
 
-    def _check_widths(self) -> None:
-        """Every part must fit the next one; better said here than at the first iteration."""
-        backbone, neck, teacher = self.backbone, self.neck, self.head.teacher
-        target_dim = backbone.embed_dims if teacher is None else teacher.feature_dim
-        target_patches = backbone.num_patches if teacher is None else teacher.num_patches
-        for name, value, expected in (
-            ('neck.embed_dim', neck.embed_dim, backbone.embed_dims),
-            ('neck.num_patches', neck.num_patches, backbone.num_patches),
-            ('neck.predict_feature_dim', neck.predict_feature_dim, target_dim),
-            ('head.feature_dim', self.head.feature_dim, target_dim),
-            ('the number of patches of head.teacher (set its input_size)', target_patches, backbone.num_patches),
-        ):
-            if value != expected:
-                raise InputError(f'{name} is {value}; it must be {expected} to fit the encoder and the teacher.')
-        if teacher is None and isinstance(self.masking, SemanticAwareMasking):
-            raise InputError('SemanticAwareMasking needs a frozen teacher in the head; give one, or use RandomMasking.')
 
-
-def required(cfg: dict | None, name: str, weight: str) -> dict:
+def require_cfg(cfg: dict | None, name: str, weight: str) -> dict:
+    """The config of a part that a weight asks for."""
     if cfg is None:
         raise InputError(f'MaskCLIP has no {name}; give its config, or set {weight}=0.')
     return cfg

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mmmilan.models.frozen import Hidden
+
 
 class MeanTeacher(nn.Module):
     """A copy of a module whose weights follow the module's: w' <- m w' + (1 - m) w.
@@ -21,7 +23,7 @@ class MeanTeacher(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self._student = (student,)  # a tuple hides the module from nn.Module's bookkeeping
+        self._student = Hidden(student)
         self.module = copy.deepcopy(student)
         self.module.eval()  # mmpretrain's backbones return None from it
         for module in self.module.modules():
@@ -37,7 +39,7 @@ class MeanTeacher(nn.Module):
     def update(self, momentum: float) -> None:
         """One step of the average; ``momentum=0`` copies the student."""
         teacher = dict(self.module.named_buffers())
-        for name, weight in self._student[0].named_parameters():
+        for name, weight in self._student.module.named_parameters():
             teacher[name].lerp_(weight, 1 - momentum)
 
     @torch.no_grad()

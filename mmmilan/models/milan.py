@@ -1,4 +1,17 @@
-"""MILAN: masked image pretraining on language assisted representation (paper, figure 1)."""
+"""MILAN: masked image pretraining on language assisted representation (paper, figure 1).
+
+images ──► teacher (frozen CLIP) ──► features t [B, 1+N, C], importance s [B, N]
+  │                                        │                      │
+  │                                        │                    draw: V of N patches without replacement, p ∝ s
+  │                                        │                      │
+  ├───────────────── visible [B, V] ◄──────┼──────────────────────┤
+  ▼                                        │                      ▼
+encoder (ViT) ──► z [B, 1+V, D] ──► decoder ◄────────────── masked [B, N-V]
+                                    │      │
+                    p [B, 1+N, C] ◄─┘      │
+                          │                │
+                          └─────► head ◄───┘   loss: mean over tokens of || p/|p| - t/|t| ||²
+"""
 
 from __future__ import annotations
 
@@ -9,9 +22,8 @@ from mmengine.model import BaseModel
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
-from mmmilan.errors import InputError
-from mmmilan.masking import SemanticAwareMasking
-from mmmilan.models.compilation import compile_forward
+from mmmilan.masking import split_patches, supplied_masks
+from mmmilan.models.fitting import check_parts
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
 
@@ -21,15 +33,15 @@ class Reconstruction:
     """One masked forward pass.
 
     Attributes:
-        order: Patch indices [B, N]: the visible ones, then the masked ones, each in image order.
-        num_visible: Number V of visible patches.
-        token_loss: Loss [B, T] of the predicted tokens in the order [class token, ``order``].
+        visible: Indices [B, V] of the visible patches, in image order.
+        masked: Indices [B, N - V] of the masked patches, in image order.
+        token_loss: Loss [B, T] of the predicted tokens: class token, visible patches, masked patches.
         loss: The training loss, a scalar.
         importance: Attention of the teacher's class token to each patch [B, N]; None without a teacher.
     """
 
-    order: Tensor
-    num_visible: int
+    visible: Tensor
+    masked: Tensor
     token_loss: Tensor
     loss: Tensor
     importance: Tensor | None
@@ -47,8 +59,9 @@ class MILAN(BaseModel):
         neck: Config of the decoder.
         head: Config of the target and its loss.
         data_preprocessor: Config of the normalisation of images.
-        compile: Compile encoder, decoder and teacher before the first training step; a dict gives options of
-            ``torch.compile``. Without a compiler the model runs as it is, with a warning.
+
+    Raises:
+        InputError: two parts do not fit each other.
     """
 
     def __init__(
@@ -58,16 +71,14 @@ class MILAN(BaseModel):
         neck: dict,
         head: dict,
         data_preprocessor: dict | None = None,
-        compile: bool | dict = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
-        self.compile_options = {} if compile is True else compile or None  # None: not to be compiled, or done
         self.backbone = MODELS.build(backbone)
         self.masking = TRANSFORMS.build(masking)
         self.neck = MODELS.build(neck)
         self.head = MODELS.build(head)
-        self._check_widths()
+        check_parts(self.backbone, self.masking, self.neck, self.head, self.head.feature_dim)
 
     def forward(
         self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'
@@ -88,105 +99,52 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        if self.compile_options is not None:
-            parts = [self.head.teacher, self.backbone, self.neck]
-            compile_forward([part for part in parts if part is not None], inputs.device, **self.compile_options)
-            self.compile_options = None
         return dict(loss=self.reconstruct(inputs, data_samples).loss)
 
-    def reconstruct(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> Reconstruction:
-        """The algorithm: target, mask, encoder, decoder, loss."""
-        target, importance = self.head.target(inputs)
-        order, num_visible = self.draw_order(target, importance, data_samples)
-        visible, masked = order[:, :num_visible], order[:, num_visible:]
+    def reconstruct(self, images: Tensor, data_samples: list[DataSample] | None = None) -> Reconstruction:
+        """The algorithm, in the steps of the drawing at the top of this file."""
+        features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
+        visible, masked = self.draw(images, importance, data_samples)  # [B, V], [B, N-V]
 
-        latent = self.backbone(inputs, visible)
-        pred = self.neck(latent, visible, masked)
+        latent = self.backbone(images, visible)  # z [B, 1+V, D]
+        pred = self.neck(latent, visible, masked)  # p [B, 1+N, C]: class token, visible, masked
 
-        num_predicted = pred.shape[1] - 1  # without a decoder, the visible patches only
-        target_patches = gather_tokens(target[:, 1:], order[:, :num_predicted])
-        token_loss = self.head.token_loss(pred, torch.cat([target[:, :1], target_patches], dim=1))
-        loss = token_loss[:, self.head.counted(num_visible)].mean()
-        return Reconstruction(order, num_visible, token_loss, loss, importance)
+        target = self.head.target(images, features)  # [B, 1+N, C]: class token, patches in image order
+        order = torch.cat([visible, masked], dim=1)[:, : pred.shape[1] - 1]  # without a decoder, visible alone
+        target = torch.cat([target[:, :1], gather_tokens(target[:, 1:], order)], dim=1)  # in the order of p
+        token_loss = self.head.token_loss(pred, target)  # [B, 1+N]
+        loss = token_loss[:, self.head.loss_tokens(visible.shape[1])].mean()
+        return Reconstruction(visible, masked, token_loss, loss, importance)
 
-    def draw_order(
-        self, target: Tensor, importance: Tensor | None, data_samples: list[DataSample] | None
-    ) -> tuple[Tensor, int]:
-        """Order [B, N] of the patches, visible ones first, and the number V of visible ones."""
-        num_patches = target.shape[1] - 1
-        if num_patches != self.backbone.num_patches:
-            raise InputError(
-                f'The target has {num_patches} patches and the encoder {self.backbone.num_patches}; set '
-                "the teacher's input_size so that its grid is the encoder's."
-            )
-        if any('mask' in sample for sample in data_samples or []):
-            mask, num_visible = self._supplied_mask(data_samples, num_patches)
-        else:
-            if importance is None:  # only RandomMasking gets here, see __init__
-                importance = target.new_ones(len(target), num_patches)
-            mask, num_visible = self.masking.draw(importance), self.masking.num_visible(num_patches)
-        return mask.byte().argsort(dim=1, stable=True), num_visible
+    def draw(
+        self, images: Tensor, importance: Tensor | None, data_samples: list[DataSample] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Visible [B, V] and masked [B, N - V] patches: those of the data pipeline's masks, else drawn here."""
+        num_patches = self.backbone.num_patches
+        mask = supplied_masks(data_samples, num_patches)
+        if mask is not None:
+            return split_patches(mask, int((~mask[0]).sum()))
+        mask = self.masking.draw(importance, (len(images), num_patches), images.device)
+        return split_patches(mask, self.masking.num_visible(num_patches))
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> list[DataSample]:
-        """What a figure needs, set on each data sample: ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN
-        where nothing is predicted), ``importance`` [N] (with a teacher) and the image's ``loss``."""
+        """What a figure needs, set on each data sample.
+
+        ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN where nothing is predicted), ``importance`` [N] (with a
+        teacher) and the image's ``loss``.
+        """
         result = self.reconstruct(inputs, data_samples)
-        order, token_loss = result.order, result.token_loss
-        mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, : result.num_visible], False)
+        order, token_loss = torch.cat([result.visible, result.masked], dim=1), result.token_loss
+        mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, result.visible, False)
         patch_loss = token_loss.new_full(order.shape, torch.nan)
         patch_loss.scatter_(1, order[:, : token_loss.shape[1] - 1], token_loss[:, 1:])
+        image_loss = token_loss[:, self.head.loss_tokens(result.visible.shape[1])].mean(dim=1)
         data_samples = data_samples or [DataSample() for _ in inputs]
         for i, sample in enumerate(data_samples):
             sample.set_mask(mask[i])
             sample.set_field(patch_loss[i], 'patch_loss')
-            sample.set_field(token_loss[i, self.head.counted(result.num_visible)].mean(), 'loss')
+            sample.set_field(image_loss[i], 'loss')
             if result.importance is not None:
                 sample.set_field(result.importance[i], 'importance')
         return data_samples
-
-    def _supplied_mask(self, data_samples: list[DataSample], num_patches: int) -> tuple[Tensor, int]:
-        """Masks of the data pipeline as one tensor, with their common number of visible patches."""
-        num_missing = sum('mask' not in sample for sample in data_samples)
-        if num_missing:
-            raise InputError(
-                f'{num_missing} of the {len(data_samples)} images of a batch have no data_sample.mask; '
-                'give every image a mask, or none.'
-            )
-        mask = torch.stack([sample.mask.flatten().bool() for sample in data_samples])
-        num_visible = (~mask).sum(1).tolist()
-        if mask.shape[1] != num_patches:
-            raise InputError(f'data_sample.mask has {mask.shape[1]} entries for {num_patches} patches.')
-        if len(set(num_visible)) > 1:
-            raise InputError(
-                f'The masks of one batch leave {sorted(set(num_visible))} patches visible; every mask '
-                'must leave the same number.'
-            )
-        return mask, num_visible[0]
-
-    def _check_widths(self) -> None:
-        """Every part must fit the next one; better said here than at the first iteration."""
-        if self.neck.embed_dim != self.backbone.embed_dims:
-            raise InputError(
-                f'neck.embed_dim={self.neck.embed_dim} but the encoder gives {self.backbone.embed_dims} '
-                'dimensions; make them equal.'
-            )
-        if getattr(self.neck, 'num_patches', self.backbone.num_patches) != self.backbone.num_patches:
-            raise InputError(
-                f'neck.num_patches={self.neck.num_patches} but the encoder has {self.backbone.num_patches} '
-                'patches; make them equal.'
-            )
-        if self.neck.predict_feature_dim != self.head.feature_dim:
-            raise InputError(
-                f'neck.predict_feature_dim={self.neck.predict_feature_dim} but the target has '
-                f'{self.head.feature_dim} dimensions; make them equal.'
-            )
-        teacher = self.head.teacher
-        if teacher is not None and teacher.num_patches != self.backbone.num_patches:
-            raise InputError(
-                f"The teacher's grid has {teacher.num_patches} patches and the encoder's "
-                f'{self.backbone.num_patches}; set input_size of the teacher to '
-                f'{int(self.backbone.num_patches**0.5) * teacher.patch_size}.'
-            )
-        if teacher is None and isinstance(self.masking, SemanticAwareMasking):
-            raise InputError('SemanticAwareMasking needs a teacher; give the head one, or use RandomMasking.')

@@ -38,6 +38,7 @@ class MILANViT(VisionTransformer):
         if rows != columns:
             raise InputError(f'img_size={self.img_size} gives {rows}x{columns} patches; MILANViT needs a square.')
         self.num_patches = rows * columns
+        self.patch_size = self.patch_embed.projection.kernel_size[0]
         self.pos_embed.requires_grad = False
 
     def init_weights(self) -> None:
@@ -49,7 +50,7 @@ class MILANViT(VisionTransformer):
         nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution[0], self.embed_dims))
         for layer in self.layers:
-            layer.is_init = True  # or mmpretrain's own initialisation of its blocks would follow
+            layer.is_init = True  # keep mmpretrain from re-initialising its blocks
         super().init_weights()
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:

@@ -1,0 +1,188 @@
+"""Load weights of any layout into a model; refuse what does not fit.
+
+There is one set of rules, :func:`load_weights`, for the encoder of a new model (``init_cfg``), for a whole model
+(``load_from``, ``resume``, ``tools/test.py``) and for ``mmmilan.get_model``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model.weight_init import PretrainedInit, update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, get_torchvision_models
+from torch import Tensor, nn
+
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.checkpoints.zoo import resolve_checkpoint
+from mmmilan.errors import InputError
+
+# What a new encoder may have that pretraining had not: the norm after the mean of the patch tokens, relative positions,
+# layer scale, and the layers of DenseViT that rescale its maps.
+_MAY_BE_MISSING = re.compile(
+    r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|scales\..+'
+)
+# What an encoder may have no use for: the norms after its last layer.
+_MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+')
+
+
+def load_weights(
+    module: nn.Module, checkpoint: dict[str, Any], source: str, prefix: str | None = None
+) -> dict[str, Tensor]:
+    """Load all weights of a module.
+
+    * Every weight of the module must be in the checkpoint. An encoder on its own (mmpretrain's ``VisionTransformer``,
+      ``MILANViT``, ``DenseViT``) may have new parts, see ``_MAY_BE_MISSING``.
+    * Every weight of the checkpoint's encoder must have a place in the module's, but for its final norms.
+    * What else the checkpoint has (a decoder, a head) is left out and named in the log.
+
+    Positions of another image size are interpolated by the encoder.
+
+    Args:
+        module: An encoder, or a whole model such as a classifier or a detector.
+        checkpoint: What the file holds, in any layout.
+        source: What messages call the checkpoint.
+        prefix: The part to take, in this project's layout, such as 'backbone'. By default the module's keys are looked
+            for as they are, and then under ``backbone.``.
+
+    Returns:
+        The weights that were loaded, and those left over, in this project's layout.
+
+    Raises:
+        InputError: no weight fits, one is missing or has another shape, or a layer of the encoder is left over.
+    """
+    weights = as_mmmilan(get_state_dict(checkpoint))
+    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    name, wanted = type(module).__name__, set(module.state_dict())
+    if prefix is None:
+        prefix = '' if wanted & set(weights) else 'backbone.'
+    prefix = f'{prefix.rstrip(".")}.' if prefix else ''
+    found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if not wanted & set(found):
+        begin = ', '.join(sorted({key.partition('.')[0] for key in weights})[:6])
+        raise InputError(
+            f'{source} holds no weight of {name} under {prefix!r} (its keys begin with {begin}); give another '
+            'checkpoint or prefix.'
+        )
+    missing, unused = wanted - set(found), set(found) - wanted
+    check_complete(module, missing, unused, source)
+    try:
+        module.load_state_dict(found, strict=False)
+    except (RuntimeError, AssertionError) as error:  # the latter for positions that are no square
+        misfits = re.findall(r'size mismatch for (\S+):', str(error))
+        fault = class_count(module, found, misfits) or ' '.join(str(error).split())
+        raise InputError(f'{source} does not fit {name}: {fault}') from error
+    print_log(
+        f'{name}: {len(wanted - missing)} of {len(wanted)} weights are those of {source}; as initialised: '
+        f'{some(missing)}; not used: {some(unused)}.',
+        logger='current',
+    )
+    return weights
+
+
+def check_complete(module: nn.Module, missing: set[str], unused: set[str], source: str) -> None:
+    """Refuse a checkpoint that fits in part, see :func:`load_weights`.
+
+    Raises:
+        InputError: naming what is missing and what is left over.
+    """
+    from mmpretrain.models import VisionTransformer
+
+    encoder, prefix = (
+        (module, '') if isinstance(module, VisionTransformer) else (getattr(module, 'backbone', None), 'backbone.')
+    )
+    left_over = set()
+    if isinstance(encoder, VisionTransformer):
+        of_encoder = {key for key in unused if key.startswith(prefix)}
+        left_over = {key for key in of_encoder if not _MAY_BE_UNUSED.fullmatch(key.removeprefix(prefix))}
+    if encoder is module:
+        missing = {key for key in missing if not _MAY_BE_MISSING.fullmatch(key)}
+    if missing or left_over:
+        advice = 'give the checkpoint of a model with the same layers, or change arch'
+        if encoder is not module:
+            advice = (
+                'give a checkpoint of this config, or start training from an encoder by '
+                'model.backbone.init_cfg.checkpoint'
+            )
+        raise InputError(
+            f'{source} does not hold all of {type(module).__name__}: missing {some(missing)}, left over '
+            f'{some(left_over if encoder is module else unused)}; {advice}.'
+        )
+
+
+def class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]) -> str:
+    """What to do, if nothing but heads of another number of classes is in the way; else ''."""
+    counting = [name for name, module in model.named_modules() if hasattr(module, 'num_classes')]
+    heads = {name for name in counting if any(key.startswith(f'{name}.') for key in misfits)}
+    if not misfits or not all(key.startswith(tuple(f'{name}.' for name in heads)) for key in misfits):
+        return ''
+    key = misfits[0]
+    shapes = f'{list(weights[key].shape)}, and {list(model.state_dict()[key].shape)} in the model'
+    # mmpretrain's data preprocessor has to know as well
+    options = [f'model.{name}.num_classes' for name in counting if name in heads | {'data_preprocessor'}]
+    return f'its {key} is {shapes}; set {" and ".join(options)} to the number of classes that it was trained for.'
+
+
+def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a ViT in this project's layout, other weights as they are."""
+    try:
+        layout = detect_layout(weights)
+    except InputError:
+        return weights
+    return weights if layout.name in ('mmmilan', 'openmmlab') else convert(weights)
+
+
+def some(names: set[str]) -> str:
+    """Up to six of the names, for a message."""
+    more = f' and {len(names) - 6} more' if len(names) > 6 else ''
+    return ', '.join(sorted(names)[:6]) + more if names else 'none'
+
+
+class PretrainedWeights(PretrainedInit):
+    """MMEngine's ``init_cfg=dict(type='Pretrained', ...)``, by the rules of :func:`load_weights`.
+
+    Args:
+        checkpoint: File, URL, or name of a model of the zoo.
+        prefix: See :func:`load_weights`.
+        map_location: Where to put the weights first.
+
+    Raises:
+        InputError: on the call, see :func:`load_weights`.
+    """
+
+    def __call__(self, module: nn.Module) -> None:
+        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location)
+        load_weights(module, checkpoint, self.checkpoint, self.prefix)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())
+
+
+def use_safe_loading() -> None:
+    """Make MMEngine, in this process, read every checkpoint as data: ``load_from``, ``resume`` and ``init_cfg``.
+
+    A checkpoint can then be a file, a URL (its hash is checked) or a model of the zoo, and an ``init_cfg`` of type
+    ``Pretrained`` takes weights of any layout, see :class:`PretrainedWeights`.
+    """
+
+    def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+        return load_checkpoint_file(resolve_checkpoint(filename), map_location=map_location or 'cpu')
+
+    def load_from_name(filename: str, map_location: Any = None) -> dict[str, Any]:
+        scheme, name = filename.split('://')
+        urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
+        if name not in urls:
+            raise InputError(f'{filename} is not a name that MMEngine knows; give the URL or a file.')
+        return load_from_local(urls[name], map_location)
+
+    def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
+        raise InputError(f'{filename} cannot be read safely from there; copy it to a file first.')
+
+    CheckpointLoader.register_scheme(['', 'http://', 'https://'], load_from_local, force=True)
+    names = ['modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://']
+    CheckpointLoader.register_scheme(names, load_from_name, force=True)
+    for scheme in set(CheckpointLoader._schemes) - {'', 'http://', 'https://', *names}:
+        CheckpointLoader.register_scheme(scheme, load_from_elsewhere, force=True)
+    WEIGHT_INITIALIZERS.register_module('Pretrained', force=True, module=PretrainedWeights)

@@ -1,0 +1,40 @@
+"""What the demo's frozen encoders know."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmmilan.evaluation.probes import extract_features, knn_accuracy, linear_probe_accuracy
+
+PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
+
+
+def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
+    """Labelled data: train and test, or one data set to be split; none where folders do not name classes."""
+    if args.data and sum(path.is_dir() for path in args.data.iterdir()) < 2:
+        return []
+    folders = [args.data] if args.data else [args.out / 'scenes' / split for split in ('train', 'val')]
+    dataset = cfg.test_dataloader.dataset
+    return [DATASETS.build({**dataset, 'data_root': str(folder), 'with_label': True}) for folder in folders]
+
+
+def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, float]:
+    """Top-1 accuracy in percent of the model's frozen class token, by the probes of ``PROBES``."""
+    parts = [extract_features(model, dataset, f'Features of {name}') for dataset in datasets]
+    if len(parts) == 1:
+        features, labels = parts[0]
+        split = train_test_split(features, labels, test_size=0.2, random_state=0)
+        parts = [(split[0], split[2]), (split[1], split[3])]
+    (features, labels), test = parts
+    accuracies = (
+        linear_probe_accuracy((features, labels), test),
+        linear_probe_accuracy((features[::10], labels[::10]), test),
+        knn_accuracy((features, labels), test),
+    )
+    return {probe: 100 * accuracy for probe, accuracy in zip(PROBES, accuracies, strict=True)}

@@ -1,0 +1,57 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, the config, processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.engine.distributed import end_processes, init_cpu_processes
+from mmmilan.engine.hooks import ExactLoadingHook
+from mmmilan.errors import InputError
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config and the options that both tools have."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config, e.g. a.b=3'
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's options merged in.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not os.path.isfile(args.config):
+        raise InputError(f'The config {args.config} does not exist; correct its path.')
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return cfg
+
+
+@contextmanager
+def launched(cfg: Config) -> Iterator[Runner]:
+    """The runner of a config, which loads checkpoints safely and exactly; its processes end together."""
+    use_safe_loading()
+    init_cpu_processes(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(ExactLoadingHook())
+    yield runner
+    end_processes()

@@ -1,0 +1,125 @@
+"""A folder for the Hugging Face Hub, from which timm and transformers both load a model by its address."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmpretrain.models import ImageClassifier, VisionTransformer
+
+from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.files import write_text
+
+
+def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
+    """Write weights and configs for timm and, unless the classifier looks at the mean token, for transformers.
+
+    Args:
+        folder: where to write. ``model.safetensors`` is in timm's layout, ``transformers.safetensors`` in that of
+            transformers (>= 4.53, which reads its name in ``config.json``).
+        model: an encoder or classifier as ``mmmilan.get_model`` returns it.
+        name: what to call it in the configs.
+
+    Returns:
+        The libraries that can load the folder.
+
+    Raises:
+        InputError: timm has no place for a part of the model, as for the batch norm of a linear probe.
+    """
+    weights = model.state_dict()
+    save_checkpoint_file(convert(weights, 'timm'), folder / 'model.safetensors')
+    config, libraries = _timm_config(model, name), ['timm']
+    if detect_layout(weights).content != 'classifier on the mean token':
+        save_checkpoint_file(convert(weights, 'huggingface'), folder / 'transformers.safetensors')
+        config |= _transformers_config(model)
+        write_text(folder / 'preprocessor_config.json', json.dumps(_preprocessor_config(model), indent=2))
+        libraries.append('transformers')
+    write_text(folder / 'config.json', json.dumps(config, indent=2))
+    return libraries
+
+
+def _timm_config(model: ImageClassifier, name: str) -> dict[str, Any]:
+    vit = model.backbone
+    classes = model.head.num_classes if model.with_head else 0
+    mean, std = _normalisation(model)
+    return {
+        'architecture': 'vit_base_patch16_224',  # any size of it: ``model_args`` says which
+        'num_classes': classes,
+        'num_features': vit.embed_dims,
+        'model_args': {
+            'img_size': vit.img_size[0],
+            'patch_size': _patch_size(vit),
+            'embed_dim': vit.embed_dims,
+            'depth': vit.num_layers,
+            'num_heads': vit.arch_settings['num_heads'],
+            'mlp_ratio': vit.arch_settings['feedforward_channels'] / vit.embed_dims,
+            'global_pool': 'avg' if vit.out_type == 'avg_featmap' else 'token',
+        },
+        'pretrained_cfg': {
+            'tag': name,
+            'input_size': [3, *vit.img_size],
+            'fixed_input_size': True,
+            'interpolation': 'bicubic',
+            'crop_pct': 0.875,
+            'mean': mean,
+            'std': std,
+            'num_classes': classes,
+            'pool_size': None,
+            'first_conv': 'patch_embed.proj',
+            'classifier': 'head',
+        },
+    }
+
+
+def _transformers_config(model: ImageClassifier) -> dict[str, Any]:
+    vit = model.backbone
+    config = {
+        'architectures': ['ViTForImageClassification' if model.with_head else 'ViTModel'],
+        'model_type': 'vit',
+        'transformers_weights': 'transformers.safetensors',
+        'hidden_size': vit.embed_dims,
+        'num_hidden_layers': vit.num_layers,
+        'num_attention_heads': vit.arch_settings['num_heads'],
+        'intermediate_size': vit.arch_settings['feedforward_channels'],
+        'image_size': vit.img_size[0],
+        'patch_size': _patch_size(vit),
+        'layer_norm_eps': vit.ln1.eps,
+        'hidden_act': 'gelu',
+        'qkv_bias': True,
+    }
+    if model.with_head:
+        names = model._dataset_meta.get('classes') or [f'LABEL_{i}' for i in range(model.head.num_classes)]
+        config['id2label'] = {str(i): label for i, label in enumerate(names)}
+        config['label2id'] = {label: i for i, label in enumerate(names)}
+    return config
+
+
+def _preprocessor_config(model: ImageClassifier) -> dict[str, Any]:
+    mean, std = _normalisation(model)
+    height, width = model.backbone.img_size
+    return {
+        'image_processor_type': 'ViTImageProcessor',
+        'do_resize': True,
+        'size': {'height': height, 'width': width},
+        'resample': 3,  # bicubic
+        'do_rescale': True,
+        'rescale_factor': 1 / 255,
+        'do_normalize': True,
+        'image_mean': mean,
+        'image_std': std,
+    }
+
+
+def _normalisation(model: ImageClassifier) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation for images in [0, 1], RGB."""
+    preprocessor = model.data_preprocessor
+    mean, std = (
+        [round(value / 255, 6) for value in each.flatten().tolist()] for each in (preprocessor.mean, preprocessor.std)
+    )
+    return mean, std
+
+
+def _patch_size(vit: VisionTransformer) -> int:
+    return vit.patch_embed.projection.kernel_size[0]

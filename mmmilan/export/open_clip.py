@@ -1,0 +1,49 @@
+"""MaskCLIP as a folder that open_clip loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.checkpoints.open_clip import NORM_EPS, to_open_clip
+from mmmilan.files import write_text
+
+if TYPE_CHECKING:
+    from mmmilan.models.maskclip import MaskCLIP
+
+
+def write_open_clip(model: MaskCLIP, folder: str | Path) -> None:
+    """Write a model so that ``open_clip.create_model_and_transforms('local-dir:FOLDER')`` loads it.
+
+    Args:
+        model: The model; ``open_clip`` then gives the same embeddings.
+        folder: Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
+    """
+    config = dict(model_cfg=open_clip_config(model), preprocess_cfg=_preprocessing(model))
+    save_checkpoint_file(to_open_clip(model.state_dict()), Path(folder, 'open_clip_model.safetensors'))
+    write_text(Path(folder, 'open_clip_config.json'), json.dumps(config, indent=2))
+
+
+def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
+    """open_clip's config of the architecture of a model."""
+    arch = model.backbone.arch_settings
+    vision = dict(
+        image_size=model.backbone.img_size[0],
+        patch_size=model.backbone.patch_embed.projection.kernel_size[0],
+        width=arch['embed_dims'],
+        layers=arch['num_layers'],
+        head_width=arch['embed_dims'] // arch['num_heads'],
+        mlp_ratio=arch['feedforward_channels'] / arch['embed_dims'],
+        no_ln_pre=True,
+        norm_kwargs=dict(eps=NORM_EPS),
+    )
+    return dict(embed_dim=model.image_projection.out_features, vision_cfg=vision, text_cfg=dict(model.text_cfg))
+
+
+def _preprocessing(model: MaskCLIP) -> dict[str, Any]:
+    """open_clip's config of the normalisation, which it applies to RGB in [0, 1]."""
+    normalisation = model.data_preprocessor
+    mean, std = ((value.flatten() / 255).tolist() for value in (normalisation.mean, normalisation.std))
+    return dict(mean=mean, std=std, interpolation='bicubic')

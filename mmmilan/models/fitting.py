@@ -1,0 +1,56 @@
+"""Whether the parts of a model fit each other: better said when it is built than at the first iteration."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmmilan.errors import InputError
+from mmmilan.masking import Masking, SemanticAwareMasking
+
+
+def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn.Module, target_dim: int) -> None:
+    """Check encoder, masking, decoder and head against each other.
+
+    Args:
+        backbone: The encoder, a :class:`MILANViT`.
+        masking: The masking strategy.
+        neck: The decoder.
+        head: The target.
+        target_dim: Width C of the target.
+
+    Raises:
+        InputError: naming the first option that does not fit, and its right value.
+    """
+    num_patches, patch_size = backbone.num_patches, backbone.patch_size
+    rows = [
+        ('neck.embed_dim', neck.embed_dim, backbone.embed_dims),
+        ('neck.num_patches', getattr(neck, 'num_patches', num_patches), num_patches),
+        ('neck.predict_feature_dim', neck.predict_feature_dim, target_dim),
+        ('head.feature_dim', head.feature_dim, target_dim),
+        ('head.patch_size', getattr(head, 'patch_size', patch_size), patch_size),
+    ]
+    for name, value, expected in rows:
+        if value != expected:
+            raise InputError(f'{name} is {value}, but the other parts of the model need {expected}; set it to that.')
+    if head.teacher is not None:
+        check_grid(head.teacher, backbone, 'head.teacher')
+    elif isinstance(masking, SemanticAwareMasking):
+        raise InputError('SemanticAwareMasking needs a frozen teacher; give the head one, or use RandomMasking.')
+
+
+def check_grid(teacher: nn.Module, backbone: nn.Module, name: str) -> None:
+    """Check that a teacher has as many patches as the encoder.
+
+    Args:
+        teacher: The teacher.
+        backbone: The encoder, a :class:`MILANViT`.
+        name: What the config calls the teacher.
+
+    Raises:
+        InputError: naming the teacher's right input size.
+    """
+    if teacher.num_patches != backbone.num_patches:
+        raise InputError(
+            f'{name} sees {teacher.num_patches} patches and the encoder {backbone.num_patches}; set '
+            f'{name}.input_size to {backbone.patch_resolution[0] * teacher.patch_size}.'
+        )

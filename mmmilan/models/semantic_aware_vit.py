@@ -1,0 +1,51 @@
+"""Semantic-aware probing: a frozen encoder sees the important patches only (paper, table 7, row 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmmilan.errors import InputError
+from mmmilan.models.fitting import check_grid
+from mmmilan.models.frozen import Frozen
+from mmmilan.models.teachers import Teacher
+from mmmilan.models.vit import MILANViT
+from mmmilan.registry import MODELS
+
+
+@MODELS.register_module()
+class SemanticAwareViT(MILANViT):
+    """A :class:`MILANViT` that sees the patches of an image to which a teacher attends most, and no others.
+
+    As the backbone of an mmpretrain ``ImageClassifier`` it gives the class token. No random draw is made: the same
+    image shows the same patches in training and in validation. The teacher is frozen and not in the state dict.
+
+    Args:
+        teacher: Config of the teacher.
+        keep_ratio: Share of the patches that the encoder sees, 0 < keep_ratio <= 1; rounded down to whole patches.
+        kwargs: Arguments of :class:`MILANViT`.
+
+    Raises:
+        InputError: if the teacher's grid is not the encoder's, or no patch would be left.
+    """
+
+    def __init__(self, teacher: dict | Teacher, keep_ratio: float = 0.5, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.teacher = Frozen(MODELS.build(teacher) if isinstance(teacher, dict) else teacher)
+        self.num_visible = int(round(keep_ratio * self.num_patches, 6))
+        if not 1 <= self.num_visible <= self.num_patches:
+            raise InputError(
+                f'keep_ratio={keep_ratio} shows {self.num_visible} of {self.num_patches} patches; '
+                'choose 0 < keep_ratio <= 1 so that at least one is seen.'
+            )
+        check_grid(self.teacher.module, self, 'teacher')
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Class token [B, D] of normalised images [B, 3, H, W], after the final norm."""
+        return (super().forward(images, self.important_patches(images))[:, 0],)
+
+    @torch.no_grad()
+    def important_patches(self, images: Tensor) -> Tensor:
+        """Indices [B, V] of the V most important patches of each image, int64."""
+        _, importance = self.teacher(images)
+        return importance.topk(self.num_visible, dim=1).indices

@@ -1,0 +1,55 @@
+"""What a masked model predicts, and how its predictions are compared with it."""
+
+from __future__ import annotations
+
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from mmmilan.models.frozen import Frozen
+from mmmilan.models.teachers import Teacher
+from mmmilan.registry import MODELS
+
+
+class Target(BaseModule):
+    """Base of the heads.
+
+    A new target is a subclass with three methods: ``target``, ``token_loss`` and ``loss_tokens``.
+
+    Args:
+        teacher: Config of a :class:`Teacher`, or a teacher, or None. It is frozen and not in the state dict.
+
+    Attributes:
+        feature_dim: Width C of the target.
+    """
+
+    feature_dim: int
+
+    def __init__(self, teacher: dict | Teacher | None, init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg)
+        if isinstance(teacher, dict):
+            teacher = MODELS.build(teacher)
+        self._teacher = Frozen(teacher) if teacher is not None else None
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._teacher.module if self._teacher else None
+
+    def run_teacher(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Images [B, 3, H, W] -> the teacher's features [B, 1 + N, C] and importance [B, N]; None without one."""
+        if self._teacher is None:
+            return None, None
+        if next(self.teacher.parameters()).device != images.device:
+            self.teacher.to(images.device)  # FSDP moves nothing but the parameters that it shards
+        return self._teacher(images)
+
+    def target(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Images [B, 3, H, W] and the teacher's features [B, 1 + N, C] -> target [B, 1 + N, C]."""
+        return features
+
+    def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Loss of each token: [B, T, C], [B, T, C] -> [B, T], float32."""
+        raise NotImplementedError
+
+    def loss_tokens(self, num_visible: int) -> slice:
+        """The tokens, out of [class token, visible, masked], over which the loss is the mean."""
+        raise NotImplementedError

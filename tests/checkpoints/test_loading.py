@@ -1,0 +1,172 @@
+"""A pretraining checkpoint arrives whole in the models of all three tasks, or is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from helpers import ROOT
+from mmmilan.checkpoints.layouts import convert
+from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
+
+pytestmark = pytest.mark.usefixtures('safe_mmengine')
+
+CLASSIFICATION = 'milan/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py'
+DETECTION = 'detection/mask-rcnn_milan_vit-base-p16_1x_coco.py'
+SEGMENTATION = 'segmentation/upernet_milan_vit-base-p16_160k_ade20k-512x512.py'
+TASKS = dict(classification=CLASSIFICATION, detection=DETECTION, segmentation=SEGMENTATION)
+# What each task's encoder has that pretraining has not.
+NEW = dict(
+    classification=r'ln2\.(weight|bias)',
+    detection=r'scales\..*',
+    segmentation=r'scales\..*|layers\.\d\.(attn\.(rel_pos_table|rel_pos_cls|gamma1\.weight)|ffn\.gamma2\.weight)',
+)
+ONE_BLOCK = dict(out_indices=(0, 0, 0, 0), global_indices=())
+
+
+@pytest.fixture
+def pretrained(milan_cfg) -> dict[str, Tensor]:
+    """The state dict of a MILAN, every value of it random."""
+    weights = MODELS.build(milan_cfg).state_dict()
+    return {key: torch.randn_like(value) for key, value in weights.items()}
+
+
+def backbone_cfg(task: str, checkpoint: object, **changes) -> dict:
+    """The encoder of a task's config, in the size of ``milan_cfg``: 4 x 4 patches, 2 blocks."""
+    cfg = Config.fromfile(ROOT / 'configs' / TASKS[task]).model.backbone
+    cfg.arch = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
+    cfg.img_size = 64
+    if task != 'classification':
+        cfg.out_indices = (0, 0, 1, 1)
+    if task == 'detection':
+        cfg.update(window_size=2, global_indices=(1,))
+    cfg.init_cfg.checkpoint = str(checkpoint)
+    cfg.update(changes)
+    return cfg
+
+
+def load(task: str, checkpoint: object, **changes) -> nn.Module:
+    backbone = MODELS.build(backbone_cfg(task, checkpoint, **changes))
+    backbone.init_weights()
+    return backbone
+
+
+def check(task: str, backbone: nn.Module, pretrained: dict[str, Tensor]) -> None:
+    """Names and values: all of the encoder but the final norm, and nothing new but what the task adds."""
+    encoder = {key.removeprefix('backbone.'): value for key, value in pretrained.items() if key.startswith('backbone.')}
+    loaded = backbone.state_dict()
+    assert encoder.keys() - loaded.keys() == {'ln1.weight', 'ln1.bias'}
+    for key in loaded.keys() - encoder.keys():
+        assert re.fullmatch(NEW[task], key), key
+    for key in loaded.keys() & encoder.keys():
+        assert torch.equal(loaded[key], encoder[key]), key
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_raw_checkpoint_in_the_whole_model(task, pretrained, tmp_path):
+    """As ``tools/train.py`` writes it, into the model that ``tools/train.py`` then trains."""
+    torch.save(dict(meta=dict(epoch=1), state_dict=pretrained, optimizer=dict(state={})), tmp_path / 'epoch_1.pth')
+    cfg = Config.fromfile(ROOT / 'configs' / TASKS[task])
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone = backbone_cfg(task, tmp_path / 'epoch_1.pth')
+    if task == 'classification':
+        cfg.model.head.in_channels = 48
+    elif task == 'detection':
+        cfg.model.neck.in_channels = [48] * 4
+        cfg.model.roi_head.bbox_head.fc_out_channels = 8
+    else:
+        cfg.model.decode_head.update(in_channels=[48] * 4, channels=8)
+        cfg.model.auxiliary_head.update(in_channels=48, channels=8)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    check(task, model.backbone, pretrained)
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('layout', ['official', 'timm', 'huggingface', 'openmmlab', 'an encoder alone'])
+def test_published_layouts(task, layout, pretrained, tmp_path):
+    if layout == 'openmmlab':
+        weights = pretrained | {'target_generator.visual.proj': torch.zeros(2, 2)}
+    elif layout == 'an encoder alone':
+        weights = {k.removeprefix('backbone.'): v for k, v in pretrained.items() if k.startswith('backbone.')}
+    else:
+        weights = convert(pretrained, to=layout, encoder_only=layout != 'official')
+        assert not weights.keys() & pretrained.keys()
+    torch.save(dict(model=weights), tmp_path / 'published.pth')
+    changes = {}
+    if layout == 'an encoder alone' and task == 'classification':  # that config names the prefix
+        changes = dict(init_cfg=dict(prefix=None))
+    check(task, load(task, tmp_path / 'published.pth', **changes), pretrained)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_positions_are_interpolated(task, pretrained, tmp_path):
+    torch.save(pretrained, tmp_path / 'weights.pth')
+    stored = pretrained['backbone.pos_embed']
+    loaded = load(task, tmp_path / 'weights.pth', img_size=96).pos_embed
+    grid = stored[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(6, 6), mode='bicubic', align_corners=False).flatten(2).transpose(1, 2)
+    assert torch.equal(loaded[:, :1], stored[:, :1])
+    torch.testing.assert_close(loaded[:, 1:], expected)
+    assert torch.equal(load(task, tmp_path / 'weights.pth').pos_embed, stored)  # to the same size: unchanged
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_part_of_an_encoder_is_refused(task, pretrained, tmp_path):
+    """What is missing and what is left over are both named."""
+    path = tmp_path / 'weights.pth'
+    torch.save(pretrained, path)
+    arch = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=192)
+    with pytest.raises(
+        InputError, match=r'weights.pth does not hold all of .* missing layers.2.attn.* and 18 more, left over none'
+    ):
+        load(task, path, arch=arch)
+    with pytest.raises(InputError, match=r'missing none, left over layers.1.attn.* and 6 more'):
+        load(task, path, arch=arch | dict(num_layers=1), **({} if task == 'classification' else ONE_BLOCK))
+    lost = 'layers.1.ffn.layers.0.0.weight'
+    weights = {key: value for key, value in pretrained.items() if key != f'backbone.{lost}'}
+    torch.save(weights | {'backbone.layers.1.other': torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=f'missing {lost}, left over layers.1.other; give the checkpoint'):
+        load(task, path)
+
+
+def test_final_norm_may_not_be_missing(pretrained, tmp_path):
+    """It is left over where the model has none, but a model that has one needs it."""
+    torch.save({key: value for key, value in pretrained.items() if 'backbone.ln1' not in key}, tmp_path / 'weights.pth')
+    load('classification', tmp_path / 'weights.pth')
+    with pytest.raises(InputError, match='missing ln1.bias, ln1.weight, left over none'):
+        load('classification', tmp_path / 'weights.pth', final_norm=True)
+
+
+def test_classifier_as_start_of_a_detector(pretrained, tmp_path):
+    """Its head and the norm after the mean of the patch tokens are not the encoder's."""
+    weights = {key: value for key, value in pretrained.items() if key.startswith('backbone.')}
+    head = {'head.fc.weight': torch.zeros(3, 48), 'head.fc.bias': torch.zeros(3)}
+    norm = {'backbone.ln2.weight': torch.ones(48), 'backbone.ln2.bias': torch.zeros(48)}
+    torch.save(dict(state_dict=weights | head | norm), tmp_path / 'classifier.pth')
+    check('detection', load('detection', tmp_path / 'classifier.pth'), pretrained)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_other_files_are_refused(task, pretrained, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(pretrained, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match='weights.pth is incomplete or damaged'):
+        load(task, path)
+    torch.save({'backbone.conv1.weight': torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"weights.pth holds no weight of \w+ under 'backbone.'"):
+        load(task, path)
+    torch.save(pretrained, path)
+    with pytest.raises(InputError, match='weights.pth does not fit .*: .*size mismatch for patch_embed'):
+        load(task, path, patch_size=8)
+    torch.save(pretrained | {'backbone.pos_embed': torch.zeros(1, 16, 48)}, path)  # without the class token
+    with pytest.raises(InputError, match='weights.pth does not fit'):
+        load(task, path)

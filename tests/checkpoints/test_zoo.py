@@ -1,0 +1,473 @@
+"""The zoo: its metafiles, models by name, features and classes, publishing, and the README's snippets."""
+
+import hashlib
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import mmpretrain
+import modelindex
+import numpy as np
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmpretrain.models import ImageClassifier, MILANPretrainDecoder, VisionTransformer
+from PIL import Image
+
+from mmmilan import api
+from mmmilan.checkpoints import zoo
+from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
+from mmmilan.checkpoints.layouts import convert
+from mmmilan.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT.parent / 'shared' / 'paper' / 'mmselfsup_milan_readme.md'
+PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
+SMALL = dict(_delete_=True, embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
+FEW_CLASSES = ('cat', 'dog', 'newt')
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    """mmpretrain's own modules in the sizes of the published files, and those files below ``host``."""
+    host = tmp_path_factory.mktemp('host')
+    torch.manual_seed(0)
+    vit = VisionTransformer('base')
+    for norm in (module for module in vit.modules() if isinstance(module, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.bias, std=0.1)  # or all norms would be the same
+    torch.nn.init.normal_(vit.pos_embed, std=0.5)
+    decoder = MILANPretrainDecoder(embed_dim=768)
+    classifier = ImageClassifier(
+        dict(type='VisionTransformer', arch='base', out_type='avg_featmap', final_norm=False),
+        head=dict(type='LinearClsHead', num_classes=1000, in_channels=768),
+    )
+    classifier.backbone.load_state_dict(vit.state_dict(), strict=False)
+    torch.nn.init.normal_(classifier.head.fc.weight)
+    vit.eval()
+    classifier.eval()
+    milan = {f'backbone.{key}': value for key, value in vit.state_dict().items()}
+    milan |= {f'neck.{key}': value for key, value in decoder.state_dict().items()}
+    milan |= {'target_generator.tokenizer.visual.proj': torch.zeros(768, 512)}
+    meta = dict(epoch=400, mmengine_version='0.3.1', seed=np.int64(0))
+    urls, sha256 = {}, {}
+    for name, weights in {PRETRAINED: milan, FINE_TUNED: classifier.state_dict()}.items():
+        path = host / f'{name}.pth'
+        torch.save(dict(meta=meta, state_dict=weights), path)
+        sha256[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        urls[name] = f'{name}_20221129-{sha256[name][:8]}.pth'
+        path.rename(host / urls[name])
+    yield dict(vit=vit, classifier=classifier, host=host, urls=urls, sha256=sha256)
+    shutil.rmtree(host)  # 0.8 GB
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    cache = tmp_path_factory.mktemp('cache')
+    yield cache
+    shutil.rmtree(cache)
+
+
+@pytest.fixture
+def published(sources, cache, tmp_path, monkeypatch):
+    """The zoo with the two files of ``sources`` as its published ones, to be had from a mirror on loopback."""
+    root = tmp_path / 'zoo'
+    root.mkdir()
+    for folder in ('_base_', 'milan'):
+        (root / folder).symlink_to(ROOT / 'configs' / folder)
+    models = []
+    for metafile in ('metafile.yml', 'benchmarks/metafile.yml'):
+        models += yaml.safe_load((ROOT / 'configs' / 'milan' / metafile).read_text())['Models']
+    for model in models:
+        model['Config'] = model['Config'].removeprefix('configs/')
+        if model['Name'] in sources['urls']:
+            model['Weights'] = f'https://download.openmmlab.com/{sources["urls"][model["Name"]]}'
+            model['Metadata']['SHA256'] = sources['sha256'][model['Name']]
+    (root / 'metafile.yml').write_text(yaml.safe_dump({'Models': models}))
+    (root / 'model-index.yml').write_text('Import: [metafile.yml]')
+    monkeypatch.setattr(zoo, 'zoo_root', lambda: root)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietHandler, directory=sources['host']))
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    monkeypatch.setenv('MMMILAN_MIRRORS', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('MMMILAN_CACHE', str(cache))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    zoo.zoo_models.cache_clear()
+    assert len(zoo.find_model(PRETRAINED).sha256) == 64  # the whole hash is what is checked
+    yield sources
+    server.shutdown()
+    server.server_close()
+    zoo.zoo_models.cache_clear()
+
+
+@pytest.fixture(scope='module')
+def image_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for name, size in {'cat': (300, 400), 'dog': (260, 250)}.items():
+        image = cv2.resize(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f'{name}.png'), image)
+    return [str(folder / 'cat.png'), str(folder / 'dog.png')]
+
+
+def normalised(path):
+    """What the models should see, by Pillow and NumPy alone."""
+    image = Image.open(path).convert('RGB')
+    scale = 256 / min(image.size)
+    image = image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (int(round((side - 224) / 2)) for side in image.size)
+    pixels = np.asarray(image, dtype=np.float32)[top : top + 224, left : left + 224]
+    pixels = (pixels - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
+    return torch.from_numpy(pixels.transpose(2, 0, 1)).float()[None]
+
+
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_metafiles_are_in_openmmlabs_form():
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    models = {model.name: model for model in index.models}
+    assert set(models) == set(zoo.zoo_models())
+    for model in models.values():
+        assert Config.fromfile(ROOT / model.config).model
+        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP'))  # from the collection
+        if model.weights:
+            assert model.weights.startswith('https://download.openmmlab.com/mmselfsup/1.x/milan/')
+            assert re.search(r'_20221129-[0-9a-f]{8}\.pth$', model.weights)
+    assert {name for name, model in models.items() if model.weights} == {
+        PRETRAINED,
+        FINE_TUNED,
+        'vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k',
+    }
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason='needs ../shared/paper')
+def test_zoo_has_the_checkpoints_of_the_model_zoo_page():
+    urls = set(re.findall(r'https://download\.openmmlab\.com/\S+?\.pth', PAGE.read_text()))
+    assert len(urls) == 3
+    assert {model.weights for model in zoo.zoo_models().values() if model.weights} == urls
+
+
+def test_list_models():
+    assert PRETRAINED in api.list_models('milan') and FINE_TUNED not in api.list_models('milan*')
+    assert api.list_models('*large') == [
+        'milan-random-masking_vit-large-p16_16xb256-amp-coslr-400e_in1k',
+        'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k',
+    ]
+    assert set(api.list_models()) == set(zoo.zoo_models())
+
+
+@torch.no_grad()
+def test_features_of_a_published_checkpoint(published, image_files, capsys):
+    """From the name to the features: mirror, hash, the CLIP in the file left out, pipeline, encoder."""
+    expected = torch.cat([published['vit'](normalised(path))[0] for path in image_files])
+    extract = api.FeatureExtractor(PRETRAINED)
+    assert published['urls'][PRETRAINED] in capsys.readouterr().err
+    features = extract(image_files, batch_size=1)
+    assert_close(features, expected)
+    assert 'FeatureExtractor' in capsys.readouterr().err
+    bgr = [cv2.imread(path) for path in image_files]
+    (seen,) = extract.batches(image_files[0], 1)
+    assert_close(seen, normalised(image_files[0]))
+    for same in (Path(image_files[0]), bgr[0], Image.open(image_files[0]), bgr[:1], np.stack(bgr[:1])):
+        assert torch.equal(next(extract.batches(same, 1)), seen)
+    assert [len(batch) for batch in extract.batches(bgr * 2 + bgr[:1], 2)] == [2, 2, 1]
+
+
+def test_features_of_every_type(image_files):
+    model = api.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+    features = {
+        out_type: api.FeatureExtractor(model, out_type=out_type)(image_files)
+        for out_type in (None, 'raw', 'cls_token', 'featmap', 'avg_featmap')
+    }
+    tokens = features['raw']
+    assert tokens.shape == (2, 197, 48) and not tokens.requires_grad
+    assert torch.equal(features['cls_token'], tokens[:, 0])
+    assert torch.equal(features[None], tokens[:, 0])  # each extractor has its own, and the model keeps its own
+    assert torch.equal(features['featmap'], tokens[:, 1:].transpose(1, 2).unflatten(2, (14, 14)))
+    assert_close(features['avg_featmap'], tokens[:, 1:].mean(1))
+
+
+@torch.no_grad()
+def test_classes_by_a_published_checkpoint(published, image_files):
+    scores = torch.cat([published['classifier'](normalised(path)).softmax(1) for path in image_files])
+    inferencer = api.ImageClassificationInferencer(FINE_TUNED)
+    results = inferencer([image_files[0], cv2.imread(image_files[1])])
+    assert_close(torch.from_numpy(np.stack([result['pred_scores'] for result in results])), scores)
+    assert [result['pred_label'] for result in results] == scores.argmax(1).tolist()
+    names = mmpretrain.datasets.ImageNet.METAINFO['classes']
+    assert [result['pred_class'] for result in results] == [names[i] for i in scores.argmax(1)]
+    theirs = mmpretrain.ImageClassificationInferencer(inferencer.model)(image_files)
+    assert [result['pred_label'] for result in theirs] == scores.argmax(1).tolist()
+    assert_close(torch.from_numpy(theirs[0]['pred_scores']), scores[0])
+
+
+def test_what_cannot_be_had_is_said_in_one_sentence(published, tmp_path, image_files):
+    with pytest.raises(InputError, match="The zoo has no model 'resnet50'; choose one of milan"):
+        api.get_model('resnet50')
+    with pytest.raises(InputError, match='No weights of milan_vit-large.* have been published'):
+        api.get_model('milan_vit-large-p16_16xb256-amp-coslr-400e_in1k', pretrained=True)
+    with pytest.raises(InputError, match='none.py is not a file'):
+        api.get_model(tmp_path / 'none.py')
+    # the pretrained encoder is no classifier
+    with pytest.raises(InputError, match=r'does not hold all of ImageClassifier: missing .*head.fc'):
+        api.get_model(FINE_TUNED, pretrained=PRETRAINED)
+    model = api.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+    with pytest.raises(InputError, match='no classification head'):
+        api.ImageClassificationInferencer(model)(image_files)
+    with pytest.raises(InputError, match="out_type='pooled' is unknown"):
+        api.FeatureExtractor(model, out_type='pooled')
+    extract = api.FeatureExtractor(model)
+    for images, message in [
+        ('none.jpg', 'none.jpg is not a file'),
+        ([], 'No images'),
+        (np.zeros((8, 8, 3), np.float32), 'float32 .* is no image'),
+        (np.zeros((8, 8), np.uint8), r'uint8 \[8, 8\] is no image'),
+    ]:
+        with pytest.raises(InputError, match=message):
+            extract(images)
+
+
+def test_the_whole_pretraining_model_can_be_had(clip_file):
+    """Decoder and teacher too, to go on pretraining; the published teacher is replaced by a small file."""
+    teacher = dict(model=None, pretrained=clip_file, input_size=224)
+    model = api.get_model(
+        PRETRAINED, encoder_only=False, head=dict(teacher=teacher), neck=dict(predict_feature_dim=24, decoder_depth=1)
+    )
+    assert type(model).__name__ == 'MILAN' and model.neck.decoder_pred.out_features == 24
+
+
+def test_mmpretrain_finds_our_models_once_mmmilan_is_imported():
+    """In a process of its own, where nothing has been imported."""
+    code = f"""
+import sys
+import mmmilan, mmpretrain
+from mmpretrain.apis.model import ModelHub
+
+def check():
+    assert '{PRETRAINED}' in mmpretrain.list_models('milan')
+    assert '{FINE_TUNED}' in mmpretrain.list_models('vit*milan')
+    assert 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k' in mmpretrain.list_models()
+    assert 'resnet50_8xb32_in1k' in mmpretrain.list_models('resnet50')
+    assert ModelHub.get('{PRETRAINED}').config.model.type == 'mmmilan.MILAN'
+    small = dict(arch=dict(embed_dims=48, num_layers=1, num_heads=3, feedforward_channels=96, _delete_=True))
+    model = mmpretrain.get_model('{FINE_TUNED}', backbone=small, head=dict(in_channels=48))
+    assert model._metainfo.config.filename.startswith({str(ROOT)!r}), model._metainfo.config.filename
+
+check()
+# the other way round: mmpretrain has been imported, and its hub filled, before mmmilan is
+for name in mmmilan.list_models():
+    del ModelHub._models_dict[name]
+for module in [name for name in sys.modules if name.startswith('mmmilan')]:
+    del sys.modules[module]
+del mmmilan
+try:
+    check()
+except AssertionError:
+    import mmmilan
+    check()
+    print('found')
+"""
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.endswith('found\n'), run.stderr
+
+
+def test_import_stays_light():
+    code = 'import sys, mmmilan; mmmilan.list_models(); print({"torch", "mmpretrain", "mmengine"} & set(sys.modules))'
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.splitlines()[-1] == 'set()', run.stderr
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Configs and checkpoints, as training leaves them, of a small encoder and its classifiers."""
+
+    def write(kind):
+        base = PRETRAINED if kind == 'milan' else FINE_TUNED
+        config = Config.fromfile(zoo.find_model(base).config)
+        config.model.backbone.update(arch={**SMALL}, img_size=32, patch_size=8)
+        del config.model.backbone.arch['_delete_']
+        if kind == 'milan':
+            config.model.neck.update(num_patches=16, embed_dim=48, decoder_depth=1)
+        else:
+            config.model.head.update(num_classes=3, in_channels=48)
+        if kind == 'class-token':
+            config.model.backbone.update(out_type='cls_token', final_norm=True)
+            config.model.head = dict(type='VisionTransformerClsHead', num_classes=3, in_channels=48)
+        path = tmp_path / f'{kind}.py'
+        config.dump(path)
+        model = api.get_model(path)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.2 + 0.1
+        checkpoint = dict(
+            state_dict=model.state_dict(),
+            meta=dict(epoch=3, cfg='secret = "/home/me"', dataset_meta=dict(classes=FEW_CLASSES)),
+            optimizer=dict(state={0: torch.zeros(1000)}),
+            message_hub={},
+        )
+        save_checkpoint_file(checkpoint, tmp_path / f'{kind}.pth')
+        return path, tmp_path / f'{kind}.pth', model
+
+    return write
+
+
+def test_publish_strips_hashes_and_describes(trained, run_tool, tmp_path):
+    config, checkpoint, model = trained('class-token')
+    out = tmp_path / 'out'
+    run_tool(
+        'publish_model.py', config, checkpoint, out, '--url', 'https://example.com/milan/', '--metric', 'Top 1=81.5'
+    )
+    stem = next(out.glob('*.pth')).stem
+    assert sorted(path.name for path in out.iterdir()) == [
+        f'{stem}.{end}' for end in ('md', 'pth', 'safetensors', 'yml')
+    ]
+    sha256 = hashlib.sha256((out / f'{stem}.pth').read_bytes()).hexdigest()
+    assert stem == f'class-token-{sha256[:8]}'
+
+    slim = load_checkpoint_file(out / f'{stem}.pth')
+    assert set(slim) == {'state_dict', 'meta'} and set(slim['meta']) == {'epoch', 'dataset_meta'}
+    twin = load_checkpoint_file(out / f'{stem}.safetensors')
+    for weights in (slim['state_dict'], twin['state_dict']):
+        assert set(weights) == set(model.state_dict())
+        assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert tuple(twin['meta']['dataset_meta']['classes']) == FEW_CLASSES
+
+    (entry,) = yaml.safe_load((out / f'{stem}.yml').read_text())['Models']
+    assert entry['Weights'] == f'https://example.com/milan/{stem}.pth'
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert entry['Metadata'] == {'Parameters': parameters, 'SHA256': sha256, 'Epochs': 3}
+    assert entry['Results'][0]['Metrics'] == {'Top 1': 81.5}
+    assert modelindex.load(str(out / f'{stem}.yml')).models[0].name == 'class-token'
+    card = (out / f'{stem}.md').read_text()
+    assert sha256 in card and '| Top 1 (ImageNet-1k) | 81.5 |' in card and f'{parameters:,} parameters' in card
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}  # the same weights give the same files
+    run_tool(
+        'publish_model.py', config, checkpoint, out, '--url', 'https://example.com/milan/', '--metric', 'Top 1=81.5'
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['milan', 'class-token', 'mean-token'])
+def test_hub_folder_is_loaded_by_timm_and_transformers(trained, run_tool, tmp_path, kind, capsys):
+    import timm
+    from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+    config, checkpoint, model = trained(kind)
+    hub = tmp_path / 'hub'
+    run_tool('publish_model.py', config, checkpoint, tmp_path / 'out', '--hub-dir', hub)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images) if model.with_head else model.backbone(images)[0]
+
+    theirs = timm.create_model(f'local-dir:{hub}', pretrained=True).eval()
+    assert_close(theirs(images), expected)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert data['input_size'] == (3, 32, 32) and data['mean'] == pytest.approx((0.485, 0.456, 0.406))
+
+    if kind == 'mean-token':  # transformers' ViT norms before it takes the mean
+        assert 'can be loaded by timm\n' in capsys.readouterr().out
+        assert not (hub / 'transformers.safetensors').exists()
+        return
+    if kind == 'class-token':
+        theirs = AutoModelForImageClassification.from_pretrained(hub).eval()
+        assert_close(theirs(images).logits, expected)
+        assert [theirs.config.id2label[i] for i in range(3)] == list(FEW_CLASSES)
+    else:
+        theirs = AutoModel.from_pretrained(hub, add_pooling_layer=False).eval()
+        assert_close(theirs(images).last_hidden_state[:, 0], expected)
+    processor = AutoImageProcessor.from_pretrained(hub)
+    assert processor.size == {'height': 32, 'width': 32}
+    card = (hub / 'README.md').read_text()
+    assert card.startswith('---\n') and yaml.safe_load(card.split('---')[1])['library_name'] == 'timm'
+
+
+def test_convert_tool_says_what_it_found(run_tool, official, tmp_path, capsys):
+    weights = {key[6:]: value for key, value in official.items() if key.startswith('milan/')}
+    save_checkpoint_file(dict(model=weights, epoch=399), tmp_path / 'published.pth')
+    run_tool('convert_checkpoint.py', tmp_path / 'published.pth', tmp_path / 'ours.safetensors')
+    said = capsys.readouterr().out
+    assert 'published.pth: pretraining in the layout of the published MILAN or MAE repository' in said
+    assert '(ViT of 2 layers, 48 wide, prompting decoder)' in said
+    run_tool('convert_checkpoint.py', tmp_path / 'ours.safetensors', tmp_path / 'back.pth', '--to', 'official')
+    back = load_checkpoint_file(tmp_path / 'back.pth')['model']
+    assert set(back) == set(weights) and all(torch.equal(back[key], weights[key]) for key in weights)
+    arguments = (tmp_path / 'back.pth', tmp_path / 'hf.safetensors', '--to', 'huggingface', '--encoder-only')
+    run_tool('convert_checkpoint.py', *arguments)
+    encoder = convert(weights, 'huggingface', encoder_only=True)
+    assert set(load_checkpoint_file(tmp_path / 'hf.safetensors')['state_dict']) == set(encoder)
+
+    with pytest.raises(SystemExit, match="back.pth: timm has no place for 'decoder.*--encoder-only"):
+        run_tool('convert_checkpoint.py', tmp_path / 'back.pth', tmp_path / 'timm.pth', '--to', 'timm')
+    save_checkpoint_file({**weights, 'blocks.0.extra': torch.zeros(1)}, tmp_path / 'odd.pth')
+    with pytest.raises(SystemExit, match="odd.pth: The key 'blocks.0.extra' is unknown"):
+        run_tool('convert_checkpoint.py', tmp_path / 'odd.pth', tmp_path / 'timm.pth')
+    assert not (tmp_path / 'timm.pth').exists()
+
+
+def snippets():
+    """The code blocks of the README's section on use: (language, code)."""
+    section = re.search(r'^## Use it$(.*?)(?=^## |\Z)', (ROOT / 'README.md').read_text(), re.M | re.S)
+    assert section, 'the README has no section "Use it"'
+    return re.findall(r'^```(\w+)\n(.*?)^```', section[1], re.M | re.S)
+
+
+# What makes the README's training small enough for a test: the command of the README is run as it stands, plus these.
+TINY = (
+    'train_dataloader.batch_size=3 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
+    'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
+    'default_hooks.checkpoint.save_optimizer=False'
+)
+
+
+def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in image_files:
+        Image.open(path).save(f'{Path(path).stem}.jpg')
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'my_images').mkdir()
+    for split, label in itertools.product(('train', 'val'), range(3)):
+        (tmp_path / 'my_images' / split / str(label)).mkdir(parents=True)
+        shutil.copy('cat.jpg', tmp_path / 'my_images' / split / str(label))
+    blocks = snippets()
+    assert [language for language, _ in blocks] == ['python', 'python', 'bash', 'bash']
+    values = {}
+    for _, code in blocks[:2]:
+        exec(code, values)
+    assert values['features'].shape == (2, 768)
+    assert values['results'][0]['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes']
+    for _, code in blocks[2:]:
+        for command in code.replace('\\\n', ' ').strip().splitlines():
+            *settings, script = command.partition('python tools/')[0].split() + [command.partition('python tools/')[2]]
+            for setting in settings:
+                monkeypatch.setenv(*setting.split('='))
+            script, *arguments = script.split()
+            run_tool(script, *arguments, *(['--cfg-options', *TINY.split()] if script == 'train.py' else []))
+    (trained,) = tmp_path.glob('work_dirs/*/epoch_1.pth')
+    before = published['vit'].state_dict()['layers.11.attn.proj.weight']
+    after = load_checkpoint_file(trained)['state_dict']['backbone.layers.11.attn.proj.weight']
+    assert 0 < (after - before).abs().max() < 0.01  # one step away from the weights of the zoo
+    import timm
+
+    vit = timm.create_model('vit_base_patch16_224', num_classes=0)
+    (file,) = tmp_path.glob('*.safetensors')
+    weights = load_checkpoint_file(file)['state_dict']
+    vit.load_state_dict(weights, strict=True)
+    assert torch.equal(weights['norm.bias'], published['vit'].ln1.bias)
+    shutil.rmtree(tmp_path / 'work_dirs')
+    file.unlink()

@@ -1,0 +1,129 @@
+"""Configs of detection and segmentation: the paper's recipes, built at their real size, on real images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+from helpers import real_data, ROOT, own_settings, restated
+from mmmilan.registry import MODELS
+
+FOLDERS = ('detection', 'segmentation')
+CONFIGS = {path.stem: path for folder in FOLDERS for path in (ROOT / 'configs' / folder).glob('*.py')}
+SIBLINGS = [stem for stem, path in CONFIGS.items() if isinstance(own_settings(path)['_base_'], str)]
+DETECTION = 'mask-rcnn_milan_vit-base-p16_1x_coco'
+SEGMENTATION = 'upernet_milan_vit-base-p16_160k_ade20k-512x512'
+LARGE = dict(embed_dims=1024, num_layers=24, num_heads=16)
+BASE = dict(embed_dims=768, num_layers=12, num_heads=12)
+
+
+def read(name: str) -> Config:
+    cfg = Config.fromfile(CONFIGS[name])
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def test_names():
+    sizes = ('base', 'large')
+    names = {f'mask-rcnn_milan_vit-{size}-p16_{time}_coco' for size in sizes for time in ('1x', 'lsj-25e', 'lsj-100e')}
+    assert names | {f'upernet_milan_vit-{size}-p16_160k_ade20k-512x512' for size in sizes} == set(CONFIGS)
+    assert set(SIBLINGS) == set(CONFIGS) - {DETECTION, SEGMENTATION}
+
+
+@pytest.mark.parametrize('name', SIBLINGS)
+def test_sibling_states_only_its_difference(name):
+    own = own_settings(CONFIGS[name])
+    base = Config.fromfile(CONFIGS[name].parent / own.pop('_base_'))
+    assert list(restated(own, base.to_dict())) == []
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_real_size(name):
+    """The whole model, on a tensor of the recipe's size, without memory."""
+    cfg = read(name)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+        size = 1024 if 'coco' in name else 512
+        features = model.extract_feat(torch.empty(2, 3, size, size))
+        if 'coco' in name:
+            assert [tuple(each.shape) for each in features] == [(2, 256, side, side) for side in (256, 128, 64, 32, 16)]
+            assert len(model.rpn_head(features)[0]) == 5
+            assert len(model.rpn_head.rpn_conv) == 2
+            assert len(model.roi_head.bbox_head.shared_convs) == 4 and len(model.roi_head.bbox_head.shared_fcs) == 1
+            assert len(model.roi_head.mask_head.convs) == 4
+        else:
+            assert model.decode_head(features).shape == (2, 150, 128, 128)
+            assert model.auxiliary_head(features).shape == (2, 150, 32, 32)
+    vit = model.backbone
+    wanted = LARGE if 'large' in name else BASE
+    assert {key: vit.arch_settings[key] for key in wanted} == wanted
+    depth = vit.num_layers
+    quarters = tuple(depth * i // 4 - 1 for i in (1, 2, 3, 4))
+    windows = [layer.attn.window_size for layer in vit.layers]
+    if 'coco' in name:  # windows of 16 x 16 but in four blocks, evenly spaced, after which the maps are taken
+        assert windows == [0 if i in quarters else 16 for i in range(depth)] and vit.out_indices == quarters
+    else:
+        assert windows == [0] * depth
+        assert vit.out_indices == tuple(i * depth // 12 - 1 for i in (4, 6, 8, 12))
+        assert all(layer.attn.rel_pos_table.shape[1:] == (63, 63) for layer in vit.layers)
+    drop_path = 0.2 if 'large' in name and 'coco' in name else 0.1
+    assert vit.layers[-1].attn.out_drop.drop_prob == pytest.approx(drop_path)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_schedule(name):
+    """Appendix A.1; the longer schedules drop the rate at 8/9 and 26/27 of the time (arXiv 2111.11429)."""
+    cfg = read(name)
+    warm_up, decay = cfg.param_scheduler
+    assert cfg.auto_scale_lr.base_batch_size == 16 == 8 * cfg.train_dataloader.batch_size
+    assert (warm_up.type, warm_up.by_epoch) == ('LinearLR', False)
+    if 'coco' in name:
+        epochs, milestones = {'1x': (12, [8, 11]), '25e': (25, [22, 24]), '100e': (100, [89, 96])}[
+            name.split('_')[-2].removeprefix('lsj-')
+        ]
+        assert (cfg.train_cfg.max_epochs, decay.end, decay.milestones, decay.gamma) == (epochs, epochs, milestones, 0.1)
+    else:
+        assert (warm_up.end, decay.type, decay.begin, decay.by_epoch) == (1500, 'PolyLR', 1500, False)
+        assert cfg.train_cfg.max_iters == decay.end == 160000
+
+
+def sample(name: str, data_root: Path, **changes) -> list[dict]:
+    """The first sample of training and of evaluation, through the config's pipelines, from a folder of real data."""
+    cfg = read(name)
+    loaders = (cfg.train_dataloader, cfg.val_dataloader)
+    for loader in loaders:
+        loader.dataset.update(data_root=str(data_root), **changes)
+    return [DATASETS.build(loader.dataset)[0] for loader in loaders]
+
+
+@pytest.mark.data
+def test_detection_data():
+    train, val = sample(DETECTION, real_data('coco128'))
+    height, width = train['inputs'].shape[1:]
+    assert 0 < height <= 1024 and 0 < width <= 1024
+    instances = train['data_samples'].gt_instances
+    assert len(instances.bboxes) == len(instances.masks) == len(instances.labels) and instances.masks.height == height
+    assert instances.masks.masks.any(axis=(1, 2)).all()
+    assert max(val['inputs'].shape[1:]) == 1024
+    preprocessor = MODELS.build(read(DETECTION).model.data_preprocessor)
+    for each in (train, val):  # the padding is no part of the image, where boxes could be predicted
+        batch = preprocessor(dict(inputs=[each['inputs']], data_samples=[each['data_samples']]))
+        assert batch['inputs'].shape == (1, 3, 1024, 1024)
+        assert batch['data_samples'][0].img_shape == tuple(each['inputs'].shape[1:])
+
+
+@pytest.mark.data
+def test_segmentation_data():
+    folders = dict(img_path='images/validation', seg_map_path='annotations/validation')
+    train, val = sample(SEGMENTATION, real_data('ade20k_sample'), data_prefix=folders)
+    assert train['inputs'].shape[1:] == train['data_samples'].gt_sem_seg.shape
+    assert max(train['inputs'].shape[1:]) <= 512 <= min(val['inputs'].shape[1:])
+    drawn = cv2.imread(val['data_samples'].seg_map_path, cv2.IMREAD_UNCHANGED).astype(int)
+    expected = np.where(drawn == 0, 255, drawn - 1)  # 0 is unlabelled, and ignored
+    assert (expected == 255).any() and np.array_equal(val['data_samples'].gt_sem_seg.data[0], expected)

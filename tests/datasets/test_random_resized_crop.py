@@ -1,0 +1,306 @@
+"""The input pipeline in one transform: mmpretrain's crops, Pillow's pixels; and images from an LMDB."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import default_collate, pseudo_collate
+from mmpretrain.datasets.transforms import PackInputs, RandomResizedCrop
+from mmpretrain.registry import TRANSFORMS as MMPRETRAIN_TRANSFORMS
+from PIL import Image
+
+from helpers import ROOT, read_scalars, real_data
+from mmmilan.datasets import CorruptImageError, Draw, ImageFolder, LoadEncodedCrop, LoadImage, LoadRandomResizedCrop
+from mmmilan.datasets.random_resized_crop import crop, decode, read_jpeg_header, resize
+from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
+
+
+@pytest.fixture
+def write_jpeg(tmp_path):
+    """Writes a photograph-like JPEG of a size: smooth shapes and some noise."""
+
+    def write(width: int, height: int, **options) -> str:
+        rng = np.random.default_rng(width + height)
+        coarse = rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(int)
+        image = (image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8)
+        path = tmp_path / f'{width}x{height}.jpg'
+        Image.fromarray(image).save(path, quality=90, **options)
+        return str(path)
+
+    return write
+
+
+def reference(path: str, seed: int, scale: int, area: tuple[float, float]) -> np.ndarray:
+    """mmpretrain's default pipeline."""
+    steps = [
+        dict(type='LoadImageFromFile'),
+        dict(type='RandomResizedCrop', scale=scale, crop_ratio_range=area, backend='pillow', interpolation='bicubic'),
+        dict(type='RandomFlip', prob=0.5),
+    ]
+    results = dict(img_path=path)
+    np.random.seed(seed)
+    for step in steps:
+        results = MMPRETRAIN_TRANSFORMS.build(step)(results)
+    return results['img'].astype(int)
+
+
+def ours(path: str, seed: int, scale: int, area: tuple[float, float]) -> np.ndarray:
+    np.random.seed(seed)
+    return LoadRandomResizedCrop(scale, area, flip_prob=0.5)(dict(img_path=path))['img'].astype(int)
+
+
+# -- crops and pixels
+
+
+@pytest.mark.parametrize('size', [(300, 240), (120, 500), (40, 30)], ids=str)
+def test_same_random_numbers_same_pixels(write_jpeg, size):
+    """As mmpretrain's default pipeline, crop, bicubic filter and flip; rounding differs now and then."""
+    path = write_jpeg(*size)
+    for seed in range(20):
+        difference = np.abs(ours(path, seed, 64, (0.2, 1.0)) - reference(path, seed, 64, (0.2, 1.0)))
+        assert difference.max() <= 2 and difference.mean() < 0.1
+
+
+def test_distribution_of_crops():
+    """Area and aspect ratio are spread as asked for, every place of the image is reached, edges included."""
+    transform = LoadRandomResizedCrop(224, (0.2, 1.0))
+    boxes = np.array([transform.draw_crop((300, 400)) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    area, ratio = height * width / (300 * 400), width / height
+    assert area.min() > 0.19 and area.max() <= 1
+    assert ratio.min() > 0.735 and ratio.max() < 1.345  # 3/4 to 4/3, in whole pixels
+    small = area[area < 0.5]  # which fit wherever the ratio puts them: uniform
+    assert np.histogram(small, bins=3, range=(0.2, 0.5))[0] == pytest.approx(len(small) / 3, rel=0.12)
+    assert abs((top + height / 2).mean() - 150) < 3 and abs((left + width / 2).mean() - 200) < 3
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == 300 and (left + width).max() == 400
+
+    np.random.seed(0)
+    theirs = RandomResizedCrop(224, (0.2, 1.0))
+    expected = [theirs.rand_crop_params(np.zeros((300, 400, 3))) for _ in range(100)]
+    np.random.seed(0)
+    assert [transform.draw_crop((300, 400)) for _ in range(100)] == expected
+
+
+def test_flips(tmp_path):
+    transform = LoadRandomResizedCrop(8, (1.0, 1.0), (1.0, 1.0), flip_prob=0.5)
+    path = tmp_path / 'ramp.png'
+    cv2.imwrite(str(path), np.tile(np.arange(0, 256, 16, dtype=np.uint8)[None, :, None], (16, 1, 3)))
+    flips = []
+    for _ in range(200):
+        results = transform(dict(img_path=str(path)))
+        row = results['img'][0, :, 0].astype(int)
+        assert (np.diff(row) < 0).all() if results['flip'] else (np.diff(row) > 0).all()
+        flips.append(results['flip'])
+    assert 70 < sum(flips) < 130
+
+
+@pytest.mark.parametrize(('crop_size', 'factor'), [(100, 1), (255, 1), (256, 2), (511, 2), (512, 4), (1500, 8)])
+def test_reduction_leaves_twice_the_output(crop_size, factor):
+    transform = LoadRandomResizedCrop(64)
+    assert transform.reduction((0, 0, crop_size, 2000)) == factor
+    assert transform.reduction((0, 0, 2000, crop_size)) == factor
+
+
+def test_large_images_are_decoded_reduced(write_jpeg, monkeypatch):
+    """And look the same: nearer to Pillow's bicubic of the whole image than Pillow's bilinear is."""
+    path = write_jpeg(1100, 900)
+    flags = []
+    module = 'mmmilan.datasets.random_resized_crop.decode'
+    monkeypatch.setattr(module, lambda content, path, flag: flags.append(flag) or decode(content, path, flag))
+    whole, transform = decode(Path(path).read_bytes(), path), LoadRandomResizedCrop(64, (0.15, 1.0))
+    differences, bilinear = [], []
+    for seed in range(10):
+        np.random.seed(seed)
+        box = transform.draw_crop((900, 1100))
+        factor = transform.reduction(box)
+        # the crop in whole pixels of the reduced image: within half of one of these of what was drawn
+        top, left, height, width = (round(side / factor) * factor for side in box)
+        part = whole[top : top + height, left : left + width]
+        expected, other = (
+            mmcv.imresize(part, (64, 64), interpolation=name, backend='pillow').astype(int)
+            for name in ('bicubic', 'bilinear')
+        )
+        np.random.seed(seed)
+        differences.append(np.abs(transform(dict(img_path=path))['img'] - expected).mean())
+        bilinear.append(np.abs(other - expected).mean())
+    assert set(flags) == {cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_COLOR_4}
+    assert np.mean(differences) < 0.7 * np.mean(bilinear)
+    assert max(differences) < 1
+
+
+@pytest.mark.data
+def test_real_images():
+    """Mean absolute difference to mmpretrain's default pipeline at 224, of 255; its cv2 backend is the comparison."""
+    folder = real_data('imagenet_sample/train')
+    paths = [str(path) for path in sorted(folder.glob('*/*'))[:40]]
+    differences = [
+        np.abs(ours(path, seed, 224, (0.2, 1.0)) - reference(path, seed, 224, (0.2, 1.0)))
+        for seed, path in enumerate(paths)
+    ]
+    assert np.mean(differences) < 0.1
+    assert np.mean(np.array(differences) > 1) < 1e-4
+
+
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+@pytest.mark.parametrize('size', [(90, 60), (700, 600)], ids=str)
+def test_orientation(write_jpeg, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write_jpeg(*size, exif=exif)
+    whole = LoadImage()(dict(img_path=path))['img']
+    assert read_jpeg_header(Path(path).read_bytes()).shape == whole.shape[:2]
+    results = LoadRandomResizedCrop(32, (1.0, 1.0))(dict(img_path=path))
+    assert results['ori_shape'] == whole.shape[:2]
+    np.random.seed(3)
+    box = LoadRandomResizedCrop(32, (0.5, 0.9)).draw_crop(whole.shape[:2])
+    np.random.seed(3)
+    image = LoadRandomResizedCrop(32, (0.5, 0.9))(dict(img_path=path))['img']
+    expected = resize(crop(whole, box, 1), (32, 32)).astype(int)
+    difference = np.abs(image - expected).mean()
+    assert difference < 5 < min(np.abs(image - turned).mean() for turned in (expected[::-1], expected[:, ::-1]))
+
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK', 'RGBA', 'P'])
+def test_other_formats(tmp_path, mode):
+    """Grey, four colours, transparency and palettes come as three channels, as LoadImage gives them."""
+    path = str(tmp_path / ('image.png' if mode in ('RGBA', 'P') else 'image.jpg'))
+    Image.radial_gradient('L').resize((80, 60)).convert('RGB').convert(mode).save(path)
+    np.random.seed(0)
+    image = LoadRandomResizedCrop(60, (1.0, 1.0), (4 / 3, 4 / 3))(dict(img_path=path))['img']
+    expected = resize(LoadImage()(dict(img_path=path))['img'], (60, 60))
+    assert image.shape == (60, 60, 3) and np.array_equal(image, expected)
+
+
+# -- files that are none
+
+
+@pytest.mark.parametrize('content', [b'', b'not an image', b'\xff\xd8\xff\xe0 no JPEG'])
+def test_corrupt_images(tmp_path, content):
+    path = tmp_path / 'image.jpg'
+    path.write_bytes(content)
+    messages = set()
+    for transform in (LoadImage(), LoadRandomResizedCrop(8)):
+        with pytest.raises(CorruptImageError) as error:
+            transform(dict(img_path=str(path)))
+        messages.add(str(error.value))
+    assert messages == {f'{path} does not decode as an image; replace or remove it.'}
+
+
+def test_truncated_and_missing(write_jpeg):
+    path = Path(write_jpeg(300, 200))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptImageError, match=f'{path} is a truncated JPEG'):
+        LoadRandomResizedCrop(8)(dict(img_path=str(path)))
+    path.unlink()
+    with pytest.raises(InputError, match=f'The image {path} is missing'):
+        LoadRandomResizedCrop(8)(dict(img_path=str(path)))
+
+
+# -- LMDB
+
+
+def build(folder: Path, with_label: bool, backend_args: dict | None = None) -> ImageFolder:
+    load = dict(type='mmmilan.LoadRandomResizedCrop', scale=32, flip_prob=0.5, backend_args=backend_args)
+    pipeline = [load, dict(type='PackInputs')]
+    return ImageFolder(str(folder), with_label=with_label, backend_args=backend_args, pipeline=pipeline)
+
+
+@pytest.mark.parametrize('with_label', [False, True])
+def test_lmdb(image_folder, run_tool, tmp_path, with_label):
+    """A packed folder gives the samples of the folder, labels too."""
+    pytest.importorskip('lmdb')
+    database = tmp_path / 'images.lmdb'
+    run_tool('pack_images.py', image_folder, database)
+    backend_args = dict(backend='lmdb', db_path=str(database))
+    packed, folder = build(database, with_label, backend_args), build(image_folder, with_label)
+    assert len(packed) == len(folder) == 24
+    assert packed.metainfo.get('classes') == folder.metainfo.get('classes')
+    for i in range(24):
+        sample, expected = packed[Draw(0, 0, i)], folder[Draw(0, 0, i)]
+        assert (sample['inputs'] == expected['inputs']).all()
+        if with_label:
+            assert sample['data_samples'].gt_label == expected['data_samples'].gt_label
+    info = packed.get_data_info(0)
+    image = LoadImage(backend_args)(dict(img_path=info['img_path']))['img']
+    assert np.array_equal(image, LoadImage()(dict(img_path=str(image_folder / info['img_path'])))['img'])
+    with pytest.raises(InputError, match='The image nothing.jpg is missing'):
+        LoadImage(backend_args)(dict(img_path='nothing.jpg'))
+
+
+def test_lmdb_refusals(image_folder, run_tool, tmp_path):
+    pytest.importorskip('lmdb')
+    with pytest.raises(InputError, match='none.lmdb does not exist; make it with tools/pack_images.py'):
+        build(tmp_path, False, dict(backend='lmdb', db_path=str(tmp_path / 'none.lmdb')))
+    with pytest.raises(SystemExit, match='nowhere does not exist'):
+        run_tool('pack_images.py', tmp_path / 'nowhere', tmp_path / 'images.lmdb')
+    folder = tmp_path / 'names'
+    folder.mkdir()
+    (folder / 'ä.jpg').write_bytes(b'x')
+    with pytest.raises(SystemExit, match='The name ä.jpg is not ASCII'):
+        run_tool('pack_images.py', folder, tmp_path / 'images.lmdb')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['names']  # nothing half done
+    run_tool('pack_images.py', image_folder, tmp_path / 'images.lmdb')
+    with pytest.raises(SystemExit, match='images.lmdb exists; remove it'):
+        run_tool('pack_images.py', image_folder, tmp_path / 'images.lmdb')
+
+
+# -- decoding on the device
+
+
+def test_decoding_in_the_preprocessor(write_jpeg, tmp_path):
+    """The crops and pixels of the pipeline that decodes in the workers; what is no plain JPEG is decoded there too."""
+    grey, turned, png = tmp_path / 'grey.jpg', tmp_path / 'turned.jpg', tmp_path / 'image.png'
+    image = Image.open(write_jpeg(200, 150))
+    image.convert('L').save(grey)
+    image.save(png)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(turned, exif=exif)
+    paths = [write_jpeg(300, 240), write_jpeg(120, 500), str(grey), str(turned), str(png)]
+    settings = dict(scale=64, crop_ratio_range=(0.2, 1.0), flip_prob=0.5)
+    numbers = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+    batches = []
+    for load, collate, preprocess in (
+        (LoadRandomResizedCrop(**settings), default_collate, 'mmpretrain.SelfSupDataPreprocessor'),
+        (LoadEncodedCrop(**settings), pseudo_collate, 'mmmilan.DecodingDataPreprocessor'),
+    ):
+        np.random.seed(0)
+        pack = PackInputs(meta_keys=LoadEncodedCrop.META_KEYS)
+        batch = collate([pack(load(dict(img_path=path))) for path in paths * 4])
+        batches.append(MODELS.build(dict(type=preprocess, **numbers))(batch)['inputs'])
+        files = [image.ndim == 1 for image in batch['inputs']]
+    assert files == [True, True, True, False, False] * 4
+    difference = (batches[1] - batches[0]).abs() * 57  # of 255
+    assert batches[1].shape == (20, 3, 64, 64) and difference.mean() < 0.05 and difference.max() < 3
+
+
+def test_a_file_that_does_not_decode_in_the_preprocessor(write_jpeg):
+    path = Path(write_jpeg(300, 240))
+    path.write_bytes(path.read_bytes().replace(b'\xff\xdb', b'\xff\xef'))  # no tables of quantisation
+    pack, load = PackInputs(meta_keys=LoadEncodedCrop.META_KEYS), LoadEncodedCrop(64)
+    batch = pseudo_collate([pack(load(dict(img_path=str(path)))) for path in (write_jpeg(120, 90), path)])
+    with pytest.raises(InputError, match=f'{path} does not decode'):
+        MODELS.build(dict(type='mmmilan.DecodingDataPreprocessor'))(batch)
+
+
+def test_training_decodes_in_the_preprocessor(tiny_config, run_tool, tmp_path):
+    """With the settings of docs/performance.md, the losses of the pipeline that decodes in the workers."""
+    settings = re.search(r'```python\n(model = .*?)```', (ROOT / 'docs/performance.md').read_text(), re.DOTALL)[1]
+    settings = Config.fromstring(settings.replace('scale=224', 'scale=64'), '.py')
+    losses = []
+    for changes in ({}, settings.to_dict()):
+        work_dir = tmp_path / f'{len(changes)}'
+        changes = changes | {'train_cfg.max_epochs': 1, 'param_scheduler': None, 'work_dir': str(work_dir)}
+        run_tool('train.py', tiny_config(changes))
+        losses.append([row['loss'] for row in read_scalars(work_dir)])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -1,0 +1,162 @@
+"""What several tests use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmmilan.models.teachers import Teacher
+from mmmilan.registry import MODELS
+
+ROOT = Path(__file__).parent.parent
+
+
+def real_data(name: str) -> Path:
+    """A folder or file below ``MMMILAN_TEST_DATA``; the test is skipped where it is missing."""
+    folder = os.environ.get('MMMILAN_TEST_DATA')
+    if not folder or not Path(folder, name).exists():
+        pytest.skip(f'set MMMILAN_TEST_DATA to a folder that holds {name}')
+    return Path(folder, name)
+
+
+# -- tools and runs
+
+
+def run_script(script: str, *args: object) -> None:
+    """Runs a shell script of tools/ in processes of its own; it must succeed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port))
+    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+    command = ['bash', ROOT / 'tools' / script, *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def read_scalars(work_dir: Path) -> list[dict]:
+    """What a run in ``work_dir`` logged at each step (the last run, if there were several)."""
+    path = max(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_trusted(path: Path) -> dict:
+    """A checkpoint of this test, read without care."""
+    return torch.load(path, weights_only=False)
+
+
+def assert_identical(actual: dict, expected: dict) -> None:
+    """Weights and the optimizer's moments."""
+    assert actual['state_dict'].keys() == expected['state_dict'].keys()
+    for key, value in expected['state_dict'].items():
+        assert torch.equal(actual['state_dict'][key], value), key
+    assert actual['optimizer']['state'].keys() == expected['optimizer']['state'].keys()
+    for index, state in expected['optimizer']['state'].items():
+        for key, value in state.items():
+            assert torch.equal(actual['optimizer']['state'][index][key], value), (index, key)
+
+
+# -- configs
+
+
+def own_settings(path: Path) -> dict:
+    """What a config file itself sets, on top of its bases."""
+    text = re.sub(r'{{\$\w+:(.*?)}}', r'\1', path.read_text())  # environment variables at their defaults
+    text = re.sub(r'{{_base_\..*?}}', 'None', text)  # what is taken over from the base
+    settings: dict = {}
+    exec(compile(text, path, 'exec'), settings)
+    return {key: value for key, value in settings.items() if not key.startswith('__')}
+
+
+def restated(own: dict, inherited: dict, prefix: str = '') -> Iterator[str]:
+    """Keys whose value is the inherited one."""
+    for key, value in own.items():
+        if key in inherited and isinstance(value, dict) and isinstance(inherited[key], dict):
+            if '_delete_' not in value:
+                yield from restated(value, inherited[key], f'{prefix}{key}.')
+        elif key in inherited and value == inherited[key]:
+            yield prefix + key
+
+
+def real_model(cfg: Config) -> nn.Module:
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+def check_layer_decay(
+    path: str, blocks: int, decay: float, rate: float, weight_decay: float, constructor: str | None = None
+) -> None:
+    """lr · decay^(blocks + 1 - depth): 0 is what comes before the blocks, blocks + 1 what comes after."""
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    model = real_model(cfg)
+    cfg.optim_wrapper.type = 'OptimWrapper'  # AmpOptimWrapper asks for a GPU
+    cfg.optim_wrapper.constructor = constructor or cfg.optim_wrapper.constructor
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    groups = {id(group['params'][0]): group for group in optimizer.param_groups if len(group['params']) == 1}
+    assert len(groups) == len(optimizer.param_groups)
+    depths = set()
+    for key, parameter in model.named_parameters():
+        depth = blocks + 1
+        if match := re.match(r'backbone\.layers\.(\d+)\.', key):
+            depth = int(match[1]) + 1
+        elif key.startswith(('backbone.patch_embed.', 'backbone.cls_token', 'backbone.pos_embed')):
+            depth = 0
+        group = groups.pop(id(parameter))
+        assert group['lr'] == pytest.approx(rate * decay ** (blocks + 1 - depth), rel=1e-9), key
+        spared = parameter.ndim == 1 or 'rel_pos' in key or key.endswith(('cls_token', 'pos_embed'))
+        assert group['weight_decay'] == pytest.approx(0 if spared else weight_decay), key
+        depths.add(depth)
+    assert not groups and depths == set(range(blocks + 2))
+
+
+# -- numbers
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= bound * value.norm(), name
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def clip_reference(visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """open_clip's own image feature, projected tokens, and attention of the class token in the last block."""
+    seen = []
+    last = visual.transformer.resblocks[-1]
+    hook = last.ln_1.register_forward_hook(lambda module, args, output: seen.append(output))
+    visual.output_tokens = True
+    pooled, tokens = visual(images)
+    hook.remove()
+    attention = last.attn(seen[0], seen[0], seen[0], need_weights=True, average_attn_weights=True)[1]
+    return pooled, tokens @ visual.proj, attention[:, 0, 1:]
+
+
+def assert_clip(teacher: Teacher, images: Tensor, visual: nn.Module, own_images: Tensor) -> None:
+    features, importance = teacher(images)
+    pooled, tokens, attention = clip_reference(visual, own_images)
+    assert relative_error(features[:, 0], pooled) < 1e-5
+    assert relative_error(features[:, 1:], tokens) < 1e-5
+    assert relative_error(importance, attention) < 1e-5
+    assert importance.std(1).min() > 0.1 * importance.mean()

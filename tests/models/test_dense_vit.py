@@ -1,0 +1,258 @@
+"""DenseViT: the pretrained encoder's features, windows as in a slow loop, any image size, and both tasks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor, nn
+
+from helpers import ROOT
+from mmmilan.errors import InputError
+from mmmilan.models import DenseViT, MILANViT
+from mmmilan.models.dense_vit import WindowAttention
+from mmmilan.registry import MODELS
+
+ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
+BLOCKS = (0, 1, 2, 3)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Weights that leave no part of the model without effect: most are zero or one at first."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.eval()  # mmpretrain's returns None
+    return model
+
+
+def dense_vit(**kwargs) -> DenseViT:
+    return randomize(DenseViT(**dict(arch=ARCH, img_size=64, out_indices=BLOCKS) | kwargs))
+
+
+@pytest.mark.parametrize('size', [(224, 224), (160, 272), (40, 225)])
+def test_global_attention_gives_the_features_of_pretraining(size):
+    """At the pretraining size and at others, where mmpretrain's own forward interpolates the positions."""
+    encoder = randomize(MILANViT(ARCH, 224, 16, out_indices=list(BLOCKS), out_type='featmap', final_norm=False))
+    dense = dense_vit(img_size=224)
+    missing, unused = dense.load_state_dict(encoder.state_dict(), strict=False)
+    assert {key.split('.')[0] for key in missing} == {'scales'} and not unused
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        features, maps = encoder(images), dense(images)
+        for scale, feature, result in zip(dense.scales, features, maps, strict=True):
+            torch.testing.assert_close(result, scale(feature), rtol=0, atol=1e-5)
+        torch.testing.assert_close(maps[2], features[2], rtol=0, atol=1e-5)
+
+
+def slow_attention(attention: WindowAttention, tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """One image at a time, one window, one query; the padding of a window does not exist here at all."""
+    heads, width = attention.num_heads, tokens.shape[-1] // attention.num_heads
+    table, cls_bias = attention.rel_pos_table, attention.rel_pos_cls
+    middle = table.shape[1] // 2
+    result = torch.zeros_like(tokens)
+    windows = [(i, j) for i in range(0, grid[0], side) for j in range(0, grid[1], side)]
+    for image, x in enumerate(tokens):
+        for top, left in windows:
+            inside = [
+                (i, j)
+                for i in range(top, min(top + side, grid[0]))
+                for j in range(left, min(left + side, grid[1]))
+            ]  # fmt: skip
+            index = [0] + [1 + i * grid[1] + j for i, j in inside]
+            query, key, value = attention.qkv(x[index]).chunk(3, dim=-1)
+            for n, place in enumerate(index):
+                outputs = []
+                for head in range(heads):
+                    part = slice(head * width, (head + 1) * width)
+                    scores = key[:, part] @ query[n, part] / math.sqrt(width)
+                    for m in range(len(index)):
+                        if n and m:
+                            (i, j), (k, h) = inside[n - 1], inside[m - 1]
+                            scores[m] += table[head, i - k + middle, j - h + middle]
+                        else:
+                            scores[m] += cls_bias[head, 2 if n == m == 0 else 0 if n == 0 else 1]
+                    outputs.append(scores.softmax(dim=0) @ value[:, part])
+                share = len(windows) if place == 0 else 1  # the class token is in all windows
+                result[image, place] += attention.proj(torch.cat(outputs)) / share
+    return attention.gamma1(result)
+
+
+@pytest.mark.parametrize('grid', [(6, 6), (5, 7), (3, 4), (2, 2)], ids=str)  # whole windows, cut ones, less than one
+def test_windows_equal_a_slow_loop(grid):
+    attention = randomize(WindowAttention(24, 3, window_size=3, rel_pos_grid=(3, 3), layer_scale_init_value=0.5))
+    tokens = torch.randn(2, 1 + grid[0] * grid[1], 24)
+    with torch.no_grad():
+        expected = slow_attention(attention, tokens, grid, side=3)
+        torch.testing.assert_close(attention(tokens, grid), expected, rtol=0, atol=1e-5)
+
+
+def test_global_attention_equals_a_slow_loop():
+    attention = randomize(WindowAttention(24, 3, rel_pos_grid=(4, 4)))
+    tokens = torch.randn(1, 17, 24)
+    with torch.no_grad():
+        expected = slow_attention(attention, tokens, (4, 4), side=4)
+        torch.testing.assert_close(attention(tokens, (4, 4)), expected, rtol=0, atol=1e-5)
+
+
+def test_windows_without_bias_ignore_padding():
+    """Without a bias the mask is one of its own; a grid within a single window is global attention."""
+    attention = randomize(WindowAttention(24, 3, window_size=5))
+    everywhere = WindowAttention(24, 3).eval()
+    everywhere.load_state_dict(attention.state_dict())
+    tokens = torch.randn(2, 1 + 3 * 4, 24)
+    torch.testing.assert_close(attention(tokens, (3, 4)), everywhere(tokens, (3, 4)), rtol=0, atol=1e-5)
+
+
+def test_global_blocks_are_those_named():
+    model = dense_vit(window_size=2, global_indices=(1, 3), rel_pos_bias=True)
+    assert [layer.attn.window_size for layer in model.layers] == [2, 0, 2, 0]
+    assert [tuple(layer.attn.rel_pos_table.shape) for layer in model.layers] == [(3, 3, 3), (3, 7, 7)] * 2
+
+
+def test_relative_positions_at_other_sizes():
+    attention = randomize(WindowAttention(24, 3, rel_pos_grid=(4, 4)))
+    table = attention.rel_pos_table
+    bias = attention.relative_position_bias((4, 4))[:, 1:, 1:].unflatten(1, (4, 4)).unflatten(3, (4, 4))
+    assert torch.equal(bias[:, 3, 0, 0, 3], table[:, 6, 0])  # the size that it was made for: unchanged
+    assert torch.equal(bias[:, 0, 1, 2, 0], table[:, 1, 4])
+    bias = attention.relative_position_bias((6, 3))[:, 1:, 1:].unflatten(1, (6, 3)).unflatten(3, (6, 3))
+    torch.testing.assert_close(bias[:, 2, 1, 2, 1], table[:, 3, 3])  # no offset stays no offset
+    torch.testing.assert_close(bias[:, 5, 2, 3, 1], bias[:, 2, 1, 0, 0])  # nothing but the offset counts
+    with torch.no_grad():
+        table.copy_(torch.arange(7.0)[:, None].expand(7, 7))  # a slope over the rows
+    bias = attention.relative_position_bias((6, 6))[0, 1:, 1:].unflatten(0, (6, 6)).unflatten(2, (6, 6))
+    assert (bias[1:, 0, 0, 0] > bias[:-1, 0, 0, 0]).all()
+    torch.testing.assert_close(bias[3, 0, 0, 5], bias[3, 0, 0, 0])
+
+
+@pytest.mark.parametrize('size', [(1, 1), (17, 100), (33, 15), (75, 130)])
+def test_any_image_size(size):
+    """Images that are no multiple of the patch, and grids that are none of the window or smaller than it."""
+    model = dense_vit(window_size=3, global_indices=(3,), rel_pos_bias=True)
+    rows, columns = (math.ceil(side / 16) for side in size)
+    images = torch.randn(2, 3, *size)
+    maps = model(images)
+    scaled = [(4, 4), (2, 2), (1, 1)]
+    shapes = [(2, 48, rows * i, columns * j) for i, j in scaled]
+    assert [tuple(each.shape) for each in maps] == [*shapes, (2, 48, math.ceil(rows / 2), math.ceil(columns / 2))]
+    padded = model(F.pad(images, (0, columns * 16 - size[1], 0, rows * 16 - size[0])))
+    for result, expected in zip(maps, padded, strict=True):
+        assert torch.equal(result, expected)
+    alone = model(images[1:])  # no image sees another one
+    torch.testing.assert_close(maps[0][1:], alone[0], rtol=0, atol=1e-4)
+    sum(each.square().mean() for each in maps).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_checkpointing_changes_no_gradient():
+    model = dense_vit(window_size=3, rel_pos_bias=True, layer_scale_init_value=1.0, drop_path_rate=0.5)
+    model.train()
+    images, gradients = torch.randn(2, 3, 64, 80), []
+    for model.with_cp in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        sum(each.square().mean() for each in model(images)).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_stochastic_depth_rises():
+    model = dense_vit(drop_path_rate=0.3)
+    assert [layer.attn.out_drop.drop_prob for layer in model.layers] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(out_indices=(1, 3)), r'out_indices=\(1, 3\) of DenseViT must name four blocks'),
+        (dict(out_indices=(0, 1, 2, 4)), r'out_indices=\(0, 1, 2, 4\) .* within 0 and 3'),
+        (dict(global_indices=(4,)), r'global_indices=\(4,\) .* within 0 and 3'),
+    ],
+)
+def test_wrong_blocks(arguments, message):
+    with pytest.raises(InputError, match=message):
+        dense_vit(**arguments)
+
+
+def small_model(config: str, **backbone) -> nn.Module:
+    """The model of a config on a small encoder."""
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.update(arch=ARCH, out_indices=BLOCKS, init_cfg=None, **backbone)
+    if cfg.default_scope == 'mmdet':
+        cfg.model.neck.in_channels = [48] * 4
+        cfg.model.train_cfg.rcnn.sampler.num = 16
+        cfg.model.data_preprocessor.pad_size_divisor = 128
+    else:
+        cfg.model.decode_head.update(in_channels=[48] * 4, channels=32)
+        cfg.model.auxiliary_head.update(in_channels=48, channels=32)
+        cfg.model.data_preprocessor.size = (96, 96)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return revert_sync_batchnorm(model).train()
+
+
+def check_losses(model: nn.Module, data: dict, expected: set[str]) -> None:
+    losses = model(**model.data_preprocessor(data, training=True), mode='loss')
+    assert set(losses) == expected
+    loss, _ = model.parse_losses(losses)
+    assert torch.isfinite(loss)
+    loss.backward()
+    for key, parameter in model.backbone.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), key
+    assert model.backbone.layers[0].attn.qkv.weight.grad.abs().max() > 0
+    assert model.backbone.pos_embed.grad.abs().max() > 0
+
+
+def test_detector_trains_and_predicts():
+    pytest.importorskip('mmdet')
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    model = small_model(
+        'detection/mask-rcnn_milan_vit-base-p16_1x_coco.py', img_size=64, window_size=3, global_indices=(3,)
+    )
+    samples = []
+    for height, width in [(90, 128), (128, 70)]:
+        meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0), img_id=0)
+        sample = DetDataSample(metainfo=meta)
+        masks = np.zeros((2, height, width), np.uint8)
+        masks[0, 10:60, 5:50], masks[1, 20:40, 30:65] = 1, 1
+        boxes = torch.tensor([[5.0, 10, 50, 60], [30, 20, 65, 40]])
+        instances = dict(bboxes=boxes, labels=torch.tensor([3, 7]), masks=BitmapMasks(masks, height, width))
+        sample.gt_instances = InstanceData(**instances)
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        samples.append(sample)
+    images = [torch.randint(0, 256, (3, *sample.img_shape), dtype=torch.uint8) for sample in samples]
+    losses = {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'acc', 'loss_bbox', 'loss_mask'}
+    check_losses(model, dict(inputs=images, data_samples=samples), losses)
+    with torch.no_grad():
+        results = model.eval().test_step(dict(inputs=images[:1], data_samples=samples[:1]))
+    assert results[0].pred_instances.masks.shape[1:] == (90, 128)
+
+
+def test_segmentor_trains_and_predicts():
+    pytest.importorskip('mmseg')
+    from mmseg.structures import SegDataSample
+
+    model = small_model('segmentation/upernet_milan_vit-base-p16_160k_ade20k-512x512.py', img_size=64)
+    samples = []
+    for height, width in [(96, 90), (70, 96)]:
+        sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, 150, (1, height, width)))
+        samples.append(sample)
+    images = [torch.randint(0, 256, (3, *sample.img_shape), dtype=torch.uint8) for sample in samples]
+    losses = {'decode.loss_ce', 'decode.acc_seg', 'aux.loss_ce', 'aux.acc_seg'}
+    check_losses(model, dict(inputs=images, data_samples=samples), losses)
+    with torch.no_grad():
+        results = model.eval().test_step(dict(inputs=images[:1], data_samples=samples[:1]))
+    assert results[0].pred_sem_seg.data.shape == (1, 96, 90)

@@ -1,0 +1,104 @@
+"""Against what the published implementation computed (tests/data/official_tiny.npz)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmpretrain.structures import DataSample
+
+from mmmilan.checkpoints.layouts import convert
+from mmmilan.models.tokens import sincos_position_embedding
+from mmmilan.registry import MODELS
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual = actual.detach()
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture
+def model(official, milan_cfg):
+    model = MODELS.build(milan_cfg)
+    weights = {key[6:]: value for key, value in official.items() if key.startswith('milan/')}
+    model.load_state_dict(convert(weights, to='mmmilan'))
+    return model
+
+
+@pytest.fixture
+def data_samples(official):
+    return [DataSample().set_mask(mask.bool()) for mask in official['mask']]
+
+
+def test_teacher(official, model):
+    features, importance = model.head.run_teacher(official['input'])
+    assert relative_error(features, official['clip_features']) < 1e-5
+    assert relative_error(importance, official['importance']) < 1e-5
+
+
+def test_encoder(official, model):
+    latent = model.backbone(official['input'], official['ids_keep'])
+    assert relative_error(latent, official['latent']) < 1e-5
+
+
+def test_predictions(official, model):
+    visible, masked = official['ids_keep'], official['ids_mask']
+    pred = model.neck(official['latent'], visible, masked)
+    image_order = torch.empty_like(pred)
+    image_order[:, 0] = pred[:, 0]
+    index = 1 + torch.cat([visible, masked], dim=1)
+    image_order.scatter_(1, index[..., None].expand_as(pred[:, 1:]), pred[:, 1:])
+    assert relative_error(image_order, official['pred']) < 1e-5
+
+
+def test_loss_and_gradient_norms(official, model, data_samples):
+    loss = model.loss(official['input'], data_samples)['loss']
+    assert relative_error(loss, official['loss']) < 1e-5
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    recorded = {key[10:]: value[None] for key, value in official.items() if key.startswith('grad_norm/')}
+    recorded = convert(recorded, to='mmmilan')  # a mapping of keys, so it serves norms as well as weights
+    assert gradients.keys() == recorded.keys()
+    for name, norm in recorded.items():
+        assert relative_error(gradients[name].double().norm(), norm[0]) < 1e-5, name
+
+
+def test_positions(official):
+    for key in ('milan/pos_embed', 'milan/decoder_pos_embed'):
+        positions = sincos_position_embedding(4, official[key].shape[-1])
+        assert relative_error(positions, official[key]) < 1e-6
+
+
+@pytest.mark.parametrize('layout', ['state dict', 'whole CLIP', 'TorchScript', 'half precision'])
+def test_teacher_file_layouts(official, layout, tmp_path):
+    """The same features, whichever of the layouts the file is in."""
+    weights = {key[5:]: value for key, value in official.items() if key.startswith('clip/')}
+    if layout == 'state dict':
+        weights = {key.removeprefix('visual.'): value for key, value in weights.items()}
+    if layout == 'whole CLIP':
+        weights |= {'positional_embedding': torch.zeros(77, 8), 'text_projection': torch.zeros(8, 24)}
+        weights |= {'transformer.resblocks.0.ln_1.weight': torch.zeros(8), 'logit_scale': torch.zeros(())}
+    if layout == 'half precision':
+        weights = {key: value.half() for key, value in weights.items()}
+    path = tmp_path / 'clip.pt'
+    if layout == 'TorchScript':
+        torch.jit.save(torch.jit.script(as_module(weights)), path)
+    else:
+        torch.save(weights, path)
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))).eval()
+    features, _ = teacher(official['input'])
+    assert (teacher.feature_dim, teacher.num_patches, teacher.patch_size) == (24, 16, 16)
+    assert relative_error(features, official['clip_features']) < (2e-3 if layout == 'half precision' else 1e-5)
+
+
+def as_module(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module with exactly this state dict."""
+    root = torch.nn.Module()
+    for key, value in weights.items():
+        module = root
+        *path, name = key.split('.')
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(name, torch.nn.Parameter(value))
+    return root

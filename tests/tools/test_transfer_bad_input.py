@@ -1,0 +1,78 @@
+"""What a user can get wrong when a checkpoint is transferred: one sentence each."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+
+from helpers import ROOT
+from mmmilan.demo.scenes import write_scenes
+
+TASKS = {
+    'classification': ('vit-tiny-p8_finetune_scenes.py', 'model.head', 10),
+    'detection': ('mask-rcnn_vit-tiny-p8_scenes.py', 'model.roi_head.mask_head', 10),
+    'segmentation': ('upernet_vit-tiny-p8_scenes.py', 'model.auxiliary_head', 16),
+}
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data') / 'scenes'
+    write_scenes(root, 10, 10, image_size=48)
+    return root
+
+
+@pytest.fixture
+def error_of_training(scenes, run_tool, tmp_path):
+    """The message that tools/train.py ends with, for a small config of a task with some changes."""
+
+    def train(task: str, changes: dict | None = None) -> str:
+        cfg = Config.fromfile(ROOT / 'configs/demo' / TASKS[task][0])
+        cfg.model.backbone.init_cfg = None
+        cfg.train_dataloader.batch_size = 2
+        cfg.train_dataloader.dataset.indices = None
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            loader.num_workers = 0
+            loader.dataset.data_root = str(scenes)
+        for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+            if 'ann_file' in evaluator:
+                evaluator.ann_file = str(scenes / 'annotations/instances_val.json')
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
+        cfg.merge_from_dict(changes or {})
+        path = tmp_path / f'{tmp_path.name}.py'
+        cfg.dump(path)
+        with pytest.raises(SystemExit) as stop:
+            run_tool('train.py', path)
+        return str(stop.value.code)
+
+    return train
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_wrong_class_count(task, error_of_training):
+    _, head, count = TASKS[task]
+    message = error_of_training(task, {f'{head}.num_classes': 7})
+    assert message == f'error: The training data has {count} classes, but {head}.num_classes=7; make them equal.'
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_missing_image(task, error_of_training, scenes):
+    """Annotations that point at an image that is not there."""
+    gone = next((scenes / 'train').rglob('*.jpg'))
+    content = gone.read_bytes()
+    gone.unlink()
+    if task == 'segmentation':  # MMSegmentation lists the images, or takes a file that does
+        listed = scenes / 'train.txt'
+        listed.write_text(
+            '\n'.join(
+                str(path.relative_to(scenes / 'semantic/train').with_suffix(''))
+                for path in (scenes / 'semantic/train').rglob('*.png')
+            )
+        )
+    try:
+        changes = {'train_dataloader.dataset.ann_file': 'train.txt'} if task == 'segmentation' else None
+        message = error_of_training(task, changes)
+    finally:
+        gone.write_bytes(content)
+    assert message.startswith(f'error: The image {gone} is missing; ')

@@ -1,0 +1,266 @@
+"""The contestants of benchmark.py: mmmilan, always the first, and the OpenMMLab code in whose place it stands."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import cv2
+import mmpretrain
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from timing import Contestant, Lap
+from torch import Tensor, nn
+
+from mmmilan.datasets.image_folder import EXTENSIONS
+from mmmilan.datasets.reproducible import Draw, seeded
+from mmmilan.engine.compilation import compile_forward
+
+NAME = 'milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+OURS = Path(__file__).parents[2] / 'configs' / NAME
+THEIRS = Path(mmpretrain.__file__).parent / '.mim' / 'configs' / NAME
+# Encoder; decoder (width, blocks, heads); teacher (width, blocks, width of the target). CLIP's ViT-B/16 teaches a
+# large student too, as in the paper's table 9, row 1.
+SIZES = dict(
+    tiny=(dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=256), (32, 2, 2), (64, 2, 32)),
+    base=(dict(embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072), (512, 8, 16), (768, 12, 512)),
+    large=(dict(embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096), (512, 8, 16), (768, 12, 512)),
+)
+
+
+def autocast(args: argparse.Namespace) -> AbstractContextManager:
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
+
+
+# -- pretraining
+
+
+def random_clip(args: argparse.Namespace) -> dict[str, Tensor]:
+    """A CLIP in OpenAI's layout with random weights; of the text tower just enough for mmpretrain to read it."""
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    width, layers, output_dim = SIZES[args.arch][2]
+    size = args.img_size, args.patch_size
+    visual = VisionTransformer(*size, width, layers, width // 64, 4, output_dim=output_dim, act_layer=QuickGELU)
+    shapes = {'positional_embedding': (8, 64), 'text_projection': (64, output_dim), 'ln_final.weight': (64,)}
+    shapes |= {'token_embedding.weight': (10, 64), 'transformer.resblocks.0.ln_1.weight': (64,)}
+    text = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    return text | {f'visual.{key}': value for key, value in visual.state_dict().items()}
+
+
+def milan_models(args: argparse.Namespace, ours: bool) -> tuple[BaseModel, Config]:
+    """MILAN by its config, in the size asked for, and the config; mmpretrain's with the width of its neck corrected."""
+    arch, (width, depth, heads), (_, _, output_dim) = SIZES[args.arch]
+    cfg = Config.fromfile(OURS if ours else THEIRS)
+    cfg.model.backbone.update(arch=arch, img_size=args.img_size, patch_size=args.patch_size)
+    cfg.model.neck.update(num_patches=(args.img_size // args.patch_size) ** 2, embed_dim=arch['embed_dims'])
+    cfg.model.neck.update(decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads)
+    cfg.model.neck.predict_feature_dim = output_dim
+    cfg.model.data_preprocessor = cfg.model.get('data_preprocessor') or cfg.data_preprocessor
+    init_default_scope('mmpretrain')
+    with tempfile.TemporaryDirectory() as folder:
+        path = f'{folder}/clip.pt'
+        torch.save(random_clip(args), path)
+        if ours:
+            cfg.model.head.teacher.update(model=None, pretrained=path)
+        else:
+            cfg.model.target_generator.tokenizer_path = path
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.to(args.device).train()
+    if ours and args.compile:
+        compile_forward([model.head.teacher, model.backbone, model.neck], args.device)
+    return model, cfg
+
+
+def teacher_of(model: BaseModel) -> nn.Module:
+    return model.head.teacher if hasattr(model.head, 'teacher') else model.target_generator
+
+
+def training_step(model: BaseModel, wrapper: OptimWrapper, images: Tensor, lap: Lap) -> None:
+    """MMEngine's ``train_step``, with laps."""
+    hook = teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
+    with wrapper.optim_context(model):
+        data = model.data_preprocessor(dict(inputs=images, data_samples=None), training=True)
+        losses = model(**data, mode='loss')
+        loss, _ = model.parse_losses(losses)
+        lap('encoder, decoder')
+    wrapper.backward(loss)
+    lap('backward')
+    wrapper.step()
+    wrapper.zero_grad()
+    lap('optimizer')
+    hook.remove()
+
+
+def random_images(args: argparse.Namespace) -> Tensor:
+    """Pixels [B, 3, H, W], uint8, on the device."""
+    shape = (args.batch_size, 3, args.img_size, args.img_size)
+    return torch.randint(256, shape, dtype=torch.uint8, device=args.device)
+
+
+def step(args: argparse.Namespace) -> Iterator[Contestant]:
+    """The training step: ours, mmpretrain's in the same precision and, if that is not float32, as its config has it."""
+    images = random_images(args)
+    wrapper_of = {torch.float32: 'OptimWrapper', torch.bfloat16: 'mmmilan.BFloat16OptimWrapper'}
+    precision = str(args.dtype).removeprefix('torch.')
+    contests = [('mmmilan', True, args.dtype), (f'mmpretrain in {precision}', False, args.dtype)]
+    if args.dtype != torch.float32:
+        contests.append(('mmpretrain as configured (float32)', False, torch.float32))
+    for name, ours, dtype in contests:
+        model, cfg = milan_models(args, ours)
+        cfg.optim_wrapper.type = wrapper_of[dtype]
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        if dtype == torch.bfloat16 and not ours:
+            wrapper.enabled = True  # also on a CPU without bfloat16, where mmmilan's takes float32
+        extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
+        yield Contestant(name, partial(training_step, model, wrapper, images), args.batch_size, extra=extra)
+
+
+def teacher(args: argparse.Namespace) -> Iterator[Contestant]:
+    """Target and importance of images, without gradients."""
+    images = random_images(args).float() / 128 - 1
+
+    def run(model: nn.Module, lap: Lap) -> None:
+        with torch.no_grad(), autocast(args):
+            model(images)
+
+    for name, ours in (('mmmilan', True), ('mmpretrain', False)):
+        model = teacher_of(milan_models(args, ours)[0])
+        yield Contestant(name, partial(run, model), args.batch_size)
+
+
+def decoder(args: argparse.Namespace) -> Iterator[Contestant]:
+    """The decoder forward and backward, from a quarter of the patches."""
+    width = SIZES[args.arch][0]['embed_dims']
+    num_patches = (args.img_size // args.patch_size) ** 2
+    order = torch.rand(args.batch_size, num_patches, device=args.device).argsort(dim=1)
+    visible, masked = order.split([num_patches // 4, num_patches - num_patches // 4], dim=1)
+    latent = torch.randn(args.batch_size, 1 + visible.shape[1], width, device=args.device, requires_grad=True)
+    inputs = dict(mmmilan=(visible, masked), mmpretrain=(order.argsort(dim=1), visible, masked))
+
+    def run(model: nn.Module, indices: tuple[Tensor, ...], lap: Lap) -> None:
+        with autocast(args):
+            pred = model(latent, *indices)
+        lap('forward')
+        pred.backward(torch.ones_like(pred))
+        lap('backward')
+        model.zero_grad()
+        latent.grad = None
+
+    for name, indices in inputs.items():
+        model = milan_models(args, ours=name == 'mmmilan')[0].neck
+        yield Contestant(name, partial(run, model, indices), args.batch_size)
+
+
+# -- data
+
+
+def data(args: argparse.Namespace) -> Iterator[Contestant]:
+    """Images from files to packed tensors, on one core, and how far their pixels are from mmpretrain's default."""
+    cv2.setNumThreads(0)
+    init_default_scope('mmpretrain')
+    default = Config.fromfile(THEIRS).train_dataloader.dataset.pipeline
+    fast = [step | dict(backend='cv2') if 'backend' in step else step for step in default]
+    own = Config.fromfile(OURS).train_dataloader.dataset.pipeline
+    kwargs = dict(data_root=args.data_root)
+    other = dict(type='CustomDataset', with_label=False, extensions=EXTENSIONS)
+    cfgs = {
+        'mmmilan': dict(type='mmmilan.ImageFolder', pipeline=own),
+        'mmpretrain': dict(pipeline=default, **other),
+        'mmpretrain, cv2 backend': dict(pipeline=fast, **other),
+    }
+    datasets = {}
+    for name, cfg in cfgs.items():
+        for transform in cfg['pipeline']:
+            if 'scale' in transform:
+                transform['scale'] = args.img_size
+        datasets[name] = DATASETS.build(cfg | kwargs)
+    sample = range(min(len(datasets['mmmilan']), 100))
+    expected = [draw_sample(datasets['mmpretrain'], i) for i in sample]
+    for name, dataset in datasets.items():
+        distances = [np.abs(draw_sample(dataset, i) - e).mean() for i, e in zip(sample, expected, strict=True)]
+        extra = dict(pixel_difference=float(np.mean(distances)))
+        images = iter(range(10**9))
+
+        def run(lap: Lap, name=name, dataset=dataset, images=images) -> None:
+            for _ in range(args.batch_size):
+                index = next(images) % len(dataset)
+                _ = dataset[Draw(0, 0, index) if name == 'mmmilan' else index]
+
+        yield Contestant(name, run, args.batch_size, counted=False, extra=extra)
+
+
+def draw_sample(dataset: torch.utils.data.Dataset, index: int) -> np.ndarray:
+    """Pixels of a sample with the random numbers of its index: the same crop and flip in every pipeline."""
+    with seeded(Draw(0, 0, index)):
+        return dataset[index]['inputs'].numpy().astype(np.float32)
+
+
+# -- dense tasks
+
+
+def dense(args: argparse.Namespace, backbones: dict[str, dict]) -> Iterator[Contestant]:
+    """Encoders that give four maps, forward and backward. Theirs get mmseg's pyramid for what ours has built in."""
+    import mmseg.models  # noqa: F401  registers mmseg's
+
+    arch = SIZES[args.arch][0]
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+
+    def run(model: nn.Module, lap: Lap) -> None:
+        with autocast(args):
+            maps = model(images)
+        lap('forward')
+        torch.autograd.backward(maps, [torch.ones_like(each) for each in maps])
+        lap('backward')
+        model.zero_grad()
+
+    for name, cfg in backbones.items():
+        model = MODELS.build(cfg)
+        if name != 'mmmilan':
+            pyramid = dict(type='mmseg.Feature2Pyramid', embed_dim=arch['embed_dims'], norm_cfg=dict(type='BN'))
+            model = nn.Sequential(model, MODELS.build(pyramid))
+        elif args.compile:
+            compile_forward([model], args.device)
+        model.to(args.device).train()  # whose value is None for mmpretrain's
+        yield Contestant(name, partial(run, model), args.batch_size)
+
+
+def scale_indices(args: argparse.Namespace) -> list[int]:
+    """The last block of each quarter."""
+    depth = SIZES[args.arch][0]['num_layers']
+    return [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+
+def detection(args: argparse.Namespace) -> Iterator[Contestant]:
+    """Windowed attention with four global blocks, against mmpretrain's ViT, whose attention is global."""
+    shared = dict(arch=SIZES[args.arch][0], patch_size=args.patch_size, out_indices=scale_indices(args))
+    ours = dict(type='mmmilan.DenseViT', img_size=224, window_size=16, global_indices=scale_indices(args))
+    theirs = dict(type='mmpretrain.VisionTransformer', img_size=args.img_size, out_type='featmap', final_norm=False)
+    return dense(args, {'mmmilan': ours | shared, 'mmpretrain': theirs | shared})
+
+
+def segmentation(args: argparse.Namespace) -> Iterator[Contestant]:
+    """Relative positions and layer scale, against mmseg's ViT with the same and against its plain one."""
+    arch = SIZES[args.arch][0]
+    shared = dict(img_size=args.img_size, patch_size=args.patch_size, out_indices=scale_indices(args))
+    ours = dict(type='mmmilan.DenseViT', arch=arch, rel_pos_bias=True, layer_scale_init_value=1.0)
+    theirs = dict(embed_dims=arch['embed_dims'], num_layers=arch['num_layers'], num_heads=arch['num_heads'])
+    theirs['mlp_ratio'] = arch['feedforward_channels'] // arch['embed_dims']
+    backbones = {
+        'mmmilan': ours | shared,
+        'mmseg MAE': dict(type='mmseg.MAE', init_values=1.0, **theirs, **shared),
+        'mmseg VisionTransformer, no relative positions': dict(type='mmseg.VisionTransformer', **theirs, **shared),
+    }
+    return dense(args, backbones)
+
+
+CONTESTS = dict(step=step, teacher=teacher, decoder=decoder, data=data, detection=detection, segmentation=segmentation)
