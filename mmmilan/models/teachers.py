@@ -7,6 +7,7 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -26,12 +27,14 @@ class Teacher(nn.Module):
 
     Attributes:
         feature_dim: Width C of the target.
+        width: Width D of the tokens inside.
         patch_size: Side of a patch in pixels.
         num_patches: Number N of patches.
         input_size: Side of the image that the teacher sees; others are resized to it.
     """
 
     feature_dim: int
+    width: int
     patch_size: int
     input_size: int
 
@@ -45,14 +48,36 @@ class Teacher(nn.Module):
 
         The teacher sees the student's own tensor, ImageNet normalisation included (published code).
         """
+        [tokens], importance = self.forward_layers(images, [-1])
+        return self.project(tokens), importance
+
+    @torch.no_grad()
+    def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """The tokens of several layers, before the last norm.
+
+        Args:
+            images: [B, 3, H, W], as for ``forward``.
+            layers: Indices of blocks; 0 is the first, -1 the last.
+
+        Returns:
+            The tokens [B, 1 + N, D] after each of these blocks, and importance [B, N].
+
+        Raises:
+            InputError: there is no such block.
+        """
+        depth = len(self.blocks)
+        if not all(-depth <= layer < depth for layer in layers):
+            raise InputError(f'The teacher has blocks 0 to {depth - 1}, not all of {list(layers)}; choose among them.')
         if images.shape[-1] != self.input_size:
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size=size, mode='bicubic', antialias=True, align_corners=False)
+        kept: dict[int, Tensor] = {}
         x = self.embed(images)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = self.run_block(block, x)
-        return self.project(self.run_block(last, x)), self.importance(last, x)
+        for index, block in enumerate(self.blocks):
+            before, x = x, self.run_block(block, x)
+            if {index, index - depth} & set(layers):
+                kept[index] = x
+        return [kept[layer % depth] for layer in layers], self.importance(self.blocks[-1], before)
 
     @property
     def blocks(self) -> nn.Module:
@@ -132,7 +157,7 @@ class OpenCLIPTeacher(Teacher):
             self.visual = build_tower_of_file(pretrained, head_width)
         else:
             self.visual = build_open_clip_tower(model, pretrained)
-        self.feature_dim = self.visual.proj.shape[1]
+        self.width, self.feature_dim = self.visual.proj.shape
         self.patch_size = self.visual.patch_size[0]
         self.input_size = input_size or self.visual.image_size[0]
         check_input_size(self.input_size, self.patch_size)
@@ -291,7 +316,8 @@ class TimmTeacher(Teacher):
         elif not pretrained:
             warn_random_weights(f'TimmTeacher {model}')
         self.input_size, self.patch_size = self.vit.patch_embed.img_size[0], self.vit.patch_embed.patch_size[0]
-        self.feature_dim = self.vit.embed_dim if self.projection is None else self.projection.shape[1]
+        self.width = self.vit.embed_dim
+        self.feature_dim = self.width if self.projection is None else self.projection.shape[1]
 
     def load_file(self, path: str) -> None:
         """Load SLIP's file (with its projection to the joint space) or a timm state dict."""

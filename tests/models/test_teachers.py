@@ -51,6 +51,37 @@ def test_open_clip(clip):
     assert_clip(teacher, images, open_clip.create_model(f'{name}-56', pretrained=path).eval().visual, images)
 
 
+@torch.no_grad()
+def test_tokens_of_several_layers(clip, vit):
+    """Against the libraries' own intermediate tokens; the last ones give the features."""
+    name, path = clip
+    teacher = build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path)
+    visual = open_clip.create_model(f'{name}-56', pretrained=path).eval().visual
+    images = torch.randn(3, 3, 56, 56)
+    own = visual.forward_intermediates(images, output_fmt='NLC', output_extra_tokens=True)
+    own = [
+        torch.cat(pair, 1) for pair in zip(own['image_intermediates_prefix'], own['image_intermediates'], strict=True)
+    ]
+    assert_layers(teacher, images, own)
+
+    vit, path = vit
+    teacher = build(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=path, input_size=64)
+    images = torch.randn(3, 3, 64, 64)
+    own = vit.forward_intermediates(images, output_fmt='NLC', return_prefix_tokens=True, intermediates_only=True)
+    assert_layers(teacher, images, [torch.cat((prefix, patches), 1) for patches, prefix in own])
+
+
+def assert_layers(teacher: Teacher, images: Tensor, own: list[Tensor]) -> None:
+    features, importance = teacher(images)
+    tokens, same_importance = teacher.forward_layers(images, [1, -2, 0, -1])
+    for actual, expected in zip(tokens, [own[1], own[-2], own[0], own[-1]], strict=True):
+        assert actual.shape == (3, 17, teacher.width)
+        assert relative_error(actual, expected) < 1e-5
+    assert torch.equal(teacher.project(tokens[-1]), features) and torch.equal(same_importance, importance)
+    with pytest.raises(InputError, match=rf'blocks 0 to {len(own) - 1}, not all of \[0, {len(own)}\]'):
+        teacher.forward_layers(images, [0, len(own)])
+
+
 def test_open_clip_on_the_grid_of_the_student(clip):
     """Patches of 14 at 196 pixels for a student of patches of 16 at 224: positions as open_clip itself resizes them."""
     name, path = clip
