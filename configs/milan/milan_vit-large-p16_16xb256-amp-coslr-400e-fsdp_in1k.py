@@ -5,12 +5,4 @@ _base_ = './milan_vit-large-p16_16xb256-amp-coslr-400e_in1k.py'
 model = dict(backbone=dict(with_cp=True), neck=dict(with_cp=True))
 
 runner_type = 'FlexibleRunner'
-strategy = dict(
-    type='FSDPStrategy',
-    model_wrapper=dict(
-        type='MMFullyShardedDataParallel',
-        use_orig_params=True,  # for parameters with and without weight decay, trained and fixed, in one shard
-        auto_wrap_policy='mmmilan.engine.distributed.wrap_blocks',
-    ),
-    state_dict_cfg='full',  # checkpoints like those of every other run
-)
+strategy = dict(type='mmmilan.FullyShardStrategy')

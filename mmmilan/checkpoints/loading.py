@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.checkpoints.shards import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 
@@ -70,7 +71,7 @@ def load_weights(
     missing, unused = wanted - set(found), set(found) - wanted
     check_complete(module, missing, unused, source)
     try:
-        module.load_state_dict(found, strict=False)
+        module.load_state_dict(shard_weights(module, found), strict=False)
     except (RuntimeError, AssertionError) as error:  # the latter for positions that are no square
         misfits = re.findall(r'size mismatch for (\S+):', str(error))
         fault = class_count(module, found, misfits) or ' '.join(str(error).split())

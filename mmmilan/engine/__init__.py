@@ -1,5 +1,6 @@
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import ZeroCheckpointHook, ZeroRedundancyOptimizer
+from mmmilan.engine.fsdp import FullyShardStrategy
 from mmmilan.engine.hooks import (
     ClassCountHook,
     CorruptImageHook,
@@ -20,6 +21,7 @@ __all__ = [
     'CorruptImageHook',
     'DeferredRuntimeInfoHook',
     'ExactLoadingHook',
+    'FullyShardStrategy',
     'GroupingOptimWrapperConstructor',
     'LayerDecayOptimWrapperConstructor',
     'MainLoggerHook',

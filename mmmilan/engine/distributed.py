@@ -8,7 +8,6 @@ from mmengine.dist import barrier, is_distributed
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
 from mmengine.runner import Runner
-from torch import nn
 
 from mmmilan.registry import HOOKS, OPTIMIZERS
 
@@ -34,15 +33,6 @@ def end_processes() -> None:
     if is_distributed():
         barrier()
         torch.distributed.destroy_process_group()
-
-
-def wrap_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """FSDP's ``auto_wrap_policy``: every transformer block is gathered and released on its own, all else at once."""
-    from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
-
-    from mmmilan.models.decoders import PromptingBlock
-
-    return recurse or isinstance(module, TransformerEncoderLayer | PromptingBlock)
 
 
 @OPTIMIZERS.register_module()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather, get_rank, master_only
+from mmengine.dist import all_gather, all_reduce, get_rank, master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.throughput import log_is_due
@@ -65,21 +67,29 @@ class NonFiniteLossHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         # the last step may have spoilt the weights, which no loss has shown yet
-        self.check_weights(runner, list(runner.model.parameters()))
+        finite = all_finite(runner.model.parameters()).float()
+        all_reduce(finite, op='min')  # a process may hold no more than a shard of the weights
+        if not finite:
+            self.stop_for_weights(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # of a run by iterations, which saves between two lines of the log
-        self.check_weights(runner, [v for v in checkpoint['state_dict'].values() if v.is_floating_point()])
+        if not all_finite(v for v in checkpoint['state_dict'].values() if v.is_floating_point()):
+            self.stop_for_weights(runner)
 
-    def check_weights(self, runner: Runner, weights: list[Tensor]) -> None:
-        finite = [weight.isfinite().all() for weight in weights]  # with FSDP none but in the first process
-        if finite and not torch.stack(finite).all():
-            self.stop(runner, f'The weights are not finite after iteration {runner.iter} (epoch {runner.epoch + 1})')
+    def stop_for_weights(self, runner: Runner) -> None:
+        self.stop(runner, f'The weights are not finite after iteration {runner.iter} (epoch {runner.epoch + 1})')
 
     def stop(self, runner: Runner, fault: str) -> None:
         checkpoint = find_latest_checkpoint(runner.work_dir)
         remedy = f'resume from {checkpoint}' if checkpoint else 'start again (no checkpoint was written yet)'
         raise InputError(f'{fault}; {remedy} with a lower learning rate or with optim_wrapper.clip_grad.')
+
+
+def all_finite(weights: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are finite, bool []; of sharded weights (DTensor), those of this process's shards."""
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    return torch.stack([weight.isfinite().all() for weight in local]).all()
 
 
 @HOOKS.register_module()
