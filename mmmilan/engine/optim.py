@@ -12,11 +12,15 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
+from mmmilan.errors import InputError
 from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Whether a device has products in bfloat16; a CPU without them emulates them, some twenty times slower."""
+    """Whether a device has products in bfloat16. A CPU without them (AVX2) and a GPU without them (V100, T4) emulate
+    them, many times slower."""
+    if device == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device != 'cpu' or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -24,14 +28,21 @@ def computes_in_bfloat16(device: str) -> bool:
 class BFloat16OptimWrapper(OptimWrapper):
     """Mixed precision in bfloat16 on GPU or CPU.
 
-    The range of bfloat16 is that of float32, so there is no loss scaling and no skipped step. For GPUs without
-    it use MMEngine's ``AmpOptimWrapper``. A CPU without it trains in float32, with a warning. Arguments of
-    ``OptimWrapper``.
+    The range of bfloat16 is that of float32, so there is no loss scaling and no skipped step. A CPU without it trains
+    in float32, with a warning. Arguments of ``OptimWrapper``.
+
+    Raises:
+        InputError: the GPU has no bfloat16, and MMEngine's ``AmpOptimWrapper`` (float16) should be used.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.enabled = computes_in_bfloat16(get_device())
+        if not self.enabled and get_device() == 'cuda':
+            raise InputError(
+                f'{torch.cuda.get_device_name()} has no bfloat16 arithmetic; train in float16 with '
+                '--cfg-options optim_wrapper.type=AmpOptimWrapper.'
+            )
         if not self.enabled:
             message = 'This processor has no bfloat16 arithmetic and would be far slower with it; training in float32.'
             print_log(message, logger='current', level=logging.WARNING)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import ExitStack
 
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
 from mmmilan.engine.flops import counted_flops, peak_tflops
 from mmmilan.registry import HOOKS
+
+COUNTED_IMAGES = 4
 
 
 def log_is_due(runner: Runner, batch_idx: int) -> bool:
@@ -49,8 +51,8 @@ class ThroughputHook(Hook):
     """Log the speed of training since the last line of the log, in text and in TensorBoard.
 
     * ``images_per_s``: on all processes together;
-    * ``mfu``: share of the device's peak in dense products that the model used (0 to 1), by the operations counted in
-      the second step, the teacher's included (that step runs uncompiled). Only where the peak is known;
+    * ``mfu``: share of the device's peak in dense products that the model used (0 to 1), the teacher's work included.
+      The operations are counted once, on a few images of the first batch. Only where the peak is known;
     * ``data_wait``: share of the time in which training waited for images;
     * ``peak_memory_gb``: the most that tensors took up on the GPU; without one, the most that the process did;
     * ``hours_left``: to the end of the run, at this speed.
@@ -65,29 +67,18 @@ class ThroughputHook(Hook):
         self.peak_tflops = peak_tflops
         self.flops_per_image: float | None = None
         self.images = self.steps = 0
-        self.counting: ExitStack | None = None
-        self.warm = False  # the first step is done, in which a model may be compiled
 
     def before_train(self, runner: Runner) -> None:
         device = next(runner.model.parameters()).device
         self.peak_tflops = self.peak_tflops or peak_tflops(device, torch.bfloat16)
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        if self.peak_tflops and self.flops_per_image is None and self.warm:
-            self.counting = ExitStack()
-            self.counter = self.counting.enter_context(counted_flops())
-
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        # once the gradients are used up: those of the count are thrown away
+        if self.peak_tflops and self.flops_per_image is None and runner.optim_wrapper.should_update():
+            self.flops_per_image = flops_per_image(runner, data_batch)
         images = len(data_batch['inputs'])
-        if self.counting:
-            self.counting.close()
-            self.counting = None
-            self.flops_per_image = self.counter.get_total_flops() / images
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()  # of the step that ran uncompiled
-        self.warm = True
         self.images += images
         self.steps += 1
         if log_is_due(runner, batch_idx):
@@ -109,6 +100,26 @@ class ThroughputHook(Hook):
         values['peak_memory_gb'] = peak_memory() / 1e9
         values['hours_left'] = (runner.max_iters - runner.iter - 1) * seconds / self.steps / 3600
         return values
+
+
+def flops_per_image(runner: Runner, data_batch: dict) -> float:
+    """Operations of forward and backward pass, counted on a few images so that memory is no matter.
+
+    What the next step computes stays as it is: weights, buffers, gradients and random numbers (CPU and GPU).
+    """
+    model, wrapper = runner.model, runner.optim_wrapper
+    inner = model.module if is_model_wrapper(model) else model
+    part = {key: value[:COUNTED_IMAGES] for key, value in data_batch.items()}
+    buffers = {buffer: buffer.clone() for buffer in inner.buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), counted_flops() as counter:
+        with wrapper.optim_context(model):
+            losses = model(**inner.data_preprocessor(part, training=True), mode='loss')
+        inner.parse_losses(losses)[0].backward()
+    wrapper.zero_grad()
+    for buffer, value in buffers.items():
+        buffer.copy_(value)
+    return counter.get_total_flops() / len(part['inputs'])
 
 
 def peak_memory() -> int:

@@ -257,3 +257,13 @@ def test_float32_where_bfloat16_is_emulated(milan_cfg, monkeypatch, log):
     losses, _ = train(milan_cfg, BFloat16OptimWrapper, steps=2)
     assert losses == expected
     assert 'This processor has no bfloat16 arithmetic' in log.text
+
+
+def test_a_gpu_that_emulates_bfloat16_is_refused(milan_cfg, monkeypatch):
+    model = build(milan_cfg)
+    monkeypatch.setattr('mmmilan.engine.optim.get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla V100-SXM2-32GB')
+    emulated = dict(including_emulation=True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: kwargs == emulated or not kwargs)
+    with pytest.raises(InputError, match='Tesla V100-SXM2-32GB has no bfloat16 arithmetic; train in float16'):
+        BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
