@@ -106,8 +106,9 @@ def check_layer_decay(
     cfg.optim_wrapper.type = 'OptimWrapper'  # AmpOptimWrapper asks for a GPU
     cfg.optim_wrapper.constructor = constructor or cfg.optim_wrapper.constructor
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    groups = {id(group['params'][0]): group for group in optimizer.param_groups if len(group['params']) == 1}
-    assert len(groups) == len(optimizer.param_groups)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group['params']}
+    settings = {(group['lr'], group['weight_decay']) for group in optimizer.param_groups}
+    assert len(settings) == len(optimizer.param_groups) <= 2 * (blocks + 2)  # not one for each parameter
     depths = set()
     for key, parameter in model.named_parameters():
         depth = blocks + 1

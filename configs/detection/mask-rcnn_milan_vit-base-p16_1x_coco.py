@@ -31,7 +31,7 @@ model = dict(
 # float16: mmdet takes boxes in the type of the features to pool them, and bfloat16 would round 1000 to steps of 4.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.1),
+    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.1, fused=True),
     constructor='mmmilan.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         layer_decay_rate=0.75,

@@ -55,7 +55,7 @@ model = dict(
 
 optim_wrapper = dict(
     type='mmmilan.BFloat16OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-5, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=3e-5, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     constructor='mmmilan.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         layer_decay_rate=0.9,

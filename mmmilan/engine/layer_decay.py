@@ -8,6 +8,7 @@ from functools import partial
 from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
 from torch import nn
 
+from mmmilan.engine.optim import group_by_settings
 from mmmilan.errors import InputError
 from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
@@ -18,8 +19,8 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
 
     With L blocks and decay r, the learning rate is multiplied by r^(L+1) for patch embedding, class token and
     positions, by r^(L-i) for block i (from 0), and by 1 for everything after the blocks. mmpretrain's own asks the
-    model for ``get_layer_depth``, which only classifiers have. ``paramwise_cfg`` is mmpretrain's, with
-    ``layer_decay_rate`` for r.
+    model for ``get_layer_depth``, which only classifiers have, and makes a group of every parameter; here those of the
+    same settings share one. ``paramwise_cfg`` is mmpretrain's, with ``layer_decay_rate`` for r.
 
     Raises:
         InputError: the model's backbone is not a ViT of mmpretrain or of this project.
@@ -42,3 +43,5 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
                 )
             get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
         super().add_params(params, module, prefix, get_layer_depth, **kwargs)
+        if not prefix:  # or it was called by itself for a part of the model
+            group_by_settings(params)

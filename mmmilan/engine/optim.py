@@ -53,6 +53,15 @@ class BFloat16OptimWrapper(OptimWrapper):
             yield
 
 
+def group_by_settings(params: list[dict]) -> None:
+    """Put all parameters of the same settings into one group, in place. A group's ``param_name`` is no setting."""
+    groups: dict[str, dict] = {}
+    for group in params:
+        settings = {key: value for key, value in group.items() if key not in ('params', 'param_name')}
+        groups.setdefault(str(settings), settings | dict(params=[]))['params'].extend(group['params'])
+    params[:] = groups.values()
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupingOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor, with all parameters of the same settings in one group.
@@ -62,10 +71,5 @@ class GroupingOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
         super().add_params(params, module, prefix, **kwargs)
-        if prefix:  # called by itself for a part of the model
-            return
-        groups: dict[str, dict] = {}
-        for group in params:
-            settings = str({key: value for key, value in group.items() if key != 'params'})
-            groups.setdefault(settings, group | dict(params=[]))['params'].extend(group['params'])
-        params[:] = groups.values()
+        if not prefix:  # or it was called by itself for a part of the model
+            group_by_settings(params)

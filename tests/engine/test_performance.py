@@ -299,12 +299,7 @@ def test_groups_of_parameters(milan_cfg):
         torch.testing.assert_close(weights[0][name], value, rtol=1e-5, atol=1e-6)
 
 
-SLOW = pytest.mark.skipif(
-    not os.environ.get('MMMILAN_TEST_SLOW'), reason='set MMMILAN_TEST_SLOW=1 to train for a minute'
-)
-
-
-@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zero(tiny_config, tmp_path, processes):
     """Processes that share out the optimizer's states go on where a plain run was, and end where it ends."""
     cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')

@@ -32,7 +32,7 @@ model = dict(
 # The learning rate 1e-4 x 1024 / 256 is for a batch of 1024.
 optim_wrapper = dict(
     type='mmmilan.BFloat16OptimWrapper',
-    optimizer=dict(type='AdamW', lr=4e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=4e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     constructor='mmmilan.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         layer_decay_rate=0.65,
