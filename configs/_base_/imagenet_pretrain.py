@@ -1,11 +1,10 @@
 # ImageNet-1k without labels: random resized crop and flip (paper, appendix A.1).
 model = dict(
     data_preprocessor=dict(
-        type='mmpretrain.SelfSupDataPreprocessor',
+        type='mmmilan.PretrainingDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         to_rgb=True,
-        non_blocking=True,
     )
 )
 

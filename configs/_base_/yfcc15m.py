@@ -1,7 +1,7 @@
 # YFCC-15M, captioned images in tar shards, for CLIP training; tools/test.py classifies ImageNet-1k zero-shot.
 model = dict(
     data_preprocessor=dict(
-        type='mmpretrain.SelfSupDataPreprocessor',
+        type='mmmilan.CaptionDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         to_rgb=True,

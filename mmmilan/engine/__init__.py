@@ -9,6 +9,7 @@ from mmmilan.engine.hooks import (
     NonFiniteLossHook,
     StepSeedHook,
 )
+from mmmilan.engine.lars import LARS
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.mean_teacher import MeanTeacherHook
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
@@ -23,6 +24,7 @@ __all__ = [
     'ExactLoadingHook',
     'FullyShardStrategy',
     'GroupingOptimWrapperConstructor',
+    'LARS',
     'LayerDecayOptimWrapperConstructor',
     'MainLoggerHook',
     'MeanTeacherHook',

@@ -8,11 +8,11 @@ import sys
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
 from mmmilan.engine.flops import counted_flops, peak_tflops
+from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
 COUNTED_IMAGES = 4
@@ -108,7 +108,7 @@ def flops_per_image(runner: Runner, data_batch: dict) -> float:
     What the next step computes stays as it is: weights, buffers, gradients and random numbers (CPU and GPU).
     """
     model, wrapper = runner.model, runner.optim_wrapper
-    inner = model.module if is_model_wrapper(model) else model
+    inner = unwrap(model)
     part = {key: value[:COUNTED_IMAGES] for key, value in data_batch.items()}
     buffers = {buffer: buffer.clone() for buffer in inner.buffers()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

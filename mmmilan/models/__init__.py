@@ -1,4 +1,9 @@
-from mmmilan.models.data_preprocessor import DecodingDataPreprocessor
+from mmmilan.models.data_preprocessor import (
+    CaptionDataPreprocessor,
+    ClassificationDataPreprocessor,
+    DecodingDataPreprocessor,
+    PretrainingDataPreprocessor,
+)
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.language import MaskedLanguageModel
@@ -12,6 +17,8 @@ from mmmilan.models.vit import MILANViT
 
 __all__ = [
     'CLIPTarget',
+    'CaptionDataPreprocessor',
+    'ClassificationDataPreprocessor',
     'CodewordTarget',
     'DecodingDataPreprocessor',
     'DenseViT',
@@ -25,6 +32,7 @@ __all__ = [
     'MeanTeacher',
     'OpenCLIPTeacher',
     'PixelTarget',
+    'PretrainingDataPreprocessor',
     'PromptingDecoder',
     'SemanticAwareViT',
     'TimmTeacher',

@@ -57,19 +57,24 @@ class MaskedLanguageModel(BaseModule):
         super().init_weights()
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, text: Tensor, tower: nn.Module) -> Tensor:
+    def forward(self, text: Tensor, tower: nn.Module, num_words: Tensor | None = None) -> Tensor:
         """Cross-entropy, the mean over the masked words of all processes.
 
         Args:
             text: Token ids [B, L], int64: start, words, end, padding.
             tower: open_clip's ``TextTransformer``.
+            num_words: Number of words of each text [B], int64, on the CPU; by default asked of the device, which has
+                then to be waited for.
 
         Returns:
             The loss, a scalar, float32; 0 for texts without words.
         """
         masked = self.draw(text)
-        logits = self.decoder_pred(self.decode(*self.corrupt(text, masked), tower)[masked])
-        loss = F.cross_entropy(logits.float(), text[masked], reduction='sum')
+        known = num_words is not None
+        total = int(torch.minimum(self.num_masked(num_words), num_words).sum() if known else masked.sum())
+        places = masked.flatten().byte().argsort(descending=True, stable=True)[:total]  # masked words, in order
+        words = self.decode(*self.corrupt(text, masked), tower).flatten(0, 1)[places]
+        loss = F.cross_entropy(self.decoder_pred(words).float(), text.flatten()[places], reduction='sum')
         num_masked = masked.sum().float()
         all_reduce(num_masked, op='mean')  # the words of all processes count the same, whichever has more of them
         return loss / num_masked.clamp(min=torch.finfo(num_masked.dtype).tiny)
@@ -78,8 +83,11 @@ class MaskedLanguageModel(BaseModule):
         """The masked words, bool [B, L]: ``mask_ratio`` of the words of each text, at random."""
         words = is_word(text)
         rank = torch.rand(text.shape, device=text.device).masked_fill(~words, 2).argsort(1).argsort(1)
-        num_masked = (self.mask_ratio * words.sum(1, keepdim=True)).round().clamp(min=1)
-        return words & (rank < num_masked)
+        return words & (rank < self.num_masked(words.sum(1, keepdim=True)))
+
+    def num_masked(self, num_words: Tensor) -> Tensor:
+        """How many words are to be masked in texts of so many, if they have as many."""
+        return (self.mask_ratio * num_words).round().clamp(min=1)
 
     def corrupt(self, text: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Texts [B, L] with random words at some masked places, and where the mask token stands, bool [B, L]."""
@@ -105,3 +113,8 @@ def is_word(text: Tensor) -> Tensor:
     """Where a text [B, L] has words, and not its start, its end or padding."""
     place = torch.arange(text.shape[1], device=text.device)
     return (place > 0) & (place < text.argmax(1, keepdim=True))
+
+
+def count_words(text: Tensor) -> Tensor:
+    """Number of words of each text [B, L]: [B], int64."""
+    return (text.argmax(1) - 1).clamp(min=0)

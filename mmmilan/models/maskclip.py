@@ -158,7 +158,9 @@ class MaskCLIP(BaseModel):
         if self.distillation_weight:
             losses['loss_distillation'] = self.distillation_weight * self.distil(inputs)
         if self.language_weight:
-            losses['loss_language'] = self.language_weight * self.language(text, self.text)
+            num_words = [sample.get('num_words') for sample in data_samples]
+            num_words = None if None in num_words else torch.tensor(num_words)
+            losses['loss_language'] = self.language_weight * self.language(text, self.text, num_words)
         return losses | dict(temperature=1 / scale.detach())
 
     def distil(self, images: Tensor) -> Tensor:

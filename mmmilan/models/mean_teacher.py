@@ -38,9 +38,8 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """One step of the average; ``momentum=0`` copies the student."""
-        teacher = dict(self.module.named_buffers())
-        for name, weight in self._student.module.named_parameters():
-            teacher[name].lerp_(weight, 1 - momentum)
+        weights, teacher = dict(self._student.module.named_parameters()), dict(self.module.named_buffers())
+        torch._foreach_lerp_([teacher[name] for name in weights], list(weights.values()), 1 - momentum)
 
     @torch.no_grad()
     def forward(self, *args: Tensor) -> Tensor:

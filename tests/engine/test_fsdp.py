@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +14,13 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from helpers import ROOT, assert_identical, read_scalars, run_script
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.fsdp import transformer_blocks
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 
-ROOT = Path(__file__).parents[2]
 FSDP = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-fsdp_in1k.py')
 DDP = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel', device_ids=None))
 
@@ -100,6 +99,7 @@ def processes(milan_cfg, tmp_path):
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_processes(processes, milan_cfg, tmp_path):
     for state in processes:
         assert all(state['sharded'].values())
@@ -128,3 +128,16 @@ def test_blocks(milan_cfg, decoder):
     milan_cfg['neck']['type'] = f'mmmilan.{decoder}'
     model = MODELS.build(milan_cfg)
     assert transformer_blocks(model) == [*model.backbone.layers, *model.neck.decoder_blocks]
+
+
+@pytest.mark.slow
+def test_training(tiny_config, tmp_path):
+    """By the tools, with all default hooks: a resumed run ends as an uninterrupted one, bit by bit."""
+    changes = {'runner_type': FSDP.runner_type, 'strategy': FSDP.strategy.to_dict()}
+    changes |= {'optim_wrapper.type': 'OptimWrapper', 'train_dataloader.num_workers': 0}
+    run_script('dist_train.sh', tiny_config(changes), 2)
+    losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    other = tiny_config(changes | {'work_dir': str(tmp_path / 'other')})
+    run_script('dist_train.sh', other, 2, '--resume', tmp_path / 'work/epoch_1.pth')
+    assert_identical(*(load_checkpoint_file(tmp_path / folder / 'epoch_2.pth') for folder in ('other', 'work')))

@@ -32,7 +32,7 @@ class KillHook(Hook):
 
 def start(config: Path, work_dir: Path, path: Path) -> subprocess.Popen:
     command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', work_dir]
-    environment = os.environ | dict(PYTHONPATH=str(path), OMP_NUM_THREADS='1')
+    environment = os.environ | dict(PYTHONPATH=f'{path}:{ROOT}', OMP_NUM_THREADS='1')
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -475,6 +475,17 @@ def test_language_loss_is_the_cross_entropy_of_masked_words():
     assert torch.allclose(model(text, text_tower), expected, rtol=1e-5)
 
 
+def test_language_loss_with_the_number_of_words_known():
+    """The same without asking the device how many words are masked."""
+    texts = write([[3, 9, 1, 7, 2], [], [4], [5, 6, 7]])
+    model, text_tower = language_model(mask_ratio=0.5), tower()
+    losses = []
+    for num_words in (None, torch.tensor([5, 0, 1, 3])):
+        torch.manual_seed(0)
+        losses.append(model(texts, text_tower, num_words))
+    assert torch.equal(*losses) and losses[0] > 1
+
+
 def test_texts_without_words_have_no_language_loss():
     model = language_model()
     loss = model(write([[], []]), tower())

@@ -4,6 +4,7 @@ _base_ = ['../../_base_/imagenet_finetune.py', '../../_base_/default_runtime.py'
 model = dict(
     type='mmpretrain.ImageClassifier',
     data_preprocessor=dict(
+        type='mmmilan.ClassificationDataPreprocessor',
         num_classes=1000,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],

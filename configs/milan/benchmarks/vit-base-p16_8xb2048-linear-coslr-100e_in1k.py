@@ -30,7 +30,7 @@ train_dataloader = dict(
 optim_wrapper = dict(
     _delete_=True,
     type='mmmilan.BFloat16OptimWrapper',
-    optimizer=dict(type='mmpretrain.LARS', lr=3.2, momentum=0.9, weight_decay=0.0),
+    optimizer=dict(type='mmmilan.LARS', lr=3.2, momentum=0.9, weight_decay=0.0),
 )
 auto_scale_lr = dict(base_batch_size=16384)
 param_scheduler = [
