@@ -19,7 +19,6 @@ import signal
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from helpers import ROOT, assert_identical, load_trusted, read_scalars
 
 
 @HOOKS.register_module()
