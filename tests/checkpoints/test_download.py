@@ -236,7 +236,7 @@ except ValueError as error:
 """)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f'/cache/{NAME} cannot be written (File too large): name another folder in MMMILAN_CACHE' in output
+    assert f'/cache/{NAME} cannot be written (File too large); name another folder in MMMILAN_CACHE' in output
     assert not (Path(os.environ['MMMILAN_CACHE']) / NAME).exists()
 
 
@@ -268,7 +268,7 @@ def test_read_only_cache(server, monkeypatch):
         monkeypatch.setenv('MMMILAN_CACHE', folder)
         with not_root():
             assert download(f'{server.url}/good/{there.name}') == there
-            message = rf'{folder}/{NAME} cannot be written \(Permission denied\): name another'
+            message = rf'{folder}/{NAME} cannot be written \(Permission denied\); name another'
             with pytest.raises(InputError, match=message):
                 download(f'{server.url}/good/{NAME}')
         os.chmod(folder, 0o755)

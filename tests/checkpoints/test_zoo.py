@@ -28,7 +28,7 @@ from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT.parent / 'shared' / 'paper' / 'mmselfsup_milan_readme.md'
 PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
 FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
