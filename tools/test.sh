@@ -3,4 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 ruff check .
+ruff format --check .
 python -m pytest -n 2 --dist loadfile "$@"  # two at a time, as they use one core each
