@@ -1,4 +1,4 @@
-"""The one exception for everything that a user can put right, and how the tools print it."""
+"""The exception for everything that a user can put right, and how the tools print it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A file, key or option is at fault; the message is one sentence that names it and says what to do.
+    """A file, key or option is at fault.
 
-    The tools print the message alone, without a stack trace.
+    The message is one sentence, ``cause; remedy.``, that names it. The tools print it without a stack trace.
     """
 
 
@@ -21,6 +21,6 @@ def exit_on_input_error() -> Iterator[None]:
         yield
     except InputError as error:
         message = str(error)
-        if message.startswith('Caught '):  # by a data worker, whose stack trace PyTorch puts before it
+        if message.startswith('Caught '):  # PyTorch puts the stack trace of a data worker before its message
             message = message.rpartition('Error: ')[2]
         sys.exit(f'error: {message.strip()}')

@@ -1,8 +1,8 @@
 """Augmentations that are a function of (seed, epoch, sample), and of nothing else.
 
-MMEngine seeds data workers once, or the same way at every epoch, so what a sample looks like depends on the
-number of workers, and a resumed run sees other images than an uninterrupted one. Here the sampler hands each
-sample's own random seed to the dataset along with its index.
+MMEngine seeds data workers once, or the same way at every epoch. What a sample looks like then depends on the
+number of workers, and a resumed run sees other images than an uninterrupted one. Here the sampler gives the dataset
+a random seed for each sample along with its index.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Draw(NamedTuple):
 class ReproducibleSampler(DefaultSampler):
     """MMEngine's ``DefaultSampler`` that yields a :class:`Draw` in place of an index.
 
-    For the data sets of mmmilan, which know what to do with one. Same arguments.
+    For datasets that accept a :class:`Draw`, such as those of mmmilan. Same arguments.
     """
 
     def __iter__(self) -> Iterator[Draw]:
@@ -39,7 +39,7 @@ class ReproducibleSampler(DefaultSampler):
         return (Draw(self.seed, self.epoch, index) for index in indices)
 
 
-# NumPy's generator within ``seeded``: to exchange generators is much faster than to save and restore a state.
+# NumPy's generator within ``seeded``: exchanging generators is much faster than saving and restoring a state.
 GENERATOR = np.random.MT19937(0)
 
 

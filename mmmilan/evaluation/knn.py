@@ -1,4 +1,4 @@
-"""k-NN evaluation of a frozen encoder: no training, and so a quick check of a pretraining checkpoint."""
+"""k-NN evaluation of a frozen encoder: a quick check of a pretraining checkpoint, without training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mmmilan.registry import LOOPS
 
 
 def vote(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-    """Share of each class in the votes of the k nearest neighbours, which weigh exp(similarity / temperature).
+    """Share of each class in the votes of the k nearest neighbours, weighted by exp(similarity / temperature).
 
     Args:
         queries: Features [B, D] of length 1.
         bank: Features [M, D] of length 1 of labelled images.
         labels: Their classes [M], int64.
         num_classes: Number C of classes.
-        k: Number of neighbours (all, if the bank has fewer).
-        temperature: The lower, the more the nearest of them counts.
+        k: Number of neighbours; all of them if the bank has fewer.
+        temperature: Lower values give the nearest neighbours more weight.
 
     Returns:
         Shares [B, C]; each row sums to 1.
@@ -41,8 +41,9 @@ class KNNLoop(TestLoop):
     """Test loop in which labelled images vote on each test image by the cosine of their features.
 
     The protocol of DINO (arXiv 2104.14294): 20 neighbours, temperature 0.07. Features are what ``model.extract_feat``
-    gives; the model needs no head. The evaluator finds the shares of the votes as ``pred_score``. All features of the
-    labelled images are on the model's device: 4 GB for ImageNet-1k and ViT-B, and thrice that while they are gathered.
+    gives; the model needs no head. The evaluator reads the shares of the votes from ``pred_score``. All features of the
+    labelled images are kept on the model's device: 4 GB for ImageNet-1k and ViT-B, three times that while they are
+    gathered.
 
     Args:
         runner: The runner.
@@ -72,7 +73,7 @@ class KNNLoop(TestLoop):
         self.num_classes = self.check_classes()
 
     def check_classes(self) -> int:
-        """The number of classes, which must be the same classes in both data sets."""
+        """Number of classes; both data sets must have the same ones."""
         bank, test = self.bank_dataloader.dataset, self.dataloader.dataset
         classes, test_classes = (dataset.metainfo.get('classes') or () for dataset in (bank, test))
         # mmpretrain's ImageNet has names in place of folders, but in the same order
@@ -102,7 +103,7 @@ class KNNLoop(TestLoop):
         return self.gather(torch.cat(features)), self.gather(torch.cat(labels))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all processes in the sampler's order, without those that it repeats to give each the same number."""
+        """Rows of all processes in the sampler's order, without the rows that it repeats to fill the last batch."""
         return torch.stack(all_gather(rows), dim=1).flatten(0, 1)[: len(self.bank_dataloader.dataset)]
 
     @torch.no_grad()

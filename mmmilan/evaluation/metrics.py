@@ -29,8 +29,8 @@ class ReconstructionLoss(BaseMetric):
 class ImageNetSubsetAccuracy(Accuracy):
     """Accuracy of an ImageNet-1k classifier on a data set that has only some of the 1000 classes.
 
-    The best of the data set's own classes counts, whatever the scores of all others: so the authors of ImageNet-A and
-    ImageNet-R score their 200 classes. For the data set, an ``ImageFolder`` whose folders are WordNet ids.
+    Only the scores of the data set's own classes are compared, as the authors of ImageNet-A and ImageNet-R do for
+    their 200 classes. The data set is an ``ImageFolder`` whose folders are named by WordNet ids.
 
     Args:
         topk: As for mmpretrain's ``Accuracy``; results are in percent.

@@ -1,4 +1,4 @@
-"""How good are frozen features? k-NN and a linear probe with scikit-learn: seconds, where LARS takes a day."""
+"""Quick measures of frozen features: k-NN and a linear probe by scikit-learn, in seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmmilan.evaluation.knn import vote
 
 @torch.no_grad()
 def extract_features(model: nn.Module, dataset: Dataset, description: str) -> tuple[np.ndarray, np.ndarray]:
-    """What ``model.extract_feat`` gives for every image of a labelled data set: by default, class tokens.
+    """Features of every image of a labelled data set: what ``model.extract_feat`` gives, by default class tokens.
 
     Args:
         model: A model with a data preprocessor, such as ``MILAN``, in evaluation mode.

@@ -18,8 +18,8 @@ CHUNK = 1024  # rows of a matrix of similarities that are held at a time
 class RetrievalRecall(BaseMetric):
     """Recall at k, in percent, of texts by images and of images by texts, over the whole test set.
 
-    Of several texts of an image, one among the k best is enough; each text is a query of its own; a tie counts as a
-    failure. The model gives each data sample ``image_embedding`` [E] and ``text_embedding`` [T, E], of length 1.
+    An image counts as right if one of its texts is among the k best. Each text is a query of its own. A tie counts as
+    a failure. The model gives each data sample ``image_embedding`` [E] and ``text_embedding`` [T, E], of length 1.
 
     Args:
         topk: The values of k.
@@ -53,7 +53,7 @@ class RetrievalRecall(BaseMetric):
 
 
 def text_rank(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """How many other texts are as close to an image as the closest of its own.
+    """How many other texts are at least as close to an image as its own closest text.
 
     Args:
         images: Embeddings [I, E].
@@ -73,7 +73,7 @@ def text_rank(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
 
 
 def image_rank(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """How many other images are as close to a text as its own: numbers [T]; arguments as for :func:`text_rank`."""
+    """How many other images are at least as close to a text as its own: [T]. Arguments of :func:`text_rank`."""
     ranks = []
     for start in range(0, len(texts), CHUNK):
         similarity = texts[start : start + CHUNK] @ images.T
