@@ -8,6 +8,7 @@ order of its keys, so nothing is put back into image order in between.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,25 @@ from mmmilan.registry import MODELS
 NORM_CFG = dict(type='LN', eps=1e-6)
 
 
+def read_grid(num_patches: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns: those given, or those of a square of so many patches.
+
+    Raises:
+        InputError: it is neither a square number nor a pair.
+    """
+    grid = [round(num_patches**0.5)] * 2 if isinstance(num_patches, int) else num_patches
+    if len(grid) != 2 or (isinstance(num_patches, int) and math.prod(grid) != num_patches):
+        raise InputError(f'num_patches={num_patches} is not a square number; give (rows, columns) of the grid.')
+    return tuple(grid)
+
+
 class Decoder(BaseModule):
     """What both decoders share: embedding, mask token, positions, norm and prediction.
 
     The keys of the state dict are those of mmpretrain's ``MILANPretrainDecoder`` and ``MAEPretrainDecoder``.
 
     Args:
-        num_patches: Number N of patches of an image, a square.
+        num_patches: Number N of patches of a square image, or the (rows, columns) of a rectangular grid.
         embed_dim: Width D of the encoder.
         decoder_embed_dim: Width of the decoder.
         decoder_depth: Number of blocks.
@@ -39,11 +52,17 @@ class Decoder(BaseModule):
         mlp_ratio: Hidden width of the feed-forward network over the decoder's width.
         predict_feature_dim: Width C of the target.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
+
+    Attributes:
+        grid: Rows and columns of patches.
+
+    Raises:
+        InputError: ``num_patches`` is neither a square number nor a pair.
     """
 
     def __init__(
         self,
-        num_patches: int = 196,
+        num_patches: int | Sequence[int] = 196,
         embed_dim: int = 768,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
@@ -56,11 +75,9 @@ class Decoder(BaseModule):
         super().__init__(init_cfg)
         self.with_cp = with_cp
         self.embed_dim = embed_dim
-        self.num_patches = num_patches
+        self.grid = read_grid(num_patches)
+        self.num_patches = num_patches = math.prod(self.grid)
         self.predict_feature_dim = predict_feature_dim
-        self.grid_size = math.isqrt(num_patches)
-        if self.grid_size**2 != num_patches:
-            raise InputError(f'num_patches={num_patches} is not a square number.')
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         positions = torch.zeros(1, 1 + num_patches, decoder_embed_dim)
@@ -82,7 +99,7 @@ class Decoder(BaseModule):
         """Initialise as MAE does."""
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
-        positions = sincos_position_embedding(self.grid_size, self.decoder_pos_embed.shape[-1])
+        positions = sincos_position_embedding(self.grid, self.decoder_pos_embed.shape[-1])
         self.decoder_pos_embed.data.copy_(positions)
         for block in self.decoder_blocks:
             block.is_init = True  # keep mmpretrain from re-initialising its blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from mmmilan.errors import InputError
@@ -21,10 +23,10 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
     Raises:
         InputError: naming the first option that does not fit, and its right value.
     """
-    num_patches, patch_size = backbone.num_patches, backbone.patch_size
+    grid, patch_size = tuple(backbone.patch_resolution), backbone.patch_size
     rows = [
         ('neck.embed_dim', neck.embed_dim, backbone.embed_dims),
-        ('neck.num_patches', getattr(neck, 'num_patches', num_patches), num_patches),
+        ('neck.num_patches', as_num_patches(getattr(neck, 'grid', grid)), as_num_patches(grid)),
         ('neck.predict_feature_dim', neck.predict_feature_dim, target_dim),
         ('head.feature_dim', head.feature_dim, target_dim),
         ('head.patch_size', getattr(head, 'patch_size', patch_size), patch_size),
@@ -36,6 +38,11 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
         check_grid(head.teacher, backbone, 'head.teacher')
     elif isinstance(masking, SemanticAwareMasking):
         raise InputError('SemanticAwareMasking needs a frozen teacher; give the head one, or use RandomMasking.')
+
+
+def as_num_patches(grid: tuple[int, int]) -> int | tuple[int, int]:
+    """How a config says a grid: the number of patches of a square, else (rows, columns)."""
+    return math.prod(grid) if grid[0] == grid[1] else grid
 
 
 def check_grid(teacher: nn.Module, backbone: nn.Module, name: str) -> None:

@@ -12,16 +12,15 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def sincos_position_embedding(grid_size: int, embed_dims: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [1, 1 + grid_size², embed_dims], zeros for the class token.
+def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions [1, 1 + rows · columns, embed_dims] of a grid, zeros for the class token.
 
     The first half of the channels encodes the column, the second the row, each as sines then cosines of
     embed_dims / 4 wavelengths up to 10000 (MAE, and the published code of MILAN).
     """
     frequencies = 10000.0 ** -(torch.arange(embed_dims // 4, dtype=torch.float64) / (embed_dims // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(max(grid), dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns = axis[None, :].expand(grid_size, -1, -1)
-    rows = axis[:, None].expand(-1, grid_size, -1)
-    patches = torch.cat([columns, rows], dim=2).flatten(0, 1)
+    rows, columns = axis[: grid[0], None], axis[None, : grid[1]]
+    patches = torch.cat([columns.expand(grid[0], -1, -1), rows.expand(-1, grid[1], -1)], dim=2).flatten(0, 1)
     return torch.cat([torch.zeros(1, embed_dims), patches.float()])[None]

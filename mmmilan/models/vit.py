@@ -28,17 +28,29 @@ class MILANViT(VisionTransformer):
     Arguments and state-dict keys are mmpretrain's own, so a checkpoint of one is a checkpoint of the other.
 
     Args:
+        img_size: Side of the images, or (height, width), in pixels.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
+
+    Attributes:
+        patch_resolution: Rows and columns of the grid of patches.
+        num_patches: Their number N.
+        patch_size: Side of a patch in pixels.
+
+    Raises:
+        InputError: ``img_size`` is not a multiple of the patch size.
     """
 
     def __init__(self, *args, with_cp: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.with_cp = with_cp
         rows, columns = self.patch_resolution
-        if rows != columns:
-            raise InputError(f'img_size={self.img_size} gives {rows}x{columns} patches; MILANViT needs a square.')
         self.num_patches = rows * columns
         self.patch_size = self.patch_embed.projection.kernel_size[0]
+        if self.img_size != (rows * self.patch_size, columns * self.patch_size):
+            raise InputError(
+                f'img_size={self.img_size} is not a multiple of patch_size={self.patch_size}; '
+                f'choose {(rows * self.patch_size, columns * self.patch_size)}.'
+            )
         self.pos_embed.requires_grad = False
 
     def init_weights(self) -> None:
@@ -48,7 +60,7 @@ class MILANViT(VisionTransformer):
         nn.init.xavier_uniform_(projection.weight.flatten(1))
         nn.init.zeros_(projection.bias)
         nn.init.normal_(self.cls_token, std=0.02)
-        self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution[0], self.embed_dims))
+        self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution, self.embed_dims))
         for layer in self.layers:
             layer.is_init = True  # keep mmpretrain from re-initialising its blocks
         super().init_weights()

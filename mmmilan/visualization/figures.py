@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 import cv2
@@ -28,9 +27,10 @@ def to_image(normalised: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
 
 
 def patch_map(values: Tensor, image: np.ndarray) -> np.ndarray:
-    """Values of patches [N] as an array [H, W] of the image's size, one value to a patch."""
-    side = math.isqrt(len(values))
-    grid = values.float().cpu().numpy().reshape(side, side)
+    """Values of square patches [N] as an array [H, W] of the image's size, one value to a patch."""
+    height, width = image.shape[:2]
+    rows = round((len(values) * height / width) ** 0.5)
+    grid = values.float().cpu().numpy().reshape(rows, -1)
     return cv2.resize(grid, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
 
 

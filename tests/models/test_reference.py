@@ -64,7 +64,7 @@ def test_loss_and_gradient_norms(official, model, data_samples):
 
 def test_positions(official):
     for key in ('milan/pos_embed', 'milan/decoder_pos_embed'):
-        positions = sincos_position_embedding(4, official[key].shape[-1])
+        positions = sincos_position_embedding((4, 4), official[key].shape[-1])
         assert relative_error(positions, official[key]) < 1e-6
 
 
