@@ -1,11 +1,10 @@
 # Fine-tuning on your own images: one folder a class, below train/ and val/. Set these here or in the shell:
-# DATA_ROOT=/data/my_images CLASSES=3 BATCH_SIZE=64 EPOCHS=20 python tools/train.py configs/milan/benchmarks/vit-base-p16_custom.py
-_base_ = './vit-base-p16_8xb128-coslr-100e_in1k.py'
+# DATA_ROOT=/data/my_images CLASSES=3 BATCH_SIZE=64 EPOCHS=50 python tools/train.py configs/milan/benchmarks/vit-base-p16_milan-pre_custom.py
+_base_ = ['./vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py', '../../_base_/custom_schedule.py']
 
 data_root = '{{$DATA_ROOT:data/custom}}'
 num_classes = int('{{$CLASSES:10}}')
 batch_size = int('{{$BATCH_SIZE:64}}')
-epochs = int('{{$EPOCHS:20}}')
 
 model = dict(data_preprocessor=dict(num_classes=num_classes), head=dict(num_classes=num_classes))
 
@@ -25,15 +24,5 @@ val_evaluator = dict(topk=(1, min(5, num_classes)))
 test_evaluator = val_evaluator
 
 auto_scale_lr = dict(enable=True)
-warmup = max(1, epochs // 10)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-4, end=warmup, convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=max(1, epochs - warmup),
-        begin=warmup,
-        end=max(epochs, warmup + 1),
-        convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(max_epochs=epochs)
+param_scheduler = {{_base_.custom_schedule}}
+train_cfg = dict(max_epochs={{_base_.epochs}})
