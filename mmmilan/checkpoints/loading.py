@@ -24,10 +24,10 @@ from mmmilan.errors import InputError
 # What a new encoder may have that pretraining had not: the norm after the mean of the patch tokens, relative positions,
 # layer scale, and the layers of DenseViT that rescale its maps.
 _MAY_BE_MISSING = re.compile(
-    r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|scales\..+'
+    r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|rel_pos_shared\.\w+|scales\..+'
 )
-# What an encoder may have no use for: the norms after its last layer.
-_MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+')
+# What an encoder may have no use for: the norms after its last layer, and the class token.
+_MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+|cls_token')
 
 
 def load_weights(
@@ -37,7 +37,7 @@ def load_weights(
 
     * Every weight of the module must be in the checkpoint. An encoder on its own (mmpretrain's ``VisionTransformer``,
       ``MILANViT``, ``DenseViT``) may have new parts, see ``_MAY_BE_MISSING``.
-    * Every weight of the checkpoint's encoder must have a place in the module's, but for its final norms.
+    * Every weight of the checkpoint's encoder must have a place in the module's, but for its final norms and class token.
     * What else the checkpoint has (a decoder, a head) is left out and named in the log.
 
     Positions of another image size are interpolated by the encoder.

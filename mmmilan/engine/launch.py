@@ -21,7 +21,7 @@ from mmmilan.errors import InputError
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The config and the options that both tools have."""
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG[/PRETRAIN]')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config, e.g. a.b=3'
     )
@@ -41,9 +41,15 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(cfg, args.config)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
+
+
+def default_work_dir(cfg: Config, path: str) -> str:
+    """``work_dirs/CONFIG``; ``work_dirs/CONFIG/NAME`` where the shell's ``PRETRAIN=NAME`` names another start."""
+    pretrain = cfg.env_variables.get('PRETRAIN', '')  # '' unless it is set and the config reads it
+    return str(Path('work_dirs', Path(path).stem, pretrain.replace('/', '_')))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
+from mmengine.logging import print_log
 from mmpretrain.models import VisionTransformer
 from mmpretrain.models.utils import MultiheadAttention, resize_pos_embed
 from torch import Tensor, nn
@@ -232,6 +233,7 @@ class DenseViT(VisionTransformer):
             extra, grid = positions.split([1, rows * columns], dim=1)
             grid = grid.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)  # the row in the first half
             self.pos_embed.data.copy_(torch.cat([extra, grid], dim=1)[:, -self.pos_embed.shape[1] :])
+            print_log(f'Positions start as sines and cosines of the {rows}x{columns} grid.', logger='current')
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps [B, D, s·H, s·W] for s in (4, 2, 1, 1/2) of images on a grid of H x W patches.
