@@ -37,7 +37,7 @@ def load_weights(
 
     * Every weight of the module must be in the checkpoint. An encoder on its own (mmpretrain's ``VisionTransformer``,
       ``MILANViT``, ``DenseViT``) may have new parts, see ``_MAY_BE_MISSING``.
-    * Every weight of the checkpoint's encoder must have a place in the module's, but for its final norms and class token.
+    * Every weight of the checkpoint's encoder must have a place in the module's, see ``_MAY_BE_UNUSED``.
     * What else the checkpoint has (a decoder, a head) is left out and named in the log.
 
     Positions of another image size are interpolated by the encoder.

@@ -85,15 +85,15 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     model = zoo_models().get(text)
     if model and model.weights:
         return download(model.weights, model.sha256)
-    last = Path('work_dirs', text, 'last_checkpoint')  # MMEngine writes it
+    last = Path('work_dirs', text, 'last_checkpoint')  # MMEngine writes a path into it
     if last.is_file():
-        return Path(last.read_text().strip())
+        return last.with_name(Path(last.read_text().strip()).name)
     if model:
         raise InputError(
             f'No weights of {text} have been published and {last.parent} has none; train it, or give a file.'
         )
     raise InputError(
-        f'{text} is neither a file nor a URL, {last.parent} has no checkpoint, and it is no model of the zoo; choose one '
+        f'{text} is neither a file nor a URL nor a model of the zoo, and {last.parent} has no checkpoint; choose one '
         f'of {", ".join(zoo_models())}.'
     )
 

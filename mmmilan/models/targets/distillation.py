@@ -34,8 +34,8 @@ class CodewordTarget(DistillationTarget):
     """Cross-entropy between soft assignments to codewords, made by an online tokenizer (MaskCLIP, arXiv 2208.12262).
 
     The tokenizer is a linear layer; on the teacher's side stands its exponential moving average. All numbers are those
-    of iBOT's patch tokens (arXiv 2111.07832), as is what keeps the codewords in use: the mean of the teacher's logits is
-    subtracted from them, and its temperature rises. After each batch in training, ``statistics`` has the number of
+    of iBOT's patch tokens (arXiv 2111.07832), as is what keeps the codewords in use: the mean of the teacher's logits
+    is subtracted from them, and its temperature rises. After each batch in training, ``statistics`` has the number of
     codewords that are some token's best (``codewords``) and the entropy of the mean assignment in nats, at most ln K
     (``codeword_entropy``).
 
