@@ -14,6 +14,7 @@ from mmpretrain.models.utils import MultiheadAttention, resize_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmilan.checkpoints.loading import exact_initialisation
 from mmmilan.errors import InputError
 from mmmilan.models.tokens import sincos_position_embedding
 from mmmilan.registry import MODELS
@@ -234,6 +235,11 @@ class DenseViT(VisionTransformer):
             grid = grid.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)  # the row in the first half
             self.pos_embed.data.copy_(torch.cat([extra, grid], dim=1)[:, -self.pos_embed.shape[1] :])
             print_log(f'Positions start as sines and cosines of the {rows}x{columns} grid.', logger='current')
+
+    def init_weights(self) -> None:
+        """Initialise as mmpretrain does; weights named by ``init_cfg`` (type 'Pretrained') replace these."""
+        with exact_initialisation(self):
+            super().init_weights()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps [B, D, s·H, s·W] for s in (4, 2, 1, 1/2) of images on a grid of H x W patches.
