@@ -227,19 +227,15 @@ class DenseViT(VisionTransformer):
 
     def init_weights(self) -> None:
         """Load the weights that ``init_cfg`` names; ``sincos_pos_embed`` replaces their positions."""
-        super().init_weights()
-        if self.sincos_pos_embed:
-            rows, columns = self.patch_resolution
-            positions = sincos_position_embedding(rows, self.embed_dims)
-            extra, grid = positions.split([1, rows * columns], dim=1)
-            grid = grid.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)  # the row in the first half
-            self.pos_embed.data.copy_(torch.cat([extra, grid], dim=1)[:, -self.pos_embed.shape[1] :])
-            print_log(f'Positions start as sines and cosines of the {rows}x{columns} grid.', logger='current')
-
-    def init_weights(self) -> None:
-        """Initialise as mmpretrain does; weights named by ``init_cfg`` (type 'Pretrained') replace these."""
         with exact_initialisation(self):
             super().init_weights()
+        if self.sincos_pos_embed:
+            rows, columns = self.patch_resolution
+            positions = sincos_position_embedding((columns, rows), self.embed_dims)
+            extra, grid = positions.split([1, rows * columns], dim=1)
+            grid = grid.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)  # the row in the first half
+            self.pos_embed.data.copy_(torch.cat([extra, grid], dim=1)[:, -self.pos_embed.shape[1] :])
+            print_log(f'Positions start as sines and cosines of the {rows}x{columns} grid.', logger='current')
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps [B, D, s·H, s·W] for s in (4, 2, 1, 1/2) of images on a grid of H x W patches.
