@@ -26,6 +26,7 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
     grid, patch_size = tuple(backbone.patch_resolution), backbone.patch_size
     rows = [
         ('neck.embed_dim', neck.embed_dim, backbone.embed_dims),
+        ('the number of backbone.out_indices', len(backbone.out_indices), getattr(neck, 'num_layers', 1)),
         ('neck.num_patches', as_num_patches(getattr(neck, 'grid', grid)), as_num_patches(grid)),
         ('neck.predict_feature_dim', neck.predict_feature_dim, target_dim),
         ('head.feature_dim', head.feature_dim, target_dim),

@@ -18,10 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from mmmilan.errors import InputError
 from mmmilan.masking import split_patches, supplied_masks
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.tokens import gather_tokens
@@ -30,20 +32,20 @@ from mmmilan.registry import MODELS, TRANSFORMS
 
 @dataclass
 class Reconstruction:
-    """One masked forward pass.
+    """One masked forward pass of B images with K masks each; the rows of an image stand together.
 
     Attributes:
-        visible: Indices [B, V] of the visible patches, in image order.
-        masked: Indices [B, N - V] of the masked patches, in image order.
-        token_loss: Loss [B, T] of the predicted tokens: class token, visible patches, masked patches.
-        loss: The training loss, a scalar.
+        visible: Indices [B·K, V] of the visible patches, in image order.
+        predicted: Indices [B·K, M] of the masked patches that were predicted.
+        token_loss: Loss [B·K, 1 + V + M] of the predicted tokens: class token, visible patches, masked patches.
+        view_loss: Loss [B·K] of each image and mask; the training loss is its mean.
         importance: Attention of the teacher's class token to each patch [B, N]; None without a teacher.
     """
 
     visible: Tensor
-    masked: Tensor
+    predicted: Tensor
     token_loss: Tensor
-    loss: Tensor
+    view_loss: Tensor
     importance: Tensor | None
 
 
@@ -58,10 +60,12 @@ class MILAN(BaseModel):
         masking: Config of ``SemanticAwareMasking`` or ``RandomMasking``.
         neck: Config of the decoder.
         head: Config of the target and its loss.
+        masks_per_image: Masks K that are drawn for an image in training. The teacher and the data pipeline see the
+            image once; the loss is the mean over masks (data2vec 2.0, arXiv 2212.07525, section 3.2).
         data_preprocessor: Config of the normalisation of images.
 
     Raises:
-        InputError: two parts do not fit each other.
+        InputError: two parts do not fit each other, or ``masks_per_image`` is less than 1.
     """
 
     def __init__(
@@ -70,10 +74,14 @@ class MILAN(BaseModel):
         masking: dict,
         neck: dict,
         head: dict,
+        masks_per_image: int = 1,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
+        if masks_per_image < 1:
+            raise InputError(f'masks_per_image={masks_per_image} leaves nothing to learn from; choose 1 or more.')
+        self.masks_per_image = masks_per_image
         self.backbone = MODELS.build(backbone)
         self.masking = TRANSFORMS.build(masking)
         self.neck = MODELS.build(neck)
@@ -99,32 +107,36 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        return dict(loss=self.reconstruct(inputs, data_samples).loss)
+        return dict(loss=self.reconstruct(inputs, data_samples, self.masks_per_image).view_loss.mean())
 
-    def reconstruct(self, images: Tensor, data_samples: list[DataSample] | None = None) -> Reconstruction:
-        """The algorithm, in the steps of the drawing at the top of this file."""
+    def reconstruct(
+        self, images: Tensor, data_samples: list[DataSample] | None = None, masks_per_image: int = 1
+    ) -> Reconstruction:
+        """The algorithm, in the steps of the drawing at the top of this file, with K masks an image."""
         features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
-        visible, masked = self.draw(images, importance, data_samples)  # [B, V], [B, N-V]
+        visible, masked = self.draw(images, importance, data_samples, masks_per_image)  # [B·K, V], [B·K, N-V]
+        predicted = self.neck.sample(masked)  # [B·K, M]: by default all of them, M = N-V
 
-        latent = self.backbone(images, visible)  # z [B, 1+V, D]
-        pred = self.neck(latent, visible, masked)  # p [B, 1+N, C]: class token, visible, masked
+        latent = self.backbone(images, visible)  # z [B·K, 1+V, D]
+        pred = self.neck(latent, visible, predicted)  # p [B·K, 1+V+M, C]: class token, visible, masked
 
         target = self.head.target(images, features)  # [B, 1+N, C]: class token, patches in image order
-        order = torch.cat([visible, masked], dim=1)[:, : pred.shape[1] - 1]  # without a decoder, visible alone
-        target = torch.cat([target[:, :1], gather_tokens(target[:, 1:], order)], dim=1)  # in the order of p
-        token_loss = self.head.token_loss(pred, target)  # [B, 1+N]
-        loss = token_loss[:, self.head.loss_tokens(visible.shape[1])].mean()
-        return Reconstruction(visible, masked, token_loss, loss, importance)
+        order = F.pad(1 + torch.cat([visible, predicted], dim=1), (1, 0))  # that of p, class token at 0
+        target = gather_tokens(target, order)  # [B·K, 1+V+M, C]
+        token_loss, view_loss = self.head.compare(pred, target, visible.shape[1], masked.shape[1])
+        return Reconstruction(visible, predicted, token_loss, view_loss, importance)
 
     def draw(
-        self, images: Tensor, importance: Tensor | None, data_samples: list[DataSample] | None
+        self, images: Tensor, importance: Tensor | None, data_samples: list[DataSample] | None, masks_per_image: int
     ) -> tuple[Tensor, Tensor]:
-        """Visible [B, V] and masked [B, N - V] patches: those of the data pipeline's masks, else drawn here."""
+        """Visible [B·K, V] and masked [B·K, N - V] patches: those of the data pipeline's masks, else drawn here."""
         num_patches = self.backbone.num_patches
-        mask = supplied_masks(data_samples, num_patches)
+        mask = supplied_masks(data_samples, num_patches, masks_per_image)
         if mask is not None:
             return split_patches(mask, int((~mask[0]).sum()))
-        mask = self.masking.draw(importance, (len(images), num_patches), images.device)
+        if importance is not None:
+            importance = importance.repeat_interleave(masks_per_image, dim=0)
+        mask = self.masking.draw(importance, (len(images) * masks_per_image, num_patches), images.device)
         return split_patches(mask, self.masking.num_visible(num_patches))
 
     @torch.no_grad()
@@ -135,16 +147,14 @@ class MILAN(BaseModel):
         teacher) and the image's ``loss``.
         """
         result = self.reconstruct(inputs, data_samples)
-        order, token_loss = torch.cat([result.visible, result.masked], dim=1), result.token_loss
-        mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, result.visible, False)
-        patch_loss = token_loss.new_full(order.shape, torch.nan)
-        patch_loss.scatter_(1, order[:, : token_loss.shape[1] - 1], token_loss[:, 1:])
-        image_loss = token_loss[:, self.head.loss_tokens(result.visible.shape[1])].mean(dim=1)
+        shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
+        patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])
         data_samples = data_samples or [DataSample() for _ in inputs]
         for i, sample in enumerate(data_samples):
             sample.set_mask(mask[i])
             sample.set_field(patch_loss[i], 'patch_loss')
-            sample.set_field(image_loss[i], 'loss')
+            sample.set_field(result.view_loss[i], 'loss')
             if result.importance is not None:
                 sample.set_field(result.importance[i], 'importance')
         return data_samples

@@ -7,9 +7,13 @@ from torch import Tensor
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, N, C] at index [B, K] -> [B, K, C]; a batch of one in ``tokens`` serves all images."""
-    tokens = tokens.expand(index.shape[0], -1, -1)
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    """Tokens [B, N, C] at index [B·K, T] -> [B·K, T, C].
+
+    K rows of the index, one after the other, belong to the same image, whose tokens are not copied; a batch of one
+    serves all rows.
+    """
+    rows = index.reshape(len(tokens), -1, 1).expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, rows).view(*index.shape, -1)
 
 
 def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:

@@ -8,7 +8,6 @@ from mmpretrain.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmmilan.checkpoints.loading import exact_initialisation
 from mmmilan.errors import InputError
 from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
 from mmmilan.registry import MODELS
@@ -31,6 +30,8 @@ class MILANViT(VisionTransformer):
     Args:
         img_size: Side of the images, or (height, width), in pixels.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
+        out_indices: mmpretrain's: the blocks whose outputs are features. With several of them the masked forward
+            gives the outputs of these blocks, before the final norm, which is then not trained.
 
     Attributes:
         patch_resolution: Rows and columns of the grid of patches.
@@ -53,42 +54,48 @@ class MILANViT(VisionTransformer):
                 f'choose {(rows * self.patch_size, columns * self.patch_size)}.'
             )
         self.pos_embed.requires_grad = False
+        if len(self.out_indices) > 1:
+            self.ln1.requires_grad_(False)
 
     def init_weights(self) -> None:
         """Initialise as MAE does; weights named by ``init_cfg`` (type 'Pretrained') replace these."""
+        self.apply(init_linear)
+        projection = self.patch_embed.projection
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution, self.embed_dims))
         for layer in self.layers:
             layer.is_init = True  # keep mmpretrain from re-initialising its blocks
-        with exact_initialisation(self):
-            super().init_weights()  # first, as it draws positions at random
-            self.apply(init_linear)
-            projection = self.patch_embed.projection
-            nn.init.xavier_uniform_(projection.weight.flatten(1))
-            nn.init.zeros_(projection.bias)
-            nn.init.normal_(self.cls_token, std=0.02)
-            self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution, self.embed_dims))
+        super().init_weights()
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Encode whole images, or only some of their patches.
 
         Args:
             images: Normalised images [B, 3, H, W].
-            visible: Indices [B, V] of the patches to see, int64; None for all of them.
+            visible: Indices [B·K, V] of the patches to see, int64, K rows for each image; None for all patches.
 
         Returns:
-            With ``visible``, tokens [B, 1 + V, D] after the final norm: class token, then patches in the
-            order given. Without, mmpretrain's tuple of features as ``out_type`` asks.
+            With ``visible``, tokens [B·K, 1 + V, D] after the final norm: class token, then patches in the
+            order given; with several ``out_indices``, those of each of these blocks [L, B·K, 1 + V, D]. Without,
+            mmpretrain's tuple of features as ``out_type`` asks.
         """
         if visible is None:
             return super().forward(images)
         x = self.embed_visible(images, visible) + gather_tokens(self.pos_embed[:, 1:], visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)
+        layers = []
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.with_cp else layer(x)
+            layers.append(x)
+        if len(self.out_indices) > 1:
+            return torch.stack([layers[i] for i in self.out_indices])
         return self.ln1(x)
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Patch embedding of the visible patches alone: [B, 3, H, W], [B, V] -> [B, V, D]."""
+        """Patch embedding of the visible patches alone: [B, 3, H, W], [B·K, V] -> [B·K, V, D]."""
         if tuple(images.shape[-2:]) != self.img_size:
             raise InputError(
                 f'The images are {tuple(images.shape[-2:])} but img_size={self.img_size}; make the '
@@ -96,7 +103,8 @@ class MILANViT(VisionTransformer):
             )
         rows, columns = self.patch_resolution
         patches = images.unflatten(2, (rows, -1)).unflatten(4, (columns, -1)).permute(0, 2, 4, 1, 3, 5)
-        image = torch.arange(len(images), device=images.device)[:, None]
+        rows_per_image = len(visible) // len(images)
+        image = torch.arange(len(images), device=images.device).repeat_interleave(rows_per_image)[:, None]
         patches = patches[image, visible // columns, visible % columns]
         projection = self.patch_embed.projection
         return F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor
 
@@ -20,9 +21,11 @@ class Target(BaseModule):
 
     Attributes:
         feature_dim: Width C of the target.
+        cls_weight: How many patches the class token counts for in the mean.
     """
 
     feature_dim: int
+    cls_weight: float = 1.0
 
     def __init__(self, teacher: dict | Teacher | None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
@@ -40,6 +43,10 @@ class Target(BaseModule):
             return None, None
         if next(self.teacher.parameters()).device != images.device:
             self.teacher.to(images.device)  # FSDP moves nothing but the parameters that it shards
+        return self.ask_teacher(images)
+
+    def ask_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> what this target takes of the teacher [B, 1 + N, C], and importance [B, N]."""
         return self._teacher(images)
 
     def target(self, images: Tensor, features: Tensor | None) -> Tensor:
@@ -53,3 +60,25 @@ class Target(BaseModule):
     def loss_tokens(self, num_visible: int) -> slice:
         """The tokens, out of [class token, visible, masked], over which the loss is the mean."""
         raise NotImplementedError
+
+    def compare(self, pred: Tensor, target: Tensor, num_visible: int, num_masked: int) -> tuple[Tensor, Tensor]:
+        """Loss of each token, and of each image and mask: the weighted mean over the tokens of ``loss_tokens``.
+
+        Where M of the masked patches are predicted, each stands for num_masked / M of them. If they are drawn at
+        random and predicted one by one, the expectation of the loss is that of all masked patches.
+
+        Args:
+            pred: Predictions [B, 1 + V + M, C]: class token, visible patches, masked patches.
+            target: Targets in the same order.
+            num_visible: Number V of visible patches.
+            num_masked: Number of masked patches, of which M are predicted.
+
+        Returns:
+            Losses [B, 1 + V + M] and [B], float32.
+        """
+        token_loss = self.token_loss(pred, target)
+        weight = torch.ones_like(token_loss[0])
+        weight[0] = self.cls_weight
+        weight[1 + num_visible :] = num_masked / max(1, len(weight) - 1 - num_visible)
+        tokens = self.loss_tokens(num_visible)
+        return token_loss, (token_loss[:, tokens] * weight[tokens]).sum(1) / weight[tokens].sum()

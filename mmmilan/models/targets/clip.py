@@ -16,12 +16,13 @@ class CLIPTarget(Target):
 
     Args:
         teacher: Config of a teacher.
-        cls_token: Count the class token in the mean (published code); False leaves it to patches (paper).
+        cls_token: Count the class token in the mean (published code); False leaves it to patches (paper), a number
+            counts it as that many patches.
     """
 
-    def __init__(self, teacher: dict | Teacher, cls_token: bool = True, init_cfg: dict | None = None) -> None:
+    def __init__(self, teacher: dict | Teacher, cls_token: float = True, init_cfg: dict | None = None) -> None:
         super().__init__(teacher, init_cfg)
-        self.cls_token = cls_token
+        self.cls_weight = float(cls_token)
         self.feature_dim = self.teacher.feature_dim
 
     def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -29,4 +30,4 @@ class CLIPTarget(Target):
         return 2 - 2 * (pred * target).sum(-1)
 
     def loss_tokens(self, num_visible: int) -> slice:
-        return slice(0 if self.cls_token else 1, None)
+        return slice(None)
