@@ -11,7 +11,15 @@ from mmmilan.models.maskclip import MaskCLIP
 from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.milan import MILAN
 from mmmilan.models.semantic_aware_vit import SemanticAwareViT
-from mmmilan.models.targets import CLIPTarget, CodewordTarget, FeatureTarget, PixelTarget
+from mmmilan.models.targets import (
+    CLIPTarget,
+    CodewordTarget,
+    FeatureTarget,
+    LayerAlignment,
+    LayerMixture,
+    PixelTarget,
+    SumTarget,
+)
 from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 
@@ -23,6 +31,8 @@ __all__ = [
     'DecodingDataPreprocessor',
     'DenseViT',
     'FeatureTarget',
+    'LayerAlignment',
+    'LayerMixture',
     'LinearProjection',
     'MAEDecoder',
     'MILAN',
@@ -35,5 +45,6 @@ __all__ = [
     'PretrainingDataPreprocessor',
     'PromptingDecoder',
     'SemanticAwareViT',
+    'SumTarget',
     'TimmTeacher',
 ]

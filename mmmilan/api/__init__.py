@@ -1,1 +1,0 @@
-"""What a person calls; :mod:`mmmilan` itself gives all of it."""
