@@ -31,7 +31,9 @@ setup(
     packages=find_packages(include=['mmmilan', 'mmmilan.*']),
     cmdclass={'build_py': BuildWithConfigs},
     python_requires='>=3.10',
+    entry_points={'console_scripts': ['mmmilan = mmmilan.cli:main']},
     install_requires=[
+        'cyclopts>=4.0',
         'torch>=2.6',
         'torchvision',
         'onedl-mmengine>=0.10',

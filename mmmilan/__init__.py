@@ -1,17 +1,25 @@
 """mmmilan: MILAN pretraining (arXiv 2208.06049) as a plugin of the OpenMMLab ecosystem."""
 
+import importlib
+
 from mmmilan.checkpoints.zoo import extend_mmpretrain
 from mmmilan.version import __version__, check_versions
 
 check_versions()
 extend_mmpretrain()
 
-__all__ = ['FeatureExtractor', 'ImageClassificationInferencer', '__version__', 'get_model', 'list_models']
+# What a person calls, and where it is: imported when it is first asked for.
+_HOMES = {
+    'FeatureExtractor': 'mmmilan.api.inference',
+    'ImageClassificationInferencer': 'mmmilan.api.inference',
+    'get_model': 'mmmilan.api.models',
+    'list_models': 'mmmilan.api.models',
+}
+
+__all__ = ['__version__', *_HOMES]
 
 
 def __getattr__(name: str):
-    if name in __all__:
-        from mmmilan import api
-
-        return getattr(api, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

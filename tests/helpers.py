@@ -97,6 +97,9 @@ def real_model(cfg: Config) -> nn.Module:
         return MODELS.build(cfg.model)
 
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
 def check_layer_decay(
     path: str, blocks: int, decay: float, rate: float, weight_decay: float, constructor: str | None = None
 ) -> None:
@@ -119,6 +122,8 @@ def check_layer_decay(
         group = groups.pop(id(parameter))
         assert group['lr'] == pytest.approx(rate * decay ** (blocks + 1 - depth), rel=1e-9), key
         spared = parameter.ndim == 1 or 'rel_pos' in key or key.endswith(('cls_token', 'pos_embed'))
+        if path.startswith('detection') and key.endswith('.bias'):  # as in MIMDet, but for those of norms
+            spared = isinstance(model.get_submodule(key.removesuffix('.bias')), NORMS)
         assert group['weight_decay'] == pytest.approx(0 if spared else weight_decay), key
         depths.add(depth)
     assert not groups and depths == set(range(blocks + 2))

@@ -65,7 +65,7 @@ make_environment() {
     echo '-- installing the OpenMMLab packages, open_clip and timm'
     install "$wheels"/onedl_mmcv-$mmcv-*.whl onedl-mmengine==0.10.12 onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 \
         onedl-mmsegmentation==1.4.2 open_clip_torch==3.3.0 timm==1.0.31 'transformers<5' 'numpy<2.3' filelock \
-        pytest pytest-xdist ruff tensorboard lmdb rich safetensors matplotlib scikit-learn
+        cyclopts pytest pytest-xdist ruff tensorboard lmdb rich safetensors matplotlib scikit-learn
     install --no-build-isolation --no-deps --editable "$root"
     touch "$stamp"
 }

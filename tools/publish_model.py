@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from mmmilan.api import get_model
+from mmmilan.api.models import get_model
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import Layout, convert, detect_layout

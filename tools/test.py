@@ -7,21 +7,27 @@ import argparse
 from mmengine.evaluator import DumpResults
 
 from mmmilan.engine.launch import add_shared_arguments, launched, read_config
-from mmmilan.errors import exit_on_input_error
+from mmmilan.errors import InputError, exit_on_input_error
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shared_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint: file, URL or name of a model of the zoo')
+    parser.add_argument(
+        'checkpoint', nargs='?', help='checkpoint: file, URL or name of a model of the zoo; not after a checkpoint'
+    )
     parser.add_argument('--out', help='write all predictions to this .pkl file')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.checkpoint is None and args.config.endswith('.py'):
+        raise InputError(f'{args.config} is a config without weights; give a checkpoint after it.')
+    return args
 
 
 def main() -> None:
     args = parse_args()
     cfg = read_config(args)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = args.checkpoint or args.config
+    cfg.resume = False
     with launched(cfg) as runner:
         if args.out:
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

@@ -1,5 +1,5 @@
 # The demo's transfer to detection: a narrow Mask R-CNN on a ninth of the drawn scenes, 64 x 64 pixels.
-_base_ = '../detection/mask-rcnn_milan_vit-base-p16_1x_coco.py'
+_base_ = '../detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
 
 strides = [2, 4, 8, 16, 32]  # of maps at 4, 2, 1 and 1/2 times the resolution of patches of 8 pixels, and FPN's last
 rois = dict(out_channels=64, featmap_strides=strides[:4])

@@ -1,5 +1,5 @@
 # The demo's transfer to classification: fine-tuning on a ninth of the drawn scenes.
-_base_ = '../milan/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py'
+_base_ = '../milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
 
 model = dict(
     data_preprocessor=dict(num_classes=10),

@@ -1,10 +1,9 @@
 # MILAN on your own images, on one GPU, from weights that know images already. Set these three, here or in the
 # shell: DATA_ROOT=/data/my_images BATCH_SIZE=128 EPOCHS=50 python tools/train.py configs/milan/milan_vit-base-p16_custom.py
-_base_ = './milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+_base_ = ['./milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py', '../_base_/custom_schedule.py']
 
 data_root = '{{$DATA_ROOT:data/custom}}'  # any folder of images, flat or nested
 batch_size = int('{{$BATCH_SIZE:128}}')  # as many as fit the GPU; the learning rate follows
-epochs = int('{{$EPOCHS:50}}')
 
 # Where the encoder starts: a name of the model zoo, a URL or a file, of MILAN, MAE or any ImageNet ViT-B/16.
 checkpoint = '{{$CHECKPOINT:milan_vit-base-p16_16xb256-amp-coslr-400e_in1k}}'
@@ -15,15 +14,5 @@ train_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root)
 test_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root))
 
 auto_scale_lr = dict(enable=True)
-warmup = max(1, epochs // 10)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-4, end=warmup, convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=max(1, epochs - warmup),
-        begin=warmup,
-        end=max(epochs, warmup + 1),
-        convert_to_iter_based=True,
-    ),
-]
-train_cfg = dict(max_epochs=epochs)
+param_scheduler = {{_base_.custom_schedule}}
+train_cfg = dict(max_epochs={{_base_.epochs}})

@@ -1,15 +1,18 @@
 """Load weights of any layout into a model; refuse what does not fit.
 
-There is one set of rules, :func:`load_weights`, for the encoder of a new model (``init_cfg``), for a whole model
-(``load_from``, ``resume``, ``tools/test.py``) and for ``mmmilan.get_model``.
+There is one set of rules, :func:`load_weights`, for the encoder of a new model (``init_cfg``, in any process), for a
+whole model (``load_from``, ``resume``, ``tools/test.py``) and for ``mmmilan.get_model``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, get_torchvision_models
@@ -24,10 +27,10 @@ from mmmilan.errors import InputError
 # What a new encoder may have that pretraining had not: the norm after the mean of the patch tokens, relative positions,
 # layer scale, and the layers of DenseViT that rescale its maps.
 _MAY_BE_MISSING = re.compile(
-    r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|scales\..+'
+    r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|rel_pos_shared\.\w+|scales\..+'
 )
-# What an encoder may have no use for: the norms after its last layer.
-_MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+')
+# What an encoder may have no use for: the norms after its last layer, and the class token.
+_MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+|cls_token')
 
 
 def load_weights(
@@ -37,7 +40,7 @@ def load_weights(
 
     * Every weight of the module must be in the checkpoint. An encoder on its own (mmpretrain's ``VisionTransformer``,
       ``MILANViT``, ``DenseViT``) may have new parts, see ``_MAY_BE_MISSING``.
-    * Every weight of the checkpoint's encoder must have a place in the module's, but for its final norms.
+    * Every weight of the checkpoint's encoder must have a place in the module's, see ``_MAY_BE_UNUSED``.
     * What else the checkpoint has (a decoder, a head) is left out and named in the log.
 
     Positions of another image size are interpolated by the encoder.
@@ -142,11 +145,33 @@ def some(names: set[str]) -> str:
     return ', '.join(sorted(names)[:6]) + more if names else 'none'
 
 
+def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:
+    """What a checkpoint holds, read as data.
+
+    Args:
+        name: A file, a URL (its hash is checked), a model of the zoo, or one of MMEngine's, such as
+            'torchvision://resnet50'.
+        map_location: As for ``torch.load``; by default the CPU.
+
+    Raises:
+        InputError: there is no such checkpoint, or reading it would run code.
+    """
+    scheme, separator, rest = name.partition('://')
+    if separator and scheme in ('modelzoo', 'torchvision', 'open-mmlab', 'openmmlab'):
+        urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
+        if rest not in urls:
+            raise InputError(f'{name} is not a name that MMEngine knows; give the URL or a file.')
+        name = urls[rest]
+    elif separator and scheme not in ('file', 'http', 'https'):
+        raise InputError(f'{name} cannot be read safely from there; copy it to a file first.')
+    return load_checkpoint_file(resolve_checkpoint(name), map_location=map_location or 'cpu')
+
+
 class PretrainedWeights(PretrainedInit):
     """MMEngine's ``init_cfg=dict(type='Pretrained', ...)``, by the rules of :func:`load_weights`.
 
     Args:
-        checkpoint: File, URL, or name of a model of the zoo.
+        checkpoint: See :func:`read_checkpoint`.
         prefix: See :func:`load_weights`.
         map_location: Where to put the weights first.
 
@@ -155,35 +180,33 @@ class PretrainedWeights(PretrainedInit):
     """
 
     def __call__(self, module: nn.Module) -> None:
-        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location)
-        load_weights(module, checkpoint, self.checkpoint, self.prefix)
+        load_weights(module, read_checkpoint(self.checkpoint, self.map_location), self.checkpoint, self.prefix)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())
 
 
-def use_safe_loading() -> None:
-    """Make MMEngine, in this process, read every checkpoint as data: ``load_from``, ``resume`` and ``init_cfg``.
+@contextmanager
+def exact_initialisation(module: BaseModule) -> Iterator[None]:
+    """Initialise an encoder in this context; then load the checkpoint of its ``init_cfg`` by :func:`load_weights`.
 
-    A checkpoint can then be a file, a URL (its hash is checked) or a model of the zoo, and an ``init_cfg`` of type
-    ``Pretrained`` takes weights of any layout, see :class:`PretrainedWeights`.
+    In a process without :func:`use_safe_loading`, such as that of mmdet's own ``tools/train.py``, MMEngine would read
+    the checkpoint as a pickle, load what has the same name and size, and leave the rest random.
     """
+    init_cfg = module.init_cfg
+    every = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    pretrained = [cfg for cfg in every if cfg['type'] in ('Pretrained', PretrainedInit)]
+    module.init_cfg = [cfg for cfg in every if cfg not in pretrained]
+    yield
+    module.init_cfg = init_cfg
+    for cfg in pretrained:
+        PretrainedWeights(**{key: value for key, value in cfg.items() if key != 'type'})(module)
 
-    def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-        return load_checkpoint_file(resolve_checkpoint(filename), map_location=map_location or 'cpu')
 
-    def load_from_name(filename: str, map_location: Any = None) -> dict[str, Any]:
-        scheme, name = filename.split('://')
-        urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
-        if name not in urls:
-            raise InputError(f'{filename} is not a name that MMEngine knows; give the URL or a file.')
-        return load_from_local(urls[name], map_location)
+def use_safe_loading() -> None:
+    """Make MMEngine, in this process, read every checkpoint by :func:`read_checkpoint`: ``load_from``, ``resume``.
 
-    def load_from_elsewhere(filename: str, map_location: Any = None) -> dict[str, Any]:
-        raise InputError(f'{filename} cannot be read safely from there; copy it to a file first.')
-
-    CheckpointLoader.register_scheme(['', 'http://', 'https://'], load_from_local, force=True)
-    names = ['modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://']
-    CheckpointLoader.register_scheme(names, load_from_name, force=True)
-    for scheme in set(CheckpointLoader._schemes) - {'', 'http://', 'https://', *names}:
-        CheckpointLoader.register_scheme(scheme, load_from_elsewhere, force=True)
+    An ``init_cfg`` of type ``Pretrained`` then loads by :func:`load_weights` into every module, not our encoders alone.
+    """
+    schemes = {'', *CheckpointLoader._schemes}
+    CheckpointLoader.register_scheme(list(schemes), read_checkpoint, force=True)
     WEIGHT_INITIALIZERS.register_module('Pretrained', force=True, module=PretrainedWeights)

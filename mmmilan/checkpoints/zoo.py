@@ -65,7 +65,11 @@ def find_model(name: str) -> ZooModel:
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
-    """The local file of a checkpoint that is named by path, URL or model name; it is downloaded if need be.
+    """The local file of a checkpoint.
+
+    Args:
+        checkpoint: A file; a URL; the name of a model of the zoo, which is downloaded; or the name of a config that was
+            trained here, for the last checkpoint in ``work_dirs/NAME``. Published weights come first.
 
     Raises:
         InputError: it is none of these, or cannot be had.
@@ -78,14 +82,20 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         return path
     if text.startswith(('http://', 'https://')):
         return download(text)
-    if text not in zoo_models():
+    model = zoo_models().get(text)
+    if model and model.weights:
+        return download(model.weights, model.sha256)
+    last = Path('work_dirs', text, 'last_checkpoint')  # MMEngine writes a path into it
+    if last.is_file():
+        return last.with_name(Path(last.read_text().strip()).name)
+    if model:
         raise InputError(
-            f'{text} is neither a file nor a URL nor a model of the zoo; choose one of {", ".join(zoo_models())}.'
+            f'No weights of {text} have been published and {last.parent} has none; train it, or give a file.'
         )
-    model = zoo_models()[text]
-    if model.weights is None:
-        raise InputError(f'No weights of {text} have been published; train it, or give a file.')
-    return download(model.weights, model.sha256)
+    raise InputError(
+        f'{text} is neither a file nor a URL nor a model of the zoo, and {last.parent} has no checkpoint; choose one '
+        f'of {", ".join(zoo_models())}.'
+    )
 
 
 def extend_mmpretrain() -> None:

@@ -12,6 +12,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.distributed import end_processes, init_cpu_processes
 from mmmilan.engine.hooks import ExactLoadingHook
@@ -20,8 +21,8 @@ from mmmilan.errors import InputError
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The config and the options that both tools have."""
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG')
+    parser.add_argument('config', help='config file, or a checkpoint that holds its config')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG[/PRETRAIN]')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config, e.g. a.b=3'
     )
@@ -37,13 +38,19 @@ def read_config(args: argparse.Namespace) -> Config:
     """
     if not os.path.isfile(args.config):
         raise InputError(f'The config {args.config} does not exist; correct its path.')
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(args.config) if args.config.endswith('.py') else own_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(cfg, args.config)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
+
+
+def default_work_dir(cfg: Config, path: str) -> str:
+    """``work_dirs/CONFIG``; ``work_dirs/CONFIG/NAME`` where the shell's ``PRETRAIN=NAME`` names another start."""
+    pretrain = cfg.env_variables.get('PRETRAIN', '')  # '' unless it is set and the config reads it
+    return str(Path('work_dirs', Path(path).stem, pretrain.replace('/', '_')))
 
 
 @contextmanager

@@ -157,6 +157,7 @@ class MaskCLIP(BaseModel):
         losses = dict(loss_contrastive=contrastive_loss(self.encode_image(inputs), self.encode_text(text), scale))
         if self.distillation_weight:
             losses['loss_distillation'] = self.distillation_weight * self.distil(inputs)
+            losses |= self.head.statistics
         if self.language_weight:
             num_words = [sample.get('num_words') for sample in data_samples]
             num_words = None if None in num_words else torch.tensor(num_words)

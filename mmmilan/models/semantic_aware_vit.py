@@ -22,14 +22,15 @@ class SemanticAwareViT(MILANViT):
 
     Args:
         teacher: Config of the teacher.
-        keep_ratio: Share of the patches that the encoder sees, 0 < keep_ratio <= 1; rounded down to whole patches.
+        keep_ratio: Share of the patches that the encoder sees, 0 < keep_ratio <= 1; rounded down to whole patches. The
+            published code has 0.7, which are 137 of 196 patches; the paper says 0.5.
         kwargs: Arguments of :class:`MILANViT`.
 
     Raises:
         InputError: if the teacher's grid is not the encoder's, or no patch would be left.
     """
 
-    def __init__(self, teacher: dict | Teacher, keep_ratio: float = 0.5, **kwargs) -> None:
+    def __init__(self, teacher: dict | Teacher, keep_ratio: float = 0.7, **kwargs) -> None:
         super().__init__(**kwargs)
         self.teacher = Frozen(MODELS.build(teacher) if isinstance(teacher, dict) else teacher)
         self.num_visible = int(round(keep_ratio * self.num_patches, 6))

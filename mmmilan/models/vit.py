@@ -8,6 +8,7 @@ from mmpretrain.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmilan.checkpoints.loading import exact_initialisation
 from mmmilan.errors import InputError
 from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
 from mmmilan.registry import MODELS
@@ -59,15 +60,16 @@ class MILANViT(VisionTransformer):
 
     def init_weights(self) -> None:
         """Initialise as MAE does; weights named by ``init_cfg`` (type 'Pretrained') replace these."""
-        self.apply(init_linear)
-        projection = self.patch_embed.projection
-        nn.init.xavier_uniform_(projection.weight.flatten(1))
-        nn.init.zeros_(projection.bias)
-        nn.init.normal_(self.cls_token, std=0.02)
-        self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution, self.embed_dims))
         for layer in self.layers:
             layer.is_init = True  # keep mmpretrain from re-initialising its blocks
-        super().init_weights()
+        with exact_initialisation(self):
+            super().init_weights()  # first, as it draws positions at random
+            self.apply(init_linear)
+            projection = self.patch_embed.projection
+            nn.init.xavier_uniform_(projection.weight.flatten(1))
+            nn.init.zeros_(projection.bias)
+            nn.init.normal_(self.cls_token, std=0.02)
+            self.pos_embed.data.copy_(sincos_position_embedding(self.patch_resolution, self.embed_dims))
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Encode whole images, or only some of their patches.

@@ -22,7 +22,7 @@ from mmengine.config import Config
 from mmpretrain.models import ImageClassifier, MILANPretrainDecoder, VisionTransformer
 from PIL import Image
 
-from mmmilan import api
+import mmmilan
 from mmmilan.checkpoints import zoo
 from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
@@ -168,19 +168,19 @@ def test_zoo_has_the_checkpoints_of_the_model_zoo_page():
 
 
 def test_list_models():
-    assert PRETRAINED in api.list_models('milan') and FINE_TUNED not in api.list_models('milan*')
-    assert api.list_models('*large') == [
+    assert PRETRAINED in mmmilan.list_models('milan') and FINE_TUNED not in mmmilan.list_models('milan*')
+    assert mmmilan.list_models('*large') == [
         'milan-random-masking_vit-large-p16_16xb256-amp-coslr-400e_in1k',
         'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k',
     ]
-    assert set(api.list_models()) == set(zoo.zoo_models())
+    assert set(mmmilan.list_models()) == set(zoo.zoo_models())
 
 
 @torch.no_grad()
 def test_features_of_a_published_checkpoint(published, image_files, capsys):
     """From the name to the features: mirror, hash, the CLIP in the file left out, pipeline, encoder."""
     expected = torch.cat([published['vit'](normalised(path))[0] for path in image_files])
-    extract = api.FeatureExtractor(PRETRAINED)
+    extract = mmmilan.FeatureExtractor(PRETRAINED)
     assert published['urls'][PRETRAINED] in capsys.readouterr().err
     features = extract(image_files, batch_size=1)
     assert_close(features, expected)
@@ -194,9 +194,9 @@ def test_features_of_a_published_checkpoint(published, image_files, capsys):
 
 
 def test_features_of_every_type(image_files):
-    model = api.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+    model = mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL))
     features = {
-        out_type: api.FeatureExtractor(model, out_type=out_type)(image_files)
+        out_type: mmmilan.FeatureExtractor(model, out_type=out_type)(image_files)
         for out_type in (None, 'raw', 'cls_token', 'featmap', 'avg_featmap')
     }
     tokens = features['raw']
@@ -210,7 +210,7 @@ def test_features_of_every_type(image_files):
 @torch.no_grad()
 def test_classes_by_a_published_checkpoint(published, image_files):
     scores = torch.cat([published['classifier'](normalised(path)).softmax(1) for path in image_files])
-    inferencer = api.ImageClassificationInferencer(FINE_TUNED)
+    inferencer = mmmilan.ImageClassificationInferencer(FINE_TUNED)
     results = inferencer([image_files[0], cv2.imread(image_files[1])])
     assert_close(torch.from_numpy(np.stack([result['pred_scores'] for result in results])), scores)
     assert [result['pred_label'] for result in results] == scores.argmax(1).tolist()
@@ -223,20 +223,20 @@ def test_classes_by_a_published_checkpoint(published, image_files):
 
 def test_what_cannot_be_had_is_said_in_one_sentence(published, tmp_path, image_files):
     with pytest.raises(InputError, match="The zoo has no model 'resnet50'; choose one of milan"):
-        api.get_model('resnet50')
+        mmmilan.get_model('resnet50')
     with pytest.raises(InputError, match='No weights of milan_vit-large.* have been published'):
-        api.get_model('milan_vit-large-p16_16xb256-amp-coslr-400e_in1k', pretrained=True)
+        mmmilan.get_model('milan_vit-large-p16_16xb256-amp-coslr-400e_in1k', pretrained=True)
     with pytest.raises(InputError, match='none.py is not a file'):
-        api.get_model(tmp_path / 'none.py')
+        mmmilan.get_model(tmp_path / 'none.py')
     # the pretrained encoder is no classifier
     with pytest.raises(InputError, match=r'does not hold all of ImageClassifier: missing .*head.fc'):
-        api.get_model(FINE_TUNED, pretrained=PRETRAINED)
-    model = api.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+        mmmilan.get_model(FINE_TUNED, pretrained=PRETRAINED)
+    model = mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL))
     with pytest.raises(InputError, match='no classification head'):
-        api.ImageClassificationInferencer(model)(image_files)
+        mmmilan.ImageClassificationInferencer(model)(image_files)
     with pytest.raises(InputError, match="out_type='pooled' is unknown"):
-        api.FeatureExtractor(model, out_type='pooled')
-    extract = api.FeatureExtractor(model)
+        mmmilan.FeatureExtractor(model, out_type='pooled')
+    extract = mmmilan.FeatureExtractor(model)
     for images, message in [
         ('none.jpg', 'none.jpg is not a file'),
         ([], 'No images'),
@@ -250,7 +250,7 @@ def test_what_cannot_be_had_is_said_in_one_sentence(published, tmp_path, image_f
 def test_the_whole_pretraining_model_can_be_had(clip_file):
     """Decoder and teacher too, to go on pretraining; the published teacher is replaced by a small file."""
     teacher = dict(model=None, pretrained=clip_file, input_size=224)
-    model = api.get_model(
+    model = mmmilan.get_model(
         PRETRAINED, encoder_only=False, head=dict(teacher=teacher), neck=dict(predict_feature_dim=24, decoder_depth=1)
     )
     assert type(model).__name__ == 'MILAN' and model.neck.decoder_pred.out_features == 24
@@ -315,7 +315,7 @@ def trained(tmp_path):
             config.model.head = dict(type='VisionTransformerClsHead', num_classes=3, in_channels=48)
         path = tmp_path / f'{kind}.py'
         config.dump(path)
-        model = api.get_model(path)
+        model = mmmilan.get_model(path)
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter) * 0.2 + 0.1
         checkpoint = dict(

@@ -28,9 +28,9 @@ from mmmilan.evaluation.metrics import ImageNetSubsetAccuracy
 from mmmilan.registry import MODELS
 
 BENCHMARKS = ROOT / 'configs/milan/benchmarks'
-PROBING = 'vit-base-p16_8xb2048-semantic-aware-linear-coslr-100e_in1k.py'
+PROBING = 'vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k.py'
 KNN = 'vit-base-p16_knn_in1k.py'
-FINE_TUNING = 'vit-base-p16_8xb128-coslr-100e_in1k.py'
+FINE_TUNING = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
 ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)  # that of milan_cfg
 
 
@@ -475,7 +475,7 @@ def test_fine_tuning_on_cifar10(cifar10, small, tiny_config, run_tool, tmp_path,
         monkeypatch.setenv(key, str(value))
     steps = [dict(type='mmmilan.LoadImage'), dict(type='Resize', scale=(64, 64)), dict(type='RandomFlip', prob=0.5)]
     pipeline = [*steps, dict(type='PackInputs')]  # so few images and steps need no more augmentation
-    config = small('vit-base-p16_custom.py', {'train_dataloader.dataset.pipeline': pipeline})
+    config = small('vit-base-p16_milan-pre_custom.py', {'train_dataloader.dataset.pipeline': pipeline})
     options = [
         'train_dataloader.batch_size=32',
         'val_dataloader.batch_size=32',

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from helpers import ROOT
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
-from mmmilan.models.dense_vit import WindowAttention
+from mmmilan.models.dense_vit import WindowAttention, relative_position_bias
 from mmmilan.registry import MODELS
 
 ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
@@ -52,53 +52,64 @@ def test_global_attention_gives_the_features_of_pretraining(size):
         torch.testing.assert_close(maps[2], features[2], rtol=0, atol=1e-5)
 
 
-def slow_attention(attention: WindowAttention, tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+def slow_attention(
+    attention: WindowAttention, tokens: Tensor, grid: tuple[int, int], side: int, table: Tensor, cls_bias: Tensor | None
+) -> Tensor:
     """One image at a time, one window, one query; the padding of a window does not exist here at all."""
     heads, width = attention.num_heads, tokens.shape[-1] // attention.num_heads
-    table, cls_bias = attention.rel_pos_table, attention.rel_pos_cls
-    middle = table.shape[1] // 2
+    middle, extra = table.shape[1] // 2, 0 if cls_bias is None else 1
     result = torch.zeros_like(tokens)
     windows = [(i, j) for i in range(0, grid[0], side) for j in range(0, grid[1], side)]
     for image, x in enumerate(tokens):
         for top, left in windows:
-            inside = [
-                (i, j)
-                for i in range(top, min(top + side, grid[0]))
-                for j in range(left, min(left + side, grid[1]))
-            ]  # fmt: skip
-            index = [0] + [1 + i * grid[1] + j for i, j in inside]
+            rows, columns = range(top, min(top + side, grid[0])), range(left, min(left + side, grid[1]))
+            inside = [None] * extra + [(i, j) for i in rows for j in columns]  # None: the class token
+            index = [0 if at is None else extra + at[0] * grid[1] + at[1] for at in inside]
             query, key, value = attention.qkv(x[index]).chunk(3, dim=-1)
-            for n, place in enumerate(index):
+            for n, of_query in enumerate(inside):
                 outputs = []
                 for head in range(heads):
                     part = slice(head * width, (head + 1) * width)
                     scores = key[:, part] @ query[n, part] / math.sqrt(width)
-                    for m in range(len(index)):
-                        if n and m:
-                            (i, j), (k, h) = inside[n - 1], inside[m - 1]
-                            scores[m] += table[head, i - k + middle, j - h + middle]
+                    for m, of_key in enumerate(inside):
+                        if of_query and of_key:
+                            offset = [at - to + middle for at, to in zip(of_query, of_key, strict=True)]
+                            scores[m] += table[head, offset[0], offset[1]]
                         else:
-                            scores[m] += cls_bias[head, 2 if n == m == 0 else 0 if n == 0 else 1]
+                            scores[m] += cls_bias[head, 1 if of_query else 0 if of_key else 2]
                     outputs.append(scores.softmax(dim=0) @ value[:, part])
-                share = len(windows) if place == 0 else 1  # the class token is in all windows
-                result[image, place] += attention.proj(torch.cat(outputs)) / share
+                share = 1 if of_query else len(windows)  # the class token is in all windows
+                result[image, index[n]] += attention.proj(torch.cat(outputs)) / share
     return attention.gamma1(result)
 
 
-@pytest.mark.parametrize('grid', [(6, 6), (5, 7), (3, 4), (2, 2)], ids=str)  # whole windows, cut ones, less than one
+GRIDS = [(6, 6), (5, 7), (3, 4), (2, 2)]  # whole windows, cut ones, less than one
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
 def test_windows_equal_a_slow_loop(grid):
     attention = randomize(WindowAttention(24, 3, window_size=3, rel_pos_grid=(3, 3), layer_scale_init_value=0.5))
     tokens = torch.randn(2, 1 + grid[0] * grid[1], 24)
     with torch.no_grad():
-        expected = slow_attention(attention, tokens, grid, side=3)
+        expected = slow_attention(attention, tokens, grid, 3, attention.rel_pos_table, attention.rel_pos_cls)
         torch.testing.assert_close(attention(tokens, grid), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+def test_windows_without_class_token_equal_a_slow_loop(grid):
+    """As in MIMDet: a table that blocks share, and patches alone."""
+    attention = randomize(WindowAttention(24, 3, window_size=3, with_cls_token=False))
+    tokens, table = torch.randn(2, grid[0] * grid[1], 24), torch.randn(3, 5, 5)
+    with torch.no_grad():
+        expected = slow_attention(attention, tokens, grid, 3, table, None)
+        torch.testing.assert_close(attention(tokens, grid, table), expected, rtol=0, atol=1e-5)
 
 
 def test_global_attention_equals_a_slow_loop():
     attention = randomize(WindowAttention(24, 3, rel_pos_grid=(4, 4)))
     tokens = torch.randn(1, 17, 24)
     with torch.no_grad():
-        expected = slow_attention(attention, tokens, (4, 4), side=4)
+        expected = slow_attention(attention, tokens, (4, 4), 4, attention.rel_pos_table, attention.rel_pos_cls)
         torch.testing.assert_close(attention(tokens, (4, 4)), expected, rtol=0, atol=1e-5)
 
 
@@ -117,26 +128,70 @@ def test_global_blocks_are_those_named():
     assert [tuple(layer.attn.rel_pos_table.shape) for layer in model.layers] == [(3, 3, 3), (3, 7, 7)] * 2
 
 
+def test_blocks_share_a_table_of_their_kind():
+    """Two tables in all; each gets the gradients of its own blocks."""
+    model = dense_vit(window_size=2, global_indices=(1, 3), rel_pos_bias='shared', with_cls_token=False)
+    shapes = {name: tuple(table.shape) for name, table in model.rel_pos_shared.items()}
+    assert shapes == dict(windows=(3, 3, 3), **{'global': (3, 7, 7)})
+    assert not any('rel_pos' in key for key in model.layers.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    last = model(images)[-1]
+    last.square().mean().backward()
+    for table in model.rel_pos_shared.values():
+        assert table.grad.abs().max() > 0
+        with torch.no_grad():
+            table.normal_()
+            assert (model(images)[-1] - last).abs().max() > 1e-4
+            last = model(images)[-1]
+
+
 def test_relative_positions_at_other_sizes():
-    attention = randomize(WindowAttention(24, 3, rel_pos_grid=(4, 4)))
-    table = attention.rel_pos_table
-    bias = attention.relative_position_bias((4, 4))[:, 1:, 1:].unflatten(1, (4, 4)).unflatten(3, (4, 4))
+    def bias_of(rows: int, columns: int) -> Tensor:
+        bias = relative_position_bias(table, (rows, columns), torch.float32)
+        return bias.unflatten(1, (rows, columns)).unflatten(3, (rows, columns))
+
+    table = torch.randn(3, 7, 7)
+    bias = bias_of(4, 4)
     assert torch.equal(bias[:, 3, 0, 0, 3], table[:, 6, 0])  # the size that it was made for: unchanged
     assert torch.equal(bias[:, 0, 1, 2, 0], table[:, 1, 4])
-    bias = attention.relative_position_bias((6, 3))[:, 1:, 1:].unflatten(1, (6, 3)).unflatten(3, (6, 3))
+    bias = bias_of(6, 3)
     torch.testing.assert_close(bias[:, 2, 1, 2, 1], table[:, 3, 3])  # no offset stays no offset
     torch.testing.assert_close(bias[:, 5, 2, 3, 1], bias[:, 2, 1, 0, 0])  # nothing but the offset counts
-    with torch.no_grad():
-        table.copy_(torch.arange(7.0)[:, None].expand(7, 7))  # a slope over the rows
-    bias = attention.relative_position_bias((6, 6))[0, 1:, 1:].unflatten(0, (6, 6)).unflatten(2, (6, 6))
+    table = torch.arange(7.0)[:, None].expand(3, 7, 7)  # a slope over the rows
+    bias = bias_of(6, 6)[0]
     assert (bias[1:, 0, 0, 0] > bias[:-1, 0, 0, 0]).all()
     torch.testing.assert_close(bias[3, 0, 0, 5], bias[3, 0, 0, 0])
 
 
+def test_positions_of_its_own(tmp_path):
+    """Without a class token, the checkpoint's positions are interpolated; with ``sincos_pos_embed`` they are new."""
+    encoder = randomize(MILANViT(ARCH, 64, 16))
+    torch.save(encoder.state_dict(), tmp_path / 'vit.pth')
+    positions = {}
+    for sincos in (False, True):
+        model = dense_vit(
+            img_size=96,
+            with_cls_token=False,
+            sincos_pos_embed=sincos,
+            init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.pth')),
+        )
+        model.init_weights()
+        assert torch.equal(model.layers[3].attn.qkv.weight, encoder.layers[3].attn.qkv.weight)
+        assert model.pos_embed.shape == (1, 36, 48) and model.pos_embed.requires_grad
+        positions[sincos] = model.pos_embed.detach().unflatten(1, (6, 6))
+    stored = encoder.pos_embed.detach()[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(stored, size=(6, 6), mode='bicubic', align_corners=False).permute(0, 2, 3, 1)
+    torch.testing.assert_close(positions[False], expected)
+    rows = positions[True][0, :, :, :24]
+    torch.testing.assert_close(rows[:, 0, 0], torch.arange(6.0).sin())
+    assert torch.equal(rows[:, 0], rows[:, 5])  # the first half does not depend on the column
+
+
+@pytest.mark.parametrize('options', [dict(rel_pos_bias=True), dict(rel_pos_bias='shared', with_cls_token=False)])
 @pytest.mark.parametrize('size', [(1, 1), (17, 100), (33, 15), (75, 130)])
-def test_any_image_size(size):
+def test_any_image_size(size, options):
     """Images that are no multiple of the patch, and grids that are none of the window or smaller than it."""
-    model = dense_vit(window_size=3, global_indices=(3,), rel_pos_bias=True)
+    model = dense_vit(window_size=3, global_indices=(3,), **options)
     rows, columns = (math.ceil(side / 16) for side in size)
     images = torch.randn(2, 3, *size)
     maps = model(images)
@@ -152,8 +207,9 @@ def test_any_image_size(size):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_checkpointing_changes_no_gradient():
-    model = dense_vit(window_size=3, rel_pos_bias=True, layer_scale_init_value=1.0, drop_path_rate=0.5)
+@pytest.mark.parametrize('options', [dict(rel_pos_bias=True), dict(rel_pos_bias='shared', with_cls_token=False)])
+def test_checkpointing_changes_no_gradient(options):
+    model = dense_vit(window_size=3, layer_scale_init_value=1.0, drop_path_rate=0.5, **options)
     model.train()
     images, gradients = torch.randn(2, 3, 64, 80), []
     for model.with_cp in (False, True):
@@ -176,6 +232,9 @@ def test_stochastic_depth_rises():
         (dict(out_indices=(1, 3)), r'out_indices=\(1, 3\) of DenseViT must name four blocks'),
         (dict(out_indices=(0, 1, 2, 4)), r'out_indices=\(0, 1, 2, 4\) .* within 0 and 3'),
         (dict(global_indices=(4,)), r'global_indices=\(4,\) .* within 0 and 3'),
+        (dict(rel_pos_bias='own'), "rel_pos_bias='own' .* must be True, False or 'shared'"),
+        (dict(rel_pos_bias='shared'), 'set with_cls_token=False'),
+        (dict(sincos_pos_embed=True, img_size=(64, 96)), 'a square grid, not 4x6'),
     ],
 )
 def test_wrong_blocks(arguments, message):
@@ -187,14 +246,16 @@ def small_model(config: str, **backbone) -> nn.Module:
     """The model of a config on a small encoder."""
     cfg = Config.fromfile(ROOT / 'configs' / config)
     init_default_scope(cfg.default_scope)
-    cfg.model.backbone.update(arch=ARCH, out_indices=BLOCKS, init_cfg=None, **backbone)
+    cfg.model.backbone.update(
+        arch=ARCH | dict(embed_dims=64, num_heads=4), out_indices=BLOCKS, init_cfg=None, **backbone
+    )
     if cfg.default_scope == 'mmdet':
-        cfg.model.neck.in_channels = [48] * 4
+        cfg.model.neck.in_channels = [64] * 4
         cfg.model.train_cfg.rcnn.sampler.num = 16
         cfg.model.data_preprocessor.pad_size_divisor = 128
     else:
-        cfg.model.decode_head.update(in_channels=[48] * 4, channels=32)
-        cfg.model.auxiliary_head.update(in_channels=48, channels=32)
+        cfg.model.decode_head.update(in_channels=[64] * 4, channels=32)
+        cfg.model.auxiliary_head.update(in_channels=64, channels=32)
         cfg.model.data_preprocessor.size = (96, 96)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -219,7 +280,7 @@ def test_detector_trains_and_predicts():
     from mmdet.structures.mask import BitmapMasks
 
     model = small_model(
-        'detection/mask-rcnn_milan_vit-base-p16_1x_coco.py', img_size=64, window_size=3, global_indices=(3,)
+        'detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', img_size=64, window_size=3, global_indices=(3,)
     )
     samples = []
     for height, width in [(90, 128), (128, 70)]:
@@ -244,7 +305,7 @@ def test_segmentor_trains_and_predicts():
     pytest.importorskip('mmseg')
     from mmseg.structures import SegDataSample
 
-    model = small_model('segmentation/upernet_milan_vit-base-p16_160k_ade20k-512x512.py', img_size=64)
+    model = small_model('segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py', img_size=64)
     samples = []
     for height, width in [(96, 90), (70, 96)]:
         sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))

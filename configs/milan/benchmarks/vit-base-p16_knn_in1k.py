@@ -1,6 +1,7 @@
-# k-NN on the class token of a frozen ViT-B/16, on ImageNet-1k: nothing is trained. CHECKPOINT is anything that holds
-# the encoder, such as a pretraining checkpoint: python tools/test.py THIS_FILE CHECKPOINT
-_base_ = './vit-base-p16_8xb128-coslr-100e_in1k.py'
+# k-NN on the class token of a frozen ViT-B/16, on ImageNet-1k: nothing is trained. The checkpoint is anything that
+# holds the encoder. The paper has no such figure.
+# python tools/test.py configs/milan/benchmarks/vit-base-p16_knn_in1k.py work_dirs/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k/epoch_400.pth
+_base_ = './vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
 
 model = dict(
     data_preprocessor=dict(num_classes=None),  # as many as the labelled images have

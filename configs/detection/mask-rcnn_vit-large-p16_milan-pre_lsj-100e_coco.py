@@ -1,0 +1,8 @@
+# Mask R-CNN, ViT-L/16, for 100 epochs, as in arXiv 2111.11429 and hustvl/MIMDet (MILAN's paper has no figure for it).
+_base_ = './mask-rcnn_vit-large-p16_milan-pre_lsj-25e_coco.py'
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, end=0.25, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', begin=0.25, T_max=99.75, end=100, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=100, val_interval=10)

@@ -1,0 +1,1 @@
+"""What a person calls; :mod:`mmmilan` itself gives all of it."""

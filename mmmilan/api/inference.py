@@ -1,0 +1,175 @@
+"""Features and classes of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmmilan.api.models import get_model
+from mmmilan.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    import numpy as np
+    from mmengine.model import BaseModel
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class _Inferencer:
+    """Images in, batches of normalised tensors through a model.
+
+    Args:
+        model: a model, or what ``get_model`` takes as its name.
+        pretrained: as for ``get_model``.
+        device: where to run, by default on the GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel | str | os.PathLike,
+        pretrained: bool | str | os.PathLike = True,
+        device: str | None = None,
+    ) -> None:
+        import torch
+        from mmengine.dataset import Compose
+        from mmengine.registry import DefaultScope
+        from mmpretrain.registry import TRANSFORMS
+
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        self.model = get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model
+        self.model.to(device)
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            steps = self.model._config.test_dataloader.dataset.pipeline
+            self.load, *steps = [TRANSFORMS.build(step) for step in steps]
+        self.prepare = Compose(steps)
+
+    def batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
+        """Normalised batches [B, 3, H, W] on the model's device, with a progress bar."""
+        from mmengine.dataset import default_collate
+        from rich.console import Console
+        from rich.progress import track
+
+        images = _as_list(images)
+        starts = range(0, len(images), batch_size)
+        for start in track(starts, type(self).__name__, console=Console(stderr=True), disable=len(starts) < 2):
+            batch = [self.prepare(self.read(image)) for image in images[start : start + batch_size]]
+            yield self.model.data_preprocessor(default_collate(batch), False)['inputs']
+
+    def read(self, image: str | os.PathLike | np.ndarray | Image) -> dict:
+        """An image as the first step of the pipeline leaves it."""
+        import numpy as np
+
+        if isinstance(image, (str, os.PathLike)):
+            if not os.path.isfile(image):
+                raise InputError(f'{image} is not a file; give the path of an image.')
+            return self.load(dict(img_path=os.fspath(image)))
+        if not isinstance(image, np.ndarray):  # PIL
+            image = np.asarray(image.convert('RGB'))[..., ::-1]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(
+                f'An array of {image.dtype} {list(image.shape)} is no image; give uint8 [H, W, 3] in BGR order.'
+            )
+        return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+
+class FeatureExtractor(_Inferencer):
+    """Features of images, by a model of the zoo.
+
+    Args:
+        model: a model, a name, or a config file.
+        pretrained: True for the published weights, or a checkpoint in any layout.
+        device: where to run, by default on the GPU if there is one.
+        out_type: ``'cls_token'`` [D], ``'avg_featmap'`` (mean of the patch tokens) [D], ``'featmap'`` [D, H/16, W/16]
+            or ``'raw'`` (all tokens) [1 + N, D]; by default what the model was trained with.
+
+    Example:
+        >>> features = FeatureExtractor('milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')(['cat.jpg', 'dog.jpg'])
+        >>> features.shape
+        torch.Size([2, 768])
+    """
+
+    def __init__(
+        self,
+        model: BaseModel | str | os.PathLike,
+        pretrained: bool | str | os.PathLike = True,
+        device: str | None = None,
+        out_type: str | None = None,
+    ) -> None:
+        from torch import nn
+
+        super().__init__(model, pretrained, device)
+        backbone = self.model.backbone
+        if out_type is not None and out_type not in backbone.OUT_TYPES:
+            raise InputError(
+                f'out_type={out_type!r} is unknown; choose one of {", ".join(sorted(backbone.OUT_TYPES))}.'
+            )
+        self.out_type = out_type or backbone.out_type
+        if self.out_type == 'avg_featmap' and not hasattr(backbone, 'ln2'):
+            backbone.ln2 = nn.Identity()  # the tokens have been normed already
+
+    def __call__(self, images: Any, batch_size: int = 32) -> Tensor:
+        """Features of each image.
+
+        Args:
+            images: one image or a sequence of them: paths, uint8 arrays [H, W, 3] in BGR order (OpenCV's, as in
+                mmpretrain) or PIL images; or one array [B, H, W, 3].
+            batch_size: how many images the model sees at once.
+
+        Returns:
+            Float tensor [B, ...] on the CPU, its shape as ``out_type`` says.
+        """
+        import torch
+
+        backbone = self.model.backbone
+        trained_with, backbone.out_type = backbone.out_type, self.out_type
+        try:
+            with torch.no_grad():
+                return torch.cat([backbone(batch)[-1].cpu() for batch in self.batches(images, batch_size)])
+        finally:
+            backbone.out_type = trained_with
+
+
+class ImageClassificationInferencer(_Inferencer):
+    """Classes of images, by a fine-tuned model of the zoo; arguments and results are those of mmpretrain's.
+
+    Example:
+        >>> ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k')('cat.jpg')[0]['pred_class']
+        'tabby, tabby cat'
+    """
+
+    def __call__(self, images: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+        """Classify each image.
+
+        Args:
+            images: as for :class:`FeatureExtractor`.
+            batch_size: how many images the model sees at once.
+
+        Returns:
+            For each image ``pred_scores`` (probabilities, float32 [classes]), ``pred_label`` and ``pred_score`` (the
+            best), and ``pred_class`` if the names of the classes are known.
+        """
+        import torch
+
+        if not self.model.with_head:
+            raise InputError('This model has no classification head; choose a fine-tuned one, see list_models("vit").')
+        with torch.no_grad():
+            scores = [self.model(batch).softmax(1).cpu() for batch in self.batches(images, batch_size)]
+        classes = self.model._dataset_meta.get('classes')
+        results = []
+        for pred_scores in torch.cat(scores):
+            label = int(pred_scores.argmax())
+            result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
+            results.append({**result, 'pred_class': classes[label]} if classes else result)
+        return results
+
+
+def _as_list(images: Any) -> Sequence:
+    """A single image as a sequence of one."""
+    import numpy as np
+
+    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+    images = images if several else [images]
+    if len(images) == 0:
+        raise InputError('No images were given; give at least one.')
+    return images

@@ -1,0 +1,105 @@
+"""The config that a checkpoint holds, or the one beside it, is data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmengine.config import Config
+
+import mmmilan
+from helpers import ROOT
+from mmmilan.checkpoints.config import own_config, parse_config
+from mmmilan.errors import InputError
+
+CONFIGS = (
+    'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py',
+    'configs/maskclip/maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py',
+    'configs/milan/benchmarks/vit-base-p16_knn_in1k.py',
+    'configs/demo/mask-rcnn_vit-tiny-p8_scenes.py',
+    'configs/demo/upernet_vit-tiny-p8_scenes.py',
+)
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_what_mmengine_dumps_comes_back(path):
+    cfg = Config.fromfile(ROOT / path)
+    assert parse_config(cfg.pretty_text, path).to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'x = __import__("os").system("true")',
+        'x = open("/etc/passwd")',
+        'x = dict(a=[print(1)])',
+        'import os',
+        'x = (lambda: 3)()',
+        'x = dict(**y)',
+        'x = {**y}',
+        'x.y = 3',
+        'x = y',
+        'x = dict([1], a=2)',
+        'x = f"{y}"',
+        'x = [i for i in range(9)]',
+    ],
+)
+def test_nothing_is_executed(line):
+    with pytest.raises(InputError, match='Line 2 of bad.py is not plain data'):
+        parse_config(f'a = 1\n{line}\n', 'bad.py')
+
+
+def test_numbers():
+    text = 'a = dict(b=-1e-05, c=(1, -inf), d={1: None}, e=float)'
+    with pytest.raises(InputError, match='Line 1'):
+        parse_config(text, 'x')
+    assert parse_config(text.replace('e=float', 'e=inf'), 'x').a.c == (1, float('-inf'))
+
+
+@pytest.fixture
+def own(tiny_config, milan_cfg, tmp_path):
+    """A checkpoint as MMEngine writes it, of the small model."""
+    from mmmilan.registry import MODELS
+
+    cfg = Config.fromfile(tiny_config())
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    path = tmp_path / 'run' / 'epoch_1.pth'
+    path.parent.mkdir()
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text)), path)
+    return path, cfg, model
+
+
+def test_a_checkpoint_of_ones_own_is_enough(own, image_folder):
+    path, _, model = own
+    images = sorted(str(file) for file in image_folder.glob('*/*/*.jpg'))[:3]
+    encoder = mmmilan.get_model(path)
+    assert torch.equal(encoder.backbone.cls_token, model.backbone.cls_token)
+    features = mmmilan.FeatureExtractor(path)(images)
+    extract = mmmilan.FeatureExtractor(encoder)
+    assert features.shape == (3, 48) and torch.equal(features, extract(images))
+    whole = mmmilan.get_model(str(path), encoder_only=False)
+    assert torch.equal(whole.neck.mask_token, model.neck.mask_token)
+
+
+def test_the_config_beside_a_checkpoint(own):
+    path, cfg, model = own
+    content = torch.load(path, weights_only=True)
+    torch.save(content['state_dict'], path)
+    with pytest.raises(InputError, match='holds no config and none is beside it'):
+        mmmilan.get_model(path)
+    (path.parent / 'config.py').write_text(cfg.pretty_text)
+    assert own_config(path).model.to_dict() == cfg.model.to_dict()
+    assert torch.equal(mmmilan.get_model(path).backbone.cls_token, model.backbone.cls_token)
+    (path.parent / 'other.py').write_text('')
+    with pytest.raises(InputError, match='several are beside it'):
+        own_config(path)
+
+
+def test_evaluation_needs_nothing_but_the_checkpoint(own, run_tool, tmp_path, capfd):
+    path, _, _ = own
+    run_tool('test.py', path, '--work-dir', tmp_path / 'test')
+    assert 'reconstruction/loss' in capfd.readouterr().err + ''.join(
+        file.read_text() for file in (tmp_path / 'test').glob('*/*.json')
+    )
+    with pytest.raises(SystemExit, match='is a config without weights'):
+        run_tool('test.py', ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')

@@ -1,0 +1,28 @@
+"""How a new encoder starts."""
+
+from __future__ import annotations
+
+import torch
+
+from mmmilan.models.tokens import sincos_position_embedding
+from mmmilan.registry import MODELS
+
+
+def test_positions_of_a_new_model_are_sine_and_cosine(milan_cfg):
+    """Fixed and never random, as mmpretrain's ViT would draw them."""
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    expected = sincos_position_embedding((4, 4), 48)
+    assert torch.equal(model.backbone.pos_embed, expected) and not model.backbone.pos_embed.requires_grad
+    assert expected.std() > 0.4  # random ones would have 0.02
+
+
+def test_linear_layers_start_as_maes(milan_cfg):
+    """Xavier uniform: ±√(6 / (rows + columns)), and zero biases."""
+    encoder = MODELS.build(milan_cfg).backbone
+    encoder.init_weights()
+    for name, module in encoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = (6 / sum(module.weight.shape)) ** 0.5
+            assert 0.95 * bound < module.weight.abs().max() <= bound, name
+            assert not module.bias.any(), name

@@ -1,0 +1,49 @@
+"""The console script: commands are functions of the package."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+from docstring_parser import parse
+
+from mmmilan import cli
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_explains_every_parameter(name, capsys):
+    """The page of help is made of signature and docstring, in which nothing may be missing."""
+    module, _, function = cli.COMMANDS[name].partition(':')
+    function = getattr(importlib.import_module(module), function)
+    explained = {parameter.arg_name: parameter.description for parameter in parse(function.__doc__).params}
+    assert set(explained) == set(inspect.signature(function).parameters)
+    cli.main([name, '--help'])
+    shown = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+    assert parse(function.__doc__).short_description.split()[0] in shown
+    positional = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    assert all(each.name.upper().replace('_', '-') in shown or each.kind == each.VAR_KEYWORD for each in positional)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['convert', 'a.pth'], '--dst'),
+        (['convert', 'a.pth', 'b.pth', '--to', 'onnx'], '"timm"'),
+        (['convert', 'a.pth', 'b.pth', '--speed', '3'], '--speed is unknown here'),
+        (['transmogrify'], 'Unknown command "transmogrify"'),
+        (['convert', 'none.pth', 'b.pth'], 'none.pth'),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_changes_of_a_config():
+    tokens = ['--model.masking.mask_ratio', '0.6', '--a.b=[1, 2]', '--c=x']
+    assert cli.read_changes(tokens) == {'model.masking.mask_ratio': 0.6, 'a.b': [1, 2], 'c': 'x'}
+    for tokens in (['--a.b'], ['a', '3'], ['--a=']):
+        with pytest.raises(cli.InputError, match='no option with a value'):
+            cli.read_changes(tokens)

@@ -1,0 +1,276 @@
+"""A CUDA device that is not there: what a training step would do on one, by PyTorch's fake tensors.
+
+Fake tensors have a shape, a type and a device but no memory and no numbers, so a step of the real size runs in seconds
+on a CPU. :class:`Watch` sees each operation of it.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseDataPreprocessor
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
+# For these the host waits until the device has computed a number or a shape.
+WAITING = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', '_unique2', 'repeat_interleave'}
+PACKAGES = ('/mmmilan/', '/mmpretrain/', '/mmengine/', '/mmcv/', '/mmseg/', '/mmdet/', '/open_clip/', '/timm/')
+
+
+@contextmanager
+def fake_cuda() -> Iterator[FakeTensorMode]:
+    """Within this context tensors are fake, and there seems to be a CUDA device with bfloat16, such as an A100."""
+    patches = {
+        'torch.cuda.amp.common.amp_definitely_not_available': lambda: False,
+        'torch.cuda.is_bf16_supported': lambda including_emulation=True: True,
+        'torch.cuda.current_device': lambda: 0,
+        'mmmilan.engine.optim.get_device': lambda: 'cuda',
+        'torch.nn.Module._apply': apply,
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FusedAttention():
+        for name, function in patches.items():
+            patch = mock.patch(name, function)
+            patch.start()
+        try:
+            yield mode
+        finally:
+            mock.patch.stopall()
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention by the fused kernels of a GPU: without one to ask, PyTorch falls back to plain products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].device == CUDA:
+            return fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs,
+) -> Tensor:
+    """Flash attention, or with a mask or in float32 memory-efficient attention."""
+    if torch.is_autocast_enabled('cuda'):
+        query, key, value = (each.to(torch.get_autocast_dtype('cuda')) for each in (query, key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    if attn_mask is not None:
+        bias = attn_mask if attn_mask.is_floating_point() else torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)[0]
+
+
+def apply(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply`` with new parameters and buffers: fake ones cannot be changed in place, as PyTorch's does."""
+    for child in module.children():
+        child._apply(function)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer.detach())
+    return module
+
+
+def to_fake(model: nn.Module) -> nn.Module:
+    """A model that was built on the CPU, now on the device that is not there."""
+    model._apply(lambda tensor: torch.empty_like(tensor, device=CUDA))
+    for module in model.modules():
+        if isinstance(module, BaseDataPreprocessor):
+            module._device = CUDA
+    return model
+
+
+@dataclass
+class Operation:
+    """One operation on the device: its name, the bytes it reads and writes, and its floating-point operations."""
+
+    name: str
+    bytes: int
+    flops: int
+    dtype: torch.dtype
+
+
+class Watch(TorchDispatchMode):
+    """Within this context, and that of :func:`fake_cuda`, each operation is looked at.
+
+    Attributes:
+        waits: Where the host would wait for the device, and how often.
+        operations: What would run on the device.
+        allocated: Bytes that tensors on the device take up.
+        peak: Bytes that they took up at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.operations: list[Operation] = []
+        self.pinned: weakref.WeakSet = weakref.WeakSet()
+        self.alive: set[int] = set()  # storages
+        self.allocated = self.peak = 0
+
+    def hold(self, tree: Any) -> None:
+        """Count the memory of tensors that are there already."""
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor) and tensor.device == CUDA:
+                self.count(tensor)
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Take a tensor of the host for one in pinned memory, as the data loader gives."""
+        self.pinned.add(tensor.untyped_storage())
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition('::')[2]
+        if name == '_pin_memory':
+            return self.pin(args[0].clone())
+        if name == 'is_pinned':
+            return args[0].untyped_storage() in self.pinned
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        answer = self.look_for_wait(name, args, kwargs, inputs)
+        result = answer if answer is not None else func(*args, **kwargs)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        for each in outputs:
+            self.count(each)
+        on_device = [each for each in (*inputs, *outputs) if each.device == CUDA]
+        if on_device and not func.is_view and not name.startswith(('empty', 'new_empty', 'detach')):
+            self.operations.append(describe(func, name, args, kwargs, result, on_device))
+        return result
+
+    def look_for_wait(self, name: str, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
+        """Note a wait, and give an answer where fake tensors have none."""
+        on_device = any(each.device == CUDA for each in inputs)
+        if name in WAITING and on_device:
+            self.wait(name)
+        if name in ('is_nonzero', 'equal'):
+            return True
+        if name == '_local_scalar_dense':  # on the host as well: fake tensors have no numbers
+            return 1.0 if inputs[0].is_floating_point() else 1
+        if name in ('index', 'index_put', 'index_put_') and on_device:
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+                self.wait(f'{name} by a mask')
+            if any(index.device == CPU for index in indices):
+                self.wait(f'{name} by a list or by indices on the host')
+        if name in ('_to_copy', 'copy_'):
+            target = args[0].device if name == 'copy_' else kwargs.get('device') or args[0].device
+            source = args[1] if name == 'copy_' else args[0]
+            asynchronous = args[2] if name == 'copy_' and len(args) > 2 else kwargs.get('non_blocking', False)
+            if source.device.type != torch.device(target).type:
+                to_device = torch.device(target).type == 'cuda'
+                if not asynchronous or (to_device and source.untyped_storage() not in self.pinned):
+                    self.wait('copy to the device' if to_device else 'copy to the host')
+        return None
+
+    def wait(self, what: str) -> None:
+        self.waits[f'{what}: {place()}'] += 1
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device == CUDA and key not in self.alive:
+            size = -(-storage.nbytes() // 512) * 512  # as PyTorch's allocator rounds
+            self.alive.add(key)
+            self.allocated += size
+            self.peak = max(self.peak, self.allocated)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.allocated -= size
+
+
+def place() -> str:
+    """The innermost line of the project, of OpenMMLab or of a library of models."""
+    for frame in reversed(traceback.extract_stack()):
+        for package in PACKAGES:
+            if package in frame.filename:
+                return f'{frame.filename[frame.filename.rindex(package) + 1 :]}:{frame.lineno} {frame.line}'
+    return 'elsewhere'
+
+
+def describe(func: Any, name: str, args: tuple, kwargs: dict, result: Any, tensors: list[Tensor]) -> Operation:
+    count = flop_registry.get(func.overloadpacket)
+    flops = count(*args, **kwargs, out_val=result) if count else 0
+    return Operation(name, sum(each.numel() * each.element_size() for each in tensors), flops, tensors[-1].dtype)
+
+
+def backward(losses: list[Tensor]) -> None:
+    """What ``losses.pop().backward()`` does, in Python: PyTorch's own engine asks the device for a context."""
+    loss = losses.pop()
+    gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
+    gradients[loss.grad_fn][0] = torch.ones_like(loss)
+    order = topological(loss.grad_fn)
+    del loss
+    with torch.no_grad():
+        while order:
+            node = order.pop()
+            received = gradients.pop(node, None)
+            if received is None:
+                continue
+            if hasattr(node, 'variable'):
+                variable = node.variable
+                variable.grad = received[0] if variable.grad is None else variable.grad + received[0]
+                continue
+            given = node(*(received.get(i) for i in range(len(node._input_metadata))))
+            given = given if isinstance(given, tuple) else (given,)
+            for (following, index), gradient in zip(node.next_functions, given, strict=True):
+                if following is not None and gradient is not None:
+                    wanted = following._input_metadata[index]
+                    gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)  # of what was broadcast
+                    slots = gradients[following]
+                    slots[index] = gradient if index not in slots else slots[index] + gradient
+            del node, received, given, gradient  # and with it what it has kept for the backward pass
+
+
+def topological(root: Any) -> list:
+    """The nodes of a graph of autograd, each before those from which it gets gradients; the root is last."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, finished = stack.pop()
+        if finished:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((following, False) for following, _ in node.next_functions if following is not None)
+    return order
+
+
+def train_step(model: nn.Module, wrapper: OptimWrapper, data: dict) -> dict[str, Tensor]:
+    """MMEngine's ``train_step`` with the backward pass above; the losses to log."""
+    with wrapper.optim_context(model):
+        losses = model(**model.data_preprocessor(data, training=True), mode='loss')
+    loss, log = model.parse_losses(losses)
+    log = {key: value.detach() for key, value in log.items()}
+    pending = [loss]
+    del loss, losses
+    backward(pending)
+    wrapper.step()
+    wrapper.zero_grad()
+    return log
