@@ -99,7 +99,7 @@ def test_maskclip():
 
 @pytest.mark.parametrize('augment', [0, 1], ids=['Mixup', 'CutMix'])
 def test_fine_tuning(augment):
-    cfg = read('milan/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py')
+    cfg = read('milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py')
     cfg.model.head.in_channels = 48
     cfg.model.train_cfg.augments = [cfg.model.train_cfg.augments[augment]]
     watch = run(MODELS.build(cfg.model), cfg.optim_wrapper, batch(gt_label=7))
@@ -109,7 +109,7 @@ def test_fine_tuning(augment):
 
 @pytest.mark.parametrize('semantic', ['', 'semantic-aware-'])
 def test_probing(semantic, clip_file):
-    cfg = read(f'milan/benchmarks/vit-base-p16_8xb2048-{semantic}linear-coslr-100e_in1k.py')
+    cfg = read(f'milan/benchmarks/vit-base-p16_milan-pre_8xb2048-{semantic}linear-coslr-100e_in1k.py')
     cfg.model.backbone.frozen_stages = 2
     cfg.model.neck.input_features = cfg.model.head.in_channels = 48
     if semantic:
@@ -152,7 +152,7 @@ def test_it_notices_a_list_of_indices(milan_cfg):
 
 
 def test_it_notices_fetched_numbers():
-    cfg = read('milan/benchmarks/vit-base-p16_8xb2048-linear-coslr-100e_in1k.py')
+    cfg = read('milan/benchmarks/vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k.py')
     cfg.model.backbone.frozen_stages = 2
     cfg.model.neck.input_features = cfg.model.head.in_channels = 48
     cfg.optim_wrapper.optimizer.type = 'mmpretrain.LARS'
@@ -161,7 +161,7 @@ def test_it_notices_fetched_numbers():
 
 
 def test_it_notices_permutations_and_labels_on_the_host():
-    cfg = read('milan/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py')
+    cfg = read('milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py')
     cfg.model.head.in_channels = 48
     cfg.model.data_preprocessor.type = 'mmpretrain.ClsDataPreprocessor'
     cfg.model.train_cfg.augments = [dict(type='Mixup', alpha=0.8)]
