@@ -91,7 +91,7 @@ def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace)
 def fit_to_teacher(cfg: Config, teacher_cfg: dict) -> None:
     """Give the demo's student the image size, the patch size and the target of a real teacher."""
     teacher = MODELS.build(teacher_cfg)
-    size, patch = teacher.input_size, teacher.patch_size
+    size, patch = teacher.input_size[0], teacher.patch_size
     cfg.model.backbone.update(img_size=size, patch_size=patch)
     cfg.model.neck.num_patches = teacher.num_patches
     if cfg.model.head.type == 'mmmilan.CLIPTarget':

@@ -128,10 +128,10 @@ def test_flops_of_the_decoder(milan_cfg):
 def test_flops_of_the_teacher(milan_cfg):
     teacher = MODELS.build(milan_cfg).head.teacher
     width, tokens = teacher.visual.conv1.out_channels, 17
-    blocks = len(teacher.blocks)
+    blocks = len(teacher.visual.transformer.resblocks)
     embedding = 2 * 16 * (3 * 16**2) * width
     # one row of attention: the class token's query, carried through the keys' weights, against all tokens
-    heads = teacher.blocks[0].attn.num_heads
+    heads = teacher.visual.transformer.resblocks[0].attn.num_heads
     importance = 2 * width**2 + 2 * width**2 + 2 * heads * tokens * width
     expected = embedding + blocks * block_flops(tokens, width, 4 * width) + 2 * tokens * width * 24 + importance
     assert counted(teacher, torch.randn(2, 3, 64, 64)) == 2 * expected

@@ -1,0 +1,242 @@
+"""Frozen teachers: image -> target features of every token, and the importance of every patch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmmilan.errors import InputError
+
+# Images come normalised by ImageNet's statistics, as the configs' data preprocessor does it.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Tower(nn.Module):
+    """What runs images inside a teacher: the model of a library.
+
+    Attributes:
+        feature_dim: Width C of the features.
+        width: Width D of the tokens inside.
+        depth: Number of blocks.
+        patch_size: Side of a patch in pixels.
+        input_size: Height and width of the images that it takes.
+        mean: Mean of the images it was trained on, for each channel, of RGB in [0, 1].
+        std: Their standard deviation.
+        importance_is: What the importance is, in words.
+    """
+
+    feature_dim: int
+    width: int
+    depth: int
+    patch_size: int
+    input_size: tuple[int, int]
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    importance_is: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, *input_size] -> features [B, 1 + N, C] and importance [B, N], float32."""
+        raise NotImplementedError
+
+    def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Images -> tokens [B, 1 + N, D] after each of the blocks ``layers`` (from 0), and importance [B, N]."""
+        raise InputError('This teacher does not give the tokens of its layers; choose another.')
+
+    def activations(self) -> Sequence[nn.Module]:
+        """The activation of each block's MLP, for test-time registers."""
+        raise InputError('This teacher has no place for a test-time register; leave register_neurons out.')
+
+
+class Teacher(nn.Module):
+    """Base of the teachers. A new one is a :class:`Tower` and a subclass that builds it, see docs/teachers.md.
+
+    Args:
+        tower: What runs the images.
+        grid_size: Rows and columns of patches of the student (a number: both). Features and importance are
+            interpolated to them. None leaves the teacher's own grid; ``input_size`` is the better way to the student's.
+        teacher_mean_std: 'own' normalises the images as the teacher was trained; None feeds it the student's tensor as
+            it is, with ImageNet's normalisation (published code).
+        weight_dtype: 'bfloat16' holds the weights of linear layers and convolutions in half the memory and runs the
+            teacher in bfloat16. Where training is in bfloat16 this changes no bit of the result.
+
+    Attributes:
+        feature_dim: Width C of the target.
+        width: Width D of the tokens inside.
+        depth: Number of blocks.
+        patch_size: Side of a patch in pixels.
+        input_size: Height and width of the image that the teacher sees; others are resized to it.
+        grid: Rows and columns of patches in the result.
+
+    Raises:
+        InputError: an option has no such value.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        grid_size: int | tuple[int, int] | None = None,
+        teacher_mean_std: str | None = None,
+        weight_dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        if teacher_mean_std not in (None, 'own'):
+            raise InputError(f"teacher_mean_std={teacher_mean_std!r} is unknown; choose 'own' or None.")
+        if weight_dtype not in (None, 'bfloat16'):
+            raise InputError(f"weight_dtype={weight_dtype!r} is unknown; choose 'bfloat16' or None.")
+        self.tower = tower
+        self.grid = pair(grid_size) if grid_size else tower.grid
+        self.renormalise = Renormalise(tower.mean, tower.std) if teacher_mean_std == 'own' else nn.Identity()
+        self.in_bfloat16 = weight_dtype == 'bfloat16'
+        if self.in_bfloat16:
+            hold_in_bfloat16(tower)
+        print_log(f'Teacher: {self.describe()}', logger='current')
+
+    @property
+    def feature_dim(self) -> int:
+        return self.tower.feature_dim
+
+    @property
+    def width(self) -> int:
+        return self.tower.width
+
+    @property
+    def depth(self) -> int:
+        return self.tower.depth
+
+    @property
+    def patch_size(self) -> int:
+        return self.tower.patch_size
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.tower.input_size
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches."""
+        return math.prod(self.grid)
+
+    def describe(self) -> str:
+        """One line for the log: size, grid, features, and what the importance is."""
+        (height, width), (rows, columns) = self.input_size, self.tower.grid
+        resized = '' if self.grid == self.tower.grid else f', interpolated to {self.grid[0]} x {self.grid[1]}'
+        return (
+            f'{rows} x {columns} patches of {self.patch_size} pixels at {height} x {width}{resized}; features of '
+            f'{self.feature_dim} dimensions; importance: {self.tower.importance_is}.'
+        )
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> features [B, 1 + N, C] of all tokens and importance [B, N], float32."""
+        with self.precision(images):
+            features, importance = self.tower(self.prepare(images))
+        return self.on_grid(features), self.importance_on_grid(importance)
+
+    @torch.no_grad()
+    def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """The tokens of several layers, before the last norm.
+
+        Args:
+            images: [B, 3, H, W], as for ``forward``.
+            layers: Indices of blocks; 0 is the first, -1 the last.
+
+        Returns:
+            The tokens [B, 1 + N, D] after each of these blocks (first the class token, or where there is none the mean
+            of the patches), and importance [B, N].
+
+        Raises:
+            InputError: there is no such block.
+        """
+        depth = self.depth
+        if not all(-depth <= layer < depth for layer in layers):
+            raise InputError(f'The teacher has blocks 0 to {depth - 1}, not all of {list(layers)}; choose among them.')
+        with self.precision(images):
+            tokens, importance = self.tower.forward_layers(self.prepare(images), [layer % depth for layer in layers])
+        return [self.on_grid(x) for x in tokens], self.importance_on_grid(importance)
+
+    def precision(self, images: Tensor) -> torch.autocast | nullcontext:
+        """Autocast to bfloat16 where the weights are held in it."""
+        return torch.autocast(images.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] at the teacher's size, and normalised as it asks."""
+        if images.shape[-2:] != self.input_size:
+            images = F.interpolate(images, self.input_size, mode='bicubic', antialias=True, align_corners=False)
+        return self.renormalise(images)
+
+    def on_grid(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, 1 + M, C] of the teacher's grid -> [B, 1 + N, C] of the student's, interpolated linearly."""
+        if self.grid == self.tower.grid:
+            return tokens
+        return torch.cat([tokens[:, :1], resize_map(tokens[:, 1:], self.tower.grid, self.grid)], dim=1)
+
+    def importance_on_grid(self, importance: Tensor) -> Tensor:
+        """Importance [B, M] of the teacher's grid -> [B, N] of the student's, with the same sum but for the borders."""
+        if self.grid == self.tower.grid:
+            return importance
+        resized = resize_map(importance[..., None], self.tower.grid, self.grid)[..., 0]
+        return resized * (self.tower.num_patches / self.num_patches)
+
+
+class Renormalise(nn.Module):
+    """Images normalised by ImageNet's statistics -> normalised by others.
+
+    Args:
+        mean: The other mean of each channel.
+        std: The other standard deviation of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        imagenet_mean, imagenet_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        self.register_buffer('scale', (imagenet_std / std)[:, None, None])
+        self.register_buffer('shift', ((imagenet_mean - mean) / std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
+
+
+def hold_in_bfloat16(tower: nn.Module) -> None:
+    """Hold what autocast would convert to bfloat16 at every use in bfloat16; norms, tokens, positions stay float32."""
+    for module in tower.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            module.to(torch.bfloat16)
+
+
+def resize_map(tokens: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Patch tokens [B, M, C] of one grid -> [B, N, C] of another, interpolated linearly."""
+    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = F.interpolate(maps, new_grid, mode='bilinear', antialias=True, align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A side, or height and width -> height and width."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_input_size(input_size: tuple[int, int], patch_size: int) -> None:
+    """Raise an :class:`InputError` with the nearest right sizes where patches do not fill the image."""
+    for side in input_size:
+        if side % patch_size:
+            below = side // patch_size * patch_size
+            raise InputError(
+                f"The teacher's input_size={side} is not a multiple of its patch size {patch_size}; "
+                f'choose {below} or {below + patch_size}.'
+            )

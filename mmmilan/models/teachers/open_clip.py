@@ -1,0 +1,248 @@
+"""Teachers of open_clip by name, and CLIP's image tower from a file alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmmilan.checkpoints.open_clip import NORM_EPS, is_maskclip, to_open_clip
+from mmmilan.errors import InputError
+from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, Tower, check_input_size, pair
+from mmmilan.models.teachers.weights import hub_file, load_weights, read_weights, warn_random_weights
+from mmmilan.registry import MODELS
+
+
+@MODELS.register_module()
+class OpenCLIPTeacher(Teacher):
+    """The image tower of a CLIP: its last norm and the projection to the joint space, for every token.
+
+    The text tower is not built. See :class:`CLIPTower` for open_clip's own ViTs and :class:`TimmTower` for those of
+    timm in it (SigLIP, PE, EVA-02, MobileCLIP).
+
+    Args:
+        model: Name of an open_clip model with a ViT tower. None reads the architecture off the shapes of the
+            ``pretrained`` file: a checkpoint of :class:`MaskCLIP`, or one in OpenAI's layout (TorchScript archive or
+            state dict, the whole CLIP or its visual tower alone, QuickGELU).
+        pretrained: An open_clip tag, a file, or None for random weights (to measure speed).
+        input_size: Side, or height and width, of the image that the teacher sees, by default its own. The positions are
+            interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
+        head_width: Width of the attention heads of a tower without model name, which no shape tells.
+        importance_layers: Importance is the mean over so many last blocks.
+        register_neurons: See :class:`CLIPTower`.
+        options: Of :class:`Teacher`.
+
+    Raises:
+        InputError: open_clip has no such model or tag, its tower is not a ViT, patches do not fill the image, or the
+            weights are not there or do not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        pretrained: str | None = None,
+        input_size: int | tuple[int, int] | None = None,
+        head_width: int = 64,
+        importance_layers: int = 1,
+        register_neurons: Sequence[tuple[int, int]] = (),
+        **options: Any,
+    ) -> None:
+        if model is None and pretrained is None:
+            raise InputError('OpenCLIPTeacher needs a model name, or a file as pretrained.')
+        size = pair(input_size) if input_size else None
+        if model is None:
+            visual, normalisation = build_of_file(pretrained, head_width)
+        else:
+            visual, normalisation = build_visual(model, pretrained, size), mean_std(model, pretrained)
+        tower = build_tower(visual, size, importance_layers, register_neurons)
+        tower.mean, tower.std = normalisation
+        super().__init__(tower, **options)
+
+    @property
+    def visual(self) -> nn.Module:
+        """open_clip's tower, where it is open_clip's own."""
+        return self.tower.visual
+
+
+def build_tower(visual: nn.Module, size: tuple[int, int] | None, *options: Any) -> Tower:
+    """What runs open_clip's own towers, or those of timm in it."""
+    from open_clip.timm_model import TimmModel
+
+    from mmmilan.models.teachers.clip_tower import CLIPTower
+    from mmmilan.models.teachers.timm_tower import TimmTower, own_input_size
+
+    if isinstance(visual, TimmModel):
+        return TimmTower(visual.trunk, visual.head, size or own_input_size(visual.trunk), *options)
+    return CLIPTower(visual, size, *options)
+
+
+def build_visual(model: str, pretrained: str | None, size: tuple[int, int] | None) -> nn.Module:
+    """The visual tower of an open_clip model with its weights; a tower of timm is set to the input size.
+
+    Raises:
+        InputError: open_clip has no such model or tag, the tower is not a ViT, or the weights do not fit.
+    """
+    config = find_config(model, pretrained)
+    with torch.device('meta'):  # before anything is downloaded
+        check_visual(new_visual(config), model, size)
+    if pretrained is None:
+        warn_random_weights(f'OpenCLIPTeacher {model}')
+    path = pretrained if pretrained is None or os.path.exists(pretrained) else published_file(model, pretrained)
+    visual = new_visual(config)
+    if path is not None:
+        load_visual(visual, read_weights(path), path)
+    if size and hasattr(visual, 'set_input_size'):
+        visual.set_input_size(size)
+    return visual
+
+
+def find_config(model: str, pretrained: str | None) -> dict[str, Any]:
+    """open_clip's config of a model.
+
+    Raises:
+        InputError: it has no such model or tag.
+    """
+    import open_clip
+
+    if model not in open_clip.list_models():
+        raise InputError(f'open_clip has no model {model!r}; open_clip.list_models() gives its names.')
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is not None and not os.path.exists(pretrained) and pretrained not in tags:
+        raise InputError(
+            f'pretrained={pretrained!r} is neither a file nor an open_clip tag of {model}; its tags are {tags}.'
+        )
+    return open_clip.get_model_config(model)
+
+
+def new_visual(config: dict[str, Any]) -> nn.Module:
+    """The visual tower alone, with random weights."""
+    from open_clip.model import _build_vision_tower  # open_clip's public way makes the text tower as well
+
+    vision = config['vision_cfg'] | dict(timm_model_pretrained=False)
+    return _build_vision_tower(config['embed_dim'], vision, config.get('quick_gelu', False))
+
+
+def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) -> None:
+    """Raise an :class:`InputError` for a tower that cannot teach, or an image that its patches do not fill."""
+    from open_clip.timm_model import TimmModel
+
+    from mmmilan.models.teachers.clip_tower import check_clip_tower
+    from mmmilan.models.teachers.timm_tower import check_timm_vit, patch_size
+
+    if isinstance(visual, TimmModel):
+        check_timm_vit(visual.trunk, f'The image tower of {model}')
+    else:
+        check_clip_tower(visual, model)
+    if size:
+        check_input_size(size, patch_size(visual.trunk) if isinstance(visual, TimmModel) else visual.patch_size[0])
+
+
+def published_file(model: str, tag: str) -> str:
+    """The file of an open_clip tag, downloaded if it is not here."""
+    import open_clip
+
+    config = open_clip.get_model_config(model)
+    published = open_clip.pretrained.get_pretrained_cfg(model, tag)
+    if published.get('quick_gelu', False) != config.get('quick_gelu', False):
+        print_log(
+            f'OpenCLIPTeacher {model}: {tag} was trained {"with" if published.get("quick_gelu") else "without"} '
+            'QuickGELU, and this model is not; choose the model of the other kind (its name ends in -quickgelu).',
+            logger='current',
+            level=logging.WARNING,
+        )
+    repo, _, name = published['hf_hub'].rpartition('/')
+    name = name or 'open_clip_pytorch_model.bin'
+    safe = 'open_clip_model.safetensors' if name == 'open_clip_pytorch_model.bin' else f'{name[:-4]}.safetensors'
+    return hub_file(repo, [safe, name])
+
+
+def mean_std(model: str, pretrained: str | None) -> tuple[Sequence[float], Sequence[float]]:
+    """How the images of a model were normalised: by its tag, or by any of its tags, which agree."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    tag = pretrained if pretrained in tags else tags[0] if tags else None
+    config = open_clip.pretrained.get_pretrained_cfg(model, tag) if tag else {}
+    return config.get('mean', open_clip.OPENAI_DATASET_MEAN), config.get('std', open_clip.OPENAI_DATASET_STD)
+
+
+def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Load the tower's part of a file, whatever prefix it stands under, its positions interpolated to the tower's grid.
+
+    Raises:
+        InputError: the file holds no such tower.
+    """
+    from mmmilan.models.teachers.clip_tower import resize_positions
+
+    own = visual.state_dict()
+    first = next(iter(own))
+    prefixes = [key.removesuffix(first) for key in weights if key == first or key.endswith(f'.{first}')]
+    if not prefixes:
+        raise InputError(f'{path} does not fit this teacher: it has no {first!r} under any prefix; name its model.')
+    prefix = min(prefixes, key=lambda prefix: ('visual' not in prefix, len(prefix)))
+    weights = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+    weights = {key: value for key, value in weights.items() if prefix or key in own}
+    if 'positional_embedding' in own and 'positional_embedding' in weights:
+        side = math.isqrt(len(weights['positional_embedding']) - 1)
+        weights['positional_embedding'] = resize_positions(
+            weights['positional_embedding'], (side, side), visual.grid_size
+        )
+    load_weights(visual, weights, path)
+
+
+def build_of_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequence[float], Sequence[float]]]:
+    """A CLIP visual tower from a checkpoint of MaskCLIP or in OpenAI's layout, its architecture read off the shapes.
+
+    Returns:
+        The tower, and mean and standard deviation of its images.
+
+    Raises:
+        InputError: if the file holds no such tower.
+    """
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+
+    weights = read_weights(path)
+    of_maskclip = is_maskclip(weights)
+    state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
+    width, _, _, patch_size = state_dict['conv1.weight'].shape
+    if width % head_width:
+        raise InputError(f'The tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.')
+    grid_size = math.isqrt(len(state_dict['positional_embedding']) - 1)
+    layers = {re.match(r'transformer\.resblocks\.(\d+)\.', key) for key in state_dict} - {None}
+    visual = VisionTransformer(
+        image_size=grid_size * patch_size,
+        patch_size=patch_size,
+        width=width,
+        layers=1 + max(int(match[1]) for match in layers),
+        heads=width // head_width,
+        mlp_ratio=state_dict['transformer.resblocks.0.mlp.c_fc.weight'].shape[0] / width,
+        output_dim=state_dict['proj'].shape[1],
+        no_ln_pre=of_maskclip,
+        act_layer=nn.GELU if of_maskclip else QuickGELU,
+        norm_layer=partial(LayerNorm, eps=NORM_EPS) if of_maskclip else LayerNorm,
+    )
+    load_weights(visual, state_dict, path)
+    return visual, (IMAGENET_MEAN, IMAGENET_STD) if of_maskclip else (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+
+def visual_state_dict(weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tower's own part of the weights, whatever prefix it stands under, in float32."""
+    prefixes = [key.removesuffix('class_embedding') for key in weights if key.endswith('class_embedding')]
+    if len(prefixes) != 1 or f'{prefixes[0]}conv1.weight' not in weights or f'{prefixes[0]}proj' not in weights:
+        raise InputError(
+            f"{path} is not in OpenAI's CLIP layout (no visual.class_embedding, visual.conv1.weight and "
+            f'visual.proj; it begins with {", ".join(list(weights)[:3])}); name its open_clip model as well.'
+        )
+    prefix = prefixes[0]
+    own = ('class_embedding', 'positional_embedding', 'proj', 'conv1.', 'ln_pre.', 'transformer.', 'ln_post.')
+    tower = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+    return {key: value for key, value in tower.items() if key.startswith(own)}
