@@ -130,6 +130,7 @@ class Watch(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.operations: list[Operation] = []
         self.pinned: weakref.WeakSet = weakref.WeakSet()
+        self.numbers: weakref.WeakSet = weakref.WeakSet()
         self.alive: set[int] = set()  # storages
         self.allocated = self.peak = 0
 
@@ -155,6 +156,8 @@ class Watch(TorchDispatchMode):
         answer = self.look_for_wait(name, args, kwargs, inputs)
         result = answer if answer is not None else func(*args, **kwargs)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if name == 'lift_fresh' and not result.ndim:
+            self.numbers.add(result.untyped_storage())
         for each in outputs:
             self.count(each)
         on_device = [each for each in (*inputs, *outputs) if each.device == CUDA]
@@ -177,7 +180,8 @@ class Watch(TorchDispatchMode):
                 self.wait(f'{name} by a mask')
             if any(index.device == CPU for index in indices):
                 self.wait(f'{name} by a list or by indices on the host')
-        if name in ('_to_copy', 'copy_'):
+        # a number that is assigned, as in x[0] = 1, is a tensor on the host with fake tensors alone
+        if name == '_to_copy' or (name == 'copy_' and args[1].untyped_storage() not in self.numbers):
             target = args[0].device if name == 'copy_' else kwargs.get('device') or args[0].device
             source = args[1] if name == 'copy_' else args[0]
             asynchronous = args[2] if name == 'copy_' and len(args) > 2 else kwargs.get('non_blocking', False)
