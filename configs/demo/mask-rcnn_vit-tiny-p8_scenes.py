@@ -2,6 +2,7 @@
 _base_ = '../detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
 
 strides = [2, 4, 8, 16, 32]  # of maps at 4, 2, 1 and 1/2 times the resolution of patches of 8 pixels, and FPN's last
+norm_cfg = dict(type='BN')  # SyncBN needs GPUs
 rois = dict(out_channels=64, featmap_strides=strides[:4])
 model = dict(
     data_preprocessor=dict(pad_size_divisor=64),
@@ -14,13 +15,13 @@ model = dict(
         global_indices=(1, 3),
         init_cfg=dict(checkpoint='demo/milan-seed0/epoch_8.pth'),
     ),
-    neck=dict(in_channels=[128, 128, 128, 128], out_channels=64),
+    neck=dict(in_channels=[128, 128, 128, 128], out_channels=64, norm_cfg=norm_cfg),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(strides=strides)),
     roi_head=dict(
         bbox_roi_extractor=rois,
-        bbox_head=dict(in_channels=64, conv_out_channels=64, fc_out_channels=256, num_classes=10),
+        bbox_head=dict(in_channels=64, conv_out_channels=64, fc_out_channels=256, num_classes=10, norm_cfg=norm_cfg),
         mask_roi_extractor=rois,
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=10),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=10, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),

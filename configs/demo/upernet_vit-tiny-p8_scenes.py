@@ -1,7 +1,8 @@
 # The demo's transfer to segmentation: a narrow UperNet on a ninth of the drawn scenes, 64 x 64 pixels.
 _base_ = '../segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py'
 
-head = dict(num_classes=16, norm_cfg=dict(type='BN'))  # SyncBN needs GPUs
+norm_cfg = dict(type='BN')  # SyncBN needs GPUs
+head = dict(num_classes=16, norm_cfg=norm_cfg)
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
     backbone=dict(
@@ -9,6 +10,7 @@ model = dict(
         img_size=64,
         patch_size=8,
         out_indices=(0, 1, 2, 3),
+        scale_norm_cfg=norm_cfg,
         init_cfg=dict(checkpoint='demo/milan-seed0/epoch_8.pth'),
     ),
     decode_head=dict(in_channels=[128, 128, 128, 128], channels=32, **head),

@@ -231,10 +231,10 @@ class DenseViT(VisionTransformer):
             super().init_weights()
         if self.sincos_pos_embed:
             rows, columns = self.patch_resolution
+            # for the rows in the first half of the channels, positions of the transposed grid
             positions = sincos_position_embedding((columns, rows), self.embed_dims)
-            extra, grid = positions.split([1, rows * columns], dim=1)
-            grid = grid.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)  # the row in the first half
-            self.pos_embed.data.copy_(torch.cat([extra, grid], dim=1)[:, -self.pos_embed.shape[1] :])
+            grid = positions[:, 1:].unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)
+            self.pos_embed.data.copy_(torch.cat([positions[:, : self.num_extra_tokens], grid], dim=1))
             print_log(f'Positions start as sines and cosines of the {rows}x{columns} grid.', logger='current')
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -269,9 +269,6 @@ class DenseViT(VisionTransformer):
             raise InputError(f"rel_pos_bias={rel_pos_bias!r} of DenseViT must be True, False or 'shared'.")
         if rel_pos_bias == 'shared' and self.with_cls_token:
             raise InputError("rel_pos_bias='shared' has no place for the class token; set with_cls_token=False.")
-        rows, columns = self.patch_resolution
-        if self.sincos_pos_embed and rows != columns:
-            raise InputError(f'sincos_pos_embed needs a square grid, not {rows}x{columns}; make img_size a square.')
 
     def _prepare_pos_embed(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         """mmpretrain's resizing of positions; without a class token its position is left out at any size."""

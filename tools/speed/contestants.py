@@ -225,7 +225,7 @@ def dense(args: argparse.Namespace, backbones: dict[str, dict]) -> Iterator[Cont
 
     for name, cfg in backbones.items():
         model = MODELS.build(cfg)
-        if name != 'mmmilan':
+        if not name.startswith('mmmilan'):
             pyramid = dict(type='mmseg.Feature2Pyramid', embed_dim=arch['embed_dims'], norm_cfg=dict(type='BN'))
             model = nn.Sequential(model, MODELS.build(pyramid))
         elif args.compile:
@@ -241,11 +241,18 @@ def scale_indices(args: argparse.Namespace) -> list[int]:
 
 
 def detection(args: argparse.Namespace) -> Iterator[Contestant]:
-    """Windowed attention with four global blocks, against mmpretrain's ViT, whose attention is global."""
-    shared = dict(arch=SIZES[args.arch][0], patch_size=args.patch_size, out_indices=scale_indices(args))
-    ours = dict(type='mmmilan.DenseViT', img_size=224, window_size=16, global_indices=scale_indices(args))
-    theirs = dict(type='mmpretrain.VisionTransformer', img_size=args.img_size, out_type='featmap', final_norm=False)
-    return dense(args, {'mmmilan': ours | shared, 'mmpretrain': theirs | shared})
+    """Windowed attention with four global blocks, with and without relative positions, against mmpretrain's ViT."""
+    shared = dict(arch=SIZES[args.arch][0], patch_size=args.patch_size, img_size=args.img_size)
+    shared['out_indices'] = scale_indices(args)
+    ours = dict(type='mmmilan.DenseViT', with_cls_token=False, window_size=16, global_indices=scale_indices(args))
+    ours['scale_norm_cfg'] = dict(type='GN', num_groups=32)
+    theirs = dict(type='mmpretrain.VisionTransformer', out_type='featmap', final_norm=False)
+    backbones = {
+        'mmmilan': dict(rel_pos_bias='shared', **ours, **shared),
+        'mmmilan, no relative positions': ours | shared,
+        'mmpretrain, global attention': theirs | shared,
+    }
+    return dense(args, backbones)
 
 
 def segmentation(args: argparse.Namespace) -> Iterator[Contestant]:
@@ -253,6 +260,7 @@ def segmentation(args: argparse.Namespace) -> Iterator[Contestant]:
     arch = SIZES[args.arch][0]
     shared = dict(img_size=args.img_size, patch_size=args.patch_size, out_indices=scale_indices(args))
     ours = dict(type='mmmilan.DenseViT', arch=arch, rel_pos_bias=True, layer_scale_init_value=1.0)
+    ours['scale_norm_cfg'] = dict(type='BN')  # as mmseg's pyramid
     theirs = dict(embed_dims=arch['embed_dims'], num_layers=arch['num_layers'], num_heads=arch['num_heads'])
     theirs['mlp_ratio'] = arch['feedforward_channels'] // arch['embed_dims']
     backbones = {
