@@ -55,7 +55,7 @@ class MILANViT(VisionTransformer):
                 f'choose {(rows * self.patch_size, columns * self.patch_size)}.'
             )
         self.pos_embed.requires_grad = False
-        if len(self.out_indices) > 1:
+        if len(self.out_indices) > 1 and self.final_norm:
             self.ln1.requires_grad_(False)
 
     def init_weights(self) -> None:
