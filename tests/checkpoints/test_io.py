@@ -37,7 +37,7 @@ class Hostile:
 
 
 def save_hostile(path, proof, kind):
-    checkpoint = {'state_dict': WEIGHTS, 'meta': Hostile(proof)}
+    checkpoint = {'meta': Hostile(proof), 'state_dict': WEIGHTS}
     if kind == 'pickle':
         path.write_bytes(pickle.dumps(checkpoint))
     else:
@@ -198,16 +198,11 @@ def runner(work_dir, epochs, **kwargs):
 
 
 def test_mmengine_resumes_its_own_checkpoints_through_the_safe_loader(tmp_path, safe_mmengine, monkeypatch):
-    how = []
-    load = torch.load
-    monkeypatch.setattr(
-        torch, 'load', lambda *args, **kwargs: how.append(kwargs['weights_only']) or load(*args, **kwargs)
-    )
+    monkeypatch.setattr(torch, 'load', None)
     whole = runner(tmp_path / 'whole', 4)
     whole.train()
     rest = runner(tmp_path / 'rest', 4, load_from=str(tmp_path / 'whole' / 'epoch_2.pth'), resume=True)
     rest.train()
-    assert how and all(how)
     assert torch.equal(whole.model.layer.weight, rest.model.layer.weight)
     moments = [each.optim_wrapper.optimizer.state_dict()['state'][0]['exp_avg'] for each in (whole, rest)]
     assert torch.equal(*moments)
