@@ -95,8 +95,8 @@ def _read(path: Path, allow_pickle: bool) -> Any:
         return torch.load(path, map_location='cpu', weights_only=False)
 
 
-def get_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint, which may also be the weights themselves.
+def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -> dict[str, Tensor]:
+    """The weights in a checkpoint, which may also be the weights themselves; messages call it ``source``.
 
     Raises:
         InputError: they are not tensors with names.
@@ -105,7 +105,9 @@ def get_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     weights = found[0] if found else checkpoint
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InputError(f'{key!r} is a {type(value).__name__}, not a tensor; give the state dict itself.')
+            raise InputError(
+                f'{source}: {key!r} is a {type(value).__name__}, not a tensor; give the state dict itself.'
+            )
     return weights
 
 

@@ -18,7 +18,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, get_torchvision_models
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.checkpoints.shards import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
@@ -58,7 +58,7 @@ def load_weights(
     Raises:
         InputError: no weight fits, one is missing or has another shape, or a layer of the encoder is left over.
     """
-    weights = as_mmmilan(get_state_dict(checkpoint))
+    weights = as_mmmilan(get_state_dict(checkpoint, source))
     weights = {key.removeprefix('module.'): value for key, value in weights.items()}
     name, wanted = type(module).__name__, set(module.state_dict())
     if prefix is None:
@@ -73,9 +73,10 @@ def load_weights(
         )
     missing, unused = wanted - set(found), set(found) - wanted
     check_complete(module, missing, unused, source)
+    check_values({key: found[key] for key in wanted - missing}, source, module.state_dict())
     try:
         module.load_state_dict(shard_weights(module, found), strict=False)
-    except (RuntimeError, AssertionError) as error:  # the latter for positions that are no square
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # those of positions of an odd shape too
         misfits = re.findall(r'size mismatch for (\S+):', str(error))
         fault = class_count(module, found, misfits) or ' '.join(str(error).split())
         raise InputError(f'{source} does not fit {name}: {fault}') from error

@@ -21,7 +21,7 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
 MAX_DEPTH = 64  # of lists and dicts in each other
-MAX_VALUES = 2_000_000  # in one file, counted each time that they are reached
+MAX_VALUES = 500_000  # in one file, counted each time that they are reached
 MAX_SHARED = 4
 # What may be a key: the hash of a tuple of tuples can take for ever.
 _KEYS = (str, int, float, bytes, type(None))

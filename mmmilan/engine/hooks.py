@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmmilan.checkpoints.loading import load_weights
+from mmmilan.engine.resuming import check_resumable
 from mmmilan.engine.throughput import log_is_due
 from mmmilan.errors import InputError
 from mmmilan.models.wrapping import unwrap
@@ -109,13 +110,15 @@ class ExactLoadingHook(Hook):
     MMEngine itself loads what fits and goes on with random weights for the rest.
 
     Raises:
-        InputError: see :func:`mmmilan.checkpoints.loading.load_weights`.
+        InputError: see :func:`mmmilan.checkpoints.loading.load_weights` and :func:`check_resumable`.
     """
 
     priority = 'VERY_LOW'  # after hooks that change the checkpoint, as EMAHook does
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        source = runner.cfg.get('load_from') or f'The last checkpoint in {runner.work_dir}'
+        source = runner._load_from or f'The last checkpoint in {runner.work_dir}'
+        if runner._resume:
+            check_resumable(runner, checkpoint, source)
         # MMEngine will load the same once more
         checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from collections.abc import Sequence
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
 
 # Seconds to wait for the hub's first answer: long enough for a slow line, short enough to be told that there is none.
@@ -22,9 +20,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """State dict of a checkpoint file or of a TorchScript archive."""
     if not os.path.exists(path):
         raise InputError(f"The teacher's file {path} does not exist; correct pretrained=.")
-    if zipfile.is_zipfile(path) and any(name.endswith('constants.pkl') for name in zipfile.ZipFile(path).namelist()):
-        return torch.jit.load(path, map_location='cpu').state_dict()
-    return get_state_dict(load_checkpoint_file(path))
+    return get_state_dict(load_checkpoint_file(path), path)
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> None:
@@ -33,6 +29,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> No
     Raises:
         InputError: they do not fit; the sentence has the first reason.
     """
+    check_values(weights, path, module.state_dict())
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
