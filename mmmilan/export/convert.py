@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
+from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import COLUMN, TITLE, convert, detect_layout
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
@@ -32,10 +32,11 @@ def convert_checkpoint(
     """
     path = resolve_checkpoint(src)
     checkpoint = load_checkpoint_file(path, allow_pickle)
-    weights = get_state_dict(checkpoint)
+    weights = get_state_dict(checkpoint, str(path))
     try:
         print(f'{path}: {detect_layout(weights)}')
         converted = convert(weights, to, encoder_only)
+        check_values(converted, 'its weights')
     except InputError as error:
         raise InputError(f'{path}: {error}') from error
     if COLUMN[to] == COLUMN['mmmilan']:

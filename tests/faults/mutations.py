@@ -52,8 +52,8 @@ def spoil_pickle(content: bytes, rng: random.Random) -> bytes:
 
 
 ODD_VALUES = [
-    None, True, -1, 10**30, float('nan'), float('inf'), '', '../../x', 'é' * 1000, b'\0', [], [[]], {}, {'': {}}, {1: 2},
-    torch.tensor(float('nan')), torch.zeros(0), torch.zeros(3, 5), torch.zeros(2, dtype=torch.int64),
+    None, True, -1, 10**30, float('nan'), float('inf'), '', '../../x', 'é' * 1000, b'\0', [], [[]], {}, {'': {}},
+    {1: 2}, torch.tensor(float('nan')), torch.zeros(0), torch.zeros(3, 5), torch.zeros(2, dtype=torch.int64),
     torch.ones(4, dtype=torch.bool), torch.zeros(1, dtype=torch.complex64), torch.full((2, 2), float('inf')),
 ]  # fmt: skip
 

@@ -131,8 +131,8 @@ def test_spoilt_pickles_with_sound_checksums(tmp_path):
     path, rng = tmp_path / 'weights.pth', random.Random(2)
     torch.save(honest(), path)
     content = path.read_bytes()
-    messages = [survives(as_encoder, write(path, spoil_pickle(content, rng))) for _ in range(200)]
-    assert sum(message is not None for message in messages) > 100
+    messages = [survives(as_encoder, write(path, spoil_pickle(content, rng))) for _ in range(120)]
+    assert sum(message is not None for message in messages) > 60
 
 
 @pytest.mark.parametrize('load', LOADERS)
@@ -180,9 +180,11 @@ def hostile(proof: Path) -> list:
     code = f'import os; os.mkdir({str(proof)!r})'
     return [
         Call(os.mkdir, str(proof)), Call(os.system, f'mkdir {proof}'), Call(eval, code), Call(exec, code),
-        Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(proof)))), Call(getattr, HistoryBuffer, '__init__'), Call(print, 'hi'),
+        Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(proof)))), Call(getattr, HistoryBuffer, '__init__'),
+        Call(print, 'hi'),
         Call(torch.load, str(proof)), Call(Config.fromstring, code, '.py'), Call(map, os.mkdir, [str(proof)]),
-        Call(np.dtype, 'S8'), Call(np.dtype, 'U8'), Call(np.dtype, 'O'), Call(np.load, str(proof)), Call(open, str(proof), 'w'),
+        Call(np.dtype, 'S8'), Call(np.dtype, 'U8'), Call(np.dtype, 'O'), Call(np.load, str(proof)),
+        Call(open, str(proof), 'w'),
     ]  # fmt: skip
 
 

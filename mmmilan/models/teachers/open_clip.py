@@ -14,8 +14,10 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.open_clip import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
+from mmmilan.files import first_line
 from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, Tower, check_input_size, pair
 from mmmilan.models.teachers.weights import hub_file, load_weights, read_weights, warn_random_weights
 from mmmilan.registry import MODELS
@@ -188,8 +190,10 @@ def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> Non
     if not prefixes:
         raise InputError(f'{path} does not fit this teacher: it has no {first!r} under any prefix; name its model.')
     prefix = min(prefixes, key=lambda prefix: ('visual' not in prefix, len(prefix)))
-    weights = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     weights = {key: value for key, value in weights.items() if prefix or key in own}
+    check_values(weights, path, own)
+    weights = {key: value.float() for key, value in weights.items()}
     if 'positional_embedding' in own and 'positional_embedding' in weights:
         side = math.isqrt(len(weights['positional_embedding']) - 1)
         weights['positional_embedding'] = resize_positions(
@@ -208,21 +212,50 @@ def build_of_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequence
         InputError: if the file holds no such tower.
     """
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
     weights = read_weights(path)
     of_maskclip = is_maskclip(weights)
-    state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
+    try:
+        state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
+        sizes = tower_sizes(state_dict, path, head_width, of_maskclip)
+        with torch.device('meta'):  # without the memory that a forged shape would ask for
+            tower = VisionTransformer(**sizes).state_dict()
+        wrong = [key for key in tower.keys() | state_dict.keys() if shape(tower, key) != shape(state_dict, key)]
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise InputError(f'{path} looks like a CLIP image tower but does not fit: {first_line(error)}') from error
+    if wrong:
+        key = min(wrong)
+        raise InputError(
+            f'{path} looks like a CLIP image tower but does not fit: {key} is {shape(state_dict, key) or "missing"}, '
+            f'where {shape(tower, key) or "none"} belongs.'
+        )
+    visual = VisionTransformer(**sizes)
+    load_weights(visual, state_dict, path)
+    return visual, (IMAGENET_MEAN, IMAGENET_STD) if of_maskclip else (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+
+def shape(weights: dict[str, Tensor], key: str) -> list[int] | None:
+    """The shape of a weight, None where it is missing."""
+    return list(weights[key].shape) if key in weights else None
+
+
+def tower_sizes(state_dict: dict[str, Tensor], path: str, head_width: int, of_maskclip: bool) -> dict[str, Any]:
+    """The arguments of open_clip's ViT, read off the shapes of its weights."""
+    from open_clip.transformer import LayerNorm, QuickGELU
+
     width, _, _, patch_size = state_dict['conv1.weight'].shape
     if width % head_width:
         raise InputError(f'The tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.')
     grid_size = math.isqrt(len(state_dict['positional_embedding']) - 1)
-    layers = {re.match(r'transformer\.resblocks\.(\d+)\.', key) for key in state_dict} - {None}
-    visual = VisionTransformer(
+    layers = {match[1] for key in state_dict if (match := re.match(r'transformer\.resblocks\.(\d+)\.', key))}
+    return dict(
         image_size=grid_size * patch_size,
         patch_size=patch_size,
         width=width,
-        layers=1 + max(int(match[1]) for match in layers),
+        layers=len(layers),
         heads=width // head_width,
         mlp_ratio=state_dict['transformer.resblocks.0.mlp.c_fc.weight'].shape[0] / width,
         output_dim=state_dict['proj'].shape[1],
@@ -230,8 +263,6 @@ def build_of_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequence
         act_layer=nn.GELU if of_maskclip else QuickGELU,
         norm_layer=partial(LayerNorm, eps=NORM_EPS) if of_maskclip else LayerNorm,
     )
-    load_weights(visual, state_dict, path)
-    return visual, (IMAGENET_MEAN, IMAGENET_STD) if of_maskclip else (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 def visual_state_dict(weights: dict[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -244,5 +275,7 @@ def visual_state_dict(weights: dict[str, Tensor], path: str) -> dict[str, Tensor
         )
     prefix = prefixes[0]
     own = ('class_embedding', 'positional_embedding', 'proj', 'conv1.', 'ln_pre.', 'transformer.', 'ln_post.')
-    tower = {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
-    return {key: value for key, value in tower.items() if key.startswith(own)}
+    tower = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    tower = {key: value for key, value in tower.items() if key.startswith(own)}
+    check_values(tower, path)
+    return {key: value.float() for key, value in tower.items()}

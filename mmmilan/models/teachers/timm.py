@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.download import download
+from mmmilan.checkpoints.io import check_values
 from mmmilan.errors import InputError
 from mmmilan.models.teachers.base import Teacher, check_input_size, pair
 from mmmilan.models.teachers.weights import hub_file, read_weights, warn_random_weights
@@ -120,6 +121,7 @@ def build_vit(
     if weights is None:
         return timm.create_model(model, num_classes=0, img_size=size)
     weights = {key: value for key, value in weights.items() if not key.startswith(('head.', 'head_dist.'))}
+    check_values(weights, path)
     # no classifier in either of them, or timm would load what fits and leave the rest without a word
     overlay = dict(state_dict=weights, num_classes=0, label_offset=0)
     try:

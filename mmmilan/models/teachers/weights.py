@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
 
 # Seconds to wait for the hub's first answer: long enough for a slow line, short enough to be told that there is none.
@@ -29,7 +29,6 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> No
     Raises:
         InputError: they do not fit; the sentence has the first reason.
     """
-    check_values(weights, path, module.state_dict())
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
