@@ -4,16 +4,24 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+# What serves a checkout alone: these make environments.
+CHECKOUT_ONLY = ('environment.sh', 'constraints.txt', 'demo.sh', 'test.sh', 'check_install.sh')
+
 
 class BuildWithConfigs(build_py):
-    """Put configs, tools and the model index into the wheel as ``mmmilan/.mim``, where OpenMMLab looks for them."""
+    """Put configs, tools and the model index into the wheel as ``mmmilan/.mim``, where OpenMMLab looks for them.
+
+    In a checkout ``mmmilan/.mim`` holds links to them.
+    """
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
+            ignore = shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY)
+            mim = Path(self.build_lib, 'mmmilan', '.mim')
             for name in ('configs', 'tools'):
-                shutil.copytree(name, Path(self.build_lib, 'mmmilan', '.mim', name), dirs_exist_ok=True)
-            shutil.copy('model-index.yml', Path(self.build_lib, 'mmmilan', '.mim'))
+                shutil.copytree(name, mim / name, ignore=ignore, dirs_exist_ok=True)
+            shutil.copy('model-index.yml', mim)
 
 
 version: dict[str, str] = {}
@@ -33,23 +41,30 @@ setup(
     python_requires='>=3.10',
     entry_points={'console_scripts': ['mmmilan = mmmilan.cli:main']},
     install_requires=[
-        'cyclopts>=4.0',
         'torch>=2.6',
         'torchvision',
-        'onedl-mmengine>=0.10',
-        'onedl-mmpretrain>=1.3',
+        # pip builds mmcv where it sees no torch, so without operators, which pretraining and classification do not
+        # need. Not mmcv-lite: it brings the old mmengine, whose files would overwrite those of onedl-mmengine.
+        'onedl-mmcv>=2.3,<2.4',
+        'onedl-mmengine>=0.10,<1.0',
+        'onedl-mmpretrain>=1.3,<2.0',
         'open_clip_torch>=3.0',
         'timm>=1.0',
+        'cyclopts>=4.0',
         'filelock',
+        'lmdb',
+        'matplotlib',
         'packaging',
         'pyyaml',
         'rich',
         'safetensors',
-        'matplotlib',
         'scikit-learn',
+        'tensorboard',
+        'wrapt',
     ],
     extras_require={
-        'dense': ['onedl-mmcv>=2.3', 'onedl-mmdetection>=3.5', 'onedl-mmsegmentation>=1.4'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'transformers<5', 'tensorboard', 'lmdb'],
+        # Needs mmcv with operators, built before: docs/installation.md.
+        'dense': ['onedl-mmdetection>=3.5,<4.0', 'onedl-mmsegmentation>=1.4,<2.0'],
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
     },
 )

@@ -2,11 +2,11 @@
 
 import importlib
 
-from mmmilan.checkpoints.zoo import extend_mmpretrain
+from mmmilan.openmmlab import extend_openmmlab
 from mmmilan.version import __version__, check_versions
 
 check_versions()
-extend_mmpretrain()
+extend_openmmlab()
 
 # What a person calls, and where it is: imported when it is first asked for.
 _HOMES = {

@@ -18,7 +18,7 @@ DEPENDENCIES = {
         ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
         '>=2.0,<2.4',
         True,
-        'onedl-mmcv (mmcv-lite is enough for pretraining)',
+        'onedl-mmcv',
     ),
     'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), '>=1.0,<2.0', True, 'onedl-mmpretrain'),
     'transformers': (('transformers',), '<5', False, "'transformers<5', as mmpretrain cannot be imported with 5"),

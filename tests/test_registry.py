@@ -141,6 +141,5 @@ except ValueError as error:
 """
     (message,) = run_python(code)
     assert message == (
-        'mmmilan cannot run because mmcv 1.7.2 is outside >=2.0,<2.4; '
-        'install onedl-mmcv (mmcv-lite is enough for pretraining) (mmcv>=2.0,<2.4).'
+        'mmmilan cannot run because mmcv 1.7.2 is outside >=2.0,<2.4; install onedl-mmcv (mmcv>=2.0,<2.4).'
     )

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # See MILAN at work with nothing to download: bash tools/demo.sh [OPTIONS OF tools/demo.py]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec python "$root/tools/demo.py" "$@"
+python "$root/tools/demo.py" "$@"
+say_how_to_activate

@@ -10,9 +10,8 @@ export GOMP_SPINCOUNT=10000
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${MMMILAN_VENV:-$root/.venv}
-torch=2.11.0
-mmcv=2.3.6
-stamp=$venv/mmmilan-$(cksum < "${BASH_SOURCE[0]}" | cut -d" " -f1)
+constraints=$root/tools/constraints.txt
+stamp=$venv/mmmilan-$(cat "${BASH_SOURCE[0]}" "$constraints" "$root/setup.py" | cksum | cut -d" " -f1)
 
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -31,6 +30,10 @@ install() {  # pip, with a line for each file that it fetches
     "$venv/bin/pip" install "$@" | { grep --line-buffered -oE '(Downloading|Building wheel for) .*' || true; }
 }
 
+tested_version() {  # of package $1
+    sed -n "s/^$1==//p" "$constraints"
+}
+
 show_count() {  # of the files that ninja has compiled
     local line
     while read -r line; do
@@ -39,36 +42,41 @@ show_count() {  # of the files that ninja has compiled
     echo
 }
 
-build_mmcv() {  # into folder $1
-    echo "-- compiling mmcv's operators, once for torch $torch (5 to 10 minutes on two cores)"
+build_mmcv() {  # with operators, into folder $1
+    echo "-- compiling mmcv's operators, once for torch $(tested_version torch) (5 to 10 minutes on two cores)"
     command -v c++ >/dev/null || fail 'no C++ compiler was found; install g++ or clang (c++ must be on the PATH)'
     mkdir -p "$1"
     local build
     build=$(mktemp -d "$1/build.XXXX")
-    CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --verbose --no-build-isolation --no-deps "onedl-mmcv==$mmcv" \
-        --wheel-dir "$build" 2>&1 | tee "$build/log" | show_count \
+    # pip's own cache may hold a wheel that was built for another torch, or for none
+    CFLAGS=${CFLAGS:--g0 -O1} "$venv/bin/pip" wheel --verbose --no-build-isolation --no-cache-dir --no-deps \
+        "onedl-mmcv==$(tested_version onedl-mmcv)" --wheel-dir "$build" 2>&1 | tee "$build/log" | show_count \
         || { tail -n 30 "$build/log" >&2; fail "mmcv did not compile; the whole log is $build/log"; }
     mv "$build"/*.whl "$1/"
     rm -r "$build"
 }
 
 make_environment() {
-    local python tag wheels
+    local python tag wheels wheel
     python=$(find_python)
     echo "-- making the environment in $venv with $("$python" --version): several GB, about 4 minutes"
     "$python" -m venv "$venv"
     echo '-- installing PyTorch'
-    install "torch==$torch" torchvision==0.26.0 'numpy<2.3' 'setuptools>=80,<82' ninja wheel psutil
+    install --constraint "$constraints" torch torchvision numpy setuptools ninja wheel psutil
     tag=$("$venv/bin/python" -c 'import sys; print(f"cp{sys.version_info.major}{sys.version_info.minor}")')
-    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$torch-$tag
-    compgen -G "$wheels/onedl_mmcv-$mmcv-*.whl" >/dev/null || build_mmcv "$wheels"
-    echo '-- installing the OpenMMLab packages, open_clip and timm'
-    install "$wheels"/onedl_mmcv-$mmcv-*.whl onedl-mmengine==0.10.12 onedl-mmpretrain==1.3.6 onedl-mmdetection==3.5.1 \
-        onedl-mmsegmentation==1.4.2 open_clip_torch==3.3.0 timm==1.0.31 'transformers<5' 'numpy<2.3' filelock \
-        cyclopts pytest pytest-xdist ruff tensorboard lmdb rich safetensors matplotlib scikit-learn
-    install --no-build-isolation --no-deps --editable "$root"
+    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$(tested_version torch)-$tag
+    wheel=$wheels/onedl_mmcv-$(tested_version onedl-mmcv)-*.whl
+    compgen -G "$wheel" >/dev/null || build_mmcv "$wheels"
+    echo '-- installing mmmilan and what it needs: the OpenMMLab packages, open_clip, timm'
+    # shellcheck disable=SC2086  # a pattern
+    install --constraint "$constraints" $wheel
+    install --constraint "$constraints" --no-build-isolation --editable "$root[dense,test]"
     touch "$stamp"
 }
 
 [ -e "$stamp" ] || make_environment
 export PATH="$venv/bin:$PATH"
+
+say_how_to_activate() {  # the last line of demo.sh and test.sh
+    echo "To use this environment in your shell: source $venv/bin/activate"
+}

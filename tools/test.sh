@@ -5,3 +5,4 @@ cd "$root"
 ruff check .
 ruff format --check .
 python -m pytest -n 2 --dist loadfile "$@"  # two at a time, as they use one core each
+say_how_to_activate

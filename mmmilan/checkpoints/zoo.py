@@ -1,12 +1,9 @@
-"""The names of published checkpoints, read from ``model-index.yml``, and how mmpretrain comes to know them."""
+"""The names of published checkpoints, read from ``model-index.yml``."""
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +28,8 @@ class ZooModel:
 
 
 def zoo_root() -> Path:
-    """The folder of ``model-index.yml`` and ``configs``: in the installed package, or the checkout."""
-    package = Path(__file__).parents[1]
-    for root in (package / '.mim', package.parent):
-        if (root / 'model-index.yml').is_file():
-            return root
-    raise InputError(f'There is no model-index.yml in {package / ".mim"} or {package.parent}; install mmmilan again.')
+    """The folder of ``model-index.yml``, ``configs`` and ``tools``; in a checkout it holds links to them."""
+    return Path(__file__).parents[1] / '.mim'
 
 
 @functools.lru_cache
@@ -96,46 +89,3 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         f'{text} is neither a file nor a URL nor a model of the zoo, and {last.parent} has no checkpoint; choose one '
         f'of {", ".join(zoo_models())}.'
     )
-
-
-def extend_mmpretrain() -> None:
-    """Let ``mmpretrain.get_model`` and ``mmpretrain.list_models`` find our models, without importing mmpretrain."""
-    if 'mmpretrain.apis.model' in sys.modules:
-        _extend(sys.modules['mmpretrain.apis.model'].ModelHub)
-    elif not any(isinstance(finder, _WhenMMPretrainIsImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenMMPretrainIsImported())
-
-
-class _WhenMMPretrainIsImported(importlib.abc.MetaPathFinder):
-    """Extends mmpretrain's hub once, right after the module that holds it has been imported."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != 'mmpretrain.apis.model':
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def run_and_extend(module):
-            run(module)
-            _extend(module.ModelHub)
-
-        spec.loader.exec_module = run_and_extend
-        return spec
-
-
-def _extend(hub: type) -> None:
-    """mmpretrain fills its hub at the first question; ours go in right after, in place of those of the same name."""
-    fill = hub._register_mmpretrain_models
-
-    @functools.lru_cache
-    def add_ours():
-        for name in zoo_models():
-            hub._models_dict.pop(name, None)
-        hub.register_model_index(zoo_root() / 'model-index.yml', config_prefix=zoo_root())
-
-    def fill_and_add(cls):
-        fill()
-        add_ours()
-
-    hub._register_mmpretrain_models = classmethod(fill_and_add)

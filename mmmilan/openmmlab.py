@@ -1,0 +1,55 @@
+"""How MMEngine and mmpretrain come to know this project, once ``mmmilan`` and they are imported, in either order.
+
+Both keep closed lists, which a plugin can extend only after they are there, and importing them takes ten seconds:
+``import mmmilan`` waits for whoever imports them.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import wrapt
+
+from mmmilan.checkpoints.zoo import zoo_models, zoo_root
+
+
+def extend_openmmlab() -> None:
+    """Extend both now, or when they are imported."""
+    wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
+    wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')
+
+
+def extend_mmengine(module: ModuleType) -> None:
+    """Let ``_base_ = 'mmmilan::…'`` and ``mmengine.hub.get_config('mmmilan::…')`` find our configs.
+
+    MMEngine would have every type in such a base be one of the scope ``mmmilan``. Ours name their scopes themselves.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE['mmmilan'] = 'mmmilan'
+    get_path = module.Config._get_cfg_path
+
+    def get_path_and_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        path, scope = get_path(cfg_path, filename)
+        return path, None if scope == 'mmmilan' else scope
+
+    module.Config._get_cfg_path = staticmethod(get_path_and_scope)
+
+
+def extend_mmpretrain(module: ModuleType) -> None:
+    """Let ``mmpretrain.get_model`` and ``mmpretrain.list_models`` find our models.
+
+    mmpretrain fills its hub at the first question; ours go in after, in place of those of the same name.
+    """
+    hub = module.ModelHub
+    fill = hub._register_mmpretrain_models
+
+    @functools.lru_cache
+    def fill_and_add() -> None:
+        fill()
+        for name in zoo_models():
+            hub._models_dict.pop(name, None)
+        hub.register_model_index(zoo_root() / 'model-index.yml', config_prefix=zoo_root())
+
+    hub._register_mmpretrain_models = staticmethod(fill_and_add)
