@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from mmcv.transforms import BaseTransform
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.registry import TRANSFORMS
+
+if TYPE_CHECKING:
+    from mmmilan.models.teachers import Teacher
 
 # Stands for log 0: below the logarithm of every positive float32 plus any noise, and still finite.
 LOG_ZERO = -1e3
@@ -111,6 +115,18 @@ class Masking(BaseTransform):
         if visible < 1:
             raise InputError(f'mask_ratio={self.mask_ratio} leaves none of {num_patches} patches visible; lower it.')
         return visible
+
+    def prepare(self, teacher: Teacher | None) -> None:
+        """Take what is needed of the algorithm's teacher, once: here, nothing."""
+
+    def weigh(self, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
+        """The importance [B, N] that counts: here, the teacher's own.
+
+        Args:
+            importance: The teacher's importance [B, N]; None without a teacher.
+            features: The teacher's features [B, 1 + N, C]; None without a teacher.
+        """
+        return importance
 
     def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
         """Mask a batch.
