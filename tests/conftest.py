@@ -20,6 +20,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from helpers import ROOT
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.registry import MODELS
 
 torch.set_num_threads(1)  # the models here are too small for more
 
@@ -89,6 +90,27 @@ def milan_cfg(clip_file):
         ),
         head=dict(type='mmmilan.CLIPTarget', teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)),
     )
+
+
+@pytest.fixture
+def maskclip_file(tmp_path):
+    """A whole MaskCLIP with random weights: 4 x 4 patches of 16, 24 dimensions, texts of 16 tokens."""
+    arch = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=256)
+    model = dict(
+        type='mmmilan.MaskCLIP',
+        backbone=dict(type='mmmilan.MILANViT', arch=arch, img_size=64, patch_size=16),
+        text=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1),
+        embed_dim=24,
+        distillation_weight=0,
+        language_weight=0,
+    )
+    clip = MODELS.build(model)
+    clip.init_weights()
+    torch.nn.init.normal_(clip.text.text_projection)
+    path = tmp_path / 'maskclip.pth'
+    meta = dict(cfg=Config(dict(model=model)).pretty_text, model=model)
+    torch.save(dict(state_dict=clip.state_dict(), meta=meta), path)
+    return str(path)
 
 
 @pytest.fixture(scope='session')

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmmilan.errors import InputError
+from mmmilan.models.text_tower import TextTower
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
 
@@ -34,7 +35,8 @@ class ZeroShotLoop(TestLoop):
             open_clip's names of the classes of ImageNet-1k.
 
     Raises:
-        InputError: if the names are not as many as the classes, or a template has no ``{}``.
+        InputError: if the names are not as many as the classes, a template has no ``{}``, or the model has no text
+            tower.
     """
 
     def __init__(
@@ -65,37 +67,33 @@ class ZeroShotLoop(TestLoop):
     def run(self) -> dict:
         """Encode the prompts, then test."""
         self.runner.model.eval()
-        self.classifier = self.encode_classes()
+        self.classifier, self.scale = self.encode_classes()
         return super().run()
 
-    @property
-    def clip(self) -> torch.nn.Module:
-        return unwrap(self.runner.model)
-
     @torch.no_grad()
-    def encode_classes(self) -> Tensor:
-        """Embeddings [C, E] of length 1."""
-        from open_clip.tokenizer import SimpleTokenizer
-
-        tokenize = SimpleTokenizer(context_length=self.clip.text.context_length)
-        classifier = []
-        quiet = not is_main_process()
-        for name in track(self.class_names, 'Embeddings of the class names', transient=True, disable=quiet):
-            text = tokenize([prompt(name) for prompt in self.prompts]).to(self.clip.logit_scale.device)
-            classifier.append(self.clip.encode_text(text).mean(0))
-        return F.normalize(torch.stack(classifier), dim=1)
+    def encode_classes(self) -> tuple[Tensor, float]:
+        """Embeddings [C, E] of length 1 of the classes, and the scale of their cosines with images."""
+        model = unwrap(self.runner.model)
+        tower = model.text_tower().to(next(model.parameters()).device)
+        return embed_classes(tower, self.class_names, self.prompts), tower.scale
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict) -> None:
         """One batch of test images."""
         self.runner.call_hook('before_test_iter', batch_idx=idx, data_batch=data_batch)
-        outputs = self.runner.model.test_step(data_batch)
-        images = torch.stack([sample.image_embedding for sample in outputs])
-        scores = (self.clip.logit_scale.exp() * images @ self.classifier.T).softmax(dim=1)
-        for sample, score in zip(outputs, scores, strict=True):
-            sample.set_pred_score(score)
+        model = unwrap(self.runner.model)
+        data = model.data_preprocessor(data_batch)
+        scores = (self.scale * model.encode_image(data['inputs']) @ self.classifier.T).softmax(dim=1)
+        outputs = [sample.set_pred_score(score) for sample, score in zip(data['data_samples'], scores, strict=True)]
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
         self.runner.call_hook('after_test_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
+
+
+def embed_classes(tower: TextTower, names: Sequence[str], prompts: Sequence[Callable[[str], str]]) -> Tensor:
+    """Embeddings [C, E] of length 1: for each class the mean of the embeddings of its name in all prompts."""
+    quiet = not is_main_process()
+    steps = track(names, 'Embeddings of the class names', transient=True, disable=quiet)
+    return F.normalize(torch.stack([tower([prompt(name) for prompt in prompts]).mean(0) for name in steps]), dim=1)
 
 
 def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]:

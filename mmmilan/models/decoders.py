@@ -247,7 +247,7 @@ class PromptingDecoder(Decoder):
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """latent [B, 1 + V, D], visible [B, V], masked [B, M] -> predictions [B, 1 + V + M, C]."""
         prompts, x = self.embed(latent, visible, masked)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks if masked.shape[1] else ():
             x = self.run_block(block, x, prompts)
         return self.predict(torch.cat([prompts, x], dim=1))
 

@@ -47,7 +47,7 @@ def as_num_patches(grid: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def check_grid(teacher: nn.Module, backbone: nn.Module, name: str) -> None:
-    """Check that a teacher has as many patches as the encoder.
+    """Check that a teacher's grid of patches is the encoder's.
 
     Args:
         teacher: The teacher.
@@ -57,8 +57,10 @@ def check_grid(teacher: nn.Module, backbone: nn.Module, name: str) -> None:
     Raises:
         InputError: naming the teacher's right input size.
     """
-    if teacher.num_patches != backbone.num_patches:
+    grid = tuple(backbone.patch_resolution)
+    if teacher.grid != grid:
+        rows, columns = (side * teacher.patch_size for side in grid)
         raise InputError(
-            f'{name} sees {teacher.num_patches} patches and the encoder {backbone.num_patches}; set '
-            f'{name}.input_size to {backbone.patch_resolution[0] * teacher.patch_size}.'
+            f'{name} sees {as_num_patches(teacher.grid)} patches and the encoder {as_num_patches(grid)}; set '
+            f'{name}.input_size to {rows if rows == columns else (rows, columns)}.'
         )

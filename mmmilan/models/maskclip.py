@@ -16,6 +16,7 @@ from mmmilan.errors import InputError
 from mmmilan.masking import split_patches
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.mean_teacher import MeanTeacher
+from mmmilan.models.text_tower import TextTower
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
 
@@ -102,6 +103,7 @@ class MaskCLIP(BaseModel):
             self.mean_teacher = MeanTeacher(self.backbone) if self.head.teacher is None else None
             target_dim = self.backbone.embed_dims if self.head.teacher is None else self.head.teacher.feature_dim
             check_parts(self.backbone, self.masking, self.neck, self.head, target_dim)
+            self.masking.prepare(self.head.teacher)
         if language_weight:
             sizes = dict(width=self.text.width, vocab_size=self.text.vocab_size)
             self.language = MODELS.build(require_cfg(language, 'language', 'language_weight'), default_args=sizes)
@@ -132,6 +134,17 @@ class MaskCLIP(BaseModel):
         """Normalised images [B, 3, H, W] -> embeddings [B, E] of length 1, float32."""
         cls_token = self.encode_tokens(self.backbone, images)[:, 0]
         return F.normalize(self.image_projection(cls_token).float(), dim=-1)
+
+    def embed_joint(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> embeddings [B, 1 + N, E] of image and patches, of length 1, float32."""
+        return F.normalize(self.image_projection(self.encode_tokens(self.backbone, images)).float(), dim=-1)
+
+    def text_tower(self) -> TextTower:
+        """The text encoder with its tokenizer."""
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenize = SimpleTokenizer(context_length=self.text.context_length)
+        return TextTower(self.text, tokenize, float(self.logit_scale.exp()))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, E] of length 1, float32."""
@@ -168,6 +181,7 @@ class MaskCLIP(BaseModel):
         """Masked self-distillation: the loss of the masked patches of images [B, 3, H, W], a scalar."""
         if self.mean_teacher is None:
             target, importance = self.head.run_teacher(images)  # [B, 1+N, C], [B, N]
+            importance = self.masking.weigh(importance, target)
         else:
             target, importance = self.encode_tokens(self.mean_teacher, images), None
         num_patches = self.backbone.num_patches

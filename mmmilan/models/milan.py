@@ -26,6 +26,8 @@ from torch import Tensor
 from mmmilan.errors import InputError
 from mmmilan.masking import split_patches, supplied_masks
 from mmmilan.models.fitting import check_parts
+from mmmilan.models.targets import CLIPTarget
+from mmmilan.models.text_tower import TextTower
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
 
@@ -39,7 +41,7 @@ class Reconstruction:
         predicted: Indices [B·K, M] of the masked patches that were predicted.
         token_loss: Loss [B·K, 1 + V + M] of the predicted tokens: class token, visible patches, masked patches.
         view_loss: Loss [B·K] of each image and mask; the training loss is its mean.
-        importance: Attention of the teacher's class token to each patch [B, N]; None without a teacher.
+        importance: Importance [B, N] of each patch, from which the masks are drawn; None without a teacher.
     """
 
     visible: Tensor
@@ -87,6 +89,7 @@ class MILAN(BaseModel):
         self.neck = MODELS.build(neck)
         self.head = MODELS.build(head)
         check_parts(self.backbone, self.masking, self.neck, self.head, self.head.feature_dim)
+        self.masking.prepare(self.head.teacher)
 
     def forward(
         self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'
@@ -102,6 +105,38 @@ class MILAN(BaseModel):
         """Features of whole images [B, 3, H, W], as the backbone's ``out_type`` asks."""
         return self.backbone(inputs)
 
+    def embed_joint(self, images: Tensor) -> Tensor:
+        """The decoder's prediction of the teacher's features with nothing masked: images and texts share this space.
+
+        Args:
+            images: Whole normalised images [B, 3, H, W].
+
+        Returns:
+            Embeddings [B, 1 + N, C] of length 1, float32: the image's (class token), then those of its patches.
+
+        Raises:
+            InputError: the model predicts something else than a teacher's features.
+        """
+        if not isinstance(self.head, CLIPTarget):
+            raise InputError(f'{type(self.head).__name__} has no joint space of image and text; it takes a CLIPTarget.')
+        visible = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
+        pred = self.neck(self.backbone(images, visible), visible, visible[:, :0])
+        return F.normalize(pred.float(), dim=-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> embeddings [B, C] in the joint space, of length 1, float32."""
+        return self.embed_joint(images)[:, 0]
+
+    def text_tower(self) -> TextTower:
+        """The text tower of the teacher.
+
+        Raises:
+            InputError: there is no teacher, or it has none.
+        """
+        if self.head.teacher is None:
+            raise InputError('This model has no teacher, and so no text tower; train it with an OpenCLIPTeacher.')
+        return self.head.teacher.text_tower()
+
     def loss(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> dict[str, Tensor]:
         """Training loss of normalised images [B, 3, H, W].
 
@@ -114,6 +149,7 @@ class MILAN(BaseModel):
     ) -> Reconstruction:
         """The algorithm, in the steps of the drawing at the top of this file, with K masks an image."""
         features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
+        importance = self.masking.weigh(importance, features)  # [B, N]: by default as it is
         visible, masked = self.draw(images, importance, data_samples, masks_per_image)  # [B·K, V], [B·K, N-V]
         predicted = self.neck.sample(masked)  # [B·K, M]: by default all of them, M = N-V
 

@@ -13,7 +13,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     serves all rows.
     """
     rows = index.reshape(len(tokens), -1, 1).expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, rows).view(*index.shape, -1)
+    return tokens.gather(1, rows).view(*index.shape, tokens.shape[-1])
 
 
 def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:

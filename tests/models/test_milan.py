@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from helpers import assert_close, gradients
 from mmmilan.engine import BFloat16OptimWrapper, NonFiniteLossHook
 from mmmilan.errors import InputError
+from mmmilan.masking import Masking
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
 
@@ -166,10 +167,11 @@ def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
 # -- several masks of an image
 
 
-class Listed:
+class Listed(Masking):
     """Masking that gives what it is given."""
 
     def __init__(self, masks: Tensor) -> None:
+        super().__init__()
         self.masks = masks
 
     def num_visible(self, num_patches: int) -> int:

@@ -124,7 +124,7 @@ def test_teacher_whose_grid_cannot_match(tiny_config, error_of):
     message = error_of('train.py', tiny_config({'model.head.teacher.input_size': 40}))
     assert message == "The teacher's input_size=40 is not a multiple of its patch size 16; choose 32 or 48."
     message = error_of('train.py', tiny_config({'model.head.teacher.input_size': 96}))
-    assert message == "The teacher's grid has 36 patches and the encoder's 16; set input_size of the teacher to 64."
+    assert message == 'head.teacher sees 36 patches and the encoder 16; set head.teacher.input_size to 64.'
 
 
 def test_teacher_file(tiny_config, error_of, clip_file, tmp_path):
@@ -201,8 +201,13 @@ def test_pixel_target_with_another_patch_size(milan_cfg):
 
 
 def test_image_that_is_no_square(milan_cfg):
+    """The decoder and the teacher have to be told of it."""
     milan_cfg['backbone']['img_size'] = (64, 32)
-    assert 'img_size=(64, 32) gives 4x2 patches' in build_error(milan_cfg)
+    assert build_error(milan_cfg).startswith('neck.num_patches is 16, but the other parts of the model need (4, 2)')
+    milan_cfg['neck']['num_patches'] = (4, 2)
+    assert build_error(milan_cfg) == (
+        'head.teacher sees 16 patches and the encoder (4, 2); set head.teacher.input_size to (64, 32).'
+    )
 
 
 def samples(*masked: int, num_patches: int = 16) -> list[DataSample]:

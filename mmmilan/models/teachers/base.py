@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
+
+if TYPE_CHECKING:
+    from mmmilan.models.text_tower import TextTower
 
 # Images come normalised by ImageNet's statistics, as the configs' data preprocessor does it.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -168,6 +172,14 @@ class Teacher(nn.Module):
         with self.precision(images):
             tokens, importance = self.tower.forward_layers(self.prepare(images), [layer % depth for layer in layers])
         return [self.on_grid(x) for x in tokens], self.importance_on_grid(importance)
+
+    def text_tower(self) -> TextTower:
+        """The text tower that shares the space of the features.
+
+        Raises:
+            InputError: there is none.
+        """
+        raise InputError(f'{type(self).__name__} has no text tower; for texts, train with an OpenCLIPTeacher.')
 
     def precision(self, images: Tensor) -> torch.autocast | nullcontext:
         """Autocast to bfloat16 where the weights are held in it."""

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.logging import print_log
@@ -21,6 +21,9 @@ from mmmilan.files import first_line
 from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, Tower, check_input_size, pair
 from mmmilan.models.teachers.weights import hub_file, load_weights, read_weights, warn_random_weights
 from mmmilan.registry import MODELS
+
+if TYPE_CHECKING:
+    from mmmilan.models.text_tower import TextTower
 
 
 @MODELS.register_module()
@@ -67,6 +70,13 @@ class OpenCLIPTeacher(Teacher):
         tower = build_tower(visual, size, importance_layers, register_neurons)
         tower.mean, tower.std = normalisation
         super().__init__(tower, **options)
+        self.source = dict(model=model, pretrained=pretrained, head_width=head_width)
+
+    def text_tower(self) -> TextTower:
+        """The text tower of the same CLIP, built anew."""
+        from mmmilan.models.text_tower import load_text_tower
+
+        return load_text_tower(**self.source)
 
     @property
     def visual(self) -> nn.Module:
