@@ -10,7 +10,7 @@ model = dict(
     text=dict(context_length=24, width=128, heads=2, layers=2),
     embed_dim=128,
     neck=dict(num_patches=64, embed_dim=128, decoder_embed_dim=96, decoder_num_heads=4, predict_feature_dim=128),
-    head=dict(feature_dim=128, num_codewords=256),
+    head=dict(feature_dim=128, num_codewords=256, warmup_steps=47),  # the first epoch
     language=dict(decoder_num_heads=2),
 )
 default_hooks = dict(logger=dict(interval=10), mean_teacher=dict(start=0.99, end=0.999))  # 4 epochs are 188 steps

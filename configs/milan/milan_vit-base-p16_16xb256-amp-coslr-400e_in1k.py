@@ -1,4 +1,6 @@
-# MILAN, ViT-B/16, CLIP ViT-B/16 target: 16 GPUs x 256 images, 400 epochs of ImageNet-1k (table 5, row 8).
+# MILAN, ViT-B/16, CLIP ViT-B/16 target, 400 epochs of ImageNet-1k (paper, appendix A.1; table 5, row 8: 85.4 fine-tuned).
+# 16 GPUs x 256 images: bash tools/dist_train.sh configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py 8
+# on each of 2 machines, with NNODES, NODE_RANK and MASTER_ADDR set.
 _base_ = [
     '../_base_/imagenet_pretrain.py',
     '../_base_/pretrain_adamw_coslr_400e.py',

@@ -53,7 +53,7 @@ class MaskCLIP(BaseModel):
 
     A masked image goes through the image encoder and a decoder, which predicts the tokens that a mean teacher gives
     the whole image (:class:`MeanTeacher`, moved by ``MeanTeacherHook``); see :class:`CodewordTarget` for the loss.
-    Parts of weight zero are not built. Except for the published recipe's numbers, defaults are this project's.
+    Parts of weight zero are not built. Whose numbers the recipe has is said in ``configs/maskclip/README.md``.
 
     Args:
         backbone: Config of the image encoder, a :class:`MILANViT`; its class token is projected to the joint space.

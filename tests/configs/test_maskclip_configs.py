@@ -76,7 +76,7 @@ def test_every_config_is_an_ablation_of_the_table():
 
 
 def test_recipe():
-    """The numbers of the paper's summary."""
+    """The numbers whose sources configs/maskclip/README.md lists."""
     cfg = Config.fromfile(CONFIGS[BASE])
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-3, 0.2)

@@ -1,4 +1,4 @@
-# DINO ViT-B/16 as the teacher: a target without language.
+# DINO ViT-B/16 as the teacher: a target without language. The published code has it, the paper no figure.
 _base_ = '../milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# Knowledge distillation: no decoder, loss on the visible patches (table 10).
+# Knowledge distillation: no decoder, loss on the visible patches (paper, table 10: 84.0 fine-tuned).
 _base_ = '../milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
 model = dict(

@@ -1,0 +1,67 @@
+"""configs/milan/README.md has a command for every row of the paper's tables, and each command's config is of the row."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from mmengine.config import Config
+
+from helpers import ROOT
+
+FOLDER = ROOT / 'configs/milan'
+ROW = re.compile(r'\| (\d+) \| (.+?) \| \[`(.+?)`\]\((.+?)\) \| \[.+?\]\((.+?)\) \| (.+?) \|')
+ROWS = [match.groups() for match in map(ROW.fullmatch, (FOLDER / 'README.md').read_text().splitlines()) if match]
+# The figures of MILAN and its variants in the paper, table by table, from the top
+FIGURES = {
+    1: '85.4 87.8 86.4 88.3',
+    2: '79.9 84.3',
+    3: '52.6/45.5 55.9/48.2 52.7 57.9',
+    4: '62.2 75.9 64.1 76.6 46.3 57.4',
+    5: '83.0 83.6 83.9 83.0 83.3 83.3 84.1 85.1 85.4 85.6 84.4',
+    6: '48.1 49.2 50.4 51.9 52.7',
+    7: '62.0 67.1 68.1 79.9 78.9 80.0',
+    8: '78.9 79.9 84.1 84.3',
+    9: '86.7 81.6 55.0/47.5 55.3 87.8 84.3¹ 55.9/48.2 57.9',
+    10: '84.0 85.4',
+}
+# what a row's start has, as far as its name says: target, decoder, masking, size of teacher and student
+STARTS = {
+    '#1': ('PixelTarget', 'MAEDecoder', 'RandomMasking'),
+    '#2 CLIP target': ('CLIPTarget', 'MAEDecoder', 'RandomMasking'),
+    '#3 prompting decoder': ('PixelTarget', 'PromptingDecoder', 'RandomMasking'),
+    '#4 semantic sampling': ('PixelTarget', 'MAEDecoder', 'SemanticAwareMasking'),
+    '#5 both': ('PixelTarget', 'PromptingDecoder', 'SemanticAwareMasking'),
+    'CLIP target, semantic sampling': ('CLIPTarget', 'MAEDecoder', 'SemanticAwareMasking'),
+    'CLIP target, prompting decoder': ('CLIPTarget', 'PromptingDecoder', 'RandomMasking'),
+    'all three': ('CLIPTarget', 'PromptingDecoder', 'SemanticAwareMasking'),
+    'random sampling': ('CLIPTarget', 'PromptingDecoder', 'RandomMasking'),
+    'distillation': ('CLIPTarget', 'LinearProjection', 'SemanticAwareMasking'),
+}
+
+
+def test_every_row_of_the_paper_is_there():
+    found = {table: [] for table in FIGURES}
+    for table, *_, figure in ROWS:
+        found[int(table)].append(figure.replace(' ', ''))
+    assert found == {table: figures.split() for table, figures in FIGURES.items()}
+
+
+@pytest.mark.parametrize('row', ROWS, ids=[f'{row[0]}-{row[1]}' for row in ROWS])
+def test_row(row, monkeypatch):
+    table, name, pretrain, start, downstream, _ = row
+    assert (FOLDER / start).stem == pretrain
+    pretraining = Config.fromfile(FOLDER / start)
+    parts = tuple(pretraining.model[key].type.removeprefix('mmmilan.') for key in ('head', 'neck', 'masking'))
+    expected = next((parts for words, parts in STARTS.items() if words in name), STARTS['all three'])
+    assert parts == (STARTS['random sampling'] if table == '2' else expected)
+    if table == '9':  # the teacher's size is the row's
+        assert pretraining.model.head.teacher.model == ('ViT-B-16' if 'ViT-B' in name else 'ViT-L-14') + '-quickgelu'
+    assert pretraining.train_cfg.max_epochs == (1600 if '1600' in name else 400)
+
+    monkeypatch.setenv('PRETRAIN', pretrain)
+    cfg = Config.fromfile(FOLDER / downstream)
+    assert cfg.model.backbone.init_cfg.checkpoint == pretrain
+    assert cfg.model.backbone.arch == pretraining.model.backbone.arch == ('large' if 'large' in pretrain else 'base')
+    if 'ViT-L' in name or 'ViT-B' in name and table != '9':
+        assert ('large' in pretrain) == ('ViT-L' in name)
