@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmmilan.errors import InputError
@@ -32,12 +32,21 @@ def atomic_write(path: Path) -> Iterator[str]:
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError for a full disk
         raise InputError(
             f'{path} was not written ({first_line(error)}); free space or choose another folder.'
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename reach the disk before what is deleted after it; not every file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,3 +1,4 @@
+from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import ZeroCheckpointHook, ZeroRedundancyOptimizer
 from mmmilan.engine.fsdp import FullyShardStrategy
@@ -17,6 +18,7 @@ from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'CheckpointHook',
     'ClassCountHook',
     'CompileHook',
     'CorruptImageHook',

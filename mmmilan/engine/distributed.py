@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_distributed
-from mmengine.hooks import CheckpointHook
 from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
 from mmengine.runner import Runner
 
+from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.registry import HOOKS, OPTIMIZERS
 
 
@@ -49,7 +49,7 @@ class ZeroRedundancyOptimizer(MMEngineZeroRedundancyOptimizer):
 
 @HOOKS.register_module()
 class ZeroCheckpointHook(CheckpointHook):
-    """MMEngine's hook, for :class:`ZeroRedundancyOptimizer`: all processes hand in their states before one saves."""
+    """Our hook, for :class:`ZeroRedundancyOptimizer`: all processes hand in their states before one saves."""
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         runner.optim_wrapper.optimizer.consolidate_state_dict()

@@ -18,18 +18,16 @@ import torch
 import torchvision  # noqa: F401  has the operator write_file
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModel
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader
 from mmpretrain.models import VisionTransformer
-from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.checkpoints.loading import load_weights
-from mmmilan.engine.hooks import ExactLoadingHook
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mutations import spoil_bytes, spoil_pickle, spoil_values, write
+from small_runs import Model, runner
 
 ARCH = dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32)
 
@@ -338,42 +336,6 @@ def test_lists_without_end(tmp_path, kind):
 
 
 # -- resuming
-
-
-class Numbers(Dataset):
-    metainfo: dict = {}
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return torch.full((3,), float(index))
-
-
-class Model(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 1)
-
-    def forward(self, *inputs, mode):
-        return dict(loss=self.layer(torch.stack(inputs)).square().mean())
-
-
-def runner(work_dir: Path, epochs: int = 2, **kwargs) -> Runner:
-    loader = dict(dataset=Numbers(), batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False))
-    built = Runner(
-        Model(),
-        str(work_dir),
-        loader,
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01, fused=True)),
-        param_scheduler=[dict(type='CosineAnnealingLR', T_max=4)],
-        experiment_name=os.urandom(8).hex(),
-        log_level='ERROR',
-        **kwargs,
-    )
-    built.register_hook(ExactLoadingHook())
-    return built
 
 
 def test_spoilt_training_states(tmp_path, safe_mmengine):

@@ -1,0 +1,131 @@
+"""Checkpoints that are there whole: the new one first, then the old one goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mmengine.runner.checkpoint
+import mmengine.runner.runner
+import torch
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmmilan.errors import InputError
+from mmmilan.files import atomic_write, write_text
+from mmmilan.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's ``CheckpointHook``, by which no moment of a crash loses a checkpoint.
+
+    Each file is written beside its place, reaches the disk and is then renamed; ``last_checkpoint`` too. Older
+    checkpoints, and the best one so far, are deleted after that. Same arguments; ``out_dir`` must be a folder.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if not isinstance(self.file_backend, LocalBackend):
+            raise InputError(f'{self.out_dir} is no folder; set default_hooks.checkpoint.out_dir to one.')
+        if is_main_process():
+            for leftover in Path(self.out_dir).glob('.*.pth.????????'):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated = self._count_in(runner, step)
+        path = Path(self.out_dir, self.filename_tmpl.format(step))
+        self.last_ckpt = str(path)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+
+        def settle(path: Path) -> None:
+            write_text(Path(runner.work_dir, 'last_checkpoint'), str(path))
+            remove(outdated)
+
+        with self._writing(settle):
+            runner.save_checkpoint(
+                self.out_dir,
+                path.name,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                **self.args,
+            )
+
+    def _count_in(self, runner: Runner, step: int) -> list[Path]:
+        """Count a new checkpoint among those to keep; returns those that go for it."""
+        if self.max_keep_ckpts <= 0 or step in self.keep_ckpt_ids:
+            return []
+        outdated = list(self.keep_ckpt_ids)[: len(self.keep_ckpt_ids) + 1 - self.max_keep_ckpts]
+        self.keep_ckpt_ids.append(step)  # a deque, which drops the oldest
+        runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        return [Path(self.out_dir, self.filename_tmpl.format(old)) for old in outdated]
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        outdated: list[Path] = []
+        backend, self.file_backend = self.file_backend, _Remembering(outdated)
+
+        def settle(path: Path) -> None:
+            remove(old for old in outdated if old != path)
+            outdated.clear()
+
+        try:
+            with self._writing(settle):
+                super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+
+    @contextmanager
+    def _writing(self, settle: Callable[[Path], None]) -> Iterator[None]:
+        """Within this context MMEngine's runners save by :meth:`write`."""
+
+        def save(checkpoint: dict[str, Any], filename: str, **kwargs) -> None:
+            self.write(checkpoint, Path(filename), settle)
+
+        modules = mmengine.runner.runner, mmengine.runner.checkpoint
+        before = [module.save_checkpoint for module in modules]
+        for module in modules:
+            module.save_checkpoint = save
+        try:
+            yield
+        finally:
+            for module, function in zip(modules, before, strict=True):
+                module.save_checkpoint = function
+
+    def write(self, checkpoint: dict[str, Any], path: Path, settle: Callable[[Path], None]) -> None:
+        """Write a checkpoint, in the main process.
+
+        Args:
+            checkpoint: What is saved.
+            path: Its file.
+            settle: To be called with ``path`` once the file is in its place; deletes older ones.
+        """
+        with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+            torch.save(checkpoint, file)
+        settle(path)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files; one that cannot be deleted is named in the log."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            print_log(f'{path} was not deleted ({error.strerror}).', logger='current', level=logging.WARNING)
+
+
+class _Remembering(LocalBackend):
+    """A file backend that notes what it is to remove."""
+
+    def __init__(self, outdated: list[Path]) -> None:
+        self.outdated = outdated
+
+    def remove(self, filepath: str) -> None:
+        self.outdated.append(Path(filepath))

@@ -1,0 +1,100 @@
+"""A crash at any moment of saving leaves a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.errors import InputError
+from small_runs import runner
+
+
+class Killed(BaseException):
+    """What stands in for a kill."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """Raise :class:`Killed` at a call of what touches the disk; every later call does nothing, as after a kill."""
+    count = 0
+
+    def crashing(function, half=None):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == moment and half:
+                half(*args)
+            if count >= moment:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    def half_of_it(checkpoint, file):
+        file.write(b'PK\x03\x04 the begin of a checkpoint')
+
+    monkeypatch.setattr(torch, 'save', crashing(torch.save, half_of_it))
+    monkeypatch.setattr(os, 'fsync', crashing(os.fsync))
+    monkeypatch.setattr(os, 'replace', crashing(os.replace))
+    monkeypatch.setattr(Path, 'unlink', crashing(Path.unlink))
+
+
+@pytest.mark.parametrize('moment', range(1, 13))
+def test_a_crash_while_saving(tmp_path, monkeypatch, moment):
+    """One checkpoint is kept, so the only one is at stake."""
+    first = runner(tmp_path, epochs=1, checkpoint=dict(max_keep_ckpts=1))
+    first.train()
+    second = runner(tmp_path, checkpoint=dict(max_keep_ckpts=1), load_from=str(tmp_path / 'epoch_1.pth'), resume=True)
+    crash_at(monkeypatch, moment)
+    crashed = True
+    try:
+        second.train()
+        crashed = False
+    except Killed:
+        pass
+    monkeypatch.undo()
+    assert crashed == (moment < 11)
+    whole = [load_checkpoint_file(path)['meta']['epoch'] for path in tmp_path.glob('epoch_*.pth')]
+    assert whole and max(whole) == (1 if moment <= 3 else 2)
+    assert (tmp_path / 'last_checkpoint').read_text() in map(str, tmp_path.glob('epoch_*.pth'))
+
+
+def test_the_best_checkpoint_is_replaced_by_a_better_one(tmp_path, monkeypatch):
+    run = runner(tmp_path, checkpoint=dict(save_best='score', rule='greater'))
+    hook = next(hook for hook in run.hooks if type(hook).__name__ == 'CheckpointHook')
+    run.train()
+    hook._save_best_checkpoint(run, {'score': 1.0})
+    best = Path(hook.best_ckpt_path)
+    hook._save_best_checkpoint(run, {'score': 2.0})  # of the same epoch, so of the same name
+    assert best.is_file()
+    run.train_loop._epoch += 1
+    hook._save_best_checkpoint(run, {'score': 3.0})
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_epoch_3.pth']
+    run.train_loop._epoch += 1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, 'replace', lambda *args: (_ for _ in ()).throw(Killed))
+        hook._save_best_checkpoint(run, {'score': 4.0})
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_epoch_3.pth']
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    runner(tmp_path, epochs=1, checkpoint=dict(max_keep_ckpts=1)).train()
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(InputError, match=r'epoch_2\.pth was not written .*No space left.*free space'):
+        runner(
+            tmp_path, checkpoint=dict(max_keep_ckpts=1), load_from=str(tmp_path / 'epoch_1.pth'), resume=True
+        ).train()
+    assert load_checkpoint_file(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / '.epoch_1.pth.ab12_xyz').write_bytes(b'half')
+    runner(tmp_path, epochs=1).train()
+    assert not list(tmp_path.glob('.*'))
