@@ -52,7 +52,7 @@ def read_zip(file: BinaryIO) -> Any:
             info = plain[f'data/{key}']
             if info.file_size != nbytes:
                 raise ValueError(f'{info.file_size} bytes in place of {nbytes}')
-            memory = torch.empty(nbytes, dtype=torch.uint8)
+            memory = torch.empty(nbytes, dtype=torch.uint8, device='cpu')
             with archive.open(info) as member:
                 member.readinto(memory.numpy())  # compares the checksum
             return memory
@@ -74,7 +74,7 @@ def read_stream(file: BinaryIO) -> Any:
     def take_memory(key: str, nbytes: int) -> Tensor:  # filled below
         if sum(map(len, memories.values())) + nbytes > size:
             raise ValueError(f'{nbytes} bytes in a file of {size}')
-        memories[key] = torch.zeros(nbytes, dtype=torch.uint8)
+        memories[key] = torch.zeros(nbytes, dtype=torch.uint8, device='cpu')
         return memories[key]
 
     load_storage = storages(take_memory)
