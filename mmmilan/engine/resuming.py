@@ -121,9 +121,12 @@ def state_fault(parameter: nn.Parameter, values: Any) -> str:
 def check_schedules(schedulers: list, checkpoint: dict[str, Any], source: str) -> None:
     """Compare the schedules one by one; what the runner's do not have is left out."""
     saved = checkpoint['param_schedulers']
-    if not isinstance(saved, list) or len(saved) != len(schedulers) or not all(isinstance(s, dict) for s in saved):
-        raise InputError(f'{source} has other schedules than the config; resume with the config it was trained with.')
-    for scheduler, state in zip(schedulers, saved, strict=True):
+    if not isinstance(saved, list) or not all(isinstance(state, dict) for state in saved):
+        raise InputError(f'{source}: its schedules are a {type(saved).__name__}; give another checkpoint.')
+    if len(saved) != len(schedulers):
+        message = f'{source} has {len(saved)} schedules and the config {len(schedulers)}: the first of them go on.'
+        print_log(message, logger='current', level=logging.WARNING)
+    for scheduler, state in zip(schedulers, saved, strict=False):
         own = scheduler.state_dict()
         for key in own.keys() & state.keys():
             if not alike(own[key], state[key]):
