@@ -63,7 +63,8 @@ def tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any) -
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > held or (math.prod(size) and last >= held):
         raise ValueError(f'a tensor of size {list(size)} in a storage of {held} numbers')
-    return torch.empty(0, dtype=storage.dtype, device='cpu').set_(storage.memory.untyped_storage(), offset, size, stride)
+    view = torch.empty(0, dtype=storage.dtype, device='cpu')
+    return view.set_(storage.memory.untyped_storage(), offset, size, stride)
 
 
 def tensor_of_dtype(storage: Storage, offset: int, size: tuple, stride: tuple, grad: Any, hooks: Any, dtype, *_: Any):
