@@ -42,31 +42,49 @@ def hub_file(repo: str, names: Sequence[str]) -> str:
         InputError: the hub cannot be reached, has no such file, or asks for a licence to be accepted. The sentence says
             which file to put where.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     repo, _, revision = repo.partition('@')
     revision = revision or None
     for name in names:
         if isinstance(path := try_to_load_from_cache(repo, name, revision=revision), str):
             return path
-    page = f'https://huggingface.co/{repo}'
-    reason = f'it has none of {", ".join(names)}'
     for name in names:
-        try:  # once and soon; hf_hub_download tries for a minute
-            get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=HUB_TIMEOUT)
+        if hub_has(repo, name, revision, names):
             return hf_hub_download(repo, name, revision=revision)
-        except EntryNotFoundError:
-            continue
-        except GatedRepoError:
-            raise InputError(f'{page} is gated; accept its licence there and log in with `hf auth login`.') from None
-        except Exception as error:  # of httpx, requests or the hub's own, by version
-            reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ""}'
-            break
-    raise InputError(
-        f'{page} does not give the weights of the teacher ({reason}); download {names[0]} from there where there is a '
-        'network, and give its path as pretrained=FILE.'
-    )
+    raise InputError(f'{page_of(repo)} has none of the files {", ".join(names)}; give the weights as pretrained=FILE.')
+
+
+def hub_has(repo: str, name: str, revision: str | None, names: Sequence[str]) -> bool:
+    """Ask the hub once whether it has a file; ``hf_hub_download`` itself tries for a minute before it gives up."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    try:
+        url = hf_hub_url(repo, name, revision=revision)
+        hf_raise_for_status(get_session().head(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT))
+        return True
+    except EntryNotFoundError:
+        return False
+    except GatedRepoError:
+        raise InputError(
+            f'{page_of(repo)} is gated; accept its licence there and run `hf auth login`, or download {names[0]} and '
+            'give its path as pretrained=FILE.'
+        ) from None
+    except Exception as error:  # of the hub, or of requests or httpx under it
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else type(error).__name__
+        raise InputError(
+            f'{page_of(repo)} does not answer ({status}); download {names[0]} from there on a machine with a network '
+            'and give its path as pretrained=FILE.'
+        ) from error
+
+
+def page_of(repo: str) -> str:
+    """The address of a repository of the hub."""
+    from huggingface_hub.constants import ENDPOINT
+
+    return f'{ENDPOINT}/{repo}'
 
 
 def warn_random_weights(teacher: str) -> None:

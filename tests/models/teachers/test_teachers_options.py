@@ -1,0 +1,170 @@
+"""What all teachers share: normalisation, grids, precision, compilation; and that they stay out of training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS as ROOT_MODELS
+from torchvision.transforms.functional import InterpolationMode, resize
+
+from helpers import relative_error
+from mmmilan.errors import InputError
+from mmmilan.models.teachers import Teacher
+from mmmilan.registry import MODELS
+
+FAMILIES = {
+    'CLIP': dict(type='mmmilan.OpenCLIPTeacher', model='ViT-S-32', input_size=64),
+    'SigLIP': dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-SigLIP2', input_size=32),
+    'PE': dict(type='mmmilan.OpenCLIPTeacher', model='PE-Core-T-16-384', input_size=64),
+    'DINOv3': dict(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3', pretrained=None, input_size=64),
+    'DINOv2': dict(type='mmmilan.TimmTeacher', model='vit_small_patch14_dinov2', pretrained=None, input_size=56),
+}
+TINY = dict(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3', pretrained=None, input_size=64)
+
+
+@pytest.fixture(params=FAMILIES)
+def cfg(request, shallow):
+    return FAMILIES[request.param]
+
+
+# -- normalisation
+
+
+def test_own_normalisation(build, shallow):
+    """The same picture, normalised as SigLIP's were, gives the same as SigLIP's teacher itself."""
+    plain = build(**FAMILIES['SigLIP'])
+    own = build(**FAMILIES['SigLIP'], teacher_mean_std='own')
+    own.tower.load_state_dict(plain.tower.state_dict())
+    picture = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    students = (picture - mean[:, None, None]) / std[:, None, None]
+    for actual, expected in zip(own(students), plain((picture - 0.5) / 0.5), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+    assert relative_error(plain(students)[0], own(students)[0]) > 1e-3
+    with pytest.raises(InputError, match="teacher_mean_std='imagenet' is unknown; choose 'own' or None"):
+        build(**TINY, teacher_mean_std='imagenet')
+
+
+def test_own_normalisation_of_a_file(clip_file, build):
+    """OpenAI's layout means CLIP's statistics."""
+    teacher = build(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file, teacher_mean_std='own')
+    black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
+    prepared = teacher.prepare(black[None, :, None, None].expand(1, 3, 64, 64))
+    assert prepared[0, :, 0, 0].tolist() == pytest.approx([-0.48145466 / 0.26862954, -1.7520971, -1.4802198], rel=1e-5)
+
+
+# -- grids
+
+
+@pytest.mark.parametrize('grid', [(6, 6), (2, 3)])
+def test_features_on_the_grid_of_the_student(clip, build, grid):
+    """Against torchvision's resizing of the maps; the class token stays."""
+    name, path = clip
+    plain = build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path)
+    teacher = build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path, grid_size=grid)
+    assert teacher.grid == grid and teacher.num_patches == grid[0] * grid[1]
+    assert f'interpolated to {grid[0]} x {grid[1]}' in teacher.describe()
+    images = torch.randn(2, 3, 56, 56)
+    features, importance = plain(images)
+    resized, resized_importance = teacher(images)
+
+    def maps(x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(1, 2).unflatten(2, (4, 4))
+        return resize(x, grid, InterpolationMode.BILINEAR, antialias=True).flatten(2).transpose(1, 2)
+
+    assert torch.equal(resized[:, 0], features[:, 0])
+    assert relative_error(resized[:, 1:], maps(features[:, 1:])) < 1e-5
+    expected = maps(importance[..., None])[..., 0] * 16 / teacher.num_patches
+    assert relative_error(resized_importance, expected) < 1e-5
+    [tokens], _ = teacher.forward_layers(images, [0])
+    assert relative_error(tokens[:, 1:], maps(plain.forward_layers(images, [0])[0][0][:, 1:])) < 1e-5
+
+
+@pytest.mark.parametrize('way', [dict(input_size=96), dict(grid_size=6)], ids=['input_size', 'grid_size'])
+def test_both_ways_to_a_larger_grid_train(milan_cfg, way):
+    milan_cfg['backbone']['img_size'] = 96
+    milan_cfg['neck']['num_patches'] = 36
+    milan_cfg['head']['teacher'].update(way)
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    loss = model.loss(torch.randn(2, 3, 96, 96))['loss']
+    loss.backward()
+    assert 0 < loss < 4 and model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
+
+
+# -- precision
+
+
+def test_bfloat16_weights_change_no_bit(cfg, build, randomise):
+    """Of a teacher that runs in bfloat16, with autocast outside or not; in half the memory."""
+    torch.manual_seed(0)
+    plain = randomise(build(**cfg))
+    held = build(**cfg, weight_dtype='bfloat16')
+    held.tower.load_state_dict(plain.tower.state_dict())
+    images = torch.randn(2, 3, *plain.input_size)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        expected = plain(images)
+        assert all(map(torch.equal, held(images), expected))
+    assert all(map(torch.equal, held(images), expected))
+    assert bytes_of(held) < 0.62 * bytes_of(plain)
+    float32 = plain(images)
+    assert 0 < relative_error(expected[0], float32[0]) < 0.1  # what bfloat16 costs
+
+
+def bytes_of(teacher: Teacher) -> int:
+    return sum(parameter.nbytes for parameter in teacher.parameters())
+
+
+def test_unknown_precision(build):
+    with pytest.raises(InputError, match="weight_dtype='float8' is unknown; choose 'bfloat16' or None"):
+        build(**TINY, weight_dtype='float8')
+
+
+# -- compilation
+
+
+def test_compiles_as_one_graph(cfg, build, randomise):
+    """No break of the graph, and the same result."""
+    teacher = randomise(build(**cfg, teacher_mean_std='own'))
+    images = torch.randn(2, 3, 2 * teacher.input_size[0], 2 * teacher.input_size[1])
+    expected = teacher(images)
+    torch._dynamo.reset()
+    actual = torch.compile(teacher.forward, backend='eager', fullgraph=True, dynamic=False)(images)
+    for ours, eager in zip(actual, expected, strict=True):
+        assert relative_error(ours, eager) < 1e-5
+
+
+# -- training
+
+
+@pytest.fixture
+def model(milan_cfg, shallow):
+    """The small MILAN with a teacher of rotary positions and registers."""
+    milan_cfg['head']['teacher'] = copy.deepcopy(TINY)
+    milan_cfg['neck']['predict_feature_dim'] = 384
+    return ROOT_MODELS.build(milan_cfg)
+
+
+def test_teacher_stays_out_of_training(model):
+    """No gradient reaches it, the state dict holds none of it, and it stays in eval mode."""
+    before = copy.deepcopy(model.head.teacher.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train().loss(torch.randn(2, 3, 64, 64))['loss'].backward()
+    optimizer.step()
+    teacher = model.head.teacher
+    assert not any(module.training for module in teacher.modules())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+    assert not [key for key in model.state_dict() if 'teacher' in key or 'vit' in key or 'tower' in key]
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_two_runs_are_the_same(model):
+    """The teacher draws nothing and keeps nothing, so a resumed run goes on as it would have."""
+    images = torch.randn(2, 3, 64, 64)
+    first = model.head.teacher(images)
+    state = torch.get_rng_state()
+    model.head.teacher(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert all(map(torch.equal, model.head.teacher(images), first))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,147 @@
+"""Where the weights come from: the hub's cache, the hub, a file; and what is said where they are not."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from helpers import relative_error
+from mmmilan.errors import InputError
+
+REVISION = '0' * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose answers a test sets: status and the hub's own error code by name of file. Its cache is empty."""
+    answers: dict[str, tuple[int, str]] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            status, code = answers.get(self.path.rpartition('/')[2], (404, 'EntryNotFound'))
+            self.send_response(status)
+            self.send_header('X-Error-Code', code)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    point_to(monkeypatch, server.server_port)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    yield answers
+    server.shutdown()
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    address = f'http://127.0.0.1:{port}'
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', address)
+    monkeypatch.setattr(
+        'huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE',
+        address + '/{repo_id}/resolve/{revision}/{filename}',
+        raising=False,
+    )
+
+
+def fill_cache(folder: Path, repo: str, name: str, weights: dict) -> None:
+    """The file as the hub's own library keeps it."""
+    cached = folder / f'models--{repo.replace("/", "--")}'
+    (cached / f'snapshots/{REVISION}').mkdir(parents=True)
+    (cached / 'refs').mkdir()
+    (cached / 'refs/main').write_text(REVISION)
+    safetensors.torch.save_file(weights, cached / f'snapshots/{REVISION}' / name)
+
+
+def test_from_the_cache_without_network(hub, vit, build, tmp_path):
+    """The file as timm publishes it: all blocks, classifier included, which is left out."""
+    reference = timm.create_model('test_vit', num_classes=1000).eval()
+    weights = {key: value.clone() for key, value in reference.state_dict().items()}
+    fill_cache(tmp_path / 'hub', 'timm/test_vit.r160_in1k', 'model.safetensors', weights)
+    teacher = build(type='mmmilan.TimmTeacher', model='test_vit.r160_in1k')
+    images = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert relative_error(teacher(images)[0], reference.forward_features(images)) < 1e-6
+
+
+def test_open_clip_from_the_cache(hub, build, shallow, tmp_path):
+    """The whole CLIP is in the file; a text tower has no place and is left."""
+    repo = 'timm/vit_base_patch32_clip_224.openai'
+    own = build(type='mmmilan.OpenCLIPTeacher', model='ViT-B-32-quickgelu', input_size=224)
+    for parameter in own.parameters():
+        parameter.data.normal_(std=0.02)
+    weights = {f'visual.{key}': value for key, value in unfolded(own.visual).items()}
+    fill_cache(tmp_path / 'hub', repo, 'open_clip_model.safetensors', weights | {'text_projection': torch.ones(2, 2)})
+    teacher = build(type='mmmilan.OpenCLIPTeacher', model='ViT-B-32-quickgelu', pretrained='openai')
+    images = torch.randn(1, 3, 224, 224)
+    assert relative_error(teacher(images)[0], own(images)[0]) < 1e-6
+
+
+def unfolded(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights before QuickGELU's factor went into them."""
+    weights = {key: value.clone() for key, value in visual.state_dict().items()}
+    for key in weights:
+        if '.c_fc.' in key:
+            weights[key] /= 1.702
+        elif '.c_proj.weight' in key:
+            weights[key] *= 1.702
+    return weights
+
+
+SIGLIP2 = dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-SigLIP2', pretrained='webli')
+DINOV3 = dict(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3.lvd1689m')
+
+
+@pytest.mark.parametrize('cfg', [SIGLIP2, DINOV3], ids=['open_clip', 'timm'])
+def test_no_network(cfg, hub, build, monkeypatch):
+    """At once, and with the file to download."""
+    with socket.socket() as closed:
+        closed.bind(('127.0.0.1', 0))
+        point_to(monkeypatch, closed.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r'timm/\S+ does not answer .*; download \S+\.safetensors .*=FILE'):
+            build(**cfg)
+    assert time.monotonic() - start < 8  # building the architecture to check it takes its time
+
+
+def test_a_hub_that_keeps_silent(hub, build, monkeypatch):
+    monkeypatch.setattr('mmmilan.models.teachers.weights.HUB_TIMEOUT', 0.3)
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        point_to(monkeypatch, silent.getsockname()[1])
+        with pytest.raises(InputError, match='does not answer .*Timeout'):
+            build(**DINOV3)
+
+
+def test_a_gated_repository(hub, build):
+    hub['model.safetensors'] = (403, 'GatedRepo')
+    with pytest.raises(InputError, match='vit_small_patch16_dinov3.lvd1689m is gated; accept its licence there'):
+        build(**DINOV3)
+
+
+def test_a_repository_without_weights(hub, build):
+    with pytest.raises(InputError, match='has none of the files model.safetensors, pytorch_model.bin; give'):
+        build(**DINOV3)
+    hub['model.safetensors'] = (500, '')
+    with pytest.raises(InputError, match=r'does not answer \(500\)'):
+        build(**DINOV3)
+
+
+def test_names_without_weights(build):
+    with pytest.raises(InputError, match="timm has no weights 'vit_small_patch16_dinov3.clip'; its tags .*lvd1689m"):
+        build(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3.clip')
+    with pytest.raises(InputError, match='timm has no weights of vit_base_patch16_xp_224; give them as pretrained'):
+        build(type='mmmilan.TimmTeacher', model='vit_base_patch16_xp_224')
+
+
+def test_quick_gelu_of_the_tag_is_checked(hub, build, log):
+    with pytest.raises(InputError, match='has none of the files'):
+        build(type='mmmilan.OpenCLIPTeacher', model='ViT-B-32', pretrained='openai')
+    assert 'openai was trained with QuickGELU, and this model is not' in log.text
