@@ -96,7 +96,9 @@ def test_fine_tuning_rate(name, scaled):
         [dict(params=[p], lr=rate * decay) for p, decay in zip(parameters, decays, strict=True)], lr=rate
     )
     cfg = read(name).param_scheduler
-    schedulers = [PARAM_SCHEDULERS.build(each, default_args=dict(optimizer=optimizer, epoch_length=steps)) for each in cfg]
+    schedulers = [
+        PARAM_SCHEDULERS.build(each, default_args=dict(optimizer=optimizer, epoch_length=steps)) for each in cfg
+    ]
     for step in range(100 * steps):
         if step >= 5 * steps:
             cosine = (1 + math.cos(math.pi * (step / steps - 5) / 95)) / 2
