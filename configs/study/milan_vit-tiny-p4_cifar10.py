@@ -1,0 +1,52 @@
+# The study's MILAN (docs/reproduction.md): 4 epochs of 8,333 images of CIFAR-10 that its teacher has not seen.
+_base_ = '../milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+
+model = dict(
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dims=96, num_layers=4, num_heads=3, feedforward_channels=384),
+        img_size=32,
+        patch_size=4,
+    ),
+    neck=dict(
+        num_patches=64,
+        embed_dim=96,
+        decoder_embed_dim=72,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        predict_feature_dim=96,
+    ),
+    head=dict(teacher=dict(model=None, pretrained='work_dirs/study/teacher/epoch_4.pth', head_width=32)),
+)
+
+train_dataloader = dict(
+    batch_size=32,
+    num_workers=0,
+    persistent_workers=False,
+    pin_memory=False,
+    dataset=dict(
+        data_root='data/cifar10/train',
+        pipeline=[
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=32, crop_ratio_range=(0.5, 1.0), flip_prob=0.5),
+            dict(type='PackInputs'),
+        ],
+    ),
+)
+test_dataloader = dict(
+    batch_size=100,
+    num_workers=0,
+    dataset=dict(
+        data_root='data/cifar10/test',
+        with_label=True,
+        pipeline=[dict(type='mmmilan.LoadImage'), dict(type='PackInputs')],
+    ),
+)
+
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
+# 1040 steps: so many are the variants' too, where they see each image fewer times
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=130),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=130, T_max=910, end=1040),
+]
+train_cfg = dict(max_epochs=4)
+custom_hooks = [dict(type='mmmilan.StepSeedHook'), dict(type='mmmilan.NonFiniteLossHook')]
+visualizer = dict(vis_backends=[dict(type='LocalVisBackend')])

@@ -1,0 +1,91 @@
+"""The study's table and figure, from its lines."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from arms import ARMS, MEASURES
+from scipy.stats import t as student
+
+from mmmilan.errors import InputError
+from mmmilan.files import atomic_write, write_text
+
+REFERENCE = 'MILAN'
+SHOWN = ('linear probe', 'k-NN')
+
+
+def values_of(lines: list[dict], arm: str, measure: str) -> dict[int, float]:
+    """A measure of an arm by seed."""
+    lines = [line for line in lines if line['arm'] == arm and measure in line['measures']]
+    return {line['seed']: line['measures'][measure] for line in lines}
+
+
+def differs(values: dict[int, float], reference: dict[int, float]) -> str:
+    """'+' or '-' where the 95 % interval (Student's t) of the paired differences of seeds excludes zero, else ''."""
+    differences = [values[seed] - reference[seed] for seed in values if seed in reference]
+    if len(differences) < 2:
+        return ''
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    bound = student.ppf(0.975, len(differences) - 1) * error
+    return '' if abs(mean) <= bound else ' +' if mean > 0 else ' -'
+
+
+def cell(values: dict[int, float], reference: dict[int, float]) -> str:
+    """Mean ± standard deviation over seeds, marked where it differs from the reference."""
+    numbers = list(values.values())
+    if not numbers:
+        return ''
+    deviation = f' ± {statistics.stdev(numbers):.1f}' if len(numbers) > 1 else ''
+    return f'{statistics.mean(numbers):.1f}{deviation}{differs(values, reference)}'
+
+
+def tflop(line: dict) -> float:
+    """Floating-point operations of a run's training, 10¹²."""
+    return line['gflop_per_image'] * line['images'] / 1e3
+
+
+def markdown(lines: list[dict]) -> str:
+    """The table, a row an arm."""
+    rows = [['', 'seeds', 'TFLOP', *MEASURES], ['---'] * (3 + len(MEASURES))]
+    for arm in ('teacher', *ARMS):
+        runs = [line for line in lines if line['arm'] == arm]
+        if runs:
+            compute = f'{tflop(runs[0]):.2f}' if 'gflop_per_image' in runs[0] else ''
+            cells = [cell(values_of(lines, arm, m), values_of(lines, REFERENCE, m)) for m in MEASURES]
+            rows.append([arm, str(len(runs)), compute, *cells])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def draw(lines: list[dict], path: Path) -> None:
+    """Accuracy against compute, every run a dot."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(SHOWN), figsize=(11, 4.2), sharex=True, layout='constrained')
+    colours = pyplot.get_cmap('tab20').colors
+    for axis, measure in zip(axes, SHOWN, strict=True):
+        for i, arm in enumerate(ARMS):
+            runs = [line for line in lines if line['arm'] == arm]
+            accuracy = [line['measures'][measure] for line in runs]
+            axis.scatter([tflop(line) for line in runs], accuracy, label=arm, color=colours[i], s=28)
+        axis.set(xlabel='TFLOP of the training', ylabel=f'{measure}, class token, %')
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110)
+    pyplot.close(figure)
+
+
+def write_report(lines: list[dict], folder: Path) -> None:
+    """Write ``table.md`` and ``accuracy.png``.
+
+    Raises:
+        InputError: there is no run yet.
+    """
+    if not any(line['arm'] in ARMS for line in lines):
+        raise InputError('The results file holds no run of an arm yet; run the study first.')
+    write_text(folder / 'table.md', markdown(lines))
+    draw(lines, folder / 'accuracy.png')

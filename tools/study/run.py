@@ -1,0 +1,182 @@
+"""One run of the study: train an arm, or the teacher, and measure its frozen encoder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from arms import STUDENT_IMAGES, TEACHER_IMAGES, TEMPLATES, TEST_IMAGES, read_arm
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from mmengine.runner import find_latest_checkpoint
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mmmilan.datasets import ImageFolder
+from mmmilan.engine.flops import counted_flops
+from mmmilan.engine.launch import launched
+from mmmilan.evaluation.probes import Split, extract_features, knn_accuracy, linear_probe_accuracy
+from mmmilan.files import write_text
+from mmmilan.models import LinearProjection, MaskCLIP, PromptingDecoder
+
+
+def every(images: slice, folder: Path) -> list[int]:
+    """Numbers of the chosen images of a folder."""
+    return list(range(len(ImageFolder(str(folder)))))[images]
+
+
+def configure(arm: str, seed: int, data: Path, work_dir: Path) -> Config:
+    """The config of a run with the user's folders; it goes on where it was stopped."""
+    cfg = read_arm(arm)
+    cfg.work_dir = str(
+        work_dir / ('teacher' if arm == 'teacher' else f'{arm.replace(" ", "-").replace(",", "")}-{seed}')
+    )
+    cfg.randomness = dict(seed=seed)
+    cfg.train_dataloader.dataset.data_root = str(data / 'train')
+    cfg.test_dataloader.dataset.data_root = str(data / 'test')
+    cfg.launcher = 'none'
+    cfg.log_level = 'WARNING'
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 1
+    if arm == 'teacher':
+        cfg.train_dataloader.dataset.captions = str(work_dir / 'captions.csv')
+    else:
+        cfg.train_dataloader.dataset.indices = every(STUDENT_IMAGES, data / 'train')
+        if cfg.model.head.get('teacher'):
+            cfg.model.head.teacher.pretrained = find_latest_checkpoint(str(work_dir / 'teacher'))
+    cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+    return cfg
+
+
+def write_captions(data: Path, path: Path) -> None:
+    """Captions of the teacher's images: the templates in turn, with the name of the image's class."""
+    folder = data / 'train'
+    paths = [Path(info['img_path']).relative_to(folder) for info in ImageFolder(str(folder)).load_data_list()]
+    rows = [['image', 'caption']]
+    for i, image in enumerate(paths[TEACHER_IMAGES]):
+        rows.append([str(image), TEMPLATES[i % len(TEMPLATES)].format(image.parts[0])])
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def labelled(cfg: Config, folder: Path, images: slice) -> Dataset:
+    """Whole images with labels."""
+    dataset = dict(type='mmmilan.ImageFolder', data_root=str(folder), with_label=True, indices=every(images, folder))
+    return DATASETS.build(dataset | dict(pipeline=cfg.test_dataloader.dataset.pipeline))
+
+
+class Probed(nn.Module):
+    """All features of an encoder that the study measures, from one pass: columns as ``widths`` says.
+
+    Args:
+        model: A MILAN, or the teacher, in evaluation mode.
+        semantic: Also give the class token of the half of the patches that the teacher looks at.
+    """
+
+    def __init__(self, model: nn.Module, semantic: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.semantic = semantic
+        self.data_preprocessor = model.data_preprocessor
+        model.backbone.out_type = 'raw'
+        width = model.backbone.embed_dims
+        self.widths = dict(cls=width, mean=width)
+        if semantic:
+            self.widths['semantic'] = width
+        if self.joint(torch.zeros(1, 1 + model.backbone.num_patches, width)) is not None:
+            self.widths['joint'] = model.head.feature_dim if hasattr(model, 'head') else width
+
+    def extract_feat(self, images: Tensor) -> list[Tensor]:
+        tokens = self.model.backbone(images)[-1]
+        columns = [tokens[:, 0], tokens[:, 1:].mean(1)]
+        if self.semantic:
+            _, importance = self.model.head.run_teacher(images)
+            visible = importance.topk(importance.shape[1] // 2, dim=1).indices
+            columns.append(self.model.backbone(images, visible)[:, 0])
+        if 'joint' in self.widths:
+            columns.append(self.joint(tokens))
+        return [torch.cat(columns, dim=1)]
+
+    @torch.no_grad()
+    def joint(self, tokens: Tensor) -> Tensor | None:
+        """The class token [B, C] in the joint space of image and text, from an unmasked image, where there is a way."""
+        if isinstance(self.model, MaskCLIP):
+            return self.model.image_projection(tokens[:, 0])
+        neck = self.model.neck
+        if isinstance(neck, LinearProjection):
+            return neck.decoder_pred(tokens[:, 0])
+        if isinstance(neck, PromptingDecoder):
+            return neck.predict(neck.decoder_embed(tokens[:, 0]) + neck.decoder_pos_embed[:, 0])
+        return None
+
+
+def measure(model: nn.Module, classes: Tensor, cfg: Config, data: Path, semantic: bool) -> dict[str, float]:
+    """Percentages by the names of ``MEASURES``."""
+    probed = Probed(model.eval(), semantic)
+    train = extract_features(probed, labelled(cfg, data / 'train', STUDENT_IMAGES), 'Features')
+    test = extract_features(probed, labelled(cfg, data / 'test', TEST_IMAGES), 'Features')
+    ends = np.cumsum(list(probed.widths.values()))[:-1]
+    parts = [dict(zip(probed.widths, np.split(features, ends, axis=1), strict=True)) for features, _ in (train, test)]
+
+    def split(name: str, step: int = 1) -> tuple[Split, Split]:
+        """Every ``step``-th training image of each class, and all test images."""
+        chosen = np.concatenate([np.flatnonzero(train[1] == label)[::step] for label in np.unique(train[1])])
+        return (parts[0][name][chosen], train[1][chosen]), (parts[1][name], test[1])
+
+    measures = {}
+    for token, suffix in (('cls', ''), ('mean', ', mean token')):
+        measures[f'linear probe{suffix}'] = linear_probe_accuracy(*split(token))
+        for share, step in ((10, 10), (1, 100)):
+            measures[f'linear probe, {share} % of the labels{suffix}'] = linear_probe_accuracy(*split(token, step))
+        measures[f'k-NN{suffix}'] = knn_accuracy(*split(token))
+    if semantic:
+        measures['linear probe, semantic-aware'] = linear_probe_accuracy(*split('semantic'))
+    if 'joint' in probed.widths:
+        scores = F.normalize(torch.from_numpy(parts[1]['joint']), dim=1) @ classes.T
+        measures['zero-shot'] = float((scores.argmax(1).numpy() == test[1]).mean())
+    return {name: round(100 * value, 2) for name, value in measures.items()}
+
+
+@torch.no_grad()
+def class_embeddings(model: MaskCLIP, names: list[str], context_length: int) -> Tensor:
+    """Mean embeddings [classes, E] of length 1 of the templates with each name."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=context_length)
+    texts = [model.encode_text(tokenizer([t.format(name) for t in TEMPLATES])).mean(0) for name in names]
+    return F.normalize(torch.stack(texts), dim=1)
+
+
+def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
+    """Train and measure; the line of the results file, without the study's name."""
+    torch.set_num_threads(1)
+    if arm == 'teacher':
+        write_captions(data, work_dir / 'captions.csv')
+    cfg = configure(arm, seed, data, work_dir)
+    with launched(cfg) as runner:
+        start = time.process_time()
+        runner.train()
+        seconds = time.process_time() - start
+        model, images = runner.model, len(runner.train_dataloader.dataset) * runner.max_epochs
+        path = work_dir / 'teacher' / 'classes.pt'
+        if arm == 'teacher':
+            names = sorted(folder.name for folder in (data / 'train').iterdir() if folder.is_dir())
+            torch.save(class_embeddings(model.eval(), names, cfg.model.text.context_length), path)
+        result = dict(arm=arm, seed=seed, images=images, cpu_seconds=round(seconds, 1), resumed=cfg.resume)
+        if arm != 'teacher':
+            result['gflop_per_image'] = round(count_gflops(model.train(), cfg), 5)
+        result['measures'] = measure(model, torch.load(path), cfg, data, semantic=arm == 'MILAN')
+    return result
+
+
+def count_gflops(model: nn.Module, cfg: Config) -> float:
+    """GFLOP of a training step, forward and backward, for one image."""
+    size = cfg.model.backbone.img_size
+    with counted_flops() as counter:
+        model.loss(torch.randn(4, 3, size, size))['loss'].backward()
+    return counter.get_total_flops() / 4 / 1e9

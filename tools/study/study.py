@@ -1,0 +1,143 @@
+"""A small reproduction of the paper on real photographs: arms times seeds, measured, as a table and a figure.
+
+python tools/study/study.py run --data data/cifar10 --work-dir work_dirs/study    # goes on where it was stopped
+python tools/study/study.py report --results work_dirs/study/results.jsonl --out work_dirs/study
+python tools/study/study.py time --json work_dirs/study/time.json                 # training steps of all arms, in turns
+
+--data is a folder of images, train/CLASS/* and test/CLASS/*. arms.py says what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from arms import ARMS, SEEDS, read_arm, study_id
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.files import write_text
+
+console = Console()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('command', choices=('run', 'one', 'report', 'time'))
+    parser.add_argument(
+        '--data', type=Path, default=Path('data/cifar10'), help='folder with train/CLASS and test/CLASS'
+    )
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='folder of the runs')
+    parser.add_argument('--results', type=Path, help='JSON lines, one a run; default: results.jsonl in the work dir')
+    parser.add_argument('--arms', nargs='+', metavar='ARM', help='only these (default: all)')
+    parser.add_argument('--seeds', nargs='+', type=int, default=list(SEEDS))
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    parser.add_argument('--out', type=Path, help='report: folder of the table and the figure')
+    parser.add_argument('--json', type=Path, help='time: write the figures to this file')
+    parser.add_argument('--rounds', type=int, default=9, help='time: rounds')
+    args = parser.parse_args()
+    args.results = args.results or args.work_dir / 'results.jsonl'
+    args.arms = args.arms or list(ARMS)
+    return args
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a results file; none if there is no file.
+
+    Raises:
+        InputError: a line is not whole, or of another study.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise InputError(f'{path}, line {number}, is not whole JSON; remove the line.') from error
+        if lines[-1].get('study') != study_id():
+            raise InputError(
+                f'{path}, line {number}, is of study {lines[-1].get("study")} and this is {study_id()} (other arms '
+                'or other configs); name another file.'
+            )
+    return lines
+
+
+def start(arm: str, seed: int, args: argparse.Namespace) -> subprocess.Popen:
+    """A run in a process of its own, of one thread; it writes its line to a file of its own."""
+    command = [sys.executable, __file__, 'one', '--data', args.data, '--work-dir', args.work_dir]
+    command += ['--arms', arm, '--seeds', seed, '--results', line_path(arm, seed, args)]
+    log = open(args.work_dir / 'log.txt', 'a', encoding='utf-8')  # noqa: SIM115 (the process's own)
+    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+
+
+def line_path(arm: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.work_dir / 'lines' / f'{arm}-{seed}.json'
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """All runs that have no line yet, in the order of seeds; the teacher first, alone."""
+    for name in ('train', 'test'):
+        if not (args.data / name).is_dir():
+            raise InputError(f'The folder {args.data / name} does not exist; --data needs train/CLASS and test/CLASS.')
+    for arm in args.arms:
+        read_arm(arm)
+    lines = read_results(args.results)
+    done = {(line['arm'], line['seed']) for line in lines}
+    waiting = [run for run in [('teacher', 0), *((a, s) for s in args.seeds for a in args.arms)] if run not in done]
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task('runs', total=len(waiting))
+        running: dict[tuple[str, int], subprocess.Popen] = {}
+        while waiting or running:
+            jobs = 1 if ('teacher', 0) in running else args.jobs
+            while waiting and len(running) < jobs:
+                running[waiting[0]] = start(*waiting[0], args)
+                jobs = 1 if waiting.pop(0)[0] == 'teacher' else args.jobs
+            progress.update(task, description=', '.join(f'{arm} ({seed})' for arm, seed in running))
+            time.sleep(0.5)
+            for key in [key for key, process in running.items() if process.poll() is not None]:
+                lines.append(finish(key, running.pop(key), args))
+                write_text(args.results, ''.join(json.dumps(line) + '\n' for line in lines))
+                progress.advance(task)
+                console.print(f'{key[0]} ({key[1]}): {lines[-1]["measures"]}')
+
+
+def finish(run: tuple[str, int], process: subprocess.Popen, args: argparse.Namespace) -> dict:
+    """The line of a run that has ended."""
+    if process.returncode:
+        raise InputError(
+            f'The run {run[0]}, seed {run[1]}, failed (status {process.returncode}); {args.work_dir / "log.txt"} says '
+            'why, and the same command goes on from there.'
+        )
+    return json.loads(line_path(*run, args).read_text(encoding='utf-8'))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.command == 'run':
+        run_all(args)
+    elif args.command == 'one':
+        from run import run
+
+        line = run(args.arms[0], args.seeds[0], args.data, args.work_dir)
+        write_text(args.results, json.dumps(dict(study=study_id()) | line) + '\n')
+    elif args.command == 'time':
+        from steps import time_steps
+
+        time_steps(args)
+    else:
+        from report import write_report
+
+        write_report(read_results(args.results), args.out or args.work_dir)
+
+
+if __name__ == '__main__':
+    with exit_on_input_error():
+        main()
