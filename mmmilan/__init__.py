@@ -14,6 +14,7 @@ _HOMES = {
     'ImageClassificationInferencer': 'mmmilan.api.inference',
     'get_model': 'mmmilan.api.models',
     'list_models': 'mmmilan.api.models',
+    'pretrain': 'mmmilan.api.pretrain',
 }
 
 __all__ = ['__version__', *_HOMES]

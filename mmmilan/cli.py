@@ -15,6 +15,7 @@ from mmmilan.version import __version__
 
 # Command and function. What a command imports is imported when it is called.
 COMMANDS = {
+    'pretrain': 'mmmilan.api.pretrain:pretrain',
     'convert': 'mmmilan.export.convert:convert_checkpoint',
 }
 

@@ -14,6 +14,7 @@ custom_hooks = [
     dict(type='mmmilan.CorruptImageHook'),
     dict(type='mmmilan.ThroughputHook'),
     dict(type='mmmilan.ClassCountHook'),
+    dict(type='mmmilan.ScheduleCheckHook'),
 ]
 
 env_cfg = dict(

@@ -2,6 +2,7 @@ from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSam
 from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadImage
 from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
+from mmmilan.datasets.sources import ImageSources
 
 __all__ = [
     'CaptionedImages',
@@ -9,6 +10,7 @@ __all__ = [
     'CorruptImageError',
     'Draw',
     'ImageFolder',
+    'ImageSources',
     'LoadEncodedCrop',
     'LoadImage',
     'LoadRandomResizedCrop',

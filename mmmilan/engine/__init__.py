@@ -13,7 +13,9 @@ from mmmilan.engine.hooks import (
 from mmmilan.engine.lars import LARS
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.mean_teacher import MeanTeacherHook
+from mmmilan.engine.online_evaluation import OnlineEvaluationHook
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
+from mmmilan.engine.schedule import ScheduleCheckHook
 from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     'MainLoggerHook',
     'MeanTeacherHook',
     'NonFiniteLossHook',
+    'OnlineEvaluationHook',
+    'ScheduleCheckHook',
     'StepSeedHook',
     'ThroughputHook',
     'ZeroCheckpointHook',

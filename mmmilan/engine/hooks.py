@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterable
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather, all_reduce, get_rank, master_only
+from mmengine.dist import all_gather, all_reduce, broadcast_object_list, get_rank, master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor
@@ -145,9 +146,37 @@ class ClassCountHook(Hook):
 
 @HOOKS.register_module()
 class MainLoggerHook(LoggerHook):
-    """MMEngine's ``LoggerHook``, with the figures of a test written by the main process only.
+    """MMEngine's ``LoggerHook``, with a line at least every few seconds, however slow the steps are.
 
-    MMEngine's every process writes them to the same file, at the same time.
+    The figures of a test are written by the main process only; MMEngine's every process writes them to the same file,
+    at the same time.
+
+    Args:
+        interval: The most steps from one line to the next.
+        seconds: The most time from one line to the next, unless a step takes longer.
+        kwargs: Other arguments of ``LoggerHook``.
     """
 
+    def __init__(self, interval: int = 10, seconds: float = 10.0, **kwargs) -> None:
+        super().__init__(interval=interval, **kwargs)
+        self.max_interval = interval
+        self.seconds = seconds
+
     after_test_epoch = master_only(LoggerHook.after_test_epoch)
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        self.last = runner.iter, time.monotonic()
+        self.interval = 1  # until the first step has told how long it takes
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        due = log_is_due(runner, batch_idx)
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if due:  # every hook has asked already whether it is
+            step, now = runner.iter + 1, time.monotonic()
+            pace = (now - self.last[1]) / max(1, step - self.last[0])
+            interval = [max(1, min(self.max_interval, int(self.seconds / max(pace, 1e-6))))]
+            broadcast_object_list(interval)  # as hooks exchange losses where a line is due
+            self.interval, self.last = interval[0], (step, now)

@@ -1,0 +1,139 @@
+"""Is it still getting better? The frozen encoder, evaluated while it is trained."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import FUNCTIONS
+from mmengine.runner import Runner
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from mmmilan.errors import InputError
+from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from mmmilan.evaluation.representation import cosine_to_teacher, rankme
+from mmmilan.models.wrapping import unwrap
+from mmmilan.registry import DATASETS, HOOKS
+
+BATCH_SIZE = 64
+COMPARED_WITH_TEACHER = 64
+
+
+@HOOKS.register_module()
+class OnlineEvaluationHook(Hook):
+    """Evaluate the class token of the frozen encoder before training, every few epochs, and at the end.
+
+    * ``eval/rankme``: effective rank of the features (arXiv 2210.02885);
+    * ``eval/cosine_class``, ``eval/cosine_patches``: how close the prediction of whole images is to the teacher's
+      features, on 64 of the images;
+    * ``eval/knn``, ``eval/probe_10``: with labels, top-1 accuracy in percent of the 20 nearest neighbours and of a
+      linear probe that is given a tenth of the labels, on a fifth of the images that neither is given.
+
+    They go to the log, to TensorBoard and to ``scalars.json``, with the share of the run's time that they took.
+    Training is as without the hook, to the bit. All processes do the same work.
+
+    Args:
+        dataset: Config of the images, and of their labels if ``with_label=True``.
+        interval: Epochs from one evaluation to the next.
+        max_images: At most so many of the images, evenly spaced.
+    """
+
+    priority = 'LOW'  # after the logger's line of the epoch's last step
+
+    def __init__(self, dataset: dict, interval: int = 1, max_images: int = 1000) -> None:
+        self.dataset_cfg = dataset
+        self.interval = interval
+        self.max_images = max_images
+        self.seconds = 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        dataset = DATASETS.build(self.dataset_cfg)
+        self.labels = read_labels(dataset) if self.dataset_cfg.get('with_label') else None
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), self.max_images)).astype(int))
+        self.dataset, self.labels = (
+            Subset(dataset, chosen.tolist()),
+            None if self.labels is None else self.labels[chosen],
+        )
+        self.start = time.monotonic()
+        if runner.epoch == 0:
+            self.evaluate(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner):
+            self.evaluate(runner, runner.epoch + 1)
+
+    def evaluate(self, runner: Runner, epoch: int = 0) -> None:
+        """One evaluation, and its line in the log."""
+        begin = time.monotonic()
+        with evaluating(unwrap(runner.model)) as model:
+            scores = self.measure(model)
+        now = time.monotonic()
+        self.seconds += now - begin
+        scores = {f'eval/{name}': value for name, value in scores.items()}
+        share = self.seconds / (now - self.start)
+        text = '  '.join(f'{name}: {value:.4g}' for name, value in scores.items())
+        runner.logger.info(
+            f'Evaluation after epoch {epoch}:  {text}  ({now - begin:.1f} s; {share:.1%} of the training time so far)'
+        )
+        runner.visualizer.add_scalars({**scores, 'eval/epoch': epoch, 'eval/time_share': share}, step=runner.iter)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The scores, by their names."""
+        loader = torch.utils.data.DataLoader(self.dataset, BATCH_SIZE, collate_fn=FUNCTIONS.get('default_collate'))
+        features, scores = [], {}
+        for index, batch in enumerate(loader):
+            images = model.data_preprocessor(batch)['inputs']
+            features.append(model.extract_feat(images)[-1].float().cpu())
+            if index == 0 and (cosines := cosine_to_teacher(model, images[:COMPARED_WITH_TEACHER])):
+                scores['cosine_class'], scores['cosine_patches'] = cosines
+        features = torch.cat(features).numpy()
+        scores['rankme'] = rankme(features)
+        return scores | (label_scores(features, self.labels) if self.labels is not None else {})
+
+
+def read_labels(dataset: Dataset) -> np.ndarray:
+    """Labels [M] of a data set.
+
+    Raises:
+        InputError: they are of one class, or too few of each for a fifth to be left for testing.
+    """
+    labels = np.array([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
+    counts = np.bincount(labels)
+    if len(counts) < 2 or len(labels) < 5 * len(counts):
+        raise InputError(
+            f'{len(labels)} images of {len(counts)} classes are not enough to evaluate on; give a labelled folder of '
+            'at least two classes and five images a class.'
+        )
+    return labels
+
+
+def label_scores(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Top-1 accuracies in percent, on a fifth of the images."""
+    train, test, train_labels, test_labels = train_test_split(features, labels, test_size=0.2, random_state=0)
+    scores = {'knn': 100 * knn_accuracy((train, train_labels), (test, test_labels))}
+    if len(set(train_labels[::10])) > 1:
+        tenth = train[::10], train_labels[::10]
+        scores['probe_10'] = 100 * linear_probe_accuracy(tenth, (test, test_labels))
+    return scores
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode and without gradients; afterwards mode and random numbers are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
+        yield model
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    for module, mode in modes.items():
+        module.training = mode
