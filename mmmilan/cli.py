@@ -35,39 +35,49 @@ def make_app() -> App:
     return app
 
 
-def read_changes(tokens: Sequence[str]) -> dict[str, object]:
-    """``--model.masking.mask_ratio 0.6`` or ``--…=0.6`` as ``{'model.masking.mask_ratio': 0.6}``.
+def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """Changes of a config are the options with a dot: ``--model.masking.mask_ratio 0.6`` or ``--…=0.6``.
+
+    Returns:
+        The other arguments, and the changes, e.g. ``{'model.masking.mask_ratio': 0.6}``.
 
     Raises:
-        InputError: naming what is no option with a value.
+        InputError: naming a change without a value.
     """
     from mmengine.config import DictAction
 
-    text = [token for each in tokens for token in (each.split('=', 1) if each.startswith('--') else [each])]
-    changes = {}
-    for key, value in zip(text[::2], [*text[1::2], ''], strict=False):
-        if not re.fullmatch(r'--[\w.-]+', key) or not value:
-            raise InputError(f'{key} is no option with a value; see mmmilan COMMAND --help.')
+    others, changes = [], {}
+    left = list(tokens)
+    while left:
+        token = left.pop(0)
+        key, given, value = token.partition('=')
+        if not re.fullmatch(r'--\w+(\.\w+)+', key):
+            others.append(token)
+            continue
+        if not given:
+            value = left.pop(0) if left else ''
+        if not value or value.startswith('--'):
+            raise InputError(f'{key} has no value; write {key}=VALUE.')
         changes[key[2:]] = DictAction._parse_iterable(value)
-    return changes
+    return others, changes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; what it returns is printed."""
-    app = make_app()
     with exit_on_input_error():
+        arguments, changes = split_changes(sys.argv[1:] if argv is None else argv)
         try:
-            function, bound, unused, _ = app.parse_known_args(argv)
+            function, bound, _ = make_app().parse_args(arguments)
         except CycloptsError as error:
             error.verbose = False
             raise InputError(f'{" ".join(str(error).split())} See mmmilan COMMAND --help.') from error
         kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-        if unused and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise InputError(f'{unused[0]} is unknown here; see mmmilan COMMAND --help.')
-        result = function(*bound.args, **bound.kwargs, **read_changes(unused))
+        if changes and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise InputError(f'--{next(iter(changes))} is unknown here; see mmmilan COMMAND --help.')
+        result = function(*bound.args, **bound.kwargs, **changes)
     if isinstance(result, (str, os.PathLike)):
         print(os.fspath(result))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()

@@ -30,7 +30,8 @@ def test_help_explains_every_parameter(name, capsys):
     [
         (['convert', 'a.pth'], '--dst'),
         (['convert', 'a.pth', 'b.pth', '--to', 'onnx'], '"timm"'),
-        (['convert', 'a.pth', 'b.pth', '--speed', '3'], '--speed is unknown here'),
+        (['convert', 'a.pth', 'b.pth', '--speed', '3'], 'Unknown option: --speed'),
+        (['convert', 'a.pth', 'b.pth', '--a.b', '3'], '--a.b is unknown here'),
         (['transmogrify'], 'Unknown command "transmogrify"'),
         (['convert', 'none.pth', 'b.pth'], 'none.pth'),
     ],
@@ -42,8 +43,10 @@ def test_errors_are_one_line(arguments, message):
 
 
 def test_changes_of_a_config():
-    tokens = ['--model.masking.mask_ratio', '0.6', '--a.b=[1, 2]', '--c=x']
-    assert cli.read_changes(tokens) == {'model.masking.mask_ratio': 0.6, 'a.b': [1, 2], 'c': 'x'}
-    for tokens in (['--a.b'], ['a', '3'], ['--a=']):
-        with pytest.raises(cli.InputError, match='no option with a value'):
-            cli.read_changes(tokens)
+    tokens = ['a.png', '--model.masking.mask_ratio', '0.6', '--out', 'b.c', '--a.b=[1, 2]', '--a.c=x']
+    others, changes = cli.split_changes(tokens)
+    assert others == ['a.png', '--out', 'b.c']
+    assert changes == {'model.masking.mask_ratio': 0.6, 'a.b': [1, 2], 'a.c': 'x'}
+    for tokens in (['--a.b'], ['--a.b', '--c', '3'], ['--a.b=']):
+        with pytest.raises(cli.InputError, match='--a.b has no value'):
+            cli.split_changes(tokens)

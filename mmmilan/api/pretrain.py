@@ -249,7 +249,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None, start: str
     config.auto_scale_lr.enable = False  # the rate is for this batch already
     print_log(
         f'{num_images} images in batches of {batch_size}: {schedule.epochs} epochs of {schedule.steps_per_epoch} '
-        f'steps, {schedule.warmup} steps of warm-up, learning rate {schedule.lr:g}.',
+        f'steps, the first {schedule.warmup} for warm-up, learning rate {schedule.lr:g}.',
         logger='current',
     )
 

@@ -78,7 +78,7 @@ def fit_schedule(num_images: int, batch_size: int, epochs: int | None, started: 
     if epochs is None:
         epochs = min(max(math.ceil(STEPS / steps_per_epoch), EPOCHS[0]), EPOCHS[1])
     lr = RECIPE_RATE * math.sqrt(batch_size / RECIPE_BATCH) * (GENTLER if started else 1)
-    warmup = max(1, int(WARMUP * epochs * steps_per_epoch))
+    warmup = max(2, int(WARMUP * epochs * steps_per_epoch))  # MMEngine's warm-up of one step never ends
     return Schedule(epochs, steps_per_epoch, warmup, float(f'{lr:.2g}'))
 
 
