@@ -65,6 +65,9 @@ setup(
     extras_require={
         # Needs mmcv with operators, built before: docs/installation.md.
         'dense': ['onedl-mmdetection>=3.5,<4.0', 'onedl-mmsegmentation>=1.4,<2.0'],
+        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
+        'parquet': ['pyarrow'],
+        'docs': ['mkdocs-material', 'mkdocstrings[python]'],
         'test': ['pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
     },
 )

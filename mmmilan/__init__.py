@@ -12,6 +12,8 @@ extend_openmmlab()
 _HOMES = {
     'FeatureExtractor': 'mmmilan.api.inference',
     'ImageClassificationInferencer': 'mmmilan.api.inference',
+    'embed': 'mmmilan.api.embed',
+    'export_onnx': 'mmmilan.export.onnx',
     'get_model': 'mmmilan.api.models',
     'list_models': 'mmmilan.api.models',
     'pretrain': 'mmmilan.api.pretrain',

@@ -16,6 +16,8 @@ from mmmilan.version import __version__
 # Command and function. What a command imports is imported when it is called.
 COMMANDS = {
     'pretrain': 'mmmilan.api.pretrain:pretrain',
+    'embed': 'mmmilan.api.embed:embed',
+    'export-onnx': 'mmmilan.export.onnx:export_onnx',
     'convert': 'mmmilan.export.convert:convert_checkpoint',
 }
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
     from mmengine.model import BaseModel
 
+    from mmmilan.models.embedding import Embedder
+
 
 def list_models(pattern: str = '') -> list[str]:
     """Names of the models of the zoo that begin with a pattern, e.g. ``'milan*large'``."""
@@ -96,6 +98,36 @@ def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:
         backbone = config.model.backbone
         config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
     return config
+
+
+def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
+    """The encoder of a model, with its decoder where the checkpoint has one that predicts a CLIP's features.
+
+    Args:
+        model: what ``get_model(checkpoint)`` gives; its backbone is used, not copied.
+        checkpoint: a model of the zoo or a checkpoint of one's own.
+
+    Returns:
+        The embedder in evaluation mode, on the model's device.
+    """
+    from mmengine.registry import DefaultScope
+
+    from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+    from mmmilan.checkpoints.loading import as_mmmilan, load_weights
+    from mmmilan.checkpoints.zoo import resolve_checkpoint
+    from mmmilan.models.embedding import Embedder
+    from mmmilan.registry import MODELS
+
+    config, neck = read_config(checkpoint).model, None
+    if config.get('head', {}) and config.head.type == 'mmmilan.CLIPTarget' and 'Decoder' in config.neck.type:
+        path = resolve_checkpoint(checkpoint)
+        content = load_checkpoint_file(path)
+        if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):
+            with DefaultScope.overwrite_default_scope('mmpretrain'):
+                neck = MODELS.build(config.neck)
+            load_weights(neck, content, str(path), 'neck')
+    device = next(model.parameters()).device
+    return Embedder(model.backbone, neck).to(device).eval()
 
 
 def _dataset_meta(config: Config) -> dict:

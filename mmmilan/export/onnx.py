@@ -1,0 +1,121 @@
+"""An encoder as an ONNX file."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmmilan.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    from torch import Tensor, nn
+
+PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+BOUND = 1e-4  # of the length of a feature; both compute in float32
+
+
+def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write an encoder as ONNX, and compare it with PyTorch by onnxruntime.
+
+    The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the normalisation is part of the file. The
+    outputs are ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, where the checkpoint has its
+    decoder and the target was a CLIP, ``embedding`` [B, C], of length 1 in the joint space of image and text.
+
+    On batches of one and of three random images no output may differ by more than 1e-4 of its length.
+
+    Args:
+        checkpoint: a model of the zoo, or a checkpoint of your own.
+        out: file to write, .onnx.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, or the outputs
+            differ. Nothing is written then.
+
+    Example:
+        >>> mmmilan.export_onnx('runs/photos/milan.pth', 'photos.onnx')
+    """
+    import torch
+
+    from mmmilan.api.models import get_model
+    from mmmilan.files import atomic_write
+
+    path = Path(out)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f'ONNX needs {" and ".join(missing)}; pip install {" ".join(missing)}.')
+    if path.suffix != '.onnx':
+        raise InputError(f'{path} does not end in .onnx; choose a name that does.')
+    model = get_model(checkpoint, pretrained=True, device='cpu')
+    encoder = build_encoder(model, checkpoint).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, *model.backbone.img_size, generator=generator)
+    with atomic_write(path) as temporary:
+        write(encoder, images[:2], temporary)
+        for batch in (images[:1], images):
+            compare(encoder, batch, temporary, path)
+    return path
+
+
+def build_encoder(model: nn.Module, checkpoint: str | os.PathLike) -> nn.Module:
+    """Images from 0 to 1 in, features out as a dictionary."""
+    from torch import nn
+
+    from mmmilan.api.models import build_embedder
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedder = build_embedder(model, checkpoint)
+            self.register_buffer('mean', model.data_preprocessor.mean / 255)
+            self.register_buffer('std', model.data_preprocessor.std / 255)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return self.embedder((images - self.mean) / self.std)
+
+    return Encoder()
+
+
+def write(encoder: nn.Module, images: Tensor, path: str) -> None:
+    """Export with a free batch size."""
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # of the exporter about itself
+        logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+        torch.onnx.export(
+            encoder,
+            (images,),
+            path,
+            input_names=['images'],
+            output_names=list(encoder(images)),
+            dynamic_shapes=dict(images={0: torch.export.Dim('batch')}),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def compare(encoder: nn.Module, images: Tensor, written: str, path: Path) -> None:
+    """Refuse a file whose outputs are not PyTorch's."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(written, providers=['CPUExecutionProvider'])
+    names = [output.name for output in session.get_outputs()]
+    outputs = dict(zip(names, session.run(None, {'images': images.numpy()}), strict=True))
+    with torch.no_grad():
+        expected = encoder(images)
+    for name, values in expected.items():
+        difference = (torch.from_numpy(outputs[name]) - values).norm(dim=-1) / values.norm(dim=-1)
+        if not difference.max() <= BOUND:
+            raise InputError(
+                f'{path} was not written: its {name} differs from that of PyTorch by {float(difference.max()):.1e} of '
+                'its length; try another version of onnxruntime.'
+            )

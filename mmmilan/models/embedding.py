@@ -1,0 +1,41 @@
+"""What a trained encoder says of an image: class token, mean token, patch tokens; in the joint space, too."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Embedder(nn.Module):
+    """The features of whole images that other programs want.
+
+    Args:
+        backbone: A ViT of mmpretrain's kind with a class token, such as :class:`MILANViT`.
+        neck: The decoder that it was pretrained with, if it predicts a CLIP's features; else None.
+    """
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.backbone.out_type = 'raw'
+        self.neck = neck
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images [B, 3, H, W] -> features by name.
+
+        Returns:
+            ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D], and with a decoder ``embedding``
+            [B, C]: its prediction of the teacher's class token, which is of length 1 in the joint space of image and
+            text (class token and visible patches skip all blocks of MILAN's decoder).
+        """
+        tokens = self.backbone(images)[-1]
+        cls_token, patches = tokens[:, 0], tokens[:, 1:]
+        mean = patches.mean(1)
+        if hasattr(self.backbone, 'ln2'):  # of a classifier on the mean token
+            mean = self.backbone.ln2(mean)
+        features = dict(class_token=cls_token, mean_token=mean, patch_tokens=patches)
+        if self.neck is not None:
+            positions = self.neck.decoder_pos_embed[:, :1]
+            predicted = self.neck.predict(self.neck.decoder_embed(tokens[:, :1]) + positions)[:, 0]
+            features['embedding'] = F.normalize(predicted.float(), dim=-1)
+        return features

@@ -1,0 +1,136 @@
+"""Features of many images in a file, and the encoder as an ONNX file."""
+
+from __future__ import annotations
+
+import importlib.util
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import mmmilan
+from helpers import relative_error
+from mmmilan.api.models import build_embedder, get_model
+from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
+
+
+@pytest.fixture
+def checkpoint(tiny_config, milan_cfg, tmp_path):
+    """A whole small model, as a file of one's own: the weights, and the config beside them."""
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    folder = tmp_path / 'own'
+    folder.mkdir()
+    tiny_config().rename(folder / 'config.py')
+    save_checkpoint_file(dict(state_dict=model.state_dict()), folder / 'milan.pth')
+    return folder / 'milan.pth'
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five images in nested folders, one of which does not decode, and a tar shard of two."""
+    rng = np.random.default_rng(0)
+    files = [tmp_path / 'images' / name for name in ('b.png', 'a/0.jpg', 'a/1.jpg', 'c/broken.jpg', 'c/d/2.png')]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), rng.integers(0, 255, (80, 70, 3), dtype=np.uint8))
+    files[3].write_bytes(files[3].read_bytes()[:500])
+    with tarfile.open(tmp_path / 'shard.tar', 'w') as tar:
+        for path in files[:2]:
+            tar.add(path, path.name)
+    return tmp_path / 'images'
+
+
+def test_features_of_a_folder(images, checkpoint, tmp_path, log):
+    path = mmmilan.embed(images, checkpoint, tmp_path / 'f.npz', patches=True, batch_size=2)
+    file = dict(np.load(path))
+    assert [name.removeprefix(f'{images}/') for name in file['paths']] == [
+        'a/0.jpg', 'a/1.jpg', 'b.png', 'c/broken.jpg', 'c/d/2.png',
+    ]  # fmt: skip
+    assert file['ok'].tolist() == [True, True, True, False, True]
+    assert f'{images}/c/broken.jpg cannot be read' in log.text
+    assert file['class_token'].shape == file['mean_token'].shape == (5, 48) and file['class_token'].dtype == np.float32
+    assert file['patch_tokens'].shape == (5, 16, 48) and file['embedding'].shape == (5, 24)
+    for name in ('class_token', 'mean_token', 'patch_tokens', 'embedding'):
+        assert np.isnan(file[name]).reshape(5, -1).all(1).tolist() == [False, False, False, True, False]
+    read = [str(name) for name, ok in zip(file['paths'], file['ok'], strict=True) if ok]
+    for name, out_type in (('class_token', 'cls_token'), ('mean_token', 'avg_featmap')):
+        expected = mmmilan.FeatureExtractor(checkpoint, out_type=out_type)(read)
+        assert relative_error(torch.from_numpy(file[name][file['ok']]), expected) < 1e-6
+    assert np.allclose(file['patch_tokens'][0].mean(0), file['mean_token'][0], atol=1e-3)
+
+
+def test_the_embedding_is_the_decoders_own_prediction(checkpoint):
+    """Of an image with nothing masked, through the whole decoder."""
+    whole = get_model(checkpoint, encoder_only=False)
+    embedder = build_embedder(get_model(checkpoint), checkpoint)
+    images = torch.randn(3, 3, 64, 64)
+    everything = torch.arange(16).expand(3, -1)
+    with torch.no_grad():
+        predicted = whole.neck(whole.backbone(images, everything), everything, everything[:, :0])
+        expected = torch.nn.functional.normalize(predicted[:, 0], dim=-1)
+        assert relative_error(embedder(images)['embedding'], expected) < 1e-6
+
+
+def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):
+    given = [images / 'b.png', images / 'a/1.jpg', tmp_path / 'shard.tar']
+    file = np.load(mmmilan.embed(given, checkpoint, tmp_path / 'f.npz'))
+    names = [name.split('@')[0] for name in file['paths']]
+    assert names[:2] == [str(path) for path in given[:2]]
+    assert names[2:] == [f'tar://{tmp_path}/shard.tar/{name}' for name in ('b.png', '0.jpg')]
+    assert np.array_equal(file['class_token'][0], file['class_token'][2]) and file['ok'].all()
+
+
+def test_parquet(images, checkpoint, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    table = parquet.read_table(mmmilan.embed(images, checkpoint, tmp_path / 'f.parquet')).to_pydict()
+    file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'f.npz'))
+    assert table['paths'] == file['paths'].tolist() and table['ok'] == file['ok'].tolist()
+    assert np.array_equal(np.array(table['class_token'], np.float32), file['class_token'], equal_nan=True)
+
+
+def test_what_cannot_be_embedded(images, checkpoint, tmp_path):
+    for source, out, message in (
+        (images, 'f.csv', 'neither .npz nor .parquet'),
+        (images / 'none.jpg', 'f.npz', 'none.jpg does not exist'),
+        (images / 'c/broken.jpg', 'f.npz', 'None of the 1 images can be read'),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmmilan.embed(source, checkpoint, tmp_path / out)
+    assert not list(tmp_path.glob('f.*'))
+
+
+def test_onnx_without_its_packages(checkpoint, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if 'onnx' in name else find_spec(name))
+    with pytest.raises(InputError, match='pip install onnx onnxscript onnxruntime'):
+        mmmilan.export_onnx(checkpoint, tmp_path / 'a.onnx')
+
+
+@pytest.mark.slow
+def test_onnx(checkpoint, images, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    path = mmmilan.export_onnx(checkpoint, tmp_path / 'a.onnx')
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    assert names == ['class_token', 'mean_token', 'patch_tokens', 'embedding']
+    file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'f.npz', patches=True))
+    extract = mmmilan.FeatureExtractor(checkpoint)
+    inputs = [
+        extract.prepare(extract.load(dict(img_path=str(images / name))))['inputs'] for name in ('a/0.jpg', 'b.png')
+    ]
+    rgb = torch.stack(inputs).flip(1).float() / 255
+    for name, output in zip(names, session.run(None, {'images': rgb.numpy()}), strict=True):
+        bound = 1e-3 if name == 'patch_tokens' else 1e-5  # written in float16
+        assert relative_error(torch.from_numpy(output), torch.from_numpy(file[name][[0, 2]])) < bound, name
+
+    # a file that does not compute the same is not left behind
+    monkeypatch.setattr('mmmilan.export.onnx.BOUND', -1.0)
+    with pytest.raises(InputError, match='was not written: its class_token differs'):
+        mmmilan.export_onnx(checkpoint, tmp_path / 'b.onnx')
+    assert not (tmp_path / 'b.onnx').exists()
