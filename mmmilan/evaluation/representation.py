@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmmilan.models.milan import MILAN
+from mmmilan.models.targets import CLIPTarget
 
 
 def rankme(features: np.ndarray) -> float:
@@ -34,10 +35,9 @@ def cosine_to_teacher(model: MILAN, images: Tensor) -> tuple[float, float] | Non
     Returns:
         The mean cosine of class tokens and that of patches; None where the target is no teacher's features.
     """
-    features, _ = model.head.run_teacher(images)
-    if features is None or features.shape[-1] != model.neck.predict_feature_dim:
+    if not isinstance(model.head, CLIPTarget):
         return None
-    patches = torch.arange(model.backbone.num_patches, device=images.device).expand(len(images), -1)
-    predicted = model.neck(model.backbone(images, patches), patches, patches[:, :0])
-    cosine = torch.cosine_similarity(predicted.float(), features.float(), dim=-1).mean(0)
+    features, _ = model.head.run_teacher(images)
+    predicted = model.embed_joint(images)
+    cosine = torch.cosine_similarity(predicted, features.float(), dim=-1).mean(0)
     return float(cosine[0]), float(cosine[1:].mean())
