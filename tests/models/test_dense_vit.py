@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from helpers import ROOT
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
-from mmmilan.models.dense_vit import WindowAttention, relative_position_bias
+from mmmilan.models.window_attention import WindowAttention, relative_position_bias
 from mmmilan.registry import MODELS
 
 ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
