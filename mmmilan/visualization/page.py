@@ -19,7 +19,7 @@ thead th { border-bottom: 2px solid #1f2937 } tbody tr { border-bottom: 1px soli
 td:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right } tr.best { font-weight: 600 }
 .gallery td { padding: 2px; text-align: center } .gallery th { font-size: .8rem; text-align: center; padding: 2px }
 .gallery tbody tr { border: 0 } .gallery img { width: 142px; display: block; image-rendering: pixelated }
-svg { max-width: 100%; height: auto }
+svg, p img { max-width: 100%; height: auto }
 """
 
 
@@ -47,6 +47,11 @@ class Page:
         head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
         body = ''.join('<tr>' + ''.join(f'<td>{_img(image)}</td>' for image in row) + '</tr>' for row in rows)
         self.parts.append(f'<table class="gallery"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+
+    def figure(self, png: bytes, description: str) -> None:
+        """A picture as wide as it is, described for those who do not see it."""
+        data = base64.b64encode(png).decode()
+        self.parts.append(f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{data}"></p>')
 
     def svg(self, element: str) -> None:
         self.parts.append(element)

@@ -1,0 +1,175 @@
+"""The paper's figures from checkpoints of several kinds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmpretrain.models import VisionTransformer
+
+from mmmilan.api.figures import figures, sample_classes
+from mmmilan.api.sources import load_source
+from mmmilan.checkpoints.layouts import convert
+from mmmilan.cli import main
+from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
+from mmmilan.visualization.figures import last_attention
+from mmmilan.visualization.paper import draw_tsne
+
+
+@pytest.fixture
+def models(tiny_config, tmp_path) -> tuple[str, dict[str, Path]]:
+    """A config, and four files: a pretraining checkpoint, and encoders in the layouts of MAE, mmpretrain and timm."""
+    config = tiny_config()
+    model = MODELS.build(Config.fromfile(config).model)
+    model.init_weights()
+    files = {name: tmp_path / f'{name}.pth' for name in ('milan', 'mae', 'openmmlab', 'timm')}
+    weights = model.state_dict()
+    torch.save(dict(state_dict=weights), files['milan'])
+    for name, to in (('mae', 'official'), ('openmmlab', 'openmmlab'), ('timm', 'timm')):
+        torch.manual_seed(len(name))
+        model.backbone.init_weights()
+        encoder = {f'backbone.{key}': value for key, value in model.backbone.state_dict().items()}
+        torch.save(dict(model=convert(encoder, to, encoder_only=True)), files[name])
+    return str(config), files
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_all_figures(models, image_folder, tmp_path):
+    """By the command, twice: the same files, whatever the time and the state of the generators."""
+    config, files = models
+    names = [str(files['milan']), 'teacher']
+    for out in ('a', 'b'):
+        torch.manual_seed(len(out))
+        main(['figures', config, *names, '--images', str(image_folder), '--out', str(tmp_path / out), '--seed', '3'])
+    written = digest(tmp_path / 'a')
+    expected = {f'figure{i}{ending}' for i in (2, 3, 4, 5) for ending in ('.png', '.pdf')} | {'index.html'}
+    assert set(written) == expected and digest(tmp_path / 'b') == written
+    for i in (2, 3, 4, 5):
+        assert cv2.imread(str(tmp_path / f'a/figure{i}.png')).std() > 10, i
+        assert (tmp_path / f'a/figure{i}.pdf').read_bytes().startswith(b'%PDF')
+    page = (tmp_path / 'a/index.html').read_text()
+    assert page.count('<img alt="') == 4 and 'silhouette' in page and 'Left out' not in page
+    assert 'milan, teacher' in page
+    assert not re.search(r'(src|href)="(?!data:|#|https)', page)
+
+
+@torch.no_grad()
+def test_what_is_drawn_of_an_encoder(models):
+    """The class token, and the attention that an independent ViT of timm computes with the same weights."""
+    config, files = models
+    images = torch.randn(2, 3, 64, 64)
+    features, attention = load_source(config, str(files['timm']), 'cpu')(images)
+    vit = timm.create_model(
+        'vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=0
+    ).eval()
+    vit.load_state_dict(torch.load(files['timm'])['model'])
+    vit.blocks[-1].attn.fused_attn = False
+    seen = []
+    vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    tokens = vit.forward_features(images)
+    assert torch.allclose(features, tokens[:, 0], atol=1e-4)
+    assert torch.allclose(attention, seen[0].mean(1)[:, 0, 1:], atol=1e-5)
+    own = load_source(config, str(files['milan']), 'cpu')
+    assert torch.allclose(own(images)[1], last_attention(own.backbone, images), atol=1e-6)
+
+
+@torch.no_grad()
+def test_layouts_are_the_same_model(models):
+    """What MAE's, mmpretrain's and timm's files say of an encoder differs in names alone."""
+    config, files = models
+    weights = load_source(config, str(files['timm']), 'cpu').backbone.state_dict()
+    weights = {f'backbone.{key}': value for key, value in weights.items()}
+    images = torch.randn(2, 3, 64, 64)
+    expected = load_source(config, str(files['timm']), 'cpu')(images)
+    for name, to in (('mae', 'official'), ('openmmlab', 'openmmlab')):
+        assert not torch.equal(load_source(config, str(files[name]), 'cpu')(images)[0], expected[0])
+        torch.save(dict(model=convert(weights, to, encoder_only=True)), files[name])
+        features, attention = load_source(config, str(files[name]), 'cpu')(images)
+        assert torch.equal(features, expected[0]) and torch.equal(attention, expected[1])
+
+
+@torch.no_grad()
+def test_other_sources(models, clip_file):
+    config, _ = models
+    images = torch.randn(2, 3, 64, 64)
+    teacher = MODELS.build(Config.fromfile(config).model.head.teacher)
+    features, importance = teacher(images)
+    drawn = load_source(config, 'teacher', 'cpu')(images)
+    assert torch.equal(drawn[0], features[:, 0]) and torch.equal(drawn[1], importance)
+    with pytest.raises(InputError, match='timm has no model'):
+        load_source(config, 'timm:vit_of_nobody', 'cpu')
+    with pytest.raises(InputError, match="open_clip has no model 'ViT-Z'"):
+        load_source(config, 'open_clip:ViT-Z:openai', 'cpu')
+
+
+def test_mean_of_patch_tokens_where_it_was_trained(tiny_config, tmp_path):
+    """A fine-tuned ViT of mmpretrain: what stands before its linear head is the normed mean of the patch tokens."""
+    arch = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
+    cfg = Config.fromfile(tiny_config())
+    backbone = dict(type='VisionTransformer', arch=arch, img_size=64, out_type='avg_featmap', final_norm=False)
+    cfg.model = dict(type='ImageClassifier', backbone=backbone)
+    cfg.dump(tmp_path / 'finetuned.py')
+    vit = VisionTransformer(**{key: value for key, value in backbone.items() if key != 'type'})
+    vit.init_weights()
+    torch.nn.init.normal_(vit.ln2.weight)
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in vit.state_dict().items()}), tmp_path / 'finetuned.pth')
+    vit.eval()
+    images = torch.randn(2, 3, 64, 64)
+    source = load_source(str(tmp_path / 'finetuned.py'), str(tmp_path / 'finetuned.pth'), 'cpu')
+    assert torch.allclose(source(images)[0], vit(images)[-1], atol=1e-5)
+
+
+def test_silhouette():
+    """Of two tight classes and of one cloud, which no t-SNE can change."""
+    labels = np.arange(40) % 2
+    tight = np.eye(8)[labels] + 1e-3 * np.random.default_rng(0).normal(size=(40, 8))
+    figure = draw_tsne({'tight': tight, 'cloud': np.random.default_rng(1).normal(size=(40, 8))}, labels, ['a', 'b'])
+    scores = [float(axes.get_xlabel().split()[-1]) for axes in figure.axes]
+    assert scores[0] > 0.99 and abs(scores[1]) < 0.1
+
+
+def test_classes_are_sampled():
+    labels = np.repeat(np.arange(30), 10)
+    chosen = sample_classes(labels, 20, 4, np.random.default_rng(5))
+    assert len(chosen) == 80 and (np.unique(labels[chosen], return_counts=True)[1] == 4).all()
+    assert not np.array_equal(chosen, sample_classes(labels, 20, 4, np.random.default_rng(6)))
+
+
+def test_without_classes_or_decoder(models, image_folder, tmp_path, log):
+    """A flat folder has no figure 2, an encoder alone no figure 5; the page and the log say so."""
+    config, files = models
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for i in range(3):
+        (flat / f'{i}.jpg').write_bytes(next(image_folder.rglob(f'{i}.jpg')).read_bytes())
+    path = figures(config, str(files['timm']), images=str(flat), out=str(tmp_path / 'out'))
+    assert set(digest(tmp_path / 'out')) == {'figure3.png', 'figure3.pdf', 'index.html'}
+    for text in ('Figure 2 is left out', 'Figure 5 is left out: no checkpoint has the decoder'):
+        assert text in path.read_text() and text in log.text
+
+
+def test_what_cannot_be_drawn(models, image_folder, tmp_path):
+    config, files = models
+
+    def error(*checkpoints, images=image_folder) -> str:
+        with pytest.raises(InputError) as caught:
+            figures(config, *checkpoints, images=str(images), out=str(tmp_path / 'out'))
+        return str(caught.value)
+
+    assert error() == 'No checkpoint was given; name at least one model to compare.'
+    assert 'nowhere does not exist' in error(str(files['mae']), images=tmp_path / 'nowhere')
+    assert 'is neither a file nor a URL nor a model of the zoo' in error('nothing')
+    assert 'have the same name; rename a file' in error(str(files['mae']), str(files['mae']))
+    (tmp_path / 'clip-only.pth').write_bytes(b'')
+    assert 'clip-only.pth' in error(str(tmp_path / 'clip-only.pth'))
