@@ -14,9 +14,13 @@ _HOMES = {
     'ImageClassificationInferencer': 'mmmilan.api.inference',
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',
+    'figures': 'mmmilan.api.figures',
     'get_model': 'mmmilan.api.models',
+    'heat_maps': 'mmmilan.api.language',
     'list_models': 'mmmilan.api.models',
     'pretrain': 'mmmilan.api.pretrain',
+    'search': 'mmmilan.api.language',
+    'zero_shot': 'mmmilan.api.language',
 }
 
 __all__ = ['__version__', *_HOMES]

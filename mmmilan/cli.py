@@ -19,6 +19,10 @@ COMMANDS = {
     'embed': 'mmmilan.api.embed:embed',
     'export-onnx': 'mmmilan.export.onnx:export_onnx',
     'convert': 'mmmilan.export.convert:convert_checkpoint',
+    'figures': 'mmmilan.api.figures:figures',
+    'heat-maps': 'mmmilan.api.language:heat_maps',
+    'search': 'mmmilan.api.language:search',
+    'zero-shot': 'mmmilan.api.language:zero_shot',
 }
 
 
@@ -64,6 +68,14 @@ def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
     return others, changes
 
 
+def print_result(result: object) -> None:
+    """A path, a number, or the fields of a row between tabs; nothing for None and models."""
+    if isinstance(result, tuple):
+        print(*result, sep='\t')
+    elif isinstance(result, (str, os.PathLike, float)):
+        print(result)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; what it returns is printed."""
     with exit_on_input_error():
@@ -77,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if changes and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise InputError(f'--{next(iter(changes))} is unknown here; see mmmilan COMMAND --help.')
         result = function(*bound.args, **bound.kwargs, **changes)
-    if isinstance(result, (str, os.PathLike)):
-        print(os.fspath(result))
+    for row in result if isinstance(result, list) else [result]:
+        print_result(row)
 
 
 if __name__ == '__main__':

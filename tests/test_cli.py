@@ -22,7 +22,8 @@ def test_help_explains_every_parameter(name, capsys):
     shown = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
     assert parse(function.__doc__).short_description.split()[0] in shown
     positional = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
-    assert all(each.name.upper().replace('_', '-') in shown or each.kind == each.VAR_KEYWORD for each in positional)
+    by_name = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    assert all(each.name.upper().replace('_', '-') in shown or each.kind in by_name for each in positional)
 
 
 @pytest.mark.parametrize(

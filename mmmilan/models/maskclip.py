@@ -132,12 +132,15 @@ class MaskCLIP(BaseModel):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embeddings [B, E] of length 1, float32."""
-        cls_token = self.encode_tokens(self.backbone, images)[:, 0]
-        return F.normalize(self.image_projection(cls_token).float(), dim=-1)
+        return self.project_joint(self.encode_tokens(self.backbone, images)[:, :1])[:, 0]
 
     def embed_joint(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, 1 + N, E] of image and patches, of length 1, float32."""
-        return F.normalize(self.image_projection(self.encode_tokens(self.backbone, images)).float(), dim=-1)
+        return self.project_joint(self.encode_tokens(self.backbone, images))
+
+    def project_joint(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens [B, T, D] -> embeddings [B, T, E] of length 1, float32."""
+        return F.normalize(self.image_projection(tokens).float(), dim=-1)
 
     def text_tower(self) -> TextTower:
         """The text encoder with its tokenizer."""

@@ -117,11 +117,15 @@ class MILAN(BaseModel):
         Raises:
             InputError: the model predicts something else than a teacher's features.
         """
+        all_patches = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
+        return self.project_joint(self.backbone(images, all_patches))
+
+    def project_joint(self, latent: Tensor) -> Tensor:
+        """The encoder's tokens [B, 1 + N, D] of whole images -> embeddings [B, 1 + N, C], see :meth:`embed_joint`."""
         if not isinstance(self.head, CLIPTarget):
             raise InputError(f'{type(self.head).__name__} has no joint space of image and text; it takes a CLIPTarget.')
-        visible = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
-        pred = self.neck(self.backbone(images, visible), visible, visible[:, :0])
-        return F.normalize(pred.float(), dim=-1)
+        visible = torch.arange(self.backbone.num_patches, device=latent.device).expand(len(latent), -1)
+        return F.normalize(self.neck(latent, visible, visible[:, :0]).float(), dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embeddings [B, C] in the joint space, of length 1, float32."""

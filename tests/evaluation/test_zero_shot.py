@@ -230,7 +230,7 @@ def recall_of(images: Tensor, texts: list[Tensor]) -> dict[str, float]:
 
 def test_recall_of_random_embeddings(monkeypatch):
     """Images with one to three texts each; similarities are taken in several pieces."""
-    monkeypatch.setattr('mmmilan.evaluation.zero_shot.CHUNK', 8)
+    monkeypatch.setattr('mmmilan.evaluation.retrieval.CHUNK', 8)
     images = normalize(torch.randn(30, 6), dim=1)
     texts = [normalize(image + torch.randn(1 + i % 3, 6), dim=1) for i, image in enumerate(images)]
     owners = [i for i, own in enumerate(texts) for _ in own]

@@ -1,0 +1,314 @@
+"""Texts and images in one space: what a MILAN checkpoint knows of words through its teacher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mmmilan.api.inference import _Inferencer
+from mmmilan.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    import numpy as np
+    from torch import Tensor
+
+Images = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+class Found(NamedTuple):
+    """An image and the cosine of its embedding with the text."""
+
+    path: str
+    cosine: float
+
+
+class JointSpace(_Inferencer):
+    """Embeddings of images, of their patches and of texts, by a checkpoint of :class:`MILAN` or :class:`MaskCLIP`.
+
+    Args:
+        checkpoint: your own, or a model of the zoo; with its decoder. Its teacher is a CLIP with a text tower.
+        device: where to run, by default on the GPU if there is one.
+
+    Raises:
+        InputError: it has no decoder, or the teacher no text tower.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike, device: str | None = None) -> None:
+        from mmmilan.api.models import get_model
+
+        model = get_model(checkpoint, True, encoder_only=False)
+        if not hasattr(model, 'embed_joint'):
+            raise InputError(f'{checkpoint} is a {type(model).__name__}; texts need a checkpoint of MILAN or MaskCLIP.')
+        super().__init__(model, device=device)
+        self.texts = model.text_tower().to(next(model.parameters()).device)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [T, C] of length 1."""
+        if not texts or not all(texts):
+            raise InputError('There is an empty text; say what to look for.')
+        return self.texts(texts)
+
+    def embed_images(self, images: Sequence[str], batch_size: int = 32) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Paths, normalised images [B, 3, H, W] and their embeddings [B, 1 + N, C], batch by batch.
+
+        Images that do not decode are named in the log and left out.
+        """
+        import torch
+        from mmengine.dataset import default_collate
+        from rich.console import Console
+        from rich.progress import track
+
+        files = list(images)
+        starts = range(0, len(files), batch_size)
+        for start in track(starts, 'Embeddings', console=Console(stderr=True), disable=len(starts) < 2):
+            read = {path: sample for path in files[start : start + batch_size] if (sample := self.try_to_read(path))}
+            if read:
+                batch = self.model.data_preprocessor(default_collate(list(read.values())), False)['inputs']
+                with torch.no_grad():
+                    yield list(read), batch, self.model.embed_joint(batch)
+
+    def try_to_read(self, path: str) -> dict | None:
+        """The packed image, or None, with a warning, where it does not decode."""
+        from mmengine.logging import print_log
+
+        from mmmilan.datasets import CorruptImageError
+
+        try:
+            return self.prepare(self.load(dict(img_path=path)))
+        except CorruptImageError as error:
+            print_log(f'Left out: {error}', logger='current', level=logging.WARNING)
+
+
+def list_files(images: Images) -> list[str]:
+    """Paths of all images of a folder, a tar shard or an image, or of several of them."""
+    from mmmilan.datasets.sources import list_images
+
+    sources = [images] if isinstance(images, (str, os.PathLike)) else images
+    return [path for source in sources for path in list_images(source)]
+
+
+def search(
+    images: Images,
+    text: str,
+    checkpoint: str | os.PathLike,
+    *,
+    top: int = 10,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> list[Found]:
+    """Find the images that a text describes, best first.
+
+    Args:
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz); then its column ``embedding``
+            is searched and no image is read.
+        text: what to look for, such as 'a red boat'.
+        checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo; for a file, the one that wrote
+            it.
+        top: how many images to give.
+        batch_size: images that the model sees at once.
+        device: where to run, by default on the GPU if there is one.
+
+    Returns:
+        Paths and cosines.
+
+    Raises:
+        InputError: there is no image, the file has no embeddings, or the checkpoint knows no texts.
+
+    Example:
+        >>> mmmilan.search('photos', 'a red boat', 'runs/photos/milan.pth', top=1)
+        [Found(path='photos/harbour.jpg', cosine=0.31)]
+    """
+    import torch
+
+    paths, embeddings = read_embeddings(images) if is_features(images) else (list_files(images), None)
+    space = JointSpace(checkpoint, device)
+    wanted = space.embed_texts([text])[0]
+    if embeddings is not None:
+        if embeddings.shape[1] != len(wanted):
+            raise InputError(
+                f'{images} has embeddings of {embeddings.shape[1]} dimensions and {checkpoint} of {len(wanted)}; give '
+                'the checkpoint that wrote the file.'
+            )
+        cosines = embeddings.to(wanted.device) @ wanted
+    else:
+        found = [(names, rows[:, 0] @ wanted) for names, _, rows in space.embed_images(paths, batch_size)]
+        if not found:
+            raise InputError(f'None of the images of {images} decodes; give images.')
+        paths, cosines = [name for names, _ in found for name in names], torch.cat([cosines for _, cosines in found])
+    best = cosines.argsort(descending=True, stable=True)[:top].tolist()
+    return [Found(paths[i], round(float(cosines[i]), 4)) for i in best]
+
+
+def is_features(images: Images) -> bool:
+    """Whether this is a file of features and not of images."""
+    return isinstance(images, (str, os.PathLike)) and Path(images).suffix == '.npz'
+
+
+def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Paths and columns of a file of ``mmmilan.embed``, of the images that could be read.
+
+    Raises:
+        InputError: there is no such file, or a column is not in it.
+    """
+    import numpy as np
+
+    if not os.path.isfile(path):
+        raise InputError(f'{path} is not a file; write it with mmmilan embed.')
+    with np.load(path, allow_pickle=False) as file:
+        missing = [name for name in ('paths', *columns) if name not in file.files]
+        if missing:
+            raise InputError(
+                f'{path} has no {missing[0]} (it has {", ".join(file.files)}); write it with mmmilan embed, from a '
+                'checkpoint with its decoder, and for heat maps with patches.'
+            )
+        ok = file['ok'] if 'ok' in file.files else np.ones(len(file['paths']), bool)
+        return file['paths'][ok].tolist(), [file[name][ok].astype(np.float32) for name in columns]
+
+
+def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
+    """Paths and embeddings [M, C] of length 1 of a file of ``mmmilan.embed``."""
+    import torch
+
+    paths, [embeddings] = read_features(path, ['embedding'])
+    return paths, torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=1)
+
+
+def heat_maps(
+    images: Images,
+    texts: Sequence[str],
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Path:
+    """Show where in images a text is meant: the cosine of each patch with each text, an open vocabulary.
+
+    Writes ``heat_maps.npz`` (``paths``, ``texts`` and ``cosine`` [M, T, rows, columns], float32) and for each image a
+    picture, the image and a map a text.
+
+    Args:
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz); then no image is
+            read and no picture is drawn.
+        texts: what to look for.
+        checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo.
+        out: folder to write.
+        batch_size: images that the model sees at once.
+        device: where to run, by default on the GPU if there is one.
+
+    Returns:
+        The file of cosines.
+
+    Raises:
+        InputError: there is no image, the file has no patches, or the checkpoint knows no texts.
+    """
+    import numpy as np
+    import torch
+
+    of_file = is_features(images)
+    rows = read_features(images, ['class_token', 'patch_tokens']) if of_file else list_files(images)
+    space, folder = JointSpace(checkpoint, device), Path(out)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    wanted = space.embed_texts(texts)
+    paths, parts = [], []
+    for names, pixels, embeddings in project_rows(space, *rows) if of_file else space.embed_images(rows, batch_size):
+        cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)  # [B, T, N]
+        if pixels is not None:
+            draw_maps(space, folder, len(paths), names, pixels, cosine, texts)
+        paths += names
+        parts.append(cosine.unflatten(2, tuple(space.model.backbone.patch_resolution)).cpu())
+    if not parts:
+        raise InputError(f'None of the images of {images} decodes; give images.')
+    return write_npz(folder / 'heat_maps.npz', paths=np.array(paths), texts=np.array(texts), cosine=torch.cat(parts))
+
+
+def project_rows(
+    space: JointSpace, paths: list[str], columns: list[np.ndarray]
+) -> Iterator[tuple[list[str], None, Tensor]]:
+    """Paths and embeddings [B, 1 + N, C] from class tokens [M, D] and patch tokens [M, N, D] of the encoder."""
+    import torch
+
+    class_token, patches = columns
+    device = next(space.model.parameters()).device
+    for start in range(0, len(paths), 32):
+        rows = slice(start, start + 32)
+        latent = torch.from_numpy(class_token[rows]), torch.from_numpy(patches[rows])
+        latent = torch.cat([latent[0][:, None], latent[1]], dim=1).to(device)
+        with torch.no_grad():
+            yield paths[rows], None, space.model.project_joint(latent)
+
+
+def draw_maps(
+    space: JointSpace, folder: Path, first: int, names: list[str], pixels: Tensor, cosine: Tensor, texts: list[str]
+) -> None:
+    """A picture for each image of a batch, of which the first is number ``first`` of all."""
+    from mmmilan.visualization.figures import draw_heat, to_image
+    from mmmilan.visualization.paper import draw_pictures, save_figure
+
+    normalisation = space.model.data_preprocessor
+    for i, (name, maps) in enumerate(zip(names, cosine, strict=True)):
+        image = to_image(pixels[i], normalisation.mean, normalisation.std)
+        columns = {'image': [image]}
+        columns |= {text: [draw_heat(image, values, 'inferno')] for text, values in zip(texts, maps, strict=True)}
+        save_figure(draw_pictures(columns), folder / f'{first + i:04}-{Path(name).stem}')
+
+
+def write_npz(path: Path, **columns: np.ndarray) -> Path:
+    """Write arrays, whole or not at all."""
+    import numpy as np
+
+    from mmmilan.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **columns)
+    return path
+
+
+def zero_shot(
+    data: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] = ('a photo of a {}.',),
+    batch_size: int = 32,
+    device: str | None = None,
+) -> float:
+    """Classify a labelled folder by the names of its classes alone; nothing is trained.
+
+    Args:
+        data: folder with a folder of images for each class.
+        checkpoint: checkpoint of MILAN with its decoder, or of MaskCLIP: your own or a model of the zoo.
+        class_names: what the texts call the classes, in the order of their folders' names; by default these names.
+        templates: prompts with ``{}`` for the name of a class; of several, the mean embedding counts.
+        batch_size: images that the model sees at once.
+        device: where to run, by default on the GPU if there is one.
+
+    Returns:
+        Top-1 accuracy in percent, of the images that decode.
+
+    Raises:
+        InputError: there are not two classes, names are not as many as classes, or the checkpoint knows no texts.
+    """
+    from mmmilan.api.figures import list_labelled
+    from mmmilan.evaluation.zero_shot import embed_classes, read_templates
+
+    files, labels, classes = list_labelled(data)
+    names = list(class_names or classes)
+    if len(classes) < 2 or len(names) != len(classes):
+        raise InputError(
+            f'{data} has {len(classes)} folders of classes and there are {len(names)} names; give two or more folders '
+            'and as many names.'
+        )
+    space = JointSpace(checkpoint, device)
+    classifier = embed_classes(space.texts, names, read_templates(templates))
+    label_of, hits, total = dict(zip(files, labels.tolist(), strict=True)), 0, 0
+    for paths, _, embeddings in space.embed_images(files, batch_size):
+        predicted = (embeddings[:, 0] @ classifier.T).argmax(1).tolist()
+        hits += sum(label_of[path] == label for path, label in zip(paths, predicted, strict=True))
+        total += len(paths)
+    if not total:
+        raise InputError(f'None of the images of {data} decodes; give images.')
+    return 100 * hits / total

@@ -1,0 +1,194 @@
+"""Search, heat maps and zero-shot classification by a checkpoint of one's own, against loops over images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import mmmilan
+from mmmilan.cli import main
+from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
+
+TEXTS = ['a red boat', 'grass']
+
+
+@pytest.fixture
+def checkpoint(tiny_config, maskclip_file, tmp_path) -> Path:
+    """A MILAN with random weights that learns from a MaskCLIP, with its config in it."""
+    cfg = Config.fromfile(tiny_config({'model.head.teacher.pretrained': maskclip_file}))
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    torch.nn.init.normal_(model.neck.decoder_pred.weight)
+    path = tmp_path / 'milan.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text)), path)
+    return path
+
+
+@torch.no_grad()
+def by_hand(checkpoint: Path, files: list[Path], texts: list[str]) -> tuple[Tensor, Tensor, object]:
+    """Embeddings [M, 1 + N, C] of images and [T, C] of texts, step by step."""
+    model = mmmilan.get_model(checkpoint, encoder_only=False)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    images = []
+    for file in files:
+        image = cv2.imread(str(file))  # 72 x 80: the short edge to 64, then the middle
+        image = np.asarray(Image.fromarray(image).resize((71, 64), Image.Resampling.BICUBIC))[:, 4:68]
+        images.append((torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float() - mean) / std)
+    latent = model.backbone(torch.stack(images), torch.arange(16).expand(len(files), -1))
+    neck = model.neck
+    joint = neck.decoder_pred(neck.ln1(neck.decoder_embed(latent) + neck.decoder_pos_embed))
+    return normalize(joint, dim=-1), model.text_tower()(texts), model
+
+
+@pytest.fixture
+def photos(image_folder, tmp_path) -> Path:
+    """Six images and a file that is none."""
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    for i in range(6):
+        shutil.copy(next(image_folder.rglob(f'{i}.jpg')), folder / f'{i}.jpg')
+    (folder / 'broken.jpg').write_bytes(b'\xff\xd8 no image')
+    return folder
+
+
+def test_search_in_a_folder(checkpoint, photos, log):
+    files = sorted(photos.glob('[0-9].jpg'))
+    images, texts, _ = by_hand(checkpoint, files, TEXTS[:1])
+    cosine = images[:, 0] @ texts[0]
+    found = mmmilan.search(photos, TEXTS[0], checkpoint, top=3, batch_size=2)
+    assert len(found) == 3 and 'broken.jpg' in log.text
+    for place, index in zip(found, cosine.argsort(descending=True).tolist(), strict=False):
+        assert place.cosine == pytest.approx(float(cosine[index]), abs=1e-4)
+    assert [place.cosine for place in found] == sorted((place.cosine for place in found), reverse=True)
+    everything = {place.path: place.cosine for place in mmmilan.search(photos, TEXTS[0], checkpoint, top=99)}
+    assert sorted(everything) == [str(file) for file in files]
+    for file, expected in zip(files, cosine.tolist(), strict=True):
+        assert everything[str(file)] == pytest.approx(expected, abs=1e-4)
+    assert np.std(list(everything.values())) > 0.02  # there is something to tell apart
+
+
+def write_features(path: Path, **changes: np.ndarray) -> Path:
+    """A file as ``mmmilan.embed`` writes it: three images, of which the second was not readable."""
+    rng = np.random.default_rng(0)
+    columns = dict(
+        paths=np.array(['a.jpg', 'b.jpg', 'c.jpg']),
+        ok=np.array([True, False, True]),
+        embedding=rng.normal(size=(3, 24)).astype(np.float32),
+        class_token=rng.normal(size=(3, 48)).astype(np.float32),
+        patch_tokens=rng.normal(size=(3, 16, 48)).astype(np.float16),
+    )
+    columns = {name: value for name, value in (columns | changes).items() if value is not None}
+    np.savez(path, **columns)
+    return path
+
+
+@torch.no_grad()
+def test_search_in_a_file_of_features(checkpoint, tmp_path):
+    path = write_features(tmp_path / 'features.npz')
+    model = mmmilan.get_model(checkpoint, encoder_only=False)
+    embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
+    expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
+    found = dict(mmmilan.search(path, TEXTS[0], checkpoint))
+    assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
+
+
+@torch.no_grad()
+def test_heat_maps(checkpoint, photos, tmp_path):
+    (photos / 'broken.jpg').unlink()
+    files = sorted(photos.glob('*.jpg'))
+    images, texts, model = by_hand(checkpoint, files, TEXTS)
+    path = mmmilan.heat_maps(photos, TEXTS, checkpoint, tmp_path / 'maps', batch_size=4)
+    with np.load(path) as file:
+        assert file['paths'].tolist() == [str(each) for each in files] and file['texts'].tolist() == TEXTS
+        cosine = torch.from_numpy(file['cosine'])
+    assert cosine.shape == (6, 2, 4, 4)
+    assert (cosine.flatten(2) - (images[:, 1:] @ texts.T).transpose(1, 2)).abs().max() < 1e-4
+    drawn = sorted(path.parent.glob('*.png'))
+    assert [each.stem for each in drawn] == [f'000{i}-{i}' for i in range(6)]
+    assert len(list(path.parent.glob('*.pdf'))) == 6 and cv2.imread(str(drawn[0])).std() > 10
+
+    features = write_features(tmp_path / 'features.npz')
+    path = mmmilan.heat_maps(features, 'grass', checkpoint, tmp_path / 'of-file')
+    with np.load(features) as file:
+        latent = np.concatenate([file['class_token'][:, None], file['patch_tokens'].astype(np.float32)], axis=1)
+    expected = model.project_joint(torch.from_numpy(latent))[[0, 2], 1:] @ texts[1]
+    assert np.allclose(np.load(path)['cosine'].reshape(2, 16), expected, atol=1e-5)
+    assert not list(path.parent.glob('*.png'))
+
+
+@torch.no_grad()
+def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_tool, tmp_path, capsys):
+    """Of the function, the command and ``ZeroShotLoop``, by the texts' mean over templates."""
+    files = sorted(image_folder.rglob('*.jpg'))
+    names, templates = ['fish', 'a bird', 'cat'], ['a {}', 'a photo of a {}.']
+    images, texts, _ = by_hand(checkpoint, files, [t.format(name) for name in names for t in templates])
+    classifier = normalize(texts.unflatten(0, (3, 2)).mean(1), dim=1)
+    cosines = images[:, 0] @ classifier.T
+    labels = torch.tensor([int(file.relative_to(image_folder).parts[0][-1]) for file in files])
+    expected = 100 * float((cosines.argmax(1) == labels).float().mean())
+    options = dict(class_names=names, templates=templates)
+    accuracy = mmmilan.zero_shot(image_folder, checkpoint, **options)
+    assert accuracy == pytest.approx(expected, abs=0.01)
+
+    main(['zero-shot', str(image_folder), str(checkpoint), '--class-names', *names, '--templates', *templates])
+    assert float(capsys.readouterr().out.splitlines()[-1]) == accuracy
+
+    changes = {
+        'model.head.teacher.pretrained': maskclip_file,
+        'test_dataloader.dataset.with_label': True,
+        'test_dataloader.num_workers': 0,
+        'test_evaluator': dict(_delete_=True, type='mmpretrain.Accuracy'),
+        'test_cfg': dict(_delete_=True, type='mmmilan.ZeroShotLoop', **options),
+    }
+    run_tool('test.py', tiny_config(changes), checkpoint)
+    assert f'accuracy/top1: {accuracy:.4f}' in capsys.readouterr().out
+
+
+def test_commands(checkpoint, photos, capsys, tmp_path):
+    main(['search', str(photos), 'a red boat', str(checkpoint), '--top', '2'])
+    rows = [line.split('\t') for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [Path(path).parent for path, _ in rows] == [photos, photos] and float(rows[0][1]) >= float(rows[1][1])
+    options = ['--texts', 'grass', '--checkpoint', str(checkpoint), '--out', str(tmp_path / 'maps')]
+    main(['heat-maps', str(photos / '0.jpg'), *options])
+    assert capsys.readouterr().out.strip().endswith('heat_maps.npz')
+
+
+def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
+    def error(function, *args, **kwargs) -> str:
+        with pytest.raises(InputError) as caught:
+            function(*args, **kwargs)
+        return str(caught.value)
+
+    assert 'holds no image' in error(mmmilan.search, tmp_path_without_images(tmp_path), 'a', checkpoint)
+    assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', 'a', checkpoint)
+    assert error(mmmilan.search, [photos / 'broken.jpg'], 'a', checkpoint).endswith('decodes; give images.')
+    assert 'is an empty text; say what to look for' in error(mmmilan.search, photos, '', checkpoint)
+    other = write_features(tmp_path / 'other.npz', embedding=np.ones((3, 7), np.float32))
+    assert 'has embeddings of 7 dimensions and' in error(mmmilan.search, other, 'a', checkpoint)
+    bare = write_features(tmp_path / 'bare.npz', embedding=None, patch_tokens=None)
+    assert 'has no embedding (it has paths, ok, class_token); write it' in error(mmmilan.search, bare, 'a', checkpoint)
+    assert 'has no patch_tokens' in error(mmmilan.heat_maps, bare, 'a', checkpoint, tmp_path / 'maps')
+    assert 'has 0 folders of classes and there are 0 names' in error(mmmilan.zero_shot, photos, checkpoint)
+
+    model = mmmilan.get_model(tiny_config(), encoder_only=False)  # its teacher is an image tower alone
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=model._config.pretty_text)), tmp_path / 'mute.pth')
+    assert 'clip.pt has no text tower; give' in error(mmmilan.search, photos, 'a', tmp_path / 'mute.pth')
+    encoder = mmmilan.get_model(tiny_config())
+    torch.save(dict(state_dict=encoder.state_dict(), meta=dict(cfg=encoder._config.pretty_text)), tmp_path / 'vit.pth')
+    message = error(mmmilan.search, photos, 'a', tmp_path / 'vit.pth')
+    assert 'is a ImageClassifier; texts need a checkpoint of MILAN or MaskCLIP' in message
+
+
+def tmp_path_without_images(folder: Path) -> Path:
+    (folder / 'empty').mkdir()
+    return folder / 'empty'
