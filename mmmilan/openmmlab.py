@@ -7,7 +7,9 @@ Both keep closed lists, which a plugin can extend only after they are there, and
 from __future__ import annotations
 
 import functools
+import logging
 from types import ModuleType
+from typing import Any
 
 import wrapt
 
@@ -16,8 +18,24 @@ from mmmilan.checkpoints.zoo import zoo_models, zoo_root
 
 def extend_openmmlab() -> None:
     """Extend both now, or when they are imported."""
+    wrapt.register_post_import_hook(hide_debug_lines, 'mmengine.logging')
     wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
     wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')
+
+
+def hide_debug_lines(module: ModuleType) -> None:
+    """Let ``print_log`` heed the level of a message that goes to no logger.
+
+    mmpretrain, mmdet and mmseg say 'Could not import OneDL' at level debug when they are imported, in every process.
+    """
+    print_log = module.print_log
+
+    @functools.wraps(print_log)
+    def print_log_by_level(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        if logger is not None or level > logging.DEBUG:
+            print_log(msg, logger, level)
+
+    module.print_log = print_log_by_level
 
 
 def extend_mmengine(module: ModuleType) -> None:
