@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,11 +19,21 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """End the program with the message of an ``InputError`` raised in this context, and exit status 1."""
+    """End the program with the message of an ``InputError`` raised in this context, and exit status 1.
+
+    A process that torchrun started hands the message to torchrun, which has one for all processes, see
+    ``mmmilan.torchrun``.
+    """
     try:
         yield
     except InputError as error:
         message = str(error)
         if message.startswith('Caught '):  # PyTorch puts the stack trace of a data worker before its message
             message = message.rpartition('Error: ')[2]
-        sys.exit(f'error: {message.strip()}')
+        message = f'error: {message.strip()}'
+        file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+        if not file:
+            sys.exit(message)
+        with open(file, 'w', encoding='utf-8') as stream:
+            json.dump(dict(message=message, timestamp=int(time.time())), stream)
+        sys.exit(1)

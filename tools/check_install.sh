@@ -26,7 +26,7 @@ check_dense() {
     "${pip[@]}" torch torchvision numpy setuptools wheel ninja psutil
     local tag mmcv
     tag=$("$temporary/dense/bin/python" -c 'import sys, torch
-print(f"torch-{torch.__version__.split("+")[0]}-cp{sys.version_info.major}{sys.version_info.minor}")')
+print("torch-%s-cp%d%d" % (torch.__version__.split("+")[0], *sys.version_info[:2]))')
     mmcv=$(compgen -G "${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/$tag/onedl_mmcv-*.whl" || true)
     # the wheel that environment.sh left, or as documented
     "${pip[@]}" --no-build-isolation --no-cache-dir --force-reinstall --no-deps "${mmcv:-onedl-mmcv}"

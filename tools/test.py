@@ -28,7 +28,7 @@ def main() -> None:
     cfg = read_config(args)
     cfg.load_from = args.checkpoint or args.config
     cfg.resume = False
-    with launched(cfg) as runner:
+    with launched(cfg, 'test') as runner:
         if args.out:
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         runner.test()

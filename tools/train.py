@@ -61,7 +61,7 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    with launched(cfg) as runner:
+    with launched(cfg, 'train') as runner:
         check_not_empty(runner)
         runner.train()
 

@@ -19,6 +19,7 @@ from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.resuming import check_resumable
 from mmmilan.engine.throughput import log_is_due
 from mmmilan.errors import InputError
+from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
@@ -122,6 +123,33 @@ class ExactLoadingHook(Hook):
             check_resumable(runner, checkpoint, source)
         # MMEngine will load the same once more
         checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)
+
+
+@HOOKS.register_module()
+class ImageSizeHook(Hook):
+    """Say once when the images are not of the size that the encoder's positions are for.
+
+    A ViT takes them all the same, with interpolated positions, another number of patches and often worse results.
+    Detectors and segmentors, whose images are of any size, are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None, mode: str = 'train') -> None:
+        if self.seen:
+            return
+        self.seen = True
+        backbone = getattr(unwrap(runner.model), 'backbone', None)
+        images = data_batch.get('inputs') if isinstance(data_batch, dict) else None
+        image = images[0] if isinstance(images, (list, tuple, Tensor)) and len(images) else None
+        if not isinstance(backbone, MILANViT) or not isinstance(image, Tensor) or image.ndim != 3:
+            return
+        if tuple(image.shape[1:]) != tuple(backbone.img_size):
+            runner.logger.warning(
+                f'The images are {tuple(image.shape[1:])} but img_size={tuple(backbone.img_size)}: positions are '
+                'interpolated; make the sizes in the pipeline and model.backbone.img_size equal unless that is meant.'
+            )
 
 
 @HOOKS.register_module()

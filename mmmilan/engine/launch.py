@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.engine.config_check import check_data, unread_options
 from mmmilan.engine.distributed import end_processes, init_cpu_processes
-from mmmilan.engine.hooks import ExactLoadingHook
+from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.errors import InputError
 
 
@@ -41,6 +45,8 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config) if args.config.endswith('.py') else own_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options:
+        for sentence in unread_options(cfg, args.cfg_options):
+            print_log(sentence, logger='current', level=logging.WARNING)
         cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(cfg, args.config)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -54,11 +60,26 @@ def default_work_dir(cfg: Config, path: str) -> str:
 
 
 @contextmanager
-def launched(cfg: Config) -> Iterator[Runner]:
-    """The runner of a config, which loads checkpoints safely and exactly; its processes end together."""
+def launched(cfg: Config, task: str) -> Iterator[Runner]:
+    """The runner of a config, which loads checkpoints safely and exactly; its processes end together.
+
+    Args:
+        cfg: The config.
+        task: 'train' or 'test', for which the data have to be there.
+
+    Raises:
+        InputError: data are missing, or mmcv's operators, without which mmdet and mmseg cannot be imported.
+    """
+    if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
+        raise InputError(
+            'Detection and segmentation need mmcv with its operators, which this one has not; install it as '
+            'docs/installation.md says (dense).'
+        )
+    check_data(cfg, task)
     use_safe_loading()
     init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ExactLoadingHook())
+    runner.register_hook(ImageSizeHook())
     yield runner
     end_processes()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
+from mmengine.registry import OPTIMIZERS
 from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
 from torch import nn
 
@@ -25,6 +27,14 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
     Raises:
         InputError: the model's backbone is not a ViT of mmpretrain or of this project.
     """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        if self.base_wd is None:  # mmpretrain's needs a number for every group
+            kind = self.optimizer_cfg['type']
+            optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+            default = inspect.signature(optimizer).parameters.get('weight_decay')
+            self.base_wd = default.default if default else 0.0
 
     def add_params(
         self,

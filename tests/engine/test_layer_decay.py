@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import check_layer_decay
 from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
 
 # config, blocks, decay, learning rate and weight decay of the paper's appendix A.1
 RECIPES = [
@@ -27,6 +28,17 @@ def test_every_parameter(recipe):
 
 def test_every_parameter_of_a_classifier_with_our_constructor():
     check_layer_decay(*RECIPES[0], constructor=CONSTRUCTOR)
+
+
+@pytest.mark.parametrize(('optimizer', 'weight_decay'), [('AdamW', 0.01), ('SGD', 0.0), ('Rprop', 0.0)])
+def test_optimizer_without_weight_decay(optimizer, weight_decay, milan_cfg):
+    """It keeps its own default, and the learning rates decay all the same."""
+    model = MODELS.build(milan_cfg)
+    optim_wrapper = dict(optimizer=dict(type=optimizer, lr=0.1), constructor=CONSTRUCTOR)
+    optim_wrapper['paramwise_cfg'] = dict(layer_decay_rate=0.5)
+    groups = build_optim_wrapper(model, optim_wrapper).optimizer.param_groups
+    assert {round(group['lr'], 9) for group in groups} == {0.1, 0.05, 0.025, 0.0125}
+    assert {group['weight_decay'] for group in groups} == {weight_decay}
 
 
 def test_only_for_a_vit():

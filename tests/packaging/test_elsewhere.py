@@ -40,6 +40,8 @@ model = dict(
     type='RPN',
     data_preprocessor=dict(type='DetDataPreprocessor', mean=[124] * 3, std=[58] * 3),
     backbone=backbone,
+    neck=None,
+    test_cfg=dict(rpn=dict()),
     rpn_head=dict(
         type='RPNHead',
         in_channels=48,

@@ -1,0 +1,169 @@
+"""What is said before a run starts, and how it ends when it cannot."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from helpers import ROOT
+from mmmilan import torchrun
+from mmmilan.engine import ImageSizeHook
+from mmmilan.engine.config_check import check_data, unread_options
+from mmmilan.errors import InputError
+from mmmilan.models import DenseViT, MILANViT
+
+ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
+
+
+@pytest.mark.parametrize(
+    ('option', 'nearest'),
+    [
+        ('modle.backbone.arch', 'model.backbone.arch'),
+        ('model.bakcbone.arch', 'model.backbone.arch'),
+        ('optim_wrapper.optimiser.lr', 'optim_wrapper.optimizer.lr'),
+        ('train_cfg.max_epoch', 'train_cfg.max_epochs'),
+        ('custom_hook', 'custom_hooks'),
+        ('cutsom_hooks', 'custom_hooks'),
+    ],
+)
+def test_option_that_nothing_reads(option, nearest):
+    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
+    assert list(unread_options(cfg, [option])) == [f'Nothing reads {option}; the nearest key is {nearest}.']
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'model.backbone.arch',
+        'model.backbone.with_cp',
+        'optim_wrapper.clip_grad.max_norm',
+        'train_dataloader.dataset.indices',
+        'val_dataloader',
+        'randomness.deterministic',
+        'custom_hooks.0.type',
+        'param_scheduler',
+    ],
+)
+def test_option_that_is_new_but_read(option):
+    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
+    assert not list(unread_options(cfg, [option]))
+
+
+def test_unread_option_is_in_the_log(tiny_config, run_tool, log):
+    with pytest.raises(SystemExit):
+        run_tool(
+            'train.py', tiny_config({'train_dataloader.dataset.data_root': 'nowhere'}), '--cfg-options', 'modle.a=1'
+        )
+    assert 'Nothing reads modle.a; the nearest key is model.a.' in log.text
+
+
+MISSING = [
+    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 'train', 'data/coco', 'train_dataloader.dataset'),
+    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 'test', 'data/coco', 'test_dataloader.dataset'),
+    (
+        'segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py',
+        'train',
+        'data/ade/ADEChallengeData2016',
+        'train_dataloader.dataset',
+    ),
+]
+
+
+@pytest.mark.parametrize(('config', 'task', 'folder', 'option'), MISSING)
+def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        check_data(Config.fromfile(ROOT / 'configs' / config), task)
+    assert str(error.value) == (
+        f'The data folder {folder} does not exist; set {option}.data_root to that of your data.'
+    )
+
+
+def test_missing_annotations(tmp_path, monkeypatch):
+    """Of the data set, then of the evaluator alone."""
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py')
+    (tmp_path / 'coco/annotations').mkdir(parents=True)
+    cfg.test_dataloader.dataset.data_root = 'coco'
+    file = 'annotations/instances_val2017.json'
+    with pytest.raises(InputError, match=f'The annotations coco/{file} do not exist; set test_dataloader.dataset.'):
+        check_data(cfg, 'test')
+    (tmp_path / 'coco' / file).touch()
+    with pytest.raises(InputError, match=f'The annotations data/coco/{file} do not exist; set test_evaluator.ann_file'):
+        check_data(cfg, 'test')
+    cfg.test_evaluator.ann_file = f'coco/{file}'
+    check_data(cfg, 'test')
+
+
+def test_missing_labelled_images_of_knn(image_folder):
+    cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_knn_in1k.py')
+    cfg.test_dataloader.dataset.data_root = str(image_folder)
+    with pytest.raises(InputError, match='data/imagenet/train does not exist; set test_cfg.bank_dataloader.dataset'):
+        check_data(cfg, 'test')
+
+
+def say_size(model: torch.nn.Module, inputs: object) -> list[str]:
+    said: list[str] = []
+    runner = SimpleNamespace(model=SimpleNamespace(backbone=model), logger=SimpleNamespace(warning=said.append))
+    hook = ImageSizeHook()
+    for i in range(3):
+        hook.before_test_iter(runner, i, dict(inputs=inputs))
+    return said
+
+
+def test_image_size_that_is_not_the_encoders():
+    encoder = MILANViT(arch=ARCH, img_size=64, patch_size=16)
+    (message,) = say_size(encoder, [torch.zeros(3, 224, 224)])  # once
+    assert message.startswith('The images are (224, 224) but img_size=(64, 64): positions are interpolated; make ')
+    assert not say_size(encoder, torch.zeros(2, 3, 64, 64))
+    dense = DenseViT(arch=ARCH, img_size=64, patch_size=16, out_indices=(0, 1, 2, 3))
+    assert not say_size(dense, [torch.zeros(3, 224, 224)])
+
+
+def test_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ['--nnodes=1', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', 'train.py']
+        with pytest.raises(InputError) as error:
+            torchrun.main(arguments)
+    assert str(error.value) == (
+        f'The port {port} cannot be used (Address already in use); choose another one: PORT={port + 1} bash ...'
+    )
+
+
+FAIL = """
+import os, sys
+from mmmilan.errors import InputError, exit_on_input_error
+with exit_on_input_error():
+    if sys.argv[1] == 'input':
+        raise InputError('The key a is wrong; correct it.')
+    os._exit(7 * int(os.environ['LOCAL_RANK']))
+"""
+
+
+@pytest.mark.parametrize(
+    ('kind', 'expected'),
+    [
+        ('input', 'error: The key a is wrong; correct it.'),
+        ('other', 'error: process 1 ended with status 7; its own output says why.'),
+    ],
+)
+def test_end_of_distributed_training(kind, expected, tmp_path):
+    """One sentence for all processes, and nothing after it."""
+    (tmp_path / 'fail.py').write_text(FAIL)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'mmmilan.torchrun', '--nproc_per_node=2', f'--master_port={port}', 'fail.py', kind]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == expected
+    assert 'Traceback' not in run.stderr and run.stderr.count('error:') == 1, run.stderr
