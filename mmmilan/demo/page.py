@@ -21,7 +21,7 @@ def add_scores(page: Page, header: list[str], rows: list[list[str]]) -> None:
     page.heading(
         'What the frozen encoders know',
         'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the class token, for images '
-        'not seen in training.',
+        "not seen in training. Zero-shot: by the names of the classes alone, through the teacher's text tower.",
     )
     page.table(header, rows, best=0)
 

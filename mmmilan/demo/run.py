@@ -18,6 +18,7 @@ from torch import nn
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
+from mmmilan.demo.language import add_heat_maps, zero_shot
 from mmmilan.demo.page import add_curves, add_pictures, add_scores, add_transfer
 from mmmilan.demo.probes import PROBES, probe, probing_datasets
 from mmmilan.demo.scenes import write_scenes
@@ -25,6 +26,8 @@ from mmmilan.demo.training import console, train
 from mmmilan.demo.transfer import Transfer, transfer, transfer_pictures
 from mmmilan.errors import InputError
 from mmmilan.files import write_text
+from mmmilan.models import MILAN
+from mmmilan.models.text_tower import TextTower
 from mmmilan.visualization.page import Page
 
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
@@ -107,6 +110,19 @@ def score_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
     return [[name, *(f'{score[probe]:.1f}' for probe in PROBES)] for name, score in scores.items()]
 
 
+def text_tower(milan: MILAN) -> TextTower | None:
+    """The text tower of MILAN's teacher; None, with the reason on the screen, where there is none."""
+    try:
+        return milan.text_tower().to(get_device())
+    except InputError as error:
+        console.print(f'Without zero-shot accuracy and heat maps: {error}')
+        return None
+
+
+def shown(score: float | None) -> str:
+    return '–' if score is None else f'{score:.1f}'
+
+
 def transfer_rows(result: Transfer) -> list[list[str]]:
     return [[task, *(f'{score:.1f}' for score in scores.values())] for task, scores in result.scores.items()]
 
@@ -160,9 +176,21 @@ def run_demo(args: argparse.Namespace) -> None:
         scores = {name: probe(name, model, datasets) for name, model in encoders.items()}
         rows = score_rows(scores)
         print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
-        times = [f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores]
-        add_scores(page, ['encoder', *PROBES, 'pretraining'], [[*row, t] for row, t in zip(rows, times, strict=True)])
+        times = {name: f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores}
+        tower = text_tower(encoders['MILAN'])
+        known = zero_shot(encoders['MILAN'], tower, datasets[-1]) if tower else {}
+        rows = [[*row, shown(known.get(row[0])), times[row[0]]] for row in rows]
+        if known:
+            console.print(
+                f'MILAN tells {known["MILAN"]:.1f} % by the names of the classes, its teacher '
+                f'{known["teacher"]:.1f} % (zero-shot).'
+            )
+            rows.append(['teacher', *('–' for _ in PROBES), shown(known['teacher']), '–'])
+            scores['MILAN']['zero-shot'] = known['MILAN']
+        add_scores(page, ['encoder', *PROBES, 'zero-shot', 'pretraining'], rows)
         results |= scores
+        if tower:
+            add_heat_maps(page, encoders['MILAN'], tower, datasets[-1])
     add_pictures(page, encoders, DATASETS.build(cfgs['MILAN'].test_dataloader.dataset))
     add_curves(page, curves)
     if args.full:

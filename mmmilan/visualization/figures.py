@@ -40,13 +40,20 @@ def draw_mask(image: np.ndarray, mask: Tensor) -> np.ndarray:
     return np.where(masked, MASKED_GREY, image).astype(np.uint8)
 
 
-def draw_heat(image: np.ndarray, values: Tensor, colormap: str, opacity: float = 0.75) -> np.ndarray:
-    """Values of patches [N] laid over the grey image, scaled from their least to their greatest.
+def draw_heat(
+    image: np.ndarray,
+    values: Tensor,
+    colormap: str,
+    opacity: float = 0.75,
+    limits: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Values of patches [N] laid over the grey image.
 
-    Patches of value NaN are left as they are.
+    They are scaled from the least to the greatest of ``limits``, by default their own. Patches of value NaN are left as
+    they are.
     """
     heat = patch_map(values, image)
-    low, high = np.nanmin(heat), np.nanmax(heat)
+    low, high = limits or (np.nanmin(heat), np.nanmax(heat))
     scaled = (heat - low) / max(high - low, 1e-12)
     colour = matplotlib.colormaps[colormap](np.nan_to_num(scaled))[..., :3] * 255
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
