@@ -7,6 +7,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='mmmilan.CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    compile=dict(type='mmmilan.CompileHook'),  # on a GPU
 )
 custom_hooks = [
     dict(type='mmmilan.StepSeedHook'),

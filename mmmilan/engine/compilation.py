@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
+from mmcv.cnn.bricks import DropPath
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from mmmilan.engine.fsdp import transformer_blocks
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
@@ -22,50 +26,77 @@ ACTIVATION_MEMORY_BUDGET = 0.8
 
 @HOOKS.register_module()
 class CompileHook(Hook):
-    """Compile parts of the model before training starts.
+    """Compile the model for training, as a whole or in parts.
 
-    In a config: ``default_hooks = dict(compile=dict(type='mmmilan.CompileHook'))``. State dicts stay as they are.
-    Without a compiler the model runs as it is, with a warning.
+    By default it does so on a GPU. On a CPU compilation takes minutes and gains little. State dicts stay as they are.
+    Evaluation runs uncompiled, as its images differ in size. Without a compiler so does training, with a warning.
 
     Args:
-        parts: Names of the modules to compile, in the order in which a step runs them. Those that the model does not
-            have are left out.
+        enabled: Whether to compile; by default on a GPU.
+        parts: Dotted names of the modules and methods to compile. By default those of the model's ``compiled_parts``
+            (MILAN: its whole loss), each without a break, or its ``backbone``. Of a model in shards (FSDP) it is the
+            transformer blocks, one by one.
         options: Options of ``torch.compile``; ``mode='max-autotune'`` searches for fast kernels and uses CUDA graphs.
     """
 
-    def __init__(self, parts: Sequence[str] = ('head.teacher', 'backbone', 'neck'), **options) -> None:
+    def __init__(self, enabled: bool | None = None, parts: Sequence[str] | None = None, **options) -> None:
+        self.enabled = enabled
         self.parts = parts
         self.options = options
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
-        modules = [part for part in (find_part(model, name) for name in self.parts) if part is not None]
-        compile_forward(modules, next(model.parameters()).device, **self.options)
+        device = next(model.parameters()).device
+        if not (device.type == 'cuda' if self.enabled is None else self.enabled):
+            return
+        if compiles(device, **self.options):
+            compile_model(model, self.parts, **self.options)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        # CUDA graphs take each part for a step of its own and reuse its outputs' memory unless told where a step begins
+        torch.compiler.cudagraph_mark_step_begin()
 
 
-def find_part(model: nn.Module, name: str) -> nn.Module | None:
-    """The module at a dotted name, or None."""
-    for attribute in name.split('.'):
-        model = getattr(model, attribute, None)
-    return model
-
-
-def compile_forward(modules: Sequence[nn.Module], device: torch.device, **options) -> None:
-    """Compile the ``forward`` of modules for fixed shapes, or leave them as they are, with a warning.
-
-    Args:
-        modules: In the order in which a step runs them.
-        device: Where they will run.
-        options: Options of ``torch.compile``.
-    """
+def compiles(device: torch.device, **options) -> bool:
+    """Whether there is a compiler for a device; a warning if not."""
     try:  # a missing compiler shows only when something is compiled
         torch.compile(torch.sin, **options)(torch.ones(8, device=device))
     except Exception as error:  # what is raised depends on what is missing: Triton, a C++ compiler, its headers
         reason = str(error).strip().splitlines()[0]
         print_log(f'Not compiled, the model runs as it is: {reason}', logger='current', level=logging.WARNING)
-        return
+        return False
+    return True
+
+
+def compile_model(model: nn.Module, parts: Sequence[str] | None = None, **options) -> None:
+    """Compile parts of a model, in place, for training with fixed shapes; see :class:`CompileHook`."""
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # for all that is compiled from now on
-    # CUDA graphs take each module for a step of its own and reuse its outputs' memory unless told where a step begins
-    modules[0].register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-    for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=False, **options)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = float(module.drop_prob)  # mmpretrain's is NumPy's, at which a graph would break
+    if any(getattr(module, 'with_cp', False) for module in model.modules()):
+        torch._dynamo.config.optimize_ddp = False  # it cannot cut a graph of which a part is computed again
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        for block in transformer_blocks(model):
+            compile_method(block, 'forward', fullgraph=True, **options)
+        return
+    if parts is None and hasattr(model, 'compiled_parts'):
+        parts, options = model.compiled_parts, dict(fullgraph=True) | options
+    for part in parts or ('backbone',):
+        owner, _, name = part.rpartition('.')
+        owner = model.get_submodule(owner) if owner in dict(model.named_modules()) else None
+        if isinstance(getattr(owner, name, None), nn.Module):
+            owner, name = getattr(owner, name), 'forward'
+        if hasattr(owner, name):  # a part that the model was built without is left out
+            compile_method(owner, name, **options)
+
+
+def compile_method(owner: nn.Module, name: str, **options) -> None:
+    """Have a method compiled in training."""
+    plain: Callable = getattr(owner, name)
+    compiled = torch.compile(plain, dynamic=False, **options)
+
+    def run(*args, **kwargs):
+        return (compiled if owner.training else plain)(*args, **kwargs)
+
+    setattr(owner, name, run)

@@ -72,6 +72,8 @@ class MaskCLIP(BaseModel):
         InputError: if a part is missing or does not fit another.
     """
 
+    compiled_parts = ('encode_image', 'encode_text', 'distil', 'language.decode')  # by CompileHook
+
     def __init__(
         self,
         backbone: dict,

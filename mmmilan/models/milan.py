@@ -70,6 +70,8 @@ class MILAN(BaseModel):
         InputError: two parts do not fit each other, or ``masks_per_image`` is less than 1.
     """
 
+    compiled_parts = ('mean_loss',)  # by CompileHook
+
     def __init__(
         self,
         backbone: dict,
@@ -146,15 +148,25 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        return dict(loss=self.reconstruct(inputs, data_samples, self.masks_per_image).view_loss.mean())
+        return dict(loss=self.mean_loss(inputs, self.supplied_patches(data_samples, self.masks_per_image)))
+
+    def mean_loss(self, images: Tensor, patches: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The training loss, a scalar; ``CompileHook`` compiles it as one."""
+        return self.reconstruct(images, patches, self.masks_per_image).view_loss.mean()
 
     def reconstruct(
-        self, images: Tensor, data_samples: list[DataSample] | None = None, masks_per_image: int = 1
+        self, images: Tensor, patches: tuple[Tensor, Tensor] | None = None, masks_per_image: int = 1
     ) -> Reconstruction:
-        """The algorithm, in the steps of the drawing at the top of this file, with K masks an image."""
+        """The algorithm, in the steps of the drawing at the top of this file, with K masks an image.
+
+        Args:
+            images: Normalised images [B, 3, H, W].
+            patches: Visible and masked patches, see ``supplied_patches``; by default they are drawn.
+            masks_per_image: Masks K that are drawn for an image.
+        """
         features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
         importance = self.masking.weigh(importance, features)  # [B, N]: by default as it is
-        visible, masked = self.draw(images, importance, data_samples, masks_per_image)  # [B·K, V], [B·K, N-V]
+        visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
         predicted = self.neck.sample(masked)  # [B·K, M]: by default all of them, M = N-V
 
         latent = self.backbone(images, visible)  # z [B·K, 1+V, D]
@@ -166,18 +178,22 @@ class MILAN(BaseModel):
         token_loss, view_loss = self.head.compare(pred, target, visible.shape[1], masked.shape[1])
         return Reconstruction(visible, predicted, token_loss, view_loss, importance)
 
-    def draw(
-        self, images: Tensor, importance: Tensor | None, data_samples: list[DataSample] | None, masks_per_image: int
-    ) -> tuple[Tensor, Tensor]:
-        """Visible [B·K, V] and masked [B·K, N - V] patches: those of the data pipeline's masks, else drawn here."""
+    def draw(self, images: Tensor, importance: Tensor | None, masks_per_image: int) -> tuple[Tensor, Tensor]:
+        """Visible [B·K, V] and masked [B·K, N - V] patches, drawn by importance [B, N]."""
         num_patches = self.backbone.num_patches
-        mask = supplied_masks(data_samples, num_patches, masks_per_image)
-        if mask is not None:
-            return split_patches(mask, int((~mask[0]).sum()))
         if importance is not None:
             importance = importance.repeat_interleave(masks_per_image, dim=0)
         mask = self.masking.draw(importance, (len(images) * masks_per_image, num_patches), images.device)
         return split_patches(mask, self.masking.num_visible(num_patches))
+
+    def supplied_patches(
+        self, data_samples: list[DataSample] | None, masks_per_image: int = 1
+    ) -> tuple[Tensor, Tensor] | None:
+        """Visible [B, V] and masked [B, N - V] patches of the masks of the data pipeline; None if it set none."""
+        mask = supplied_masks(data_samples, self.backbone.num_patches, masks_per_image)
+        if mask is None:
+            return None
+        return split_patches(mask.to(self.backbone.cls_token.device), int((~mask[0]).sum()))
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> list[DataSample]:
@@ -186,7 +202,7 @@ class MILAN(BaseModel):
         ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN where nothing is predicted), ``importance`` [N] (with a
         teacher) and the image's ``loss``.
         """
-        result = self.reconstruct(inputs, data_samples)
+        result = self.reconstruct(inputs, self.supplied_patches(data_samples))
         shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
         patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])

@@ -148,7 +148,7 @@ def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
     milan_cfg['head'] |= dict(type='mmmilan.PixelTarget', norm_pix=norm_pix)
     model = build(milan_cfg)
     images, samples = batch(4)
-    result = model.reconstruct(images, samples)
+    result = model.reconstruct(images, model.supplied_patches(samples))
     assert result.importance is not None
     assert torch.allclose(result.view_loss, result.token_loss[:, 5:].mean(1), atol=1e-6)
     assert (result.view_loss - result.token_loss.mean(1)).abs().max() > 1e-3
@@ -206,7 +206,7 @@ def test_masks_of_an_image_differ_and_follow_its_importance(milan_cfg):
     importance = torch.zeros(3, 16)
     for i in range(3):
         importance[i, 5 * i : 5 * i + 5] = 1  # four of these five are visible
-    visible, masked = model.draw(images, importance, None, masks_per_image=4)
+    visible, masked = model.draw(images, importance, masks_per_image=4)
     assert visible.shape == (12, 4) and masked.shape == (12, 12)
     assert torch.equal(visible // 5, torch.arange(3).repeat_interleave(4)[:, None].expand(-1, 4))
     assert len(visible.unique(dim=0)) > 3

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16' if cuda else 'float32')
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; the data pipeline always has one')
-    parser.add_argument('--compile', action='store_true', help="compile mmmilan's encoder, decoder and teacher")
+    parser.add_argument('--compile', action='store_true', help="compile mmmilan's step as one")
     parser.add_argument('--data-root', help='folder of images, for the data command')
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--rounds', type=int, default=10, help='rounds that do')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmmilan.datasets.image_folder import EXTENSIONS
 from mmmilan.datasets.reproducible import Draw, seeded
-from mmmilan.engine.compilation import compile_forward
+from mmmilan.engine.compilation import compile_model
 
 NAME = 'milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 OURS = Path(__file__).parents[2] / 'configs' / NAME
@@ -77,7 +77,7 @@ def milan_models(args: argparse.Namespace, ours: bool) -> tuple[BaseModel, Confi
     model.init_weights()
     model.to(args.device).train()
     if ours and args.compile:
-        compile_forward([model.head.teacher, model.backbone, model.neck], args.device)
+        compile_model(model)
     return model, cfg
 
 
@@ -87,18 +87,18 @@ def teacher_of(model: BaseModel) -> nn.Module:
 
 def training_step(model: BaseModel, wrapper: OptimWrapper, images: Tensor, lap: Lap) -> None:
     """MMEngine's ``train_step``, with laps."""
-    hook = teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
-    with wrapper.optim_context(model):
+    whole = 'mean_loss' in vars(model)  # compiled as one, the teacher included
+    hook = nullcontext() if whole else teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
+    with hook, wrapper.optim_context(model):
         data = model.data_preprocessor(dict(inputs=images, data_samples=None), training=True)
         losses = model(**data, mode='loss')
         loss, _ = model.parse_losses(losses)
-        lap('encoder, decoder')
+        lap('forward' if whole else 'encoder, decoder')
     wrapper.backward(loss)
     lap('backward')
     wrapper.step()
     wrapper.zero_grad()
     lap('optimizer')
-    hook.remove()
 
 
 def random_images(args: argparse.Namespace) -> Tensor:
@@ -229,7 +229,7 @@ def dense(args: argparse.Namespace, backbones: dict[str, dict]) -> Iterator[Cont
             pyramid = dict(type='mmseg.Feature2Pyramid', embed_dim=arch['embed_dims'], norm_cfg=dict(type='BN'))
             model = nn.Sequential(model, MODELS.build(pyramid))
         elif args.compile:
-            compile_forward([model], args.device)
+            model.forward = torch.compile(model.forward, dynamic=False)
         model.to(args.device).train()  # whose value is None for mmpretrain's
         yield Contestant(name, partial(run, model), args.batch_size)
 

@@ -117,7 +117,7 @@ def test_loss_and_gradient_norms(recorded, model):
     weights = student_weights(recorded, 'weight/')
     assert model.load_state_dict(weights) == ([], [])
     mask = torch.ones(3, 16, dtype=torch.bool).scatter_(1, recorded['ids_keep'], False)
-    result = model.reconstruct(recorded['input'], [DataSample().set_mask(row) for row in mask])
+    result = model.reconstruct(recorded['input'], model.supplied_patches([DataSample().set_mask(row) for row in mask]))
     assert relative_error(result.importance, recorded['importance']) < 1e-5
     loss = result.view_loss.mean()
     assert abs(loss.item() / recorded['loss'].item() - 1) < 1e-5
