@@ -8,6 +8,7 @@ default_hooks = dict(
     checkpoint=dict(type='mmmilan.CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     compile=dict(type='mmmilan.CompileHook'),  # on a GPU
+    prefetch=dict(type='mmmilan.PrefetchHook'),
 )
 custom_hooks = [
     dict(type='mmmilan.StepSeedHook'),

@@ -31,9 +31,7 @@ train_dataloader = dict(
         data_root='data/imagenet/train',
         with_label=True,
         pipeline=[
-            dict(type='mmmilan.LoadImage'),
-            dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
-            dict(type='RandomFlip', prob=0.5),
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=224, flip_prob=0.5),
             rand_augment,
             random_erasing,
             dict(type='PackInputs'),

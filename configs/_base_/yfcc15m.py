@@ -20,15 +20,7 @@ train_dataloader = dict(
         type='mmmilan.CaptionedShards',
         data_root='data/yfcc15m',
         pipeline=[
-            dict(type='mmmilan.LoadImage'),
-            dict(
-                type='RandomResizedCrop',
-                scale=224,
-                crop_ratio_range=(0.5, 1.0),
-                backend='pillow',
-                interpolation='bicubic',
-            ),
-            dict(type='RandomFlip', prob=0.5),
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=224, crop_ratio_range=(0.5, 1.0), flip_prob=0.5),
             dict(type='mmmilan.TokenizeCaption', context_length=77),
             dict(type='PackInputs', algorithm_keys=('text',)),
         ],

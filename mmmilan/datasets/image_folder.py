@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
-from mmengine.fileio import get, get_file_backend
+from mmengine.fileio import LocalBackend, get, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
+from mmpretrain.datasets.custom import find_folders
 
 from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
@@ -95,6 +98,16 @@ def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
     return image
 
 
+def list_images(folder: str, prefix: str = '') -> Iterator[str]:
+    """Paths below a folder of all images in it, however nested, in no order; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith('.') and entry.is_file():
+                yield prefix + entry.name
+            elif entry.is_dir():
+                yield from list_images(entry.path, f'{prefix}{entry.name}/')
+
+
 @DATASETS.register_module()
 class ImageFolder(CustomDataset):
     """Every image below a folder, however nested.
@@ -148,6 +161,30 @@ class ImageFolder(CustomDataset):
                 f'The data folder {self.img_prefix} holds no image; it should hold files that end in '
                 f'{", ".join(EXTENSIONS)}.'
             ) from error
+
+    def _find_samples(self) -> list:
+        """As mmpretrain's, which takes five times as long to list a folder."""
+        if not isinstance(get_file_backend(self.img_prefix, enable_singleton=True), LocalBackend):
+            return super()._find_samples()
+        if not self.with_label:
+            samples = sorted(list_images(self.img_prefix))
+        else:
+            classes, self.folder_to_idx = find_folders(self.img_prefix)
+            if self.CLASSES is None:
+                self._metainfo['classes'] = tuple(classes)
+            elif len(self.CLASSES) != len(classes):
+                raise InputError(
+                    f'{self.img_prefix} has {len(classes)} folders for {len(self.CLASSES)} classes; make them equal.'
+                )
+            paths = {name: sorted(list_images(os.path.join(self.img_prefix, name))) for name in classes}
+            samples = [(f'{name}/{path}', self.folder_to_idx[name]) for name in classes for path in paths[name]]
+            empty = [name for name in classes if not paths[name]]
+            if empty:
+                message = f'{self.img_prefix} has folders without images: {", ".join(empty)}.'
+                print_log(message, logger='current', level=logging.WARNING)
+        if not samples:
+            raise RuntimeError  # as mmpretrain does
+        return samples
 
     def load_lmdb_list(self, db_path: str) -> list[dict]:
         paths = [path for path in list_lmdb(db_path) if self.is_valid_file(path)]

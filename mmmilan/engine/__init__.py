@@ -16,6 +16,7 @@ from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmmilan.engine.mean_teacher import MeanTeacherHook
 from mmmilan.engine.online_evaluation import OnlineEvaluationHook
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
+from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.schedule import ScheduleCheckHook
 from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
@@ -37,6 +38,7 @@ __all__ = [
     'NonFiniteLossHook',
     'OnlineEvaluationHook',
     'ScheduleCheckHook',
+    'PrefetchHook',
     'StepSeedHook',
     'ThroughputHook',
     'ZeroCheckpointHook',

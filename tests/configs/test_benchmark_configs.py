@@ -81,7 +81,8 @@ def test_fine_tuning_recipe(name, blocks, decay, drop_path):
     assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size == 1024
     assert cfg.model.backbone.init_cfg.checkpoint == f'milan_vit-{size_of(name)}-p16_16xb256-amp-coslr-400e_in1k'
     augmentations = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
-    assert augmentations[1:5] == ['RandomResizedCrop', 'RandomFlip', 'RandAugment', 'RandomErasing']
+    assert augmentations[:3] == ['mmmilan.LoadRandomResizedCrop', 'RandAugment', 'RandomErasing']
+    assert cfg.train_dataloader.dataset.pipeline[0].flip_prob == 0.5
     resize, crop = cfg.val_dataloader.dataset.pipeline[1:3]
     assert (resize.scale, crop.crop_size) == ((384, 384) if '384' in name else (256, 224))
     assert cfg.val_dataloader.dataset.pipeline == cfg.test_dataloader.dataset.pipeline
@@ -142,7 +143,8 @@ def test_linear_probe_recipe(name, on_meta):  # noqa: F811
         (parameter,) = group['params']
         assert group.get('lars_exclude', False) == (parameter.ndim == 1)  # as in MAE's LARS
     assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size == 16384
-    assert [step['type'] for step in cfg.train_dataloader.dataset.pipeline[1:-1]] == ['RandomResizedCrop', 'RandomFlip']
+    crop_and_flip = dict(type='mmmilan.LoadRandomResizedCrop', scale=224, flip_prob=0.5)
+    assert cfg.train_dataloader.dataset.pipeline == [crop_and_flip, dict(type='PackInputs')]
     assert cfg.model.train_cfg.augments is None and cfg.model.backbone.drop_path_rate == 0
 
 

@@ -9,9 +9,7 @@ model = dict(backbone=dict(img_size=384))
 train_dataloader = dict(
     dataset=dict(
         pipeline=[
-            dict(type='mmmilan.LoadImage'),
-            dict(type='RandomResizedCrop', scale=384, backend='pillow', interpolation='bicubic'),
-            dict(type='RandomFlip', prob=0.5),
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=384, flip_prob=0.5),
             {{_base_.rand_augment}},
             {{_base_.random_erasing}},
             dict(type='PackInputs'),

@@ -21,9 +21,7 @@ train_dataloader = dict(
     batch_size=2048,
     dataset=dict(
         pipeline=[
-            dict(type='mmmilan.LoadImage'),
-            dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
-            dict(type='RandomFlip', prob=0.5),
+            dict(type='mmmilan.LoadRandomResizedCrop', scale=224, flip_prob=0.5),
             dict(type='PackInputs'),
         ]
     ),

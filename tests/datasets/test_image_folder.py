@@ -1,0 +1,49 @@
+"""Folders are listed as mmpretrain lists them."""
+
+from __future__ import annotations
+
+import pytest
+from mmpretrain.datasets import CustomDataset
+
+from mmmilan.datasets import ImageFolder
+from mmmilan.datasets.image_folder import EXTENSIONS
+from mmmilan.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Names that sort differently with and without the slash, hidden files, a link, other files, an empty folder."""
+    root = tmp_path / 'root'
+    for name in (
+        'a/2.jpg',
+        'a/1.PNG',
+        'a/deep/er/3.jpeg',
+        'a-b/4.tif',
+        'a/.hidden.jpg',
+        'a/.dir/5.webp',
+        'c/notes.txt',
+    ):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / 'linked').symlink_to(root / 'a-b')
+    return root
+
+
+@pytest.mark.parametrize('with_label', [False, True])
+def test_as_mmpretrain(folder, with_label, log):
+    ours = ImageFolder(str(folder), with_label=with_label, pipeline=[])
+    theirs = CustomDataset(data_root=str(folder), with_label=with_label, extensions=EXTENSIONS, pipeline=[])
+    assert [ours.get_data_info(i) for i in range(len(ours))] == [theirs.get_data_info(i) for i in range(len(theirs))]
+    assert len(ours) == 6 and ours.metainfo == theirs.metainfo
+    assert ('folders without images: c.' in log.text) == with_label
+
+
+def test_other_classes(folder):
+    with pytest.raises(InputError, match='root/? has 4 folders for 2 classes; make them equal'):
+        ImageFolder(str(folder), with_label=True, metainfo=dict(classes=('x', 'y')), pipeline=[])
+
+
+def test_no_image(folder):
+    with pytest.raises(InputError, match='root/c holds no image'):
+        ImageFolder(str(folder / 'c'), pipeline=[])

@@ -1,0 +1,68 @@
+"""Workers that go on over the end of an epoch give the same batches."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from helpers import assert_identical, load_trusted, read_scalars
+from mmmilan.datasets import ReproducibleSampler
+from mmmilan.engine.prefetching import ContinuousLoader
+
+
+class Draws(Dataset):
+    """Gives what the sampler asks for; the first batch of an epoch takes its time."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, draw: tuple) -> tuple:
+        time.sleep(0.05)
+        return tuple(draw)
+
+
+def loader(workers: int) -> DataLoader:
+    sampler = ReproducibleSampler(Draws(), shuffle=True, seed=3)
+    return DataLoader(Draws(), batch_size=4, sampler=sampler, num_workers=workers, collate_fn=torch.tensor)
+
+
+@pytest.mark.parametrize('start', [0, 2])
+def test_the_same_batches(start):
+    plain, continuous = loader(1), ContinuousLoader(loader(1), start, 4)
+    for epoch in range(start, 4):
+        plain.sampler.set_epoch(epoch)
+        continuous.sampler.set_epoch(epoch)  # as MMEngine does, late
+        expected, actual = list(plain), list(continuous)
+        assert len(actual) == len(continuous) == 3
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        assert {int(draw[1]) for batch in actual for draw in batch} == {epoch}
+    assert next(continuous.batches, None) is None
+
+
+def test_no_wait_at_the_start_of_an_epoch():
+    """A batch takes 0.2 s to load; one that is there already takes none, and so it is from the start."""
+    waits = []
+    for batches in (loader(1), ContinuousLoader(loader(1), 0, 2)):
+        for _ in range(2):
+            start = time.perf_counter()
+            for i, _ in enumerate(batches):
+                if i == 0:
+                    waits.append(time.perf_counter() - start)
+            time.sleep(0.5)  # validation, say
+    plain, continuous = waits[:2], waits[2:]
+    assert min(plain) > 0.2 and max(continuous) < 0.5 * min(plain)
+
+
+def test_training(tiny_config, run_tool, tmp_path):
+    """The losses of two epochs, and a resumed run's weights, are those of a run without workers."""
+    plain = tiny_config({'train_dataloader.num_workers': 0, 'work_dir': str(tmp_path / 'plain')})
+    run_tool('train.py', plain)
+    run_tool('train.py', tiny_config())
+    losses = [[record['loss'] for record in read_scalars(tmp_path / folder)] for folder in ('plain', 'work')]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+    again = tiny_config({'work_dir': str(tmp_path / 'again')})
+    run_tool('train.py', again, '--resume', tmp_path / 'work/epoch_1.pth')
+    assert_identical(*(load_trusted(tmp_path / folder / 'epoch_2.pth') for folder in ('again', 'plain')))
