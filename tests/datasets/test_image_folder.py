@@ -45,5 +45,5 @@ def test_other_classes(folder):
 
 
 def test_no_image(folder):
-    with pytest.raises(InputError, match='root/c holds no image'):
+    with pytest.raises(InputError, match='root/c/? holds no image'):
         ImageFolder(str(folder / 'c'), pipeline=[])

@@ -107,12 +107,25 @@ def to_fake(model: nn.Module) -> nn.Module:
 
 @dataclass
 class Operation:
-    """One operation on the device: its name, the bytes it reads and writes, and its floating-point operations."""
+    """One operation on the device.
+
+    Attributes:
+        name: As PyTorch calls it.
+        reads: Bytes that it reads, by the number of the memory that they are in.
+        writes: Bytes that it writes, by the same.
+        flops: Its floating-point operations, if it is a product, a convolution or attention.
+        dtype: Of its first tensor.
+    """
 
     name: str
-    bytes: int
+    reads: dict[int, int]
+    writes: dict[int, int]
     flops: int
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.reads.values()) + sum(self.writes.values())
 
 
 class Watch(TorchDispatchMode):
@@ -131,8 +144,8 @@ class Watch(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.pinned: weakref.WeakSet = weakref.WeakSet()
         self.numbers: weakref.WeakSet = weakref.WeakSet()
-        self.alive: set[int] = set()  # storages
-        self.allocated = self.peak = 0
+        self.alive: dict[int, int] = {}  # the number of each storage
+        self.allocated = self.peak = self.number = 0
 
     def hold(self, tree: Any) -> None:
         """Count the memory of tensors that are there already."""
@@ -160,9 +173,12 @@ class Watch(TorchDispatchMode):
             self.numbers.add(result.untyped_storage())
         for each in outputs:
             self.count(each)
-        on_device = [each for each in (*inputs, *outputs) if each.device == CUDA]
-        if on_device and not func.is_view and not name.startswith(('empty', 'new_empty', 'detach')):
-            self.operations.append(describe(func, name, args, kwargs, result, on_device))
+        inputs, outputs = ([each for each in tensors if each.device == CUDA] for tensors in (inputs, outputs))
+        if (inputs or outputs) and not func.is_view and not name.startswith(('empty', 'new_empty', 'detach')):
+            count = flop_registry.get(func.overloadpacket)
+            flops = count(*args, **kwargs, out_val=result) if count else 0
+            dtype = (inputs or outputs)[0].dtype
+            self.operations.append(Operation(name, self.sizes(inputs), self.sizes(outputs), flops, dtype))
         return result
 
     def look_for_wait(self, name: str, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
@@ -199,14 +215,21 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         if tensor.device == CUDA and key not in self.alive:
             size = -(-storage.nbytes() // 512) * 512  # as PyTorch's allocator rounds
-            self.alive.add(key)
+            self.number += 1
+            self.alive[key] = self.number
             self.allocated += size
             self.peak = max(self.peak, self.allocated)
             weakref.finalize(storage, self.free, key, size)
 
     def free(self, key: int, size: int) -> None:
-        self.alive.remove(key)
+        del self.alive[key]
         self.allocated -= size
+
+    def sizes(self, tensors: list[Tensor]) -> dict[int, int]:
+        """Bytes of tensors, by the number of their memory; 0 stands for what was there before."""
+        return {
+            self.alive.get(each.untyped_storage()._cdata, 0): each.numel() * each.element_size() for each in tensors
+        }
 
 
 def place() -> str:
@@ -216,12 +239,6 @@ def place() -> str:
             if package in frame.filename:
                 return f'{frame.filename[frame.filename.rindex(package) + 1 :]}:{frame.lineno} {frame.line}'
     return 'elsewhere'
-
-
-def describe(func: Any, name: str, args: tuple, kwargs: dict, result: Any, tensors: list[Tensor]) -> Operation:
-    count = flop_registry.get(func.overloadpacket)
-    flops = count(*args, **kwargs, out_val=result) if count else 0
-    return Operation(name, sum(each.numel() * each.element_size() for each in tensors), flops, tensors[-1].dtype)
 
 
 def backward(losses: list[Tensor]) -> None:
