@@ -160,7 +160,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.partition('::')[2]
+        namespace, _, name = func._schema.name.partition('::')
+        if namespace == 'prim':  # which asks for a property
+            return func(*args, **kwargs)
         if name == '_pin_memory':
             return self.pin(args[0].clone())
         if name == 'is_pinned':
