@@ -150,6 +150,7 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
         ]
         cfg.train_cfg.max_epochs = 2
         cfg.default_hooks.logger.interval = 1
+        cfg.default_hooks.checkpoint.update(interval=1, asynchronous=False)
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
         cfg.work_dir = str(tmp_path / 'work')
         cfg.merge_from_dict(changes or {})

@@ -5,7 +5,7 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='mmmilan.MainLoggerHook', interval=100),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='mmmilan.CheckpointHook', interval=1, max_keep_ckpts=3),
+    checkpoint=dict(type='mmmilan.CheckpointHook', interval=1, max_keep_ckpts=3, asynchronous=True),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     compile=dict(type='mmmilan.CompileHook'),  # on a GPU
     prefetch=dict(type='mmmilan.PrefetchHook'),

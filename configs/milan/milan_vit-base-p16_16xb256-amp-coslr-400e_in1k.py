@@ -26,3 +26,5 @@ model = dict(
         teacher=dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-quickgelu', pretrained='openai'),
     ),
 )
+
+default_hooks = dict(checkpoint=dict(interval=20))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, write_text
@@ -27,8 +31,17 @@ class CheckpointHook(MMEngineCheckpointHook):
     """MMEngine's ``CheckpointHook``, by which no moment of a crash loses a checkpoint.
 
     Each file is written beside its place, reaches the disk and is then renamed; ``last_checkpoint`` too. Older
-    checkpoints, and the best one so far, are deleted after that. Same arguments; ``out_dir`` must be a folder.
+    checkpoints, and the best one so far, are deleted after that. MMEngine's arguments; ``out_dir`` must be a folder.
+
+    Args:
+        asynchronous: Write a copy of the state while training goes on; the next checkpoint waits until it is written.
+            The copy takes as much memory of the host as the checkpoint. The best checkpoint is waited for.
     """
+
+    def __init__(self, *args, asynchronous: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.executor = ThreadPoolExecutor(max_workers=1) if asynchronous else None
+        self.pending: Future | None = None
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
@@ -48,7 +61,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             write_text(Path(runner.work_dir, 'last_checkpoint'), str(path))
             remove(outdated)
 
-        with self._writing(settle):
+        with self._writing(settle, self.executor):
             runner.save_checkpoint(
                 self.out_dir,
                 path.name,
@@ -82,12 +95,30 @@ class CheckpointHook(MMEngineCheckpointHook):
         finally:
             self.file_backend = backend
 
+    def after_train(self, runner: Runner) -> None:
+        self.finish()
+        super().after_train(runner)
+
+    def finish(self) -> None:
+        """Wait until what is being written is in its place.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self.pending:
+            pending, self.pending = self.pending, None
+            pending.result()
+
     @contextmanager
-    def _writing(self, settle: Callable[[Path], None]) -> Iterator[None]:
-        """Within this context MMEngine's runners save by :meth:`write`."""
+    def _writing(self, settle: Callable[[Path], None], executor: ThreadPoolExecutor | None = None) -> Iterator[None]:
+        """Within this context MMEngine's runners save by :meth:`write`, by an executor if there is one."""
 
         def save(checkpoint: dict[str, Any], filename: str, **kwargs) -> None:
-            self.write(checkpoint, Path(filename), settle)
+            self.finish()
+            if executor:
+                self.pending = executor.submit(self.write, copied(checkpoint), Path(filename), settle)
+            else:
+                self.write(checkpoint, Path(filename), settle)
 
         modules = mmengine.runner.runner, mmengine.runner.checkpoint
         before = [module.save_checkpoint for module in modules]
@@ -110,6 +141,18 @@ class CheckpointHook(MMEngineCheckpointHook):
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
         settle(path)
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a checkpoint, its tensors on the host, that training does not change any more."""
+
+    def copy_leaf(value: Any) -> Any:
+        return value.detach().to('cpu', copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+    result = tree_map(copy_leaf, checkpoint)
+    if hasattr(checkpoint['state_dict'], '_metadata'):  # versions of modules, which PyTorch keeps as an attribute
+        result['state_dict']._metadata = checkpoint['state_dict']._metadata
+    return result
 
 
 def remove(paths: Iterable[Path]) -> None:
