@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mmengine.config import Config
 from torch import Tensor
 
 from mmmilan.api.models import get_model
+from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
-from mmmilan.checkpoints.layouts import Layout, convert, detect_layout
+from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
 from mmmilan.export.hub import write_hub_dir
+from mmmilan.export.open_clip import write_open_clip
 from mmmilan.files import write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the rest names the machine it was trained on
@@ -31,10 +36,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out_dir', type=Path, help='folder to write to')
     parser.add_argument('--name', help='name of the model, by default that of the config')
     parser.add_argument('--url', default='', help='address that the files will be below, for the metafile')
-    parser.add_argument('--task', default='Image Classification', help='of the metrics (default: %(default)s)')
-    parser.add_argument('--dataset', default='ImageNet-1k', help='of the metrics (default: %(default)s)')
+    parser.add_argument('--training-data', help='name of the data set, where the config has none of the public ones')
+    parser.add_argument('--dataset', help='of the metrics, e.g. ImageNet-1k')
     parser.add_argument(
-        '--metric', action='append', default=[], metavar='NAME=VALUE', help='a result that you measured'
+        '--metric',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help='a result that you measured (with --dataset)',
     )
     parser.add_argument('--hub-dir', type=Path, help='folder for the Hugging Face Hub')
     return parser.parse_args()
@@ -42,34 +51,76 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    name = args.name or args.config.stem
     checkpoint = load_checkpoint_file(args.checkpoint)
     weights = convert(get_state_dict(checkpoint))
-    meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key in META}
-    metrics = dict(read_metric(text) for text in args.metric)
+    config = Config.fromfile(args.config)
+    facts = gather_facts(args, config, checkpoint, weights)
 
-    path = write_weights(args.out_dir / f'{name}.pth', weights, meta)
-    metadata = {'Parameters': count_parameters(weights), 'SHA256': file_sha256(path)}
-    if 'epoch' in meta:
-        metadata['Epochs'] = meta['epoch']
-    result = {'Task': args.task, 'Dataset': args.dataset, 'Metrics': metrics}
-    entry = {
-        'Name': name,
-        'Metadata': metadata,
-        'In Collection': 'MILAN',
-        'Results': [result] if metrics else None,
-        'Weights': f'{args.url.rstrip("/")}/{path.name}' if args.url else path.name,
-        'Config': os.path.relpath(args.config),
-    }
+    path = write_weights(args.out_dir / f'{facts.name}.pth', weights, checkpoint.get('meta') or {})
+    write_text(path.with_suffix('.py'), public_config(config).pretty_text)
+    url = f'{args.url.rstrip("/")}/{path.name}' if args.url else path.name
+    entry = metafile_entry(facts, url, entry_config(args.config, path), file_sha256(path))
     write_text(path.with_suffix('.yml'), yaml.safe_dump({'Models': [entry]}, sort_keys=False))
-    card = model_card(entry, path, detect_layout(weights))
+    card = model_card(facts, path)
     write_text(path.with_suffix('.md'), card)
-    print(f'{path} and its .safetensors, .yml and .md: {detect_layout(weights)}')
+    print(f'{path} and its .safetensors, .py, .yml and .md: {facts.layout}')
 
     if args.hub_dir:
-        libraries = write_hub_dir(args.hub_dir, get_model(args.config, pretrained=path), name)
-        write_text(args.hub_dir / 'README.md', hub_card(card, libraries))
+        libraries = write_hub(args.hub_dir, facts, path)
+        write_text(args.hub_dir / 'README.md', hub_card(facts, card, libraries))
         print(f'{args.hub_dir}: can be loaded by {" and ".join(libraries)}')
+
+
+def gather_facts(args: argparse.Namespace, config: Config, checkpoint: dict[str, Any], weights: dict) -> Facts:
+    """What arguments, config and checkpoint say; the checkpoint's own config knows the data it was trained on."""
+    meta = checkpoint.get('meta') or {}
+    trained_with = own_config(args.checkpoint) if isinstance(meta.get('cfg'), str) else config
+    data, hub_dataset = training_data(trained_with)
+    if args.metric and not args.dataset:
+        raise InputError('--metric says nothing without its data set; name it with --dataset.')
+    layout = detect_layout(weights)
+    kind = 'image-text model' if layout.content == 'MaskCLIP' else 'encoder'
+    if config.model.get('head') and 'masking' not in config.model:
+        kind = 'classifier'
+    return Facts(
+        name=args.name or args.config.stem,
+        layout=layout,
+        method=pretraining_method(config),
+        training_data=args.training_data or data,
+        hub_dataset=None if args.training_data else hub_dataset,
+        kind=kind,
+        parameters=count_parameters(weights),
+        epochs=meta.get('epoch'),
+        metrics=dict(read_metric(text) for text in args.metric),
+        metrics_dataset=args.dataset,
+    )
+
+
+def public_config(config: Config) -> Config:
+    """What a model needs of its config, without the folders of the machine that it was trained on."""
+    model = config.model.to_dict()
+    model['backbone'].pop('init_cfg', None)
+    teacher = (model.get('head') or {}).get('teacher') or {}
+    if '/' in str(teacher.get('pretrained', '')):
+        teacher['pretrained'] = Path(teacher['pretrained']).name
+    dataset = config.test_dataloader.dataset.to_dict()
+    dataset = {key: dataset[key] for key in ('type', 'pipeline', 'metainfo') if key in dataset}
+    return Config(dict(default_scope=config.default_scope, model=model, test_dataloader=dict(dataset=dataset)))
+
+
+def entry_config(config: Path, path: Path) -> str:
+    """A config of the zoo by its place there; another one by the file that is published with the weights."""
+    root = zoo_root().resolve()
+    inside = [base for base in (root, root.parents[1]) if config.resolve().is_relative_to(base / 'configs')]
+    return str(config.resolve().relative_to(inside[0])) if inside else path.with_suffix('.py').name
+
+
+def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
+    """The folder for the Hub; returns the libraries that can load it."""
+    if facts.kind == 'image-text model':
+        write_open_clip(get_model(path, encoder_only=False), folder)
+        return ['open_clip']
+    return write_hub_dir(folder, get_model(path), facts.name)
 
 
 def read_metric(text: str) -> tuple[str, float]:
@@ -82,6 +133,7 @@ def read_metric(text: str) -> tuple[str, float]:
 
 def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Write ``NAME-HASH.pth`` and its safetensors twin; returns the path of the first."""
+    meta = {key: value for key, value in meta.items() if key in META}
     save_checkpoint_file({'state_dict': weights, 'meta': meta}, path)
     final = path.with_name(f'{path.stem}-{file_sha256(path)[:8]}.pth')
     os.replace(path, final)
@@ -91,44 +143,6 @@ def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) 
 
 def count_parameters(weights: dict[str, Tensor]) -> int:
     return sum(value.numel() for key, value in weights.items() if '.bn.' not in key)  # its statistics are not learned
-
-
-def model_card(entry: dict[str, Any], path: Path, layout: Layout) -> str:
-    """A description of a metafile's entry for people, in Markdown."""
-    results = 'No result was given.\n'
-    if entry['Results']:
-        result = entry['Results'][0]
-        rows = [f'| {metric} ({result["Dataset"]}) | {value:g} |\n' for metric, value in result['Metrics'].items()]
-        results = f'| result | value |\n|---|---|\n{"".join(rows)}'
-    safetensors = path.with_suffix('.safetensors')
-    return f"""# {entry['Name']}
-
-{layout}, {entry['Metadata']['Parameters']:,} parameters, trained with mmmilan
-([MILAN: masked image pretraining on language assisted representation](https://arxiv.org/abs/2208.06049)).
-
-{results}
-| file | SHA-256 |
-|---|---|
-| {path.name} | {entry['Metadata']['SHA256']} |
-| {safetensors.name} | {file_sha256(safetensors)} |
-
-```python
-import mmmilan
-
-model = mmmilan.get_model('{entry['Config']}', pretrained='{path.name}')
-```
-"""
-
-
-def hub_card(card: str, libraries: list[str]) -> str:
-    """The model card with the header that the Hub reads, and how each library loads the folder."""
-    snippets = {
-        'timm': "import timm\n\nmodel = timm.create_model('hf-hub:OWNER/NAME', pretrained=True)",
-        'transformers': 'from transformers import AutoModel  # 4.53 or later\n\n'
-        "model = AutoModel.from_pretrained('OWNER/NAME', add_pooling_layer=False)",
-    }
-    header = '---\nlibrary_name: timm\ntags: [image-feature-extraction, milan]\ndatasets: [imagenet-1k]\n---\n'
-    return header + card + ''.join(f'\n```python\n{snippets[library]}\n```\n' for library in libraries)
 
 
 if __name__ == '__main__':

@@ -58,6 +58,18 @@ CLASSIFIERS = {
         ('head.fc.*', 'head.*', 'classifier.*'),
     ],
 }
+# Parts of other ViTs, mostly of timm, by their keys.
+OTHER_VITS = {
+    r'blocks\.\d+\.ls[12]\.gamma|blocks\.\d+\.gamma_[12]': 'LayerScale (DeiT III, BEiT, DINOv2)',
+    r'reg_token|register_tokens': 'register tokens (DINOv2, DINOv3)',
+    r'dist_token|head_dist\..+|embeddings\.distillation_token': 'a distillation token (DeiT)',
+    r'norm_pre\..+': "a norm before the first block (CLIP's ViT)",
+    r'blocks\.\d+\.attn\.[qk]_norm\..+': 'norms of queries and keys (ViT-22B)',
+    r'blocks\.\d+\.mlp\.(fc1_[gx]|w12|w3|norm)\..+': 'a gated MLP (SwiGLU)',
+    r'(blocks\.\d+\.attn\.)?(relative_position_bias_table|rel_pos\..+)': 'relative positions (BEiT)',
+    r'attn_pool\..+': 'attention pooling (SigLIP)',
+    r'patch_embed\.backbone\..+': 'a convolutional stem (hybrid ViT)',
+}
 # Models of which only the encoder has a place in other layouts.
 WITHOUT_ROWS = ('detector or segmentor', 'MaskCLIP')
 COLUMN = {'mmmilan': 0, 'openmmlab': 0, 'official': 1, 'timm': 1, 'huggingface': 2}
@@ -211,18 +223,19 @@ def _rename(
         found = ((match, row) for regex, row in patterns if (match := regex.fullmatch(key)))
         match, row = next(found, (None, None))
         if match is None:
+            part = next((part for pattern, part in OTHER_VITS.items() if re.fullmatch(pattern, key)), None)
+            if part:
+                raise InputError(f'{key!r} is of {part}, which a MILANViT does not have; give a ViT without it.')
             raise InputError(f'The key {key!r} is unknown, no weight of {TITLE[source]} has this name; remove it.')
         of_encoder = row[0].startswith('backbone.')
         if encoder_only and not of_encoder:
             continue
         name = row[COLUMN[target]]
         if name is None or (target == 'timm' and row[0].startswith('neck.')):
-            advice = (
-                '; choose another layout.'
-                if of_encoder
-                else '; convert the encoder alone (--encoder-only), or choose another layout.'
-            )
-            raise InputError(f'{TITLE[target]} has no place for {key!r}; {advice}choose another layout.')
+            remedy = 'choose another layout'
+            if not of_encoder:
+                remedy = f'convert the encoder alone (--encoder-only), or {remedy}'
+            raise InputError(f'{TITLE[target]} has no place for {key!r}; {remedy}.')
         for value_in_name in match.groups():
             name = re.sub(r'[#*]', value_in_name, name, count=1)
         renamed[name] = value

@@ -19,12 +19,14 @@ class ZooModel:
         config: the config file that it was trained with.
         weights: URL of the checkpoint; None if none has been published.
         sha256: the whole hash of the checkpoint, if the metafile has it.
+        collection: name of the method, such as 'MILAN'.
     """
 
     name: str
     config: Path
     weights: str | None
     sha256: str | None
+    collection: str | None = None
 
 
 def zoo_root() -> Path:
@@ -42,7 +44,9 @@ def zoo_models() -> dict[str, ZooModel]:
     for metafile in yaml.safe_load((root / 'model-index.yml').read_text())['Import']:
         for entry in yaml.safe_load((root / metafile).read_text())['Models']:
             sha256 = entry['Metadata'].get('SHA256')
-            models[entry['Name']] = ZooModel(entry['Name'], root / entry['Config'], entry.get('Weights'), sha256)
+            models[entry['Name']] = ZooModel(
+                entry['Name'], root / entry['Config'], entry.get('Weights'), sha256, entry.get('In Collection')
+            )
     return models
 
 

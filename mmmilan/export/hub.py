@@ -10,6 +10,7 @@ from mmpretrain.models import ImageClassifier, VisionTransformer
 
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
 from mmmilan.files import write_text
 
 
@@ -26,30 +27,34 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
         The libraries that can load the folder.
 
     Raises:
-        InputError: timm has no place for a part of the model, as for the batch norm of a linear probe.
+        InputError: timm has no place for a part of the model, as for the batch norm of a linear probe, or its images
+            are prepared in a way that timm and transformers cannot be told.
     """
+    preprocessing = read_preprocessing(model._config, model)
     weights = model.state_dict()
     save_checkpoint_file(convert(weights, 'timm'), folder / 'model.safetensors')
-    config, libraries = _timm_config(model, name), ['timm']
+    config, libraries = _timm_config(model, name, preprocessing), ['timm']
     if detect_layout(weights).content != 'classifier on the mean token':
         save_checkpoint_file(convert(weights, 'huggingface'), folder / 'transformers.safetensors')
-        config |= _transformers_config(model)
-        write_text(folder / 'preprocessor_config.json', json.dumps(_preprocessor_config(model), indent=2))
+        # of a folder that timm can load too, transformers reads the processor from config.json, of a repository of the
+        # Hub from its own file
+        config |= _transformers_config(model) | preprocessing.transformers()
+        write_text(folder / 'preprocessor_config.json', json.dumps(preprocessing.transformers(), indent=2))
         libraries.append('transformers')
     write_text(folder / 'config.json', json.dumps(config, indent=2))
     return libraries
 
 
-def _timm_config(model: ImageClassifier, name: str) -> dict[str, Any]:
+def _timm_config(model: ImageClassifier, name: str, preprocessing: Preprocessing) -> dict[str, Any]:
     vit = model.backbone
     classes = model.head.num_classes if model.with_head else 0
-    mean, std = _normalisation(model)
-    return {
+    labels = {'label_names': class_names(model)} if model.with_head else {}
+    return labels | {
         'architecture': 'vit_base_patch16_224',  # any size of it: ``model_args`` says which
         'num_classes': classes,
         'num_features': vit.embed_dims,
         'model_args': {
-            'img_size': vit.img_size[0],
+            'img_size': list(vit.img_size),
             'patch_size': _patch_size(vit),
             'embed_dim': vit.embed_dims,
             'depth': vit.num_layers,
@@ -59,12 +64,8 @@ def _timm_config(model: ImageClassifier, name: str) -> dict[str, Any]:
         },
         'pretrained_cfg': {
             'tag': name,
-            'input_size': [3, *vit.img_size],
             'fixed_input_size': True,
-            'interpolation': 'bicubic',
-            'crop_pct': 0.875,
-            'mean': mean,
-            'std': std,
+            **preprocessing.timm(),
             'num_classes': classes,
             'pool_size': None,
             'first_conv': 'patch_embed.proj',
@@ -83,42 +84,24 @@ def _transformers_config(model: ImageClassifier) -> dict[str, Any]:
         'num_hidden_layers': vit.num_layers,
         'num_attention_heads': vit.arch_settings['num_heads'],
         'intermediate_size': vit.arch_settings['feedforward_channels'],
-        'image_size': vit.img_size[0],
+        'image_size': list(vit.img_size),
         'patch_size': _patch_size(vit),
         'layer_norm_eps': vit.ln1.eps,
         'hidden_act': 'gelu',
         'qkv_bias': True,
     }
     if model.with_head:
-        names = model._dataset_meta.get('classes') or [f'LABEL_{i}' for i in range(model.head.num_classes)]
+        names = class_names(model)
         config['id2label'] = {str(i): label for i, label in enumerate(names)}
         config['label2id'] = {label: i for i, label in enumerate(names)}
     return config
 
 
-def _preprocessor_config(model: ImageClassifier) -> dict[str, Any]:
-    mean, std = _normalisation(model)
-    height, width = model.backbone.img_size
-    return {
-        'image_processor_type': 'ViTImageProcessor',
-        'do_resize': True,
-        'size': {'height': height, 'width': width},
-        'resample': 3,  # bicubic
-        'do_rescale': True,
-        'rescale_factor': 1 / 255,
-        'do_normalize': True,
-        'image_mean': mean,
-        'image_std': std,
-    }
-
-
-def _normalisation(model: ImageClassifier) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation for images in [0, 1], RGB."""
-    preprocessor = model.data_preprocessor
-    mean, std = (
-        [round(value / 255, 6) for value in each.flatten().tolist()] for each in (preprocessor.mean, preprocessor.std)
-    )
-    return mean, std
+def class_names(model: ImageClassifier) -> list[str]:
+    """The names of a classifier's classes; numbers where nobody named them."""
+    names = list(model._dataset_meta.get('classes') or ())
+    count = model.head.num_classes
+    return names if len(names) == count else [f'LABEL_{i}' for i in range(count)]
 
 
 def _patch_size(vit: VisionTransformer) -> int:

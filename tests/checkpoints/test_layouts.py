@@ -248,7 +248,7 @@ def test_encoder_only_leaves_decoders_heads_and_detector_parts():
 
 
 @pytest.mark.parametrize('name', ['mmpretrain MILAN', 'timm mean', 'hf encoder'])
-@pytest.mark.parametrize('key', ['blocks.0.ls1.gamma', 'extra.weight', 'backbone.layers.0.attn.gamma1.weight'])
+@pytest.mark.parametrize('key', ['blocks.0.other.gamma', 'extra.weight', 'backbone.layers.0.attn.gamma1.weight'])
 def test_unknown_key_stops_by_name(name, key):
     weights = {**layouts_to_convert()[name], key: torch.zeros(1)}
     with pytest.raises(InputError, match=f"The key '{key}' is unknown"):
@@ -268,3 +268,34 @@ def test_what_is_no_vit_is_refused():
     del weights['encoder.layer.1.attention.attention.key.bias']
     with pytest.raises(InputError, match=r'encoder.layer.1.attention.attention.key.bias.* is missing'):
         convert(weights)
+
+
+@pytest.mark.parametrize(
+    ('key', 'part'),
+    [
+        ('blocks.0.ls1.gamma', 'LayerScale'),
+        ('reg_token', 'register tokens'),
+        ('dist_token', 'a distillation token'),
+        ('norm_pre.weight', 'a norm before the first block'),
+        ('blocks.1.attn.q_norm.weight', 'norms of queries and keys'),
+        ('blocks.1.mlp.fc1_g.weight', 'a gated MLP'),
+    ],
+)
+def test_parts_of_other_vits_are_refused_by_name(key, part):
+    """timm has ViTs with parts that a MILANViT lacks; the message says which."""
+    weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), key: torch.zeros(1)}
+    with pytest.raises(InputError) as error:
+        convert(weights)
+    assert str(error.value).startswith(f'{key!r} is of {part}')
+    assert str(error.value).endswith(', which a MILANViT does not have; give a ViT without it.')
+
+
+def test_weight_without_a_place():
+    """One remedy, said once."""
+    weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), 'decoder_blocks.0.attn.qkv.weight': torch.zeros(1)}
+    with pytest.raises(InputError) as error:
+        convert(weights, to='huggingface')
+    assert str(error.value) == (
+        "Hugging Face ViT has no place for 'decoder_blocks.0.attn.qkv.weight'; convert the encoder alone "
+        '(--encoder-only), or choose another layout.'
+    )
