@@ -65,7 +65,7 @@ class _Inferencer:
                 raise InputError(f'{image} is not a file; give the path of an image.')
             return self.load(dict(img_path=os.fspath(image)))
         if not isinstance(image, np.ndarray):  # PIL
-            image = np.asarray(image.convert('RGB'))[..., ::-1]
+            image = from_pil(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(
                 f'An array of {image.dtype} {list(image.shape)} is no image; give uint8 [H, W, 3] in BGR order.'
@@ -162,6 +162,23 @@ class ImageClassificationInferencer(_Inferencer):
             result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
             results.append({**result, 'pred_class': classes[label]} if classes else result)
         return results
+
+
+def from_pil(image: Image) -> np.ndarray:
+    """BGR uint8 [H, W, 3]; 16 bits are scaled from 0 to 65535.
+
+    Raises:
+        InputError: its numbers are no pixels.
+    """
+    import numpy as np
+
+    from mmmilan.datasets.depth import to_8_bits
+
+    if image.mode.startswith('I;16'):
+        return to_8_bits(np.asarray(image), 65535)
+    if image.mode in ('I', 'F'):
+        raise InputError(f'An image of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
+    return np.asarray(image.convert('RGB'))[..., ::-1]
 
 
 def _as_list(images: Any) -> Sequence:

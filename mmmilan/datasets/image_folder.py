@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.datasets.custom import find_folders
 
+from mmmilan.datasets.depth import read_deep, white_of
 from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError
@@ -82,6 +83,9 @@ def is_truncated_jpeg(content: bytes) -> bool:
 def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
     """An image file as BGR uint8 [H, W, 3], turned as its EXIF orientation says.
 
+    A grey image has its values in all three channels. 16 bits are scaled linearly from 0 to 65535, whatever the least
+    and the greatest of the image, see :func:`mmmilan.datasets.depth.to_8_bits`. Transparency of a PNG is dropped.
+
     Args:
         content: The file.
         path: Its name, for the error.
@@ -89,10 +93,14 @@ def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
 
     Raises:
         CorruptImageError: if it does not decode, or is a JPEG that ends too early.
+        InputError: if it has other channels than grey or RGB, or numbers that are no pixels.
     """
     if is_truncated_jpeg(content):
         raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
-    image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
+    if white := white_of(content, path):
+        image = read_deep(content, white)
+    else:
+        image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
     if image is None:
         raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
     return image

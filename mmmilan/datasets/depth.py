@@ -1,0 +1,78 @@
+"""Images of 16 bits, and of other channels than one or three: OpenCV reads the first as dark and the others in part."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import re
+import struct
+
+import cv2
+import numpy as np
+from mmengine.logging import print_log
+from PIL import TiffImagePlugin
+
+from mmmilan.errors import InputError
+
+_PNM = re.compile(rb'P[2356](?:\s+|\s*#[^\n]*\n)\s*\d+\s+\d+\s+(\d+)\s')
+_SAMPLES, _BITS, _SAMPLE_FORMAT = 277, 258, 339  # tags of TIFF
+DARK = 1 / 16  # below this share of the greatest possible value, an image is likely one of fewer bits
+
+
+def white_of(content: bytes, path: str) -> int | None:
+    """The value of white in an image file of more than 8 bits; None where OpenCV's own reading is right.
+
+    Raises:
+        InputError: naming the image if it has other channels than grey or RGB, or numbers that are no pixels.
+    """
+    if content[:8] == b'\x89PNG\r\n\x1a\n':
+        return 65535 if content[24:25] == b'\x10' else None  # the bit depth in its header
+    if content[:4] in (b'II*\0', b'MM\0*'):
+        return white_of_tiff(content, path)
+    match = _PNM.match(content)
+    return int(match[1]) if match and int(match[1]) > 255 else None
+
+
+def white_of_tiff(content: bytes, path: str) -> int | None:
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+        file = io.BytesIO(content)
+        file.seek(tags.next)
+        tags.load(file)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return None  # decoding it will say what is wrong
+    channels, bits, kinds = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,))), tags.get(_SAMPLE_FORMAT, (1,))
+    if channels not in (1, 3):
+        raise InputError(f'{path} has {channels} channels; give images of one (grey) or three (RGB).')
+    if bits > 16 or set(kinds) != {1}:
+        raise InputError(f'{path} holds no unsigned numbers of 8 or 16 bits; convert it to them.')
+    return 65535 if bits == 16 else None
+
+
+def read_deep(content: bytes, white: int) -> np.ndarray | None:
+    """An image file of more than 8 bits as BGR uint8 [H, W, 3]; None if it does not decode. Transparency is dropped."""
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    return None if image is None else to_8_bits(image, white)
+
+
+def to_8_bits(image: np.ndarray, white: int) -> np.ndarray:
+    """Unsigned numbers [H, W] or [H, W, C] -> BGR uint8 [H, W, 3]: 0 to 0, ``white`` to 255, linear and rounded.
+
+    The scale is that of the format and not of the image, so that a dark image stays dark beside a bright one.
+    """
+    if image.max() < DARK * white:
+        warn_dark(white)
+    scaled = (image.astype(np.float32) * (255 / white)).round().astype(np.uint8)
+    return cv2.cvtColor(scaled, cv2.COLOR_GRAY2BGR) if scaled.ndim == 2 else np.ascontiguousarray(scaled[..., :3])
+
+
+@functools.cache
+def warn_dark(white: int) -> None:
+    """Say once that images may be of fewer bits than their files."""
+    print_log(
+        f'There are images with no value above {int(DARK * white)} of {white}, nearly black; if the camera gives fewer '
+        'bits than the files have, multiply the images to the full range (said once).',
+        logger='current',
+        level=logging.WARNING,
+    )
