@@ -277,7 +277,7 @@ def train(path: Path, resume: bool) -> Path:
     config.resume = resume
     config.launcher = 'none'
     config.experiment_name = f'{path.parent.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
-    with launched(config) as runner:
+    with launched(config, 'train') as runner:
         runner.train()
     checkpoint = load_checkpoint_file(find_latest_checkpoint(config.work_dir))
     weights = path.parent / 'milan.pth'

@@ -36,8 +36,35 @@ def read_archive(path: Path) -> Any:
     return state_of(content) if isinstance(content, ScriptModule) else content
 
 
-def read_zip(file: BinaryIO) -> Any:
-    """The zip of ``torch.save`` or ``torch.jit.save``; each of its files has a checksum."""
+def read_meta(path: Path) -> Any:
+    """``meta`` of a checkpoint of ``torch.save``, without reading its weights.
+
+    Raises:
+        Exception: of any type, if the file is damaged or holds none.
+    """
+    with path.open('rb') as file:
+        return read_zip(file, weights=False)['meta']
+
+
+def check_archive(path: Path) -> None:
+    """Compare all checksums of a checkpoint of ``torch.save``.
+
+    Raises:
+        Exception: of any type, if the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f'the checksum of its {damaged} is wrong')
+
+
+def read_zip(file: BinaryIO, weights: bool = True) -> Any:
+    """The zip of ``torch.save`` or ``torch.jit.save``; each of its files has a checksum.
+
+    Args:
+        file: The file.
+        weights: Whether the tensors are read; else their content is undefined.
+    """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition('/')[2]: info for info in archive.infolist()}
@@ -53,8 +80,9 @@ def read_zip(file: BinaryIO) -> Any:
             if info.file_size != nbytes:
                 raise ValueError(f'{info.file_size} bytes in place of {nbytes}')
             memory = torch.empty(nbytes, dtype=torch.uint8, device='cpu')
-            with archive.open(info) as member:
-                member.readinto(memory.numpy())  # compares the checksum
+            if weights:
+                with archive.open(info) as member:
+                    member.readinto(memory.numpy())  # compares the checksum
             return memory
 
         content = DataUnpickler(io.BytesIO(archive.read(plain['data.pkl'])), storages(load_memory)).load()

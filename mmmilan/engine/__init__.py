@@ -13,11 +13,13 @@ from mmmilan.engine.hooks import (
 )
 from mmmilan.engine.lars import LARS
 from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmmilan.engine.loops import EpochLoop
 from mmmilan.engine.mean_teacher import MeanTeacherHook
 from mmmilan.engine.online_evaluation import OnlineEvaluationHook
 from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
 from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.schedule import ScheduleCheckHook
+from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     'CorruptImageHook',
     'DeferredRuntimeInfoHook',
     'ExactLoadingHook',
+    'EpochLoop',
     'FullyShardStrategy',
     'GroupingOptimWrapperConstructor',
     'ImageSizeHook',
@@ -40,6 +43,7 @@ __all__ = [
     'ScheduleCheckHook',
     'PrefetchHook',
     'StepSeedHook',
+    'StopHook',
     'ThroughputHook',
     'ZeroCheckpointHook',
     'ZeroRedundancyOptimizer',

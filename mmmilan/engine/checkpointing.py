@@ -21,9 +21,12 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, write_text
 from mmmilan.registry import HOOKS
+
+STOPPED = 'stopped_iter_'  # begins the name of a checkpoint between two that were due
 
 
 @HOOKS.register_module()
@@ -32,6 +35,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     Each file is written beside its place, reaches the disk and is then renamed; ``last_checkpoint`` too. Older
     checkpoints, and the best one so far, are deleted after that. MMEngine's arguments; ``out_dir`` must be a folder.
+    A checkpoint says how far into its epoch it was saved, and :class:`EpochLoop` goes on from there.
 
     Args:
         asynchronous: Write a copy of the state while training goes on; the next checkpoint waits until it is written.
@@ -47,12 +51,27 @@ class CheckpointHook(MMEngineCheckpointHook):
         super().before_train(runner)
         if not isinstance(self.file_backend, LocalBackend):
             raise InputError(f'{self.out_dir} is no folder; set default_hooks.checkpoint.out_dir to one.')
-        if is_main_process():
-            for leftover in Path(self.out_dir).glob('.*.pth.????????'):  # of a run that was killed while it wrote
+        if is_main_process():  # of a run that was killed while it wrote, or before it deleted
+            remove(self._paths(runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])))
+            for leftover in Path(self.out_dir).glob('.*.pth.????????'):
                 leftover.unlink(missing_ok=True)
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        meta, loop = checkpoint['meta'], runner.train_loop
+        if isinstance(loop, EpochLoop):
+            within = loop.done if meta['epoch'] == runner.epoch else 0  # else at the end of the epoch
+            meta.update(steps_of_epoch=within, epoch_length=len(loop.dataloader))
+
+    def save_now(self, runner: Runner) -> Path:
+        """Save after a step, to go on from there; the next checkpoint takes its place."""
+        path = Path(self.out_dir, f'{STOPPED}{runner.iter + 1}.pth')
+        with self._writing(lambda path: write_text(Path(runner.work_dir, 'last_checkpoint'), str(path))):
+            meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
+            runner.save_checkpoint(self.out_dir, path.name, meta=meta, by_epoch=False)
+        return path
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        outdated = self._count_in(runner, step)
+        outdated = [*self._count_in(runner, step), *Path(self.out_dir).glob(f'{STOPPED}*.pth')]
         path = Path(self.out_dir, self.filename_tmpl.format(step))
         self.last_ckpt = str(path)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -79,7 +98,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         outdated = list(self.keep_ckpt_ids)[: len(self.keep_ckpt_ids) + 1 - self.max_keep_ckpts]
         self.keep_ckpt_ids.append(step)  # a deque, which drops the oldest
         runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        return [Path(self.out_dir, self.filename_tmpl.format(old)) for old in outdated]
+        runner.message_hub.update_info('outdated_ckpt_ids', outdated)
+        return self._paths(outdated)
+
+    def _paths(self, steps: Iterable[int]) -> list[Path]:
+        return [Path(self.out_dir, self.filename_tmpl.format(step)) for step in steps]
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         outdated: list[Path] = []

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_data, unread_options
 from mmmilan.engine.distributed import end_processes, init_cpu_processes
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
+from mmmilan.engine.stopping import StopHook
+from mmmilan.engine.work_dir import training_in
 from mmmilan.errors import InputError
 
 
@@ -63,12 +65,15 @@ def default_work_dir(cfg: Config, path: str) -> str:
 def launched(cfg: Config, task: str) -> Iterator[Runner]:
     """The runner of a config, which loads checkpoints safely and exactly; its processes end together.
 
+    To train, it is alone in its work dir, and is stopped and resumed without loss.
+
     Args:
         cfg: The config.
         task: 'train' or 'test', for which the data have to be there.
 
     Raises:
-        InputError: data are missing, or mmcv's operators, without which mmdet and mmseg cannot be imported.
+        InputError: data are missing, or mmcv's operators, without which mmdet and mmseg cannot be imported; another run
+            is in the work dir, or nothing whole is there to resume from.
     """
     if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
         raise InputError(
@@ -77,9 +82,12 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         )
     check_data(cfg, task)
     use_safe_loading()
-    init_cpu_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(ExactLoadingHook())
-    runner.register_hook(ImageSizeHook())
-    yield runner
-    end_processes()
+    with training_in(cfg) if task == 'train' else nullcontext():
+        init_cpu_processes(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner.register_hook(ExactLoadingHook())
+        runner.register_hook(ImageSizeHook())
+        if task == 'train':
+            runner.register_hook(StopHook())
+        yield runner
+        end_processes()

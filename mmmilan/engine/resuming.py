@@ -9,9 +9,10 @@ from typing import Any
 
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
+from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 
 
@@ -32,6 +33,12 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
         )
     if type(meta.get('seed', 0)) is not int:
         raise InputError(f'{source}: its seed is {meta["seed"]!r}, no whole number; give another checkpoint.')
+    within = [meta.get(name, 0) for name in ('steps_of_epoch', 'epoch_length')]
+    if not all(type(count) is int and count >= 0 for count in within) or within[0] > within[1]:
+        raise InputError(f'{source}: it was saved {within[0]!r} of {within[1]!r} steps into an epoch; give another.')
+    say_if_finished(runner, meta, source)
+    if isinstance(runner.train_loop, EpochLoop):
+        begin_within_epoch(runner, meta)
     checkpoint['message_hub'] = clean_message_hub(hub, Path(runner.work_dir))
     if 'optimizer' not in checkpoint:
         print_log(
@@ -47,14 +54,35 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
         check_schedules(runner.param_schedulers, checkpoint, source)
 
 
+def begin_within_epoch(runner: Runner, meta: dict[str, Any]) -> None:
+    """Let the loop skip what was done of the epoch, if it is still of the same length."""
+    done, length = meta.get('steps_of_epoch', 0), len(runner.train_loop.dataloader)
+    if done and meta['epoch_length'] != length:
+        message = f'An epoch had {meta["epoch_length"]} steps and now has {length}: this one begins again.'
+        print_log(message, logger='current', level=logging.WARNING)
+    elif done:
+        runner.train_loop.done = done
+
+
+def say_if_finished(runner: Runner, meta: dict[str, Any], source: str) -> None:
+    """A run that has nothing left to do."""
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    done, whole = (meta['epoch'], runner.max_epochs) if by_epoch else (meta['iter'], runner.max_iters)
+    if done >= whole:
+        name = 'max_epochs' if by_epoch else 'max_iters'
+        message = f'{source} is of a finished run, nothing is left to train; raise train_cfg.{name} (now {whole}).'
+        print_log(message, logger='current', level=logging.WARNING)
+
+
 def clean_message_hub(hub: dict[str, Any], work_dir: Path) -> dict[str, dict]:
     """The parts that MMEngine reads, with names of files moved into the work dir."""
     scalars, info, resumed = (
         {key: value for key, value in part.items() if isinstance(key, str)} if isinstance(part, dict) else {}
         for part in (hub.get(name) for name in ('log_scalars', 'runtime_info', 'resumed_keys'))
     )
-    kept = info.get('keep_ckpt_ids', [])
-    info['keep_ckpt_ids'] = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
+    for name in ('keep_ckpt_ids', 'outdated_ckpt_ids'):
+        steps = info.get(name)
+        info[name] = [step for step in steps if type(step) is int] if isinstance(steps, list) else []
     for key, value in list(info.items()):
         if key.startswith(('best_ckpt', 'last_ckpt')) and value is not None:
             info[key] = str(work_dir / Path(str(value)).name)

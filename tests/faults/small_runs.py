@@ -41,7 +41,10 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
     checkpoint = dict(type='mmmilan.CheckpointHook', interval=1, **kwargs.pop('checkpoint', {}))
     settings = dict(
         train_dataloader=dict(
-            dataset=Numbers(length), batch_size=2, sampler=dict(type='DefaultSampler', shuffle=True, seed=0)
+            dataset=Numbers(length),
+            batch_size=2,
+            num_workers=kwargs.pop('num_workers', 0),
+            sampler=dict(type='DefaultSampler', shuffle=True, seed=0),
         ),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01, fused=True)),

@@ -1,0 +1,91 @@
+"""A run that is told to stop saves what it has, and says that it wants to go on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from mmengine.dist import is_distributed
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmmilan.engine.checkpointing import CheckpointHook
+from mmmilan.registry import HOOKS
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's end, Ctrl-C, Slurm's warning (--signal=USR1)
+# Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h: "try again later").
+GO_ON = os.EX_TEMPFAIL
+
+
+@HOOKS.register_module()
+class StopHook(Hook):
+    """On SIGTERM, SIGINT or SIGUSR1: finish the step, save a checkpoint, exit with status ``GO_ON``.
+
+    All processes stop after the same step, whichever of them got the signal: each tells the others after every step,
+    and hears of it after the next one, so that no step waits for the answer. A second SIGINT stops at once. A step is
+    one of the optimizer: accumulated gradients are not cut in two.
+
+    ``--resume`` then goes on bit-identically.
+    """
+
+    priority = 'LOWEST'  # after a checkpoint that was due anyway
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.answer: tuple[dist.Work, torch.Tensor] | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        # on the CPU, where nothing waits for a GPU
+        self.group = dist.new_group(backend='gloo') if is_distributed() else None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        number = self.agreed()
+        if not number or not runner.optim_wrapper.should_update():
+            return
+        hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        saved = hook.save_now(runner) if hook else 'nothing (there is no mmmilan.CheckpointHook)'
+        print_log(
+            f'{signal.Signals(number).name}: stopped after iteration {runner.iter + 1}, saved {saved}; go on with it '
+            f'by --resume (exit status {GO_ON}).',
+            logger='current',
+            level=logging.WARNING,
+        )
+        if self.group:
+            dist.barrier(self.group)  # the main process has written
+        self.restore()
+        sys.exit(GO_ON)
+
+    def agreed(self) -> int:
+        """The signal that any process had received a step ago; 0 for none."""
+        if self.group is None:
+            return self.received or 0
+        answer = 0
+        if self.answer:
+            self.answer[0].wait()
+            answer = int(self.answer[1])
+        flag = torch.tensor(self.received or 0)
+        self.answer = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag
+        return answer
+
+    def after_train(self, runner: Runner) -> None:
+        if self.answer:
+            self.answer[0].wait()
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

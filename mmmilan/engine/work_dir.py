@@ -1,0 +1,147 @@
+"""The folder of a run: one run at a time, and the newest whole checkpoint in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from mmmilan.checkpoints.archives import check_archive, read_meta
+from mmmilan.engine.loops import use_epoch_loop
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+
+@contextmanager
+def locked(work_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a work dir. The lock ends with the process, however that ends.
+
+    Raises:
+        InputError: another run has it.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with open(work_dir / '.lock', 'a+') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+                print_log(f'{work_dir} cannot be locked ({error.strerror}).', logger='current', level=logging.WARNING)
+            else:
+                file.seek(0)
+                raise InputError(
+                    f'{work_dir} is in use by another run ({file.read()}); end that one, or choose another --work-dir.'
+                ) from None
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
+
+
+@contextmanager
+def training_in(cfg: Config) -> Iterator[None]:
+    """Within this context a config can be trained in its work dir, from the newest checkpoint if it is resumed."""
+    main = is_main(cfg)
+    with locked(Path(cfg.work_dir)) if main else nullcontext():
+        prepare(cfg, main)
+        use_epoch_loop(cfg)
+        yield
+
+
+def is_main(cfg: Config) -> bool:
+    """Whether this process will be the main one, as its launcher says before MMEngine begins."""
+    rank = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}.get(cfg.launcher)
+    return rank is None or os.environ.get(rank, '0') == '0'
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Where the checkpoint hook writes."""
+    out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
+    return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder from which a run can go on; the best ones have no optimizer state."""
+    return sorted(path for path in folder.glob('*.pth') if not path.name.startswith('best_'))
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The whole checkpoint of the latest iteration, or None where there is none at all.
+
+    It is found by the files themselves, so that a folder can be copied or moved, and ``last_checkpoint`` be lost. What
+    is skipped is named in the log.
+
+    Raises:
+        InputError: there are checkpoints, but none is whole.
+    """
+    found: list[tuple[int, Path]] = []
+    paths = checkpoints_in(folder)
+    for path in paths:
+        try:
+            found.append((int(read_meta(path)['iter']), path))
+        except Exception as error:  # of any type, as the file may hold anything
+            _say_skipped(path, error)
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_archive(path)
+            return path
+        except Exception as error:
+            _say_skipped(path, error)
+    if paths:
+        raise InputError(
+            f'None of the {len(paths)} checkpoints in {folder} is whole; copy one there, or start anew in another '
+            '--work-dir.'
+        )
+    return None
+
+
+def _say_skipped(path: Path, error: Exception) -> None:
+    print_log(f'{path} is skipped: {first_line(error)}.', logger='current', level=logging.WARNING)
+
+
+def prepare(cfg: Config, main: bool) -> None:
+    """Name the checkpoint from which a run goes on, or make room for a new run.
+
+    Args:
+        cfg: Its ``load_from`` is set where ``resume`` is.
+        main: Whether this is the main process, which makes room.
+    """
+    folder = checkpoint_folder(cfg)
+    if cfg.get('resume'):
+        if not cfg.get('load_from'):
+            cfg.load_from = str(find_newest(folder) or '') or None
+        if not cfg.load_from:
+            cfg.resume = False
+            print_log(f'{folder} holds no checkpoint; a new run begins.', logger='current', level=logging.WARNING)
+        return
+    earlier = [*checkpoints_in(folder), *folder.glob('best_*.pth'), *folder.glob('last_checkpoint')]
+    if cfg.get('load_from') and Path(cfg.load_from).absolute() in [path.absolute() for path in earlier]:
+        raise InputError(
+            f'{cfg.load_from} is of an earlier run in the same work dir, whose checkpoints the new run would write '
+            'over; choose another --work-dir, or go on with that run by --resume.'
+        )
+    if main and earlier:
+        set_aside(earlier, folder)
+
+
+def set_aside(paths: list[Path], folder: Path) -> None:
+    """Move the checkpoints of an earlier run into a folder of their own, as a new one would write over them."""
+    number = 1
+    while (target := folder / f'earlier_{number}').exists():
+        number += 1
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    print_log(
+        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (go on with a run by '
+        '--resume).',
+        logger='current',
+        level=logging.WARNING,
+    )

@@ -1,0 +1,204 @@
+"""A run that is stopped anywhere, by a signal or between two checkpoints, goes on to the same weights, bit by bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+from helpers import assert_identical, load_trusted
+from mmmilan.engine.stopping import GO_ON, StopHook
+from mmmilan.engine.work_dir import find_newest, locked, prepare
+from mmmilan.errors import InputError
+from mutations import spoil_bytes
+from small_runs import runner
+
+LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
+ACCUMULATING = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=2)
+
+
+class SignalHook(Hook):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def run(work_dir: Path, hook: Hook | None = None, **kwargs) -> None:
+    built = runner(work_dir, length=10, train_cfg=dict(LOOP), **kwargs)
+    if hook:
+        built.register_hook(hook)
+    built.register_hook(StopHook())
+    built.train()
+
+
+@pytest.mark.parametrize('step', [0, 3, 4, 6, 14])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
+    run(tmp_path / 'whole')
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / 'work', SignalHook(number, step))
+    assert stopped.value.code == GO_ON
+    assert signal.getsignal(number) is before
+    newest = find_newest(tmp_path / 'work')
+    assert newest.name == f'stopped_iter_{step + 1}.pth'
+    run(tmp_path / 'work', load_from=str(newest), resume=True)
+    assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
+    assert not list((tmp_path / 'work').glob('stopped_*'))
+
+
+def test_a_signal_with_data_workers(tmp_path, safe_mmengine):
+    run(tmp_path / 'whole')
+    with pytest.raises(SystemExit):
+        run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6), num_workers=2)
+    run(tmp_path / 'work', load_from=str(find_newest(tmp_path / 'work')), resume=True, num_workers=2)
+    assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
+
+
+def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):
+    run(tmp_path / 'whole', optim_wrapper=ACCUMULATING)
+    with pytest.raises(SystemExit):
+        run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6), optim_wrapper=ACCUMULATING)
+    newest = find_newest(tmp_path / 'work')
+    assert newest.name == 'stopped_iter_8.pth'
+    run(tmp_path / 'work', load_from=str(newest), resume=True, optim_wrapper=ACCUMULATING)
+    assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
+
+
+@pytest.mark.parametrize('step', [1, 4, 5, 7, 12])
+def test_checkpoints_within_an_epoch(tmp_path, safe_mmengine, step):
+    by_step = dict(by_epoch=False)
+    run(tmp_path / 'whole', checkpoint=by_step)
+    resumed = dict(load_from=str(tmp_path / f'whole/iter_{step}.pth'), resume=True)
+    run(tmp_path / 'work', checkpoint=by_step, **resumed)
+    assert_identical(load_trusted(tmp_path / 'work/iter_15.pth'), load_trusted(tmp_path / 'whole/iter_15.pth'))
+
+
+def test_an_epoch_of_another_length_begins_again(tmp_path, safe_mmengine, log):
+    with pytest.raises(SystemExit):
+        run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6))
+    built = runner(
+        tmp_path / 'work', length=8, train_cfg=dict(LOOP), load_from=str(find_newest(tmp_path / 'work')), resume=True
+    )
+    built.train()
+    assert built.iter == 7 + 2 * 4
+
+
+# -- the newest whole checkpoint
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A work dir with three checkpoints."""
+    work_dir = tmp_path_factory.mktemp('run')
+    runner(work_dir, epochs=3).train()
+    return work_dir
+
+
+LAST_CHECKPOINTS = [
+    None,
+    b'',
+    b'\xff\xfe\0',
+    b'work/epoch_3.pth',
+    b'/nowhere/epoch_3.pth',
+    b'epoch_9.pth',
+    b'epoch_1.pth',
+]
+
+
+@pytest.mark.parametrize('content', LAST_CHECKPOINTS)
+def test_resume_whatever_last_checkpoint_says(finished, tmp_path, monkeypatch, content):
+    shutil.copytree(finished, tmp_path / 'work')
+    (tmp_path / 'work/last_checkpoint').unlink()
+    if content is not None:
+        (tmp_path / 'work/last_checkpoint').write_bytes(content)
+    monkeypatch.chdir(tmp_path)  # and from another directory
+    cfg = Config(dict(resume=True, work_dir='work'))
+    prepare(cfg, main=True)
+    assert cfg.load_from == 'work/epoch_3.pth'
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    rng = random.Random(seed)
+    for number in (2, 3):
+        path = tmp_path / f'epoch_{number}.pth'
+        content = spoil_bytes(path.read_bytes(), rng)
+        while content == path.read_bytes():  # zeros on zeros
+            content = spoil_bytes(content, rng)
+        path.write_bytes(content)
+    said = []
+    monkeypatch.setattr('mmmilan.engine.work_dir.print_log', lambda message, **kwargs: said.append(message))
+    newest = find_newest(tmp_path)
+    for number in (2, 3):
+        path = tmp_path / f'epoch_{number}.pth'
+        # the latter if the fault is where nothing stands
+        assert any(message.startswith(f'{path} is skipped: ') for message in said) or newest == path
+    torch.load(newest, weights_only=False)
+
+
+def test_nothing_whole_is_not_a_new_run(tmp_path):
+    (tmp_path / 'epoch_1.pth').write_bytes(b'PK\x03\x04')
+    with pytest.raises(InputError, match='None of the 1 checkpoints in .* is whole'):
+        prepare(Config(dict(resume=True, work_dir=str(tmp_path))), main=True)
+
+
+def test_a_new_run_does_not_write_over_an_earlier_one(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    cfg = Config(dict(work_dir=str(tmp_path), load_from=str(tmp_path / 'epoch_2.pth')))
+    with pytest.raises(InputError, match=r'epoch_2\.pth is of an earlier run in the same work dir'):
+        prepare(cfg, main=True)
+    cfg.load_from = None
+    prepare(cfg, main=True)
+    assert {path.name for path in (tmp_path / 'earlier_1').iterdir()} == {
+        'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth', 'last_checkpoint',
+    }  # fmt: skip
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def test_a_finished_run_says_so(finished, tmp_path, safe_mmengine):
+    said = []
+    built = runner(tmp_path, epochs=3, load_from=str(finished / 'epoch_3.pth'), resume=True)
+    built.logger.warning = said.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmmilan.engine.resuming.print_log', lambda message, **kwargs: said.append(message))
+        built.train()
+    assert any('finished run' in message and 'train_cfg.max_epochs (now 3)' in message for message in said)
+
+
+# -- one run in a work dir
+
+
+def hold(work_dir: Path, pipe) -> None:
+    with locked(work_dir):
+        pipe.send('held')
+        time.sleep(600)
+
+
+def test_a_second_run_is_refused(tmp_path):
+    context = multiprocessing.get_context('fork')
+    ours, its = context.Pipe()
+    first = context.Process(target=hold, args=(tmp_path, its))
+    first.start()
+    assert ours.poll(60) and ours.recv() == 'held'
+    with pytest.raises(InputError, match=f'in use by another run \\(process {first.pid} on '), locked(tmp_path):
+        pass
+    first.kill()  # the lock ends with the process
+    first.join()
+    with locked(tmp_path):
+        pass
