@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmmilan.engine.launch import add_shared_arguments, read_config, training
+from mmmilan.engine.launch import add_shared_arguments, launched, read_config
 from mmmilan.errors import InputError, exit_on_input_error
 
 

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from mmmilan.checkpoints.archives import check_archive, read_meta
+from mmmilan.engine.checkpointing import STOPPED
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
@@ -68,8 +69,8 @@ def checkpoint_folder(cfg: Config) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder from which a run can go on; the best ones have no optimizer state."""
-    return sorted(path for path in folder.glob('*.pth') if not path.name.startswith('best_'))
+    """The checkpoints in a folder from which a run can go on, by MMEngine's names for them and ours."""
+    return sorted(path for kind in ('epoch', 'iter', STOPPED[:-1]) for path in folder.glob(f'{kind}_[0-9]*.pth'))
 
 
 def find_newest(folder: Path) -> Path | None:
