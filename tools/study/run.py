@@ -158,7 +158,7 @@ def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
     if arm == 'teacher':
         write_captions(data, work_dir / 'captions.csv')
     cfg = configure(arm, seed, data, work_dir)
-    with launched(cfg) as runner:
+    with launched(cfg, 'train') as runner:
         start = time.process_time()
         runner.train()
         seconds = time.process_time() - start
