@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 from mmmilan.errors import InputError
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # import name: (names it is published under, versions that work, required, what to install)
 DEPENDENCIES = {

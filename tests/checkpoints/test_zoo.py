@@ -321,8 +321,8 @@ def test_convert_tool_says_what_it_found(run_tool, official, tmp_path, capsys):
 
 def snippets():
     """The code blocks of the README's section on use: (language, code)."""
-    section = re.search(r'^## Use it$(.*?)(?=^## |\Z)', (ROOT / 'README.md').read_text(), re.M | re.S)
-    assert section, 'the README has no section "Use it"'
+    section = re.search(r'^## Use$(.*?)(?=^## |\Z)', (ROOT / 'README.md').read_text(), re.M | re.S)
+    assert section, 'the README has no section "Use"'
     return re.findall(r'^```(\w+)\n(.*?)^```', section[1], re.M | re.S)
 
 
