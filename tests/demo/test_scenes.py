@@ -18,21 +18,10 @@ from matplotlib.path import Path as Outline
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mmmilan.demo import scenes
-from mmmilan.demo.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    SEMANTIC_CLASSES,
-    SHAPES,
-    captions,
-    make_scene,
-    paint,
-    polygons,
-    render,
-    sample_scene,
-    write_scenes,
-)
+from mmmilan.demo.scenes import dataset, make_scene, write_scenes
+from mmmilan.demo.scenes.appearance import BACKGROUNDS, COLOURS, KINDS, SEMANTIC_CLASSES, SHAPES
+from mmmilan.demo.scenes.dataset import polygons
+from mmmilan.demo.scenes.drawing import captions, paint, render, sample_scene
 from mmmilan.errors import InputError
 
 SIZE, SEED = 64, 3
@@ -319,14 +308,14 @@ def test_an_option_out_of_range_is_named(tmp_path: Path, option: str, value: int
 def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, raised: type
 ) -> None:
-    write_image = scenes.write_image
+    write_image = dataset.write_image
 
     def failing(path: Path, image: np.ndarray) -> None:
         if path.stem == '000005':
             raise failure
         write_image(path, image)
 
-    monkeypatch.setattr(scenes, 'write_image', failing)
+    monkeypatch.setattr(dataset, 'write_image', failing)
     with pytest.raises(raised, match='No space left' if raised is InputError else None):
         write_scenes(tmp_path / 'sets' / 'set', 10, 10, SIZE)
     assert not list((tmp_path / 'sets').iterdir())
