@@ -2,5 +2,5 @@
 _base_ = './milan_vit-tiny-p4_cifar10.py'
 
 model = dict(masks_per_image=2)
-train_dataloader = dict(batch_size=16)
+train_dataloader = dict(batch_size=8)
 train_cfg = dict(max_epochs=2)

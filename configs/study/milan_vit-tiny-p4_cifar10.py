@@ -1,4 +1,4 @@
-# The study's MILAN (docs/reproduction.md): 4 epochs of 8,333 images of CIFAR-10 that its teacher has not seen.
+# The study's MILAN (docs/reproduction.md): 4 epochs of 4,166 images of CIFAR-10 that its teacher has not seen.
 _base_ = '../milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
 model = dict(
@@ -15,11 +15,11 @@ model = dict(
         decoder_num_heads=4,
         predict_feature_dim=96,
     ),
-    head=dict(teacher=dict(model=None, pretrained='work_dirs/study/teacher/epoch_4.pth', head_width=32)),
+    head=dict(teacher=dict(model=None, pretrained='work_dirs/study/teacher/epoch_3.pth', head_width=32)),
 )
 
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=0,
     persistent_workers=False,
     pin_memory=False,

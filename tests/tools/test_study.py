@@ -57,7 +57,7 @@ def test_runs_measures_and_goes_on(run_tool, photographs, tmp_path):
     run_tool('study/study.py', 'run', *options, '--arms', '4 masks, a third, a quarter of the epochs')
     results = tmp_path / 'results.jsonl'
     teacher, run = map(json.loads, results.read_text().splitlines())
-    assert teacher['arm'] == 'teacher' and run['seed'] == 0 and run['images'] == 87
+    assert teacher['arm'] == 'teacher' and run['seed'] == 0 and run['images'] == 44
     assert {'linear probe', 'k-NN, mean token', 'zero-shot'} <= run['measures'].keys()
     assert run['measures']['linear probe'] > 75 and teacher['measures']['linear probe'] > 75
     assert 'linear probe, semantic-aware' not in run['measures']
@@ -104,9 +104,9 @@ def test_arms_are_what_their_names_say(study, tmp_path):
         masks, batch = cfg.model.get('masks_per_image', 1), cfg.train_dataloader.batch_size
         views[arm] = masks * batch, cfg.train_cfg.max_epochs * masks
         assert cfg.param_scheduler[-1].end == (520 if arm.startswith('alignment') else 1040)
-        assert abs(8333 // batch * cfg.train_cfg.max_epochs - cfg.param_scheduler[-1].end) <= 1
-    assert views.pop('alignment, half the epochs') == (32, 2)
-    assert set(views.values()) == {(32, 4)}
+        assert abs(4166 // batch * cfg.train_cfg.max_epochs - cfg.param_scheduler[-1].end) <= 1
+    assert views.pop('alignment, half the epochs') == (16, 2)
+    assert set(views.values()) == {(16, 4)}
 
 
 def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
