@@ -3,8 +3,10 @@ from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadIm
 from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.datasets.sources import ImageSources
+from mmmilan.datasets.target_cache import CachedTargets
 
 __all__ = [
+    'CachedTargets',
     'CaptionedImages',
     'CaptionedShards',
     'CorruptImageError',

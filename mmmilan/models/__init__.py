@@ -20,11 +20,12 @@ from mmmilan.models.targets import (
     PixelTarget,
     SumTarget,
 )
-from mmmilan.models.teachers import OpenCLIPTeacher, TimmTeacher
+from mmmilan.models.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 
 __all__ = [
     'CLIPTarget',
+    'CachedTeacher',
     'CaptionDataPreprocessor',
     'ClassificationDataPreprocessor',
     'CodewordTarget',

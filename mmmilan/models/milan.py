@@ -148,14 +148,21 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        return dict(loss=self.mean_loss(inputs, self.supplied_patches(data_samples, self.masks_per_image)))
+        patches, taught = self.supplied_patches(data_samples, self.masks_per_image), self.head.recall(data_samples)
+        return dict(loss=self.mean_loss(inputs, patches, taught))
 
-    def mean_loss(self, images: Tensor, patches: tuple[Tensor, Tensor] | None) -> Tensor:
+    def mean_loss(
+        self, images: Tensor, patches: tuple[Tensor, Tensor] | None, taught: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """The training loss, a scalar; ``CompileHook`` compiles it as one."""
-        return self.reconstruct(images, patches, self.masks_per_image).view_loss.mean()
+        return self.reconstruct(images, patches, self.masks_per_image, taught).view_loss.mean()
 
     def reconstruct(
-        self, images: Tensor, patches: tuple[Tensor, Tensor] | None = None, masks_per_image: int = 1
+        self,
+        images: Tensor,
+        patches: tuple[Tensor, Tensor] | None = None,
+        masks_per_image: int = 1,
+        taught: tuple[Tensor, Tensor] | None = None,
     ) -> Reconstruction:
         """The algorithm, in the steps of the drawing at the top of this file, with K masks an image.
 
@@ -163,8 +170,9 @@ class MILAN(BaseModel):
             images: Normalised images [B, 3, H, W].
             patches: Visible and masked patches, see ``supplied_patches``; by default they are drawn.
             masks_per_image: Masks K that are drawn for an image.
+            taught: What the teacher gave before, see ``Target.recall``; by default it is run.
         """
-        features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
+        features, importance = taught or self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
         importance = self.masking.weigh(importance, features)  # [B, N]: by default as it is
         visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
         predicted = self.neck.sample(masked)  # [B·K, M]: by default all of them, M = N-V
@@ -202,7 +210,8 @@ class MILAN(BaseModel):
         ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN where nothing is predicted), ``importance`` [N] (with a
         teacher) and the image's ``loss``.
         """
-        result = self.reconstruct(inputs, self.supplied_patches(data_samples))
+        taught = self.head.recall(data_samples)
+        result = self.reconstruct(inputs, self.supplied_patches(data_samples), taught=taught)
         shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
         patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from mmengine.model import BaseModule
+from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmmilan.models.frozen import Frozen
-from mmmilan.models.teachers import Teacher
+from mmmilan.models.teachers import CachedTeacher, Teacher
 from mmmilan.registry import MODELS
 
 
@@ -41,9 +42,14 @@ class Target(BaseModule):
         """Images [B, 3, H, W] -> the teacher's features [B, 1 + N, C] and importance [B, N]; None without one."""
         if self._teacher is None:
             return None, None
-        if next(self.teacher.parameters()).device != images.device:
+        if next(self.teacher.parameters(), images).device != images.device:
             self.teacher.to(images.device)  # FSDP moves nothing but the parameters that it shards
         return self.ask_teacher(images)
+
+    def recall(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor] | None:
+        """Features and importance as ``run_teacher`` gives them that came with the images; None but for a
+        :class:`CachedTeacher`."""
+        return self.teacher.recall(data_samples) if isinstance(self.teacher, CachedTeacher) else None
 
     def ask_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> what this target takes of the teacher [B, 1 + N, C], and importance [B, N]."""

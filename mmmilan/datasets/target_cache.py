@@ -1,0 +1,176 @@
+"""What a teacher gave for every image and crop of some epochs, in 8 bits: training then needs no teacher.
+
+A crop and its flip are a function of (seed, epoch, image), see :mod:`mmmilan.datasets.reproducible`. A cache does not
+store them: it keeps the seed, and they are drawn again. Epoch e of the training sees what the cache's epoch e modulo E
+saw. A cache is a folder with ``manifest.json`` and, for each epoch, ``epoch_E.bin``: one record an image.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmmilan.datasets.image_folder import ImageFolder
+from mmmilan.datasets.reproducible import Draw
+from mmmilan.errors import InputError
+from mmmilan.registry import DATASETS
+
+VERSION = 1
+COLOUR_TOLERANCE = 2  # of 255: decoders differ by rounding, another crop or image by more
+
+
+def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
+    """A record: features in 8 bits with a scale a token, importance in 8 bits, mean colour of the crop, checksum."""
+    return np.dtype(
+        [
+            ('codes', 'i1', (1 + num_patches, feature_dim)),
+            ('scales', '<f4', (1 + num_patches,)),
+            ('importance', 'u1', (num_patches,)),
+            ('importance_scale', '<f4'),
+            ('colour', 'u1', (3,)),
+            ('checksum', '<u4'),
+        ]
+    )
+
+
+def checksum(record: np.void) -> int:
+    """CRC-32 of all of a record but its last four bytes."""
+    return zlib.crc32(record.tobytes()[:-4])
+
+
+def encode(images: Tensor, features: Tensor, importance: Tensor) -> np.ndarray:
+    """Records [B] of crops [B, 3, H, W], uint8, their features [B, 1 + N, C] and importance [B, N].
+
+    A feature is scale · code with codes of -127 to 127; the largest of a token is exact. The importance of a patch is
+    never rounded to zero.
+    """
+    features, importance = features.float().cpu(), importance.float().cpu()
+    scales = features.abs().amax(-1).clamp(min=1e-30) / 127
+    importance_scale = importance.amax(-1).clamp(min=1e-30) / 255
+    records = np.zeros(len(features), record_dtype(importance.shape[1], features.shape[2]))
+    records['codes'] = (features / scales[..., None]).round().numpy()
+    records['scales'] = scales
+    records['importance'] = (importance / importance_scale[:, None]).round().clamp(min=1).numpy()
+    records['importance_scale'] = importance_scale
+    records['colour'] = mean_colour(images)
+    for record in records:
+        record['checksum'] = checksum(record)
+    return records
+
+
+def mean_colour(images: Tensor) -> np.ndarray:
+    """Mean colour [..., 3] of images [..., 3, H, W], rounded."""
+    return images.float().mean((-2, -1)).round().numpy()
+
+
+def as_plain(value: object) -> object:
+    """A config as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def names_of(dataset: ImageFolder) -> int:
+    """CRC-32 of the images' names below their folder, in their order."""
+    names = [dataset.get_data_info(i)['img_path'].removeprefix(dataset.img_prefix) for i in range(len(dataset))]
+    return zlib.crc32('\n'.join(names).encode())
+
+
+class TargetCache:
+    """A cache, opened for reading.
+
+    Args:
+        folder: The folder that ``tools/cache_targets.py`` wrote.
+
+    Raises:
+        InputError: it is not a cache, or a file of it is missing or has another size than it should.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.manifest = json.loads((self.folder / 'manifest.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f'{self.folder} holds no readable manifest.json; make a cache with tools/cache_targets.py.'
+            ) from error
+        if self.manifest.get('version') != VERSION:
+            raise InputError(f'{self.folder} is a cache of another version; make it again with tools/cache_targets.py.')
+        self.epochs, self.seed = self.manifest['epochs'], self.manifest['seed']
+        self.dtype = record_dtype(self.manifest['num_patches'], self.manifest['feature_dim'])
+        for epoch in range(self.epochs):
+            path, size = self.path(epoch), self.dtype.itemsize * self.manifest['images']
+            found = path.stat().st_size if path.exists() else 0
+            if found != size:
+                raise InputError(f'{path} has {found} bytes in place of {size}; make the cache again.')
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f'epoch_{epoch}.bin'
+
+    def read(self, epoch: int, index: int) -> np.void:
+        """The record of an image.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        record = np.fromfile(self.path(epoch), self.dtype, count=1, offset=index * self.dtype.itemsize)[0]
+        if checksum(record) != record['checksum']:
+            raise InputError(f'Record {index} of {self.path(epoch)} is damaged; make the cache again.')
+        return record
+
+
+@DATASETS.register_module()
+class CachedTargets(ImageFolder):
+    """Images of a folder with what a teacher gave for their crops, for a head with a :class:`CachedTeacher`.
+
+    Each data sample has ``cached_codes`` [1 + N, C], int8, ``cached_scales`` [1 + N] and ``cached_importance`` [N],
+    float32. The sampler has to be a ``ReproducibleSampler``, which says the epoch.
+
+    Args:
+        data_root: The folder of the images.
+        cache: The folder of the cache.
+        pipeline: As it was when the cache was made.
+        kwargs: Other arguments of :class:`ImageFolder`.
+
+    Raises:
+        InputError: the cache is damaged, or of other images or other crops.
+    """
+
+    def __init__(self, data_root: str, cache: str, pipeline: Sequence[dict] = (), **kwargs) -> None:
+        self.cache = TargetCache(cache)
+        super().__init__(data_root=data_root, pipeline=pipeline, **kwargs)
+        made_with = self.cache.manifest['pipeline']
+        if as_plain(pipeline) != made_with:
+            raise InputError(
+                f'The cache {cache} was made with the pipeline {json.dumps(made_with)}, which is not that of the data '
+                'set; make them equal, or make the cache again.'
+            )
+        if len(self) != self.cache.manifest['images'] or names_of(self) != self.cache.manifest['names']:
+            raise InputError(
+                f'The cache {cache} is of {self.cache.manifest["images"]} images, and not of the {len(self)} in '
+                f'{data_root}; set data_root to those, or make the cache again.'
+            )
+
+    def __getitem__(self, index: Draw) -> dict:
+        """The sample of the cache's own draw, with its targets."""
+        if not isinstance(index, Draw):
+            raise InputError(
+                'CachedTargets has to know the epoch; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
+            )
+        epoch = index.epoch % self.cache.epochs
+        sample = super().__getitem__(Draw(self.cache.seed, epoch, index.index))
+        record = self.cache.read(epoch, index.index)
+        difference = np.abs(mean_colour(sample['inputs']) - record['colour'].astype(float)).max()
+        if difference > COLOUR_TOLERANCE:
+            raise InputError(
+                f'{self.get_data_info(index.index)["img_path"]} is not what it was when {self.cache.folder} was made; '
+                'bring it back, or make the cache again.'
+            )
+        importance = record['importance'] * record['importance_scale']
+        for name, value in dict(codes=record['codes'], scales=record['scales'], importance=importance).items():
+            sample['data_samples'].set_field(torch.from_numpy(np.array(value)), f'cached_{name}')
+        return sample

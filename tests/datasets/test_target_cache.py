@@ -1,0 +1,174 @@
+"""A cached teacher is the teacher but for 8 bits, and a cache that does not belong is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, FUNCTIONS, MODELS
+
+from helpers import relative_error
+from mmmilan.datasets import Draw
+from mmmilan.datasets.target_cache import TargetCache, encode, record_dtype
+from mmmilan.errors import InputError
+
+LOADER = {f'train_dataloader.{key}': value for key, value in dict(batch_size=4, num_workers=0).items()}
+
+
+@pytest.fixture
+def cached(tiny_config, run_tool, tmp_path, capsys) -> tuple[Path, Path, str]:
+    """A config, the folder of its cache of two epochs, and what the tool printed."""
+    config, folder = tiny_config(LOADER), tmp_path / 'cache'
+    run_tool('cache_targets.py', config, folder, '--epochs', 2)
+    return config, folder, capsys.readouterr().out
+
+
+def cached_config(config: Path, folder: Path) -> Config:
+    cfg = Config.fromfile(config)
+    cfg.train_dataloader.dataset.update(type='mmmilan.CachedTargets', cache=str(folder))
+    cfg.model.head.teacher = dict(type='mmmilan.CachedTeacher', cache=str(folder), of=cfg.model.head.teacher)
+    return cfg
+
+
+def batch_of(cfg: Config, epoch: int) -> dict:
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    return FUNCTIONS.get('default_collate')([dataset[Draw(0, epoch, i)] for i in range(6)])
+
+
+def loss_of(cfg: Config, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and the loss of a model, always of the same weights and draws."""
+    model = MODELS.build(cfg.model)
+    torch.manual_seed(0)  # now, as a teacher's weights are drawn before they are read
+    model.init_weights()
+    data = model.data_preprocessor(batch_of(cfg, epoch), training=True)
+    torch.manual_seed(1)
+    return data['inputs'], model.loss(**data)['loss']
+
+
+def test_training_is_that_with_the_teacher(cached):
+    config, folder, printed = cached
+    for epoch in (0, 1):
+        images, loss = loss_of(Config.fromfile(config), epoch)
+        cached_images, cached_loss = loss_of(cached_config(config, folder), epoch)
+        assert torch.equal(images, cached_images)
+        assert 0 < abs(cached_loss / loss - 1) < 1e-3
+    # the third epoch has the crops and targets of the first
+    assert torch.equal(loss_of(cached_config(config, folder), 2)[1], loss_of(cached_config(config, folder), 0)[1])
+    record = record_dtype(16, 24).itemsize
+    assert (folder / 'epoch_1.bin').stat().st_size == 24 * record
+    assert f'{record / 1e3:.1f} KB an image and epoch' in printed and 'rounding to 8 bits alone is a loss of' in printed
+
+
+def test_features_and_importance_in_8_bits():
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    features = torch.randn(3, 5, 64) * torch.logspace(-3, 3, 5)[:, None]
+    importance = torch.rand(3, 4).softmax(-1)
+    importance[0, 0] = 1e-9
+    records = encode(images, features, importance)
+    decoded = torch.from_numpy(records['codes'] * records['scales'][..., None])
+    error = (decoded - features).abs() / features.abs().amax(-1, keepdim=True)
+    assert error.max() <= 0.5 / 127 * 1.001
+    recalled = torch.from_numpy(records['importance'] * records['importance_scale'][:, None])
+    assert relative_error(recalled, importance) < 5e-3 and (recalled > 0).all()
+
+
+def test_a_resumed_cache_is_the_same(cached, run_tool, tmp_path):
+    config, folder, _ = cached
+    run_tool('cache_targets.py', config, tmp_path / 'again', '--epochs', 1)
+    run_tool('cache_targets.py', config, tmp_path / 'again', '--epochs', 2)
+    for name in ('manifest.json', 'epoch_0.bin', 'epoch_1.bin'):
+        assert (tmp_path / 'again' / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_no_teacher_is_needed(cached):
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    Path(cfg.model.head.teacher.of.pretrained).unlink()
+    model = MODELS.build(cfg.model)
+    assert not list(model.head.teacher.parameters())
+    with pytest.raises(InputError, match='come without the targets of .*; set train_dataloader.dataset.type=mmmilan.C'):
+        model.loss(torch.randn(1, 3, 64, 64))
+
+
+# -- what does not belong
+
+
+def test_another_teacher_is_refused(cached):
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    cfg.model.head.teacher.of.pretrained = 'other.pt'
+    with pytest.raises(InputError, match='The cache .*cache is of the teacher .*clip.pt.*not that of head.teacher.of'):
+        MODELS.build(cfg.model)
+
+
+def test_other_crops_are_refused(cached):
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    cfg.train_dataloader.dataset.pipeline[0].crop_ratio_range = (0.5, 1.0)
+    with pytest.raises(InputError, match='The cache .*cache was made with the pipeline .*0.2.*make them equal'):
+        DATASETS.build(cfg.train_dataloader.dataset)
+
+
+def test_other_images_are_refused(cached, image_folder):
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    cfg.train_dataloader.dataset.data_root = str(image_folder / 'class0')
+    with pytest.raises(InputError, match='The cache .* is of 24 images, and not of the 8 in .*class0'):
+        DATASETS.build(cfg.train_dataloader.dataset)
+
+
+def test_an_image_that_changed_is_refused(cached):
+    config, folder, _ = cached
+    dataset = DATASETS.build(cached_config(config, folder).train_dataloader.dataset)
+    path = folder / 'epoch_0.bin'
+    records = np.fromfile(path, dataset.cache.dtype)
+    records[0], records[5] = records[5].copy(), records[0].copy()  # each whole, but of another image
+    records.tofile(path)
+    with pytest.raises(InputError, match='0.jpg is not what it was when .*cache was made; bring it back'):
+        for i in (0, 5):
+            dataset[Draw(0, 0, i)]
+
+
+def test_damaged_caches_are_refused(cached):
+    config, folder, _ = cached
+    path, size = folder / 'epoch_1.bin', TargetCache(folder).dtype.itemsize
+    content = bytearray(path.read_bytes())
+    content[3 * size + 17] ^= 1
+    path.write_bytes(content)
+    TargetCache(folder).read(1, 2)
+    with pytest.raises(InputError, match='Record 3 of .*epoch_1.bin is damaged; make the cache again'):
+        TargetCache(folder).read(1, 3)
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f'epoch_1.bin has {24 * size - 1} bytes in place of {24 * size}'):
+        TargetCache(folder)
+    (folder / 'manifest.json').unlink()
+    with pytest.raises(InputError, match='holds no readable manifest.json; make a cache with tools/cache_targets.py'):
+        cached_config(config, folder) and MODELS.build(cached_config(config, folder).model)
+
+
+def test_a_sampler_without_epochs_is_refused(cached):
+    config, folder, _ = cached
+    dataset = DATASETS.build(cached_config(config, folder).train_dataloader.dataset)
+    with pytest.raises(InputError, match='set train_dataloader.sampler.type=mmmilan.ReproducibleSampler'):
+        dataset[0]
+
+
+def test_tool_says_what_it_cannot_cache(cached, run_tool, tiny_config, tmp_path):
+    config, folder, _ = cached
+    with pytest.raises(SystemExit, match='--epochs 0 leaves nothing to cache; choose 1 or more'):
+        run_tool('cache_targets.py', config, folder, '--epochs', 0)
+    other = tiny_config(LOADER | {'train_dataloader.dataset.pipeline': [dict(type='mmmilan.LoadImage')]})
+    with pytest.raises(SystemExit, match='holds a cache of another pipeline; choose another folder'):
+        run_tool('cache_targets.py', other, folder, '--epochs', 3)
+    pixels = tiny_config(LOADER | {'model.neck.predict_feature_dim': 768})
+    cfg = Config.fromfile(pixels)
+    cfg.model.head = dict(type='mmmilan.PixelTarget')
+    cfg.model.masking.type = 'mmmilan.RandomMasking'
+    cfg.dump(pixels)
+    with pytest.raises(SystemExit, match='has no model.head.teacher; take a config with one'):
+        run_tool('cache_targets.py', pixels, tmp_path / 'pixels', '--epochs', 1)
+    assert json.loads((folder / 'manifest.json').read_text())['epochs'] == 2

@@ -1,0 +1,129 @@
+"""Run the teacher of a config once for all images and E epochs of crops, and keep what it gives in 8 bits.
+
+python tools/cache_targets.py configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py cache --epochs 10
+
+It goes on where it was stopped. docs/efficiency.md says how to train with a cache, and what it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, FUNCTIONS, MODELS, init_default_scope
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.datasets import CachedTargets, Draw, ImageFolder
+from mmmilan.datasets.target_cache import VERSION, as_plain, encode, names_of
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.files import atomic_write, write_text
+from mmmilan.models import MILAN
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='pretraining config, with a teacher')
+    parser.add_argument('folder', type=Path, help='folder of the cache')
+    parser.add_argument('--epochs', type=int, required=True, help='epochs of crops; training starts over after them')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config')
+    args = parser.parse_args()
+    if args.epochs < 1:
+        raise InputError(f'--epochs {args.epochs} leaves nothing to cache; choose 1 or more.')
+    return args
+
+
+def describe(cfg: Config, model: MILAN, dataset: ImageFolder) -> dict:
+    """What has to agree between a cache and its use: the manifest, without the number of epochs."""
+    teacher = model.head.teacher
+    return dict(
+        version=VERSION,
+        teacher=as_plain(cfg.model.head.teacher.to_dict()),
+        pipeline=as_plain([step.to_dict() for step in cfg.train_dataloader.dataset.pipeline]),
+        images=len(dataset),
+        names=names_of(dataset),
+        seed=cfg.get('randomness', {}).get('seed') or 0,
+        feature_dim=model.head.feature_dim,
+        num_patches=teacher.num_patches,
+        width=teacher.width,
+        patch_size=teacher.patch_size,
+        grid=list(teacher.grid),
+        input_size=as_plain(teacher.input_size),
+    )
+
+
+def finished_epochs(folder: Path, wanted: dict) -> int:
+    """How many epochs of this cache are in the folder already."""
+    path = folder / 'manifest.json'
+    if not path.exists():
+        return 0
+    found = json.loads(path.read_text(encoding='utf-8'))
+    other = [key for key, value in wanted.items() if found.get(key) != value]
+    if other:
+        raise InputError(f'{folder} holds a cache of another {", ".join(other)}; choose another folder.')
+    return found['epochs']
+
+
+@torch.no_grad()
+def run_teacher(model: MILAN, batch: dict) -> tuple[Tensor, Tensor]:
+    """Features [B, 1 + N, C] and importance [B, N] of a batch."""
+    features, importance = model.head.run_teacher(model.data_preprocessor(batch)['inputs'])
+    if not isinstance(features, Tensor):
+        raise InputError('Only a head with one teacher as its target can be cached; take CLIPTarget or LayerAlignment.')
+    return features, importance
+
+
+def loss_of_rounding(features: Tensor, records: object) -> float:
+    """2 - 2 cos between features and their 8 bits, mean over tokens: the loss where the features are predicted."""
+    codes = torch.from_numpy(records['codes']).to(features)
+    return float((2 - 2 * F.cosine_similarity(codes, features.float(), dim=-1)).mean())
+
+
+def write_epoch(path: Path, model: MILAN, loader: DataLoader, epoch: int) -> float:
+    """Write the records of an epoch; the loss that rounding causes in its last batch."""
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+        for batch in track(loader, f'Epoch {epoch}'):
+            features, importance = run_teacher(model, batch)
+            records = encode(batch['inputs'], features, importance)
+            file.write(records.tobytes())
+    return loss_of_rounding(features, records)
+
+
+def main() -> None:
+    args = parse_args()
+    use_safe_loading()
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    init_default_scope(cfg.default_scope)
+    if not cfg.model.head.get('teacher'):
+        raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')
+    model = MODELS.build(cfg.model).to(get_device()).eval()
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    if isinstance(dataset, CachedTargets):
+        raise InputError(f'{args.config} trains with a cache already; take the config that it was made with.')
+    manifest = describe(cfg, model, dataset)
+    for epoch in range(finished_epochs(args.folder, manifest), args.epochs):
+        loader = DataLoader(
+            dataset,
+            cfg.train_dataloader.batch_size,
+            sampler=[Draw(manifest['seed'], epoch, i) for i in range(len(dataset))],
+            num_workers=cfg.train_dataloader.num_workers,
+            collate_fn=FUNCTIONS.get('default_collate'),
+        )
+        loss = write_epoch(args.folder / f'epoch_{epoch}.bin', model, loader, epoch)
+        write_text(args.folder / 'manifest.json', json.dumps(manifest | dict(epochs=epoch + 1), indent=2) + '\n')
+        print(f'Epoch {epoch}: rounding to 8 bits alone is a loss of {loss:.2e} (2 - 2 cos).')
+    size = (args.folder / 'epoch_0.bin').stat().st_size
+    print(f'{args.folder}: {args.epochs} epochs, {size / len(dataset) / 1e3:.1f} KB an image and epoch.')
+
+
+if __name__ == '__main__':
+    with exit_on_input_error():
+        main()
