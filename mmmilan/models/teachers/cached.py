@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 import torch
 from mmpretrain.structures import DataSample
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from mmmilan.datasets.target_cache import TargetCache, as_plain
 from mmmilan.errors import InputError
-from mmmilan.models.text_tower import TextTower
 from mmmilan.registry import MODELS
 
 
@@ -66,7 +66,7 @@ class CachedTeacher(nn.Module):
         codes, scales, importance = (x.to(self.place.device, non_blocking=True) for x in (codes, scales, importance))
         return codes * scales[..., None], importance
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> NoReturn:
         """There is nothing to run.
 
         Raises:
@@ -74,7 +74,7 @@ class CachedTeacher(nn.Module):
         """
         raise InputError(f'The cache {self.folder} knows no other images; give the head the teacher itself.')
 
-    def text_tower(self) -> TextTower:
+    def text_tower(self) -> NoReturn:
         """There is none.
 
         Raises:
