@@ -94,6 +94,25 @@ def test_algorithm(rectangular_cfg, decoder):
     assert torch.isfinite(loss) and model.predict(images)[0].mask.sum() == 18
 
 
+@torch.no_grad()
+def test_with_a_teacher(milan_cfg):
+    """Teacher, masking, decoder, loss and joint space on the grid; both see patches in the same places."""
+    milan_cfg['backbone'].update(img_size=SIZE)
+    milan_cfg['neck'].update(num_patches=GRID)
+    milan_cfg['head']['teacher'].update(input_size=SIZE)
+    model = build(milan_cfg)
+    images = torch.randn(2, 3, *SIZE)
+    features, importance = model.head.run_teacher(images)
+    assert features.shape == (2, 25, 24) and importance.shape == (2, 24)
+    changed = images.clone()
+    changed[:, :, 64:80, 16:32] = 5.0  # row 4, column 1
+    distance = (model.head.run_teacher(changed)[0] - features)[:, 1:].norm(dim=-1)
+    assert distance.argmax(1).tolist() == [17, 17]
+    sample = model.predict(images)[0]
+    assert sample.mask.sum() == 18 and torch.isfinite(sample.patch_loss).all()
+    assert model.embed_joint(images).shape == (2, 25, 24)
+
+
 def test_rectangle_learns_from_a_square(rectangular_cfg, tmp_path):
     """Weights of square images load; their positions are interpolated to the grid."""
     square = MODELS.build(dict(type='mmmilan.MILANViT', arch=ARCH, img_size=64, patch_size=16))
