@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from contestants import CONTESTS, SIZES
 from mmengine.logging import MMLogger
+from options import OPTIONS
 from rich.console import Console
 from rich.table import Table
 from timing import Result, compete
@@ -60,6 +61,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; the data pipeline always has one')
     parser.add_argument('--compile', action='store_true', help="compile mmmilan's step as one")
+    parser.add_argument(
+        '--options',
+        nargs='+',
+        choices=OPTIONS,
+        default=[],
+        help='step: also mmmilan with these (docs/efficiency.md)',
+    )
     parser.add_argument('--data-root', help='folder of images, for the data command')
     parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
     parser.add_argument('--rounds', type=int, default=10, help='rounds that do')
@@ -101,6 +109,7 @@ def summarise(result: Result, peak: float | None) -> dict:
     rate = result.images / median
     return dict(
         images_per_s=rate,
+        masked_views_per_s=rate * result.extra['masks_per_image'] if 'masks_per_image' in result.extra else None,
         ms=dict(median=1e3 * median, quartiles=[1e3 * quartiles[0], 1e3 * quartiles[2]]),
         ms_by_part={part: 1e3 * statistics.median(seconds) for part, seconds in result.parts.items()},
         gflops_per_image=result.flops / result.images / 1e9 if result.flops else None,
@@ -110,12 +119,17 @@ def summarise(result: Result, peak: float | None) -> dict:
     )
 
 
+def as_text(cell: str | float | None) -> str:
+    return cell if isinstance(cell, str) else '' if cell is None else f'{cell:,.4g}'
+
+
 def print_table(title: str, figures: dict[str, dict]) -> None:
     table = Table(title=title, title_justify='left')
     table.add_column()
     for name in figures:
         table.add_column(name, justify='right')
     rows = {'images/s': [values['images_per_s'] for values in figures.values()]}
+    rows['masked views/s'] = [values['masked_views_per_s'] for values in figures.values()]
     rows['ms'] = [values['ms']['median'] for values in figures.values()]
     rows['ms, quartiles'] = ['{:.1f} to {:.1f}'.format(*values['ms']['quartiles']) for values in figures.values()]
     for part in dict.fromkeys(part for values in figures.values() for part in values['ms_by_part']):
@@ -124,7 +138,7 @@ def print_table(title: str, figures: dict[str, dict]) -> None:
         rows[row] = [values.get(key) for values in figures.values()]
     for row, cells in rows.items():
         if any(cell is not None for cell in cells):
-            table.add_row(row, *[cell if isinstance(cell, str) else f'{cell:,.4g}' for cell in cells])
+            table.add_row(row, *[as_text(cell) for cell in cells])
     Console().print(table)
 
 
@@ -137,17 +151,23 @@ def main() -> None:
     with quiet():
         results = compete(CONTESTS[args.command](args), args)
     figures = {name: summarise(result, peak) for name, result in results.items()}
-    ours, *others = figures.values()
-    ratios = {name: ours['images_per_s'] / v['images_per_s'] for name, v in list(figures.items())[1:]}
+    ours = figures['mmmilan']
+    options = {name: values for name, values in figures.items() if name.startswith('mmmilan, ')}
+    others = [values for name, values in figures.items() if name not in ('mmmilan', *options)]
+    ratios = {n: ours['images_per_s'] / v['images_per_s'] for n, v in figures.items() if v in others}
+    option_ratios = {n: v['masked_views_per_s'] / others[0]['masked_views_per_s'] for n, v in options.items()}
     settings = {key: str(value) for key, value in vars(args).items() if value is not None and key != 'json'}
     print_table(f'{args.command}: {settings["arch"]}, {args.img_size} pixels, batch {args.batch_size}', figures)
     for name, ratio in ratios.items():
         print(f'{ratio:.2f} times {name}')
+    for name, ratio in option_ratios.items():
+        print(f'{name}: {ratio:.2f} times {list(ratios)[0]}, counting masked views')
     if args.json:
         report = dict(
             command=args.command,
             ratio=next(iter(ratios.values())),
             ratios=ratios,
+            option_ratios=option_ratios,
             memory_ratio=ours['peak_memory_mb'] / others[0]['peak_memory_mb'] if ours['peak_memory_mb'] else None,
             machine=describe_machine(args),
             settings=settings,

@@ -17,6 +17,8 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmpretrain.structures import DataSample
+from options import OPTIONS, cached_samples
 from timing import Contestant, Lap
 from torch import Tensor, nn
 
@@ -56,8 +58,11 @@ def random_clip(args: argparse.Namespace) -> dict[str, Tensor]:
     return text | {f'visual.{key}': value for key, value in visual.state_dict().items()}
 
 
-def milan_models(args: argparse.Namespace, ours: bool) -> tuple[BaseModel, Config]:
-    """MILAN by its config, in the size asked for, and the config; mmpretrain's with the width of its neck corrected."""
+def milan_models(args: argparse.Namespace, ours: bool, option: str | None = None) -> tuple[BaseModel, Config]:
+    """MILAN by its config, in the size asked for, and the config; mmpretrain's with the width of its neck corrected.
+
+    ``option`` is one of ``OPTIONS``, which changes our config.
+    """
     arch, (width, depth, heads), (_, _, output_dim) = SIZES[args.arch]
     cfg = Config.fromfile(OURS if ours else THEIRS)
     cfg.model.backbone.update(arch=arch, img_size=args.img_size, patch_size=args.patch_size)
@@ -71,6 +76,8 @@ def milan_models(args: argparse.Namespace, ours: bool) -> tuple[BaseModel, Confi
         torch.save(random_clip(args), path)
         if ours:
             cfg.model.head.teacher.update(model=None, pretrained=path)
+            if option:
+                OPTIONS[option](cfg.model, Path(folder))
         else:
             cfg.model.target_generator.tokenizer_path = path
         model = MODELS.build(cfg.model)
@@ -85,12 +92,14 @@ def teacher_of(model: BaseModel) -> nn.Module:
     return model.head.teacher if hasattr(model.head, 'teacher') else model.target_generator
 
 
-def training_step(model: BaseModel, wrapper: OptimWrapper, images: Tensor, lap: Lap) -> None:
+def training_step(
+    model: BaseModel, wrapper: OptimWrapper, images: Tensor, data_samples: list[DataSample] | None, lap: Lap
+) -> None:
     """MMEngine's ``train_step``, with laps."""
     whole = 'mean_loss' in vars(model)  # compiled as one, the teacher included
     hook = nullcontext() if whole else teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
     with hook, wrapper.optim_context(model):
-        data = model.data_preprocessor(dict(inputs=images, data_samples=None), training=True)
+        data = model.data_preprocessor(dict(inputs=images, data_samples=data_samples), training=True)
         losses = model(**data, mode='loss')
         loss, _ = model.parse_losses(losses)
         lap('forward' if whole else 'encoder, decoder')
@@ -108,21 +117,27 @@ def random_images(args: argparse.Namespace) -> Tensor:
 
 
 def step(args: argparse.Namespace) -> Iterator[Contestant]:
-    """The training step: ours, mmpretrain's in the same precision and, if that is not float32, as its config has it."""
+    """The training step: ours, mmpretrain's in the same precision and, if that is not float32, as its config has it.
+
+    Then ours with each of ``args.options``.
+    """
     images = random_images(args)
     wrapper_of = {torch.float32: 'OptimWrapper', torch.bfloat16: 'mmmilan.BFloat16OptimWrapper'}
     precision = str(args.dtype).removeprefix('torch.')
-    contests = [('mmmilan', True, args.dtype), (f'mmpretrain in {precision}', False, args.dtype)]
+    contests = [('mmmilan', True, args.dtype, None), (f'mmpretrain in {precision}', False, args.dtype, None)]
     if args.dtype != torch.float32:
-        contests.append(('mmpretrain as configured (float32)', False, torch.float32))
-    for name, ours, dtype in contests:
-        model, cfg = milan_models(args, ours)
+        contests.append(('mmpretrain as configured (float32)', False, torch.float32, None))
+    contests += [(f'mmmilan, {option}', True, args.dtype, option) for option in args.options]
+    for name, ours, dtype, option in contests:
+        model, cfg = milan_models(args, ours, option)
+        samples = cached_samples(cfg.model, args.batch_size) if option == 'cached' else None
         cfg.optim_wrapper.type = wrapper_of[dtype]
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         if dtype == torch.bfloat16 and not ours:
             wrapper.enabled = True  # also on a CPU without bfloat16, where mmmilan's takes float32
         extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
-        yield Contestant(name, partial(training_step, model, wrapper, images), args.batch_size, extra=extra)
+        extra['masks_per_image'] = getattr(model, 'masks_per_image', 1)
+        yield Contestant(name, partial(training_step, model, wrapper, images, samples), args.batch_size, extra=extra)
 
 
 def teacher(args: argparse.Namespace) -> Iterator[Contestant]:
