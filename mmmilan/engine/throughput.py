@@ -50,7 +50,7 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
 class ThroughputHook(Hook):
     """Log the speed of training since the last line of the log, in text and in TensorBoard.
 
-    * ``images_per_s``: on all processes together;
+    * ``images_per_s``: on all processes together; with several masks an image, ``masked_views_per_s`` too;
     * ``mfu``: share of the device's peak in dense products that the model used (0 to 1), the teacher's work included.
       The operations are counted once, on a few images of the first batch. Only where the peak is known;
     * ``data_wait``: share of the time in which training waited for images;
@@ -94,6 +94,9 @@ class ThroughputHook(Hook):
         )
         rate = self.images / seconds
         values = dict(images_per_s=rate * get_world_size())
+        masks_per_image = getattr(unwrap(runner.model), 'masks_per_image', 1)
+        if masks_per_image > 1:
+            values['masked_views_per_s'] = values['images_per_s'] * masks_per_image
         if self.flops_per_image:
             values['mfu'] = rate * self.flops_per_image / (1e12 * self.peak_tflops)
         values['data_wait'] = wait / seconds

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from helpers import ROOT, assert_identical, load_trusted, read_scalars
 
@@ -64,3 +65,36 @@ def test_steps_and_epochs_differ(tiny_config, run_tool, tmp_path):
     run_tool('train.py', tiny_config({'optim_wrapper.optimizer.lr': 0.0, 'optim_wrapper.type': 'OptimWrapper'}))
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == len(set(losses)) == 12
+
+
+PROMPTS_ONLY = {'model.masks_per_image': 2, 'model.neck.self_attention': False, 'model.neck.predict_ratio': 0.4}
+ALIGNMENT = {
+    'model.backbone.out_indices': [0, 1],
+    'model.neck': dict(
+        _delete_=True, type='mmmilan.LayerMixture', embed_dim=48, num_layers=2, num_targets=1, predict_feature_dim=128
+    ),
+    'model.head.type': 'mmmilan.LayerAlignment',
+    'model.head.num_layers': 1,
+}
+
+
+@pytest.mark.parametrize('options', [PROMPTS_ONLY, ALIGNMENT, 'cache'], ids=['2 masks, a part', 'alignment', 'cache'])
+def test_resumed_with_less_computation(options, tiny_config, run_tool, tmp_path):
+    """An epoch, and the second in a run of its own, are two epochs in one run."""
+    plain = {'train_dataloader.num_workers': 0}
+    if options == 'cache':
+        cfg = Config.fromfile(tiny_config(plain))
+        cache = str(tmp_path / 'cache')
+        run_tool('cache_targets.py', cfg.filename, cache, '--epochs', 2)
+        options = {'train_dataloader.dataset.type': 'mmmilan.CachedTargets', 'train_dataloader.dataset.cache': cache}
+        options['model.head.teacher'] = dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache)
+    config = tiny_config(plain | options)
+    run_tool('train.py', config, '--work-dir', tmp_path / 'whole')
+    expected = load_trusted(tmp_path / 'whole/epoch_2.pth')
+    (tmp_path / 'resumed').mkdir()
+    shutil.copy(tmp_path / 'whole/epoch_1.pth', tmp_path / 'resumed')
+    run_tool('train.py', config, '--work-dir', tmp_path / 'resumed', '--resume', tmp_path / 'resumed/epoch_1.pth')
+    assert_identical(load_trusted(tmp_path / 'resumed/epoch_2.pth'), expected)
+    if 'model.masks_per_image' in options:
+        record = read_scalars(tmp_path / 'resumed')[-1]
+        assert record['masked_views_per_s'] == pytest.approx(2 * record['images_per_s'])
