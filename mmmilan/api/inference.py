@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 class _Inferencer:
     """Images in, batches of normalised tensors through a model.
 
+    mmpretrain's own inferencers take the models of :func:`get_model` too. These are for what they cannot: PIL images,
+    arrays of several images, any of the encoder's tokens (``out_type``), and errors in one sentence.
+
     Args:
         model: a model, or what ``get_model`` takes as its name.
         pretrained: as for ``get_model``.

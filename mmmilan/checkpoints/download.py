@@ -80,8 +80,11 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
                 return target
             except _Failure as failure:
                 failures.append(f'{address}: {failure}')
+    other = ''
+    if target.is_file():
+        other = f' and {target} is another file, its hash is {file_sha256(target)[: len(digest)]} and not {digest}'
     raise InputError(
-        f'{url.rpartition("/")[2]} could not be downloaded ({", ".join(failures)}); put the file at {target}, '
+        f'{url.rpartition("/")[2]} could not be downloaded ({", ".join(failures)}){other}; put the file at {target}, '
         'or name a mirror that can be reached in MMMILAN_MIRRORS.'
     )
 

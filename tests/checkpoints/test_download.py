@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mmmilan.checkpoints import download as module
-from mmmilan.checkpoints.download import addresses, download, file_sha256
+from mmmilan.checkpoints.download import addresses, cache_dir, download, file_sha256
 from mmmilan.errors import InputError
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB
@@ -207,6 +207,17 @@ def test_mirrors_are_tried_in_turn(server, monkeypatch):
     monkeypatch.setenv('MMMILAN_MIRRORS', mirrors[0])
     with pytest.raises(InputError, match=r'/missing/mmselfsup/1.x/.*: 404 Not Found'):
         download(official)
+
+
+def test_wrong_file_in_the_cache(server):
+    """Without network, somebody put the wrong file where the message said; it stays, and its hash is told."""
+    target = cache_dir() / NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(b'something else')
+    wrong = hashlib.sha256(b'something else').hexdigest()[:8]
+    with pytest.raises(InputError, match=f'{NAME} is another file, its hash is {wrong} and not {SHA256[:8]}; put the '):
+        download(f'{server.url}/wrong/{NAME}')
+    assert target.read_bytes() == b'something else'
 
 
 def test_files_of_one_name_without_hash_do_not_mix(server):
