@@ -23,6 +23,9 @@ class PromptedMasking(SemanticAwareMasking):
     t is the teacher's feature of a patch in the joint space of image and text; of several texts, the nearest to the
     patch counts. This is this project's own: no paper has it. The draw is that of :class:`SemanticAwareMasking`.
 
+    It does what the words ask for only with a teacher whose patches say what is on them. Those of a CLIP may say it of
+    what is around them (arXiv 2304.05653): look at ``mmmilan heat-maps`` first.
+
     Args:
         texts: What is to stay visible, such as 'a crack'.
         temperature: τ. The lower, the surer are the patches nearest to a text; at 1 the draw is nearly uniform. A CLIP

@@ -48,7 +48,8 @@ def add_heat_maps(page: Page, milan: MILAN, tower: TextTower, dataset: Dataset) 
         'What MILAN knows of words',
         "It was shown images alone. But what its decoder predicts lies in the space of the teacher's texts: the "
         "prediction of each patch is compared with the name of the image's class and with that of another class, by "
-        'cosine; bright is near. The two maps of a model share a scale. The teacher is shown the same.',
+        'cosine; bright is near. The two maps of a model share a scale. The teacher is shown the same. Patches of a '
+        'CLIP may say the name of an object beside it rather than on it (arXiv 2304.05653).',
     )
     header = ['image', *(f'{whose}: {word}' for word in ('its class', 'another') for whose in joint_spaces(milan))]
     page.gallery(header, heat_rows(milan, tower, dataset))
