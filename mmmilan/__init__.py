@@ -19,6 +19,7 @@ _HOMES = {
     'heat_maps': 'mmmilan.api.language',
     'list_models': 'mmmilan.api.models',
     'pretrain': 'mmmilan.api.pretrain',
+    'report': 'mmmilan.api.report',
     'search': 'mmmilan.api.language',
     'zero_shot': 'mmmilan.api.language',
 }

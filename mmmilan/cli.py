@@ -18,6 +18,7 @@ COMMANDS = {
     'pretrain': 'mmmilan.api.pretrain:pretrain',
     'embed': 'mmmilan.api.embed:embed',
     'export-onnx': 'mmmilan.export.onnx:export_onnx',
+    'report': 'mmmilan.api.report:report',
     'convert': 'mmmilan.export.convert:convert_checkpoint',
     'figures': 'mmmilan.api.figures:figures',
     'heat-maps': 'mmmilan.api.language:heat_maps',

@@ -267,6 +267,7 @@ def train(path: Path, resume: bool) -> Path:
     """Train as ``tools/train.py`` does; returns the weights without what training alone needs."""
     import time
 
+    import torch
     from mmengine.config import Config
     from mmengine.runner import find_latest_checkpoint
 
@@ -277,9 +278,13 @@ def train(path: Path, resume: bool) -> Path:
     config.resume = resume
     config.launcher = 'none'
     config.experiment_name = f'{path.parent.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    begin = time.monotonic()
     with launched(config, 'train') as runner:
         runner.train()
     checkpoint = load_checkpoint_file(find_latest_checkpoint(config.work_dir))
+    if not resume:  # or it would be the time of a part
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'
+        checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=device)
     weights = path.parent / 'milan.pth'
     save_checkpoint_file({key: checkpoint[key] for key in ('meta', 'state_dict')}, weights)
     return weights

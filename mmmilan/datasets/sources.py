@@ -11,6 +11,8 @@ from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
+PARTS = ('train', 'val', 'test', 'minival', 'unlabel')
+
 
 def is_image(path: Path) -> bool:
     """Whether a file's name ends like an image's."""
@@ -45,12 +47,16 @@ def list_images(source: str | os.PathLike) -> list[str]:
 
 
 def class_folders(source: str | os.PathLike) -> list[str]:
-    """Names of the folders that say what is on the images in them: two or more, and no image beside them."""
+    """Names of the folders that say what is on the images in them: two or more, and no image beside them.
+
+    Folders such as ``train`` and ``val`` are parts of a data set and no classes.
+    """
     path = Path(source).expanduser()
     if not path.is_dir() or any(is_image(each) for each in path.iterdir()):
         return []
     folders = [each for each in path.iterdir() if each.is_dir() and any(map(is_image, each.rglob('*')))]
-    return sorted(each.name for each in folders) if len(folders) > 1 else []
+    names = sorted(each.name for each in folders)
+    return names if len(names) > 1 and not all(name.startswith(PARTS) for name in names) else []
 
 
 @DATASETS.register_module()

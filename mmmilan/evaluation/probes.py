@@ -39,15 +39,24 @@ def extract_features(model: nn.Module, dataset: Dataset, description: str) -> tu
 Split = tuple[np.ndarray, np.ndarray]
 
 
-def knn_accuracy(train: Split, test: Split, k: int = 20, temperature: float = 0.07) -> float:
-    """Top-1 accuracy in [0, 1] of the vote of the nearest neighbours, see :func:`mmmilan.evaluation.knn.vote`."""
-    bank, queries = (F.normalize(torch.from_numpy(features), dim=1) for features, _ in (train, test))
+def knn_predictions(train: Split, features: np.ndarray, k: int = 20, temperature: float = 0.07) -> np.ndarray:
+    """Classes [T] by the vote of the nearest neighbours, see :func:`mmmilan.evaluation.knn.vote`."""
+    bank, queries = (F.normalize(torch.from_numpy(rows), dim=1) for rows in (train[0], features))
     labels = torch.from_numpy(train[1])
-    shares = vote(queries, bank, labels, int(labels.max()) + 1, k, temperature)
-    return float((shares.argmax(1).numpy() == test[1]).mean())
+    return vote(queries, bank, labels, int(labels.max()) + 1, k, temperature).argmax(1).numpy()
+
+
+def linear_probe_predictions(train: Split, features: np.ndarray) -> np.ndarray:
+    """Classes [T] by logistic regression on standardised features."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    return classifier.fit(*train).predict(features)
+
+
+def knn_accuracy(train: Split, test: Split) -> float:
+    """Top-1 accuracy in [0, 1] of the vote of the nearest neighbours."""
+    return float((knn_predictions(train, test[0]) == test[1]).mean())
 
 
 def linear_probe_accuracy(train: Split, test: Split) -> float:
     """Top-1 accuracy in [0, 1] of logistic regression on standardised features."""
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    return float(classifier.fit(*train).score(*test))
+    return float((linear_probe_predictions(train, test[0]) == test[1]).mean())

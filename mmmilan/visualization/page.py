@@ -1,9 +1,10 @@
-"""The demo's report: one HTML file with everything in it."""
+"""A report: one HTML file with everything in it, for light and dark screens, desks and phones."""
 
 from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -12,60 +13,141 @@ import numpy as np
 from mmmilan.files import write_text
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .lead, figcaption, footer { color: #6b7280 }
-table { border-collapse: collapse } th, td { padding: .35rem .9rem; text-align: left }
-thead th { border-bottom: 2px solid #1f2937 } tbody tr { border-bottom: 1px solid #e5e7eb }
-td:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right } tr.best { font-weight: 600 }
-.gallery td { padding: 2px; text-align: center } .gallery th { font-size: .8rem; text-align: center; padding: 2px }
-.gallery tbody tr { border: 0 } .gallery img { width: 142px; display: block; image-rendering: pixelated }
-svg, p img { max-width: 100%; height: auto }
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #d9dde3; --paper: #fff; --link: #1d4ed8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e5e7eb; --soft: #a3acb9; --line: #3b4250; --paper: #14171c; --link: #8ab4ff } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }
+a { color: var(--link) } h1 { margin-bottom: 0; line-height: 1.2 } h2 { margin-top: 2.5rem; line-height: 1.25 }
+.lead, .note, figcaption, footer { color: var(--soft) } .verdict { font-size: 1.15rem; font-weight: 600 }
+code { font-size: .9em; overflow-wrap: anywhere }
+.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse }
+th, td { padding: .35rem .9rem; text-align: left } thead th { border-bottom: 2px solid var(--ink) }
+tbody tr { border-bottom: 1px solid var(--line) }
+td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right }
+.gallery td, .gallery th { padding: 2px; text-align: center } .gallery th { font-size: .8rem; vertical-align: bottom }
+.gallery td:first-child, .gallery th:first-child { text-align: center } .gallery tbody tr { border: 0 }
+.gallery img { width: clamp(104px, 13vw, 142px); display: block; image-rendering: pixelated }
+.gallery caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .9rem }
+.gallery small { color: var(--soft); display: block; line-height: 1.2; max-width: 142px }
+.chart { background: #fff; color: #1f2937; border-radius: 6px; padding: .5rem; margin: 1rem 0; width: fit-content;
+  max-width: 100%; overflow-x: auto } .chart svg, .chart img { max-width: 100%; height: auto; display: block }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style: none; font-size: .9rem }
+.legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em }
+@media (max-width: 640px) { th, td { padding: .3rem .5rem } .chart svg { min-width: 560px } }
 """
 
 
 class Page:
-    """Collects sections, then writes them as one HTML file without outside references."""
+    """Collects sections, then writes them as one HTML file that loads nothing.
 
-    def __init__(self, title: str, lead: str) -> None:
+    Args:
+        title: Of the page.
+        lead: A sentence or two below the title.
+        links: Texts and addresses of further reading.
+    """
+
+    def __init__(self, title: str, lead: str, links: dict[str, str] | None = None) -> None:
         self.title = title
         self.parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>']
+        if links:
+            anchors = [f'<a href="{html.escape(url)}">{html.escape(text)}</a>' for text, url in links.items()]
+            self.parts.append(f'<p>{" · ".join(anchors)}</p>')
 
     def heading(self, text: str, explanation: str) -> None:
+        """A section's title and what is to be seen in it."""
         self.parts.append(f'<h2>{html.escape(text)}</h2><p>{html.escape(explanation)}</p>')
 
-    def table(self, header: list[str], rows: list[list[str]], best: int | None = None) -> None:
-        """A table of texts; row ``best`` is set in bold."""
+    def paragraph(self, text: str, kind: str = 'note') -> None:
+        """A paragraph; of kind 'verdict' it stands out, 'note' is quiet, 'code' is a command."""
+        text = html.escape(text)
+        self.parts.append(f'<p><code>{text}</code></p>' if kind == 'code' else f'<p class="{kind}">{text}</p>')
+
+    def table(self, header: list[str], rows: list[list[str]], values: list[list[float | None]] | None = None) -> None:
+        """A table of texts.
+
+        Args:
+            header: Names of the columns; the first column names the rows.
+            rows: The cells.
+            values: The numbers behind the cells after the first of each row, None for what does not compete. The
+                greatest of a column is set in bold, whichever row it is in, and all of them if they are equal.
+        """
+        best = best_cells(values or [])
         head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
         body = ''
         for i, row in enumerate(rows):
-            cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in row)
-            body += f'<tr class="best">{cells}</tr>' if i == best else f'<tr>{cells}</tr>'
-        self.parts.append(f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+            cells = [
+                f'<b>{html.escape(cell)}</b>' if (i, j) in best else html.escape(cell) for j, cell in enumerate(row)
+            ]
+            body += f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        self.parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
 
-    def gallery(self, header: list[str], rows: list[list[np.ndarray]]) -> None:
-        """A table of RGB uint8 images [H, W, 3]."""
-        head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
-        body = ''.join('<tr>' + ''.join(f'<td>{_img(image)}</td>' for image in row) + '</tr>' for row in rows)
-        self.parts.append(f'<table class="gallery"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+    def gallery(
+        self, header: list[str], rows: list[list[np.ndarray]], names: list[str], notes: list[list[str]] | None = None
+    ) -> None:
+        """A table of pictures, which scrolls sideways on a narrow screen.
+
+        Args:
+            header: What each column shows.
+            rows: RGB uint8 images [H, W, 3].
+            names: What each row is about; with the column's name, it describes a picture to who does not see it.
+            notes: A few words below each picture.
+        """
+        head = ''.join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+        body = ''
+        for i, row in enumerate(rows):
+            cells = ''
+            for j, image in enumerate(row):
+                note = notes[i][j] if notes else ''
+                alt = f'{header[j]}: {names[i]}' + (f', {note}' if note else '')
+                cells += f'<td>{_img(image, alt)}{f"<small>{html.escape(note)}</small>" if note else ""}</td>'
+            body += f'<tr>{cells}</tr>'
+        table = f'<table class="gallery"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        self.parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
+
+    def legend(self, names: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
+        """Which colour (RGB, 0 to 255) stands for what."""
+        entries = [
+            f'<li><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</li>'
+            for name, colour in zip(names, colours, strict=True)
+        ]
+        self.parts.append(f'<ul class="legend">{"".join(entries)}</ul>')
+
+    def svg(self, element: str, description: str) -> None:
+        """A chart, described for those who do not see it."""
+        element = element.replace('<svg', f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+        self.parts.append(f'<div class="chart" tabindex="0">{element}</div>')
 
     def figure(self, png: bytes, description: str) -> None:
         """A picture as wide as it is, described for those who do not see it."""
         data = base64.b64encode(png).decode()
-        self.parts.append(f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{data}"></p>')
-
-    def svg(self, element: str) -> None:
-        self.parts.append(element)
+        image = f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+        self.parts.append(f'<div class="chart" tabindex="0">{image}</div>')
 
     def write(self, path: Path, footer: str) -> None:
         """Write the page, whole or not at all."""
         document = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f'<style>{STYLE}</style></head><body>{"".join(self.parts)}<footer><p>{html.escape(footer)}</p></footer>'
-            '</body></html>'
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{html.escape(self.title)}</title><style>{STYLE}</style></head><body><main>{"".join(self.parts)}'
+            f'</main><footer><p>{html.escape(footer)}</p></footer></body></html>'
         )
         write_text(path, document)
 
 
-def _img(image: np.ndarray) -> str:
+def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
+    """Row and column (the first is 1, after the row's name) of the greatest value of each column."""
+    best = set()
+    for column in range(max(map(len, values), default=0)):
+        scores = {row: cells[column] for row, cells in enumerate(values) if cells[column] is not None}
+        if len(scores) > 1:
+            best |= {(row, column + 1) for row, score in scores.items() if score == max(scores.values())}
+    return best
+
+
+def _img(image: np.ndarray, alt: str) -> str:
     encoded = cv2.imencode('.png', cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(encoded.tobytes()).decode()}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(encoded.tobytes()).decode()}">'

@@ -1,0 +1,96 @@
+"""Frozen features of several encoders on the same labelled images, compared with their uncertainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from mmmilan.evaluation.probes import knn_predictions, linear_probe_predictions
+
+RESAMPLES = 2000
+TEST_SHARE = 0.3
+PROBES = {'k-NN': None, 'probe, 1 % of labels': 0.01, 'probe, 10 %': 0.1, 'probe, all': 1.0}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy in percent, with the bootstrap's interval of 95 % over the test images.
+
+    Attributes:
+        correct: Whether each test image was told right, bool [T].
+    """
+
+    correct: np.ndarray
+
+    @property
+    def value(self) -> float:
+        return 100 * float(self.correct.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return bootstrap(self.correct.astype(float))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f'{self.value:.1f} ({low:.1f} to {high:.1f})'
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """Interval of 95 % of 100 times the mean, from the means of resampled values; the draws are always the same."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(100 * values[draws].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def score_encoders(features: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, Accuracy]]:
+    """Accuracies by encoder and probe: 20 nearest neighbours, and linear probes with some of the labels.
+
+    Three tenths of the images are for testing, the same for all. Of few labels, each class keeps at least one.
+
+    Args:
+        features: Name of the encoder and its features [M, D], of the same images.
+        labels: Classes [M], at least two and four images of each.
+    """
+    train, test = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, random_state=0, stratify=labels)
+    scores: dict[str, dict[str, Accuracy]] = {}
+    for name, rows in features.items():
+        scores[name] = {}
+        for probe, share in PROBES.items():
+            some = train if share is None else few_labels(train, labels, share)
+            known, asked = (rows[some], labels[some]), rows[test]
+            told = knn_predictions(known, asked) if share is None else linear_probe_predictions(known, asked)
+            scores[name][probe] = Accuracy(told == labels[test])
+    return scores
+
+
+def few_labels(train: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """A share of the training images of each class, at least one."""
+    chosen = []
+    for label in np.unique(labels[train]):
+        of_class = train[labels[train] == label]
+        chosen.append(of_class[: max(1, round(share * len(of_class)))])
+    return np.concatenate(chosen)
+
+
+def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
+    """One sentence: whether an encoder is better than another one on the same images.
+
+    Args:
+        after: Of the pretrained encoder.
+        before: Of the other one.
+        name: What the sentence calls the other one.
+        probe: What was measured.
+    """
+    difference = after.correct.astype(float) - before.correct.astype(float)
+    low, high = bootstrap(difference)
+    figures = (
+        f'{probe} tells {after.value:.1f} % of {len(difference)} images right against {before.value:.1f} % with {name} '
+        f'(difference {100 * difference.mean():+.1f}, 95 % interval {low:+.1f} to {high:+.1f}).'
+    )
+    if low > 0:
+        return f'Pretraining helped: {figures}'
+    return (
+        f'Pretraining did harm: {figures}' if high < 0 else f'Pretraining made no difference to be sure of: {figures}'
+    )
