@@ -11,6 +11,7 @@ from mmengine.registry import FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmmilan.demo.page import name_of
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.models import MILAN
 from mmmilan.models.text_tower import TextTower
@@ -52,14 +53,19 @@ def add_heat_maps(page: Page, milan: MILAN, tower: TextTower, dataset: Dataset) 
         'CLIP may say the name of an object beside it rather than on it (arXiv 2304.05653).',
     )
     header = ['image', *(f'{whose}: {word}' for word in ('its class', 'another') for whose in joint_spaces(milan))]
-    page.gallery(header, heat_rows(milan, tower, dataset))
+    names = [name_of(dataset, i) for i in chosen(dataset)]
+    page.gallery(header, heat_rows(milan, tower, dataset), names)
+
+
+def chosen(dataset: Dataset) -> np.ndarray:
+    """Indices of images spread over a data set."""
+    return np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
 
 
 @torch.no_grad()
 def heat_rows(milan: MILAN, tower: TextTower, dataset: Dataset) -> list[list[np.ndarray]]:
     """Rows of the gallery, for labelled images spread over the data set."""
-    indices = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
-    batch = milan.data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in indices]))
+    batch = milan.data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in chosen(dataset)]))
     classifier = embed_classes(tower, dataset.metainfo['classes'], read_templates(TEMPLATES))
     label = torch.cat([sample.gt_label for sample in batch['data_samples']])
     maps = [

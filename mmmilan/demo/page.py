@@ -2,79 +2,70 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from mmengine.registry import FUNCTIONS
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.visualization.figures import draw_curves, draw_heat, draw_mask, last_attention, to_image
+from mmmilan.visualization.figures import class_colours, draw_curves
 from mmmilan.visualization.page import Page
+from mmmilan.visualization.pictures import SEEN, SEEN_EXPLAINED, loss_curve, seen_and_predicted
 
 NUM_PICTURES = 8
+LINKS = {'The paper (MILAN, arXiv 2208.06049)': 'https://arxiv.org/abs/2208.06049'}
 
 
-def add_scores(page: Page, header: list[str], rows: list[list[str]]) -> None:
+def add_scores(page: Page, header: list[str], rows: list[list[str]], values: list[list[float | None]]) -> None:
     page.heading(
         'What the frozen encoders know',
         'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the class token, for images '
-        "not seen in training. Zero-shot: by the names of the classes alone, through the teacher's text tower.",
+        "not seen in training. Zero-shot: by the names of the classes alone, through the teacher's text tower. Bold is "
+        'the best of a column, whichever row it is in. The teacher was trained on captions, the others on images alone.',
     )
-    page.table(header, rows, best=0)
+    page.table(header, rows, values)
 
 
 def add_pictures(page: Page, encoders: dict[str, nn.Module], dataset: Dataset) -> None:
-    page.heading(
-        'What MILAN sees and predicts',
-        'The image; how important CLIP finds each patch; the patches drawn by importance, which are all that the '
-        'encoder sees; the loss of each patch (dark is high); and where the class token looks in the last block of '
-        'each encoder.',
-    )
-    header = ['image', 'importance', 'visible', 'loss', *(f'attention: {name}' for name in encoders)]
-    page.gallery(header, picture_rows(encoders, dataset))
-
-
-@torch.no_grad()
-def picture_rows(encoders: dict[str, nn.Module], dataset: Dataset) -> list[list[np.ndarray]]:
-    """Rows of the gallery, for images spread over the data set."""
-    milan = encoders['MILAN']
+    """The image, what the model sees of it, and what it makes of that, for images spread over the data set."""
     indices = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
-    batch = milan.data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in indices]))
-    images = batch['inputs']
-    attention = [last_attention(encoder.backbone, images) for encoder in encoders.values()]
-    rows = []
-    for i, sample in enumerate(milan.predict(images)):
-        image = to_image(images[i], milan.data_preprocessor.mean, milan.data_preprocessor.std)
-        row = [image, draw_heat(image, sample.importance, 'inferno'), draw_mask(image, sample.mask)]
-        row += [draw_heat(image, sample.patch_loss, 'Greens')]
-        rows.append(row + [draw_heat(image, maps[i], 'inferno') for maps in attention])
-    return rows
+    batch = encoders['MILAN'].data_preprocessor(FUNCTIONS.get('default_collate')([dataset[i] for i in indices]))
+    page.heading('What MILAN sees and predicts', SEEN_EXPLAINED)
+    header = [*SEEN, *(f'attention: {name}' for name in encoders)]
+    backbones = {name: encoder.backbone for name, encoder in encoders.items()}
+    rows = seen_and_predicted(encoders['MILAN'], backbones, batch['inputs'])
+    page.gallery(header, rows, [name_of(dataset, i) for i in indices])
+
+
+def name_of(dataset: Dataset, index: int) -> str:
+    """What is on an image, where its folder says it."""
+    classes = dataset.metainfo.get('classes')
+    return classes[dataset.get_data_info(index)['gt_label']] if classes else f'image {index + 1}'
 
 
 def add_curves(page: Page, work_dirs: dict[str, Path]) -> None:
     page.heading('How it was learned', 'Training loss. Each measures something else, so compare shapes, not heights.')
-    page.svg(draw_curves({name: read_curve(folder) for name, folder in work_dirs.items()}, 'loss'))
-
-
-def read_curve(folder: Path) -> tuple[list[float], list[float]]:
-    """Epochs and losses that MMEngine's visualizer wrote in the last run of a work dir."""
-    path = max(folder.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if 'loss' in row]
-    last = rows[-1]['step']
-    return [rows[-1]['epoch'] * row['step'] / last for row in rows], [row['loss'] for row in rows]
+    curves = {name: loss_curve(folder) for name, folder in work_dirs.items()}
+    ends = ', '.join(f'{name} from {losses[0]:.2f} to {losses[-1]:.2f}' for name, (_, losses) in curves.items())
+    page.svg(draw_curves(curves, 'loss'), f'Training loss over the epochs: {ends}.')
 
 
 def add_transfer(
-    page: Page, header: list[str], rows: list[list[str]], titles: list[str], pictures: list[list[np.ndarray]]
+    page: Page,
+    header: list[str],
+    rows: list[list[str]],
+    titles: list[str],
+    pictures: list[list[np.ndarray]],
+    classes: Sequence[str],
 ) -> None:
     page.heading(
         'What the encoder is worth elsewhere',
         'The MILAN checkpoint, or random weights, as the start of a short training of all layers for each task, with '
-        'the same schedule; in percent, on images not seen in training.',
+        'the same schedule; in percent, on images not seen in training. Boxes are named by the class they hold; the '
+        'colours of the label maps are explained below the pictures.',
     )
     page.table(header, rows)
-    page.gallery(titles, pictures)
+    page.gallery(titles, pictures, [f'scene {i + 1}' for i in range(len(pictures))])
+    page.legend(classes, class_colours(len(classes)))

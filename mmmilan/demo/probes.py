@@ -7,17 +7,30 @@ import argparse
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from sklearn.model_selection import train_test_split
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mmmilan.datasets.sources import class_folders
 from mmmilan.evaluation.probes import extract_features, knn_accuracy, linear_probe_accuracy
 
 PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 
+class TeacherEncoder(nn.Module):
+    """The teacher of a MILAN, with its class token as the feature."""
+
+    def __init__(self, milan: nn.Module) -> None:
+        super().__init__()
+        self.data_preprocessor, self.head = milan.data_preprocessor, milan.head
+
+    def extract_feat(self, images: Tensor) -> tuple[Tensor]:
+        """Normalised images [B, 3, H, W] -> features [B, C]."""
+        return (self.head.run_teacher(images)[0][:, 0],)
+
+
 def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
     """Labelled data: train and test, or one data set to be split; none where folders do not name classes."""
-    if args.data and sum(path.is_dir() for path in args.data.iterdir()) < 2:
+    if args.data and not class_folders(args.data):
         return []
     folders = [args.data] if args.data else [args.out / 'scenes' / split for split in ('train', 'val')]
     dataset = cfg.test_dataloader.dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from torch import nn
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
+from mmmilan.datasets.sources import list_images
 from mmmilan.demo.language import add_heat_maps, zero_shot
-from mmmilan.demo.page import add_curves, add_pictures, add_scores, add_transfer
-from mmmilan.demo.probes import PROBES, probe, probing_datasets
+from mmmilan.demo.page import LINKS, add_curves, add_pictures, add_scores, add_transfer
+from mmmilan.demo.probes import PROBES, TeacherEncoder, probe, probing_datasets
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.demo.training import console, train
-from mmmilan.demo.transfer import Transfer, transfer, transfer_pictures
+from mmmilan.demo.transfer import Transfer, test_set, transfer, transfer_pictures
 from mmmilan.errors import InputError
 from mmmilan.files import write_text
 from mmmilan.models import MILAN
@@ -161,6 +163,8 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.time()
     use_safe_loading()
     init_default_scope('mmpretrain')
+    if args.data:
+        list_images(args.data)  # before anything is trained or downloaded
     teacher_cfg, results = make_teacher(args)
     cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
     encoders, seconds = pretrain(args, cfgs)
@@ -170,24 +174,26 @@ def run_demo(args: argparse.Namespace) -> None:
         'MILAN at work',
         'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
         "the CLIP's features of all of them. No label was used before the table.",
+        LINKS,
     )
     datasets = probing_datasets(cfgs['MILAN'], args)
     if datasets:
-        scores = {name: probe(name, model, datasets) for name, model in encoders.items()}
+        judged = encoders | {'teacher': TeacherEncoder(encoders['MILAN'])}
+        scores = {name: probe(name, model, datasets) for name, model in judged.items()}
         rows = score_rows(scores)
         print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
-        times = {name: f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores}
         tower = text_tower(encoders['MILAN'])
         known = zero_shot(encoders['MILAN'], tower, datasets[-1]) if tower else {}
-        rows = [[*row, shown(known.get(row[0])), times[row[0]]] for row in rows]
         if known:
             console.print(
                 f'MILAN tells {known["MILAN"]:.1f} % by the names of the classes, its teacher '
                 f'{known["teacher"]:.1f} % (zero-shot).'
             )
-            rows.append(['teacher', *('–' for _ in PROBES), shown(known['teacher']), '–'])
             scores['MILAN']['zero-shot'] = known['MILAN']
-        add_scores(page, ['encoder', *PROBES, 'zero-shot', 'pretraining'], rows)
+        times = {name: f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores}
+        values = [[*(score[probe] for probe in PROBES), known.get(name), None] for name, score in scores.items()]
+        rows = [[*row, shown(known.get(row[0])), times[row[0]]] for row in rows]
+        add_scores(page, ['encoder', *PROBES, 'zero-shot', 'pretraining'], rows, values)
         results |= scores
         if tower:
             add_heat_maps(page, encoders['MILAN'], tower, datasets[-1])
@@ -196,11 +202,13 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.full:
         transferred = run_transfer(args, encoders['random'])
         rows = transfer_rows(transferred)
+        classes = test_set(transferred.runners['segmentation']).metainfo['classes']
         print_table('After fine-tuning, %', ['task', 'random', 'MILAN'], rows)
-        add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred))
+        add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred), classes)
         results['transfer'] = transferred.scores
 
     path = args.out / 'index.html'
+    page.paragraph(f'bash tools/demo.sh {" ".join(sys.argv[1:])}', 'code')
     page.write(path, f'Written by tools/demo.py with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
     write_text(args.out / f'results-seed{args.seed}.json', json.dumps(results, indent=2))
     console.print(f'The page: {path.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')

@@ -49,11 +49,13 @@ Curve = tuple[list[float], list[float]]
 
 
 def read_scalars(folder: Path) -> list[dict]:
-    """All that MMEngine's visualizer wrote in the runs of a work dir, in the order of the steps."""
-    rows = []
+    """What MMEngine's visualizer wrote in a work dir; of steps that were trained again, the later run counts."""
+    rows: list[dict] = []
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted(rows, key=lambda row: row['step'])
+        run = [json.loads(line) for line in path.read_text().splitlines()]
+        if run:
+            rows = [row for row in rows if row['step'] < run[0]['step']] + run
+    return rows
 
 
 def loss_curve(folder: Path) -> Curve:

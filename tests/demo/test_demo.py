@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import cv2
+import numpy as np
+import pytest
+
 PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 
@@ -16,29 +20,48 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     transfer = scores.pop('transfer')
     teacher = scores.pop('MaskCLIP')['zero-shot']
     assert 0 <= teacher <= 100
-    assert list(scores) == ['MILAN', 'MAE', 'random']
+    assert list(scores) == ['MILAN', 'MAE', 'random', 'teacher']
     assert all(0 <= score[probe] <= 100 for score in scores.values() for probe in PROBES)
     for part in ('scenes/annotations/instances_val.json', 'maskclip-seed0/epoch_2.pth', 'milan-seed0/epoch_2.pth'):
         assert (out / part).exists(), part
 
     page = (out / 'index.html').read_text()
     zero_shot = scores['MILAN'].pop('zero-shot')
-    assert f'<td>{zero_shot:.1f}</td>' in page and f'<td>teacher</td>{3 * "<td>–</td>"}<td>{teacher:.1f}</td>' in page
-    for name, score in scores.items():
-        assert f'<td>{name}</td>' + ''.join(f'<td>{score[probe]:.1f}</td>' for probe in PROBES) in page
+    assert all(re.search(f'<td>(<b>)?{score:.1f}(</b>)?</td>', page) for score in (zero_shot, teacher))
+    best = {probe: max(score[probe] for score in scores.values()) for probe in PROBES}
+    for name, score in scores.items():  # bold is the best, whichever it is
+        cells = [
+            f'<b>{score[probe]:.1f}</b>' if score[probe] == best[probe] else f'{score[probe]:.1f}' for probe in PROBES
+        ]
+        assert f'<td>{name}</td>' + ''.join(f'<td>{cell}</td>' for cell in cells) in page
     for task, score in transfer.items():
         assert f'<td>{task}</td><td>{score["random"]:.1f}</td><td>{score["MILAN"]:.1f}</td>' in page
     tasks = ['classification, top-1', 'detection, box AP', 'detection, mask AP', 'segmentation, mIoU']
     assert list(transfer) == tasks
     assert page.count('<img') == 8 * 7 + 6 * 5 + 6 * 7  # images by columns
     assert page.count('<svg') == 1
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r'src="(?!data:)|<link|<script', page)  # it loads nothing
+    assert page.count('alt=""') == 0 and 'attention: MAE: ' in page and page.count('<i style="background:rgb') > 1
     assert str(out / 'index.html') in capsys.readouterr().out.replace('\n', '')
 
 
 def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file, tmp_path, capsys):
     out = tmp_path / 'demo'
     run_tool('demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.1)
-    assert set(json.loads((out / 'results-seed0.json').read_text())) == {'MILAN', 'MAE', 'random'}
+    assert set(json.loads((out / 'results-seed0.json').read_text())) == {'MILAN', 'MAE', 'random', 'teacher'}
     assert (out / 'index.html').stat().st_size > 10_000
     assert 'Without zero-shot accuracy and heat maps' in capsys.readouterr().out  # an image tower alone
+
+
+def test_demo_on_a_flat_folder(run_tool, clip_file, tmp_path):
+    """Photos in no folders have no classes: a page of pictures without scores."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'photos').mkdir()
+    for i in range(8):
+        cv2.imwrite(str(tmp_path / 'photos' / f'{i}.png'), rng.integers(0, 255, (70, 70, 3), dtype=np.uint8))
+    options = ('--out', tmp_path / 'demo', '--teacher', clip_file, '--epochs-scale', 0.1)
+    run_tool('demo.py', '--data', tmp_path / 'photos', *options)
+    page = (tmp_path / 'demo/index.html').read_text()
+    assert 'What MILAN sees' in page and 'What the frozen encoders know' not in page
+    with pytest.raises(SystemExit, match='nowhere does not exist'):
+        run_tool('demo.py', '--data', 'nowhere', *options)
