@@ -5,10 +5,13 @@ _base_ = ['./milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py', '../_base_/cust
 data_root = '{{$DATA_ROOT:data/custom}}'  # any folder of images, flat or nested
 batch_size = int('{{$BATCH_SIZE:128}}')  # as many as fit the GPU; the learning rate follows
 
-# Where the encoder starts: a name of the model zoo, a URL or a file, of MILAN, MAE or any ImageNet ViT-B/16.
+# Where the encoder starts: a name of the model zoo, a URL or a file, of MILAN, MAE or any ImageNet ViT-B/16; None for
+# random weights.
 checkpoint = '{{$CHECKPOINT:milan_vit-base-p16_16xb256-amp-coslr-400e_in1k}}'
 
-model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=checkpoint)))
+model = dict(
+    backbone=dict(init_cfg=None if checkpoint == 'None' else dict(type='Pretrained', checkpoint=checkpoint))
+)
 
 train_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root))
 test_dataloader = dict(batch_size=batch_size, dataset=dict(data_root=data_root))

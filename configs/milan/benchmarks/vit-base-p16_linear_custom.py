@@ -1,0 +1,45 @@
+# Linear probe on your own images: one folder a class, below train/ and val/. The encoder is frozen.
+# PRETRAIN=runs/photos/milan.pth DATA_ROOT=/data/my_images CLASSES=3 python tools/train.py configs/milan/benchmarks/vit-base-p16_linear_custom.py
+# An encoder of another size: ARCH=tiny, small, large. BATCH_SIZE and EPOCHS can be set, too.
+_base_ = [
+    './vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k.py',
+    '../../_base_/custom_schedule.py',
+    '../../_base_/custom_encoder.py',
+]
+
+data_root = '{{$DATA_ROOT:data/custom}}'
+num_classes = int('{{$CLASSES:10}}')
+batch_size = int('{{$BATCH_SIZE:64}}')
+
+model = dict(
+    data_preprocessor=dict(num_classes=num_classes),
+    backbone=dict(arch={{_base_.arch}}),
+    neck=dict(input_features={{_base_.width}}),
+    head=dict(num_classes=num_classes, in_channels={{_base_.width}}),
+)
+
+train_dataloader = dict(batch_size=batch_size, num_workers=4, dataset=dict(data_root=data_root + '/train'))
+val_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=4,
+    dataset=dict(
+        _delete_=True,
+        type='mmmilan.ImageFolder',
+        data_root=data_root + '/val',
+        with_label=True,
+        pipeline={{_base_.test_dataloader.dataset.pipeline}},
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1, min(5, num_classes)))
+test_evaluator = val_evaluator
+
+# LARS at the rate for a batch of 16384 would not move a small one: AdamW.
+optim_wrapper = dict(
+    _delete_=True,
+    type='mmmilan.BFloat16OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.0, fused=True),
+)
+auto_scale_lr = dict(enable=False)
+param_scheduler = {{_base_.custom_schedule}}
+train_cfg = dict(max_epochs={{_base_.epochs}})
