@@ -70,7 +70,7 @@ make_environment() {
     echo '-- installing mmmilan and what it needs: the OpenMMLab packages, open_clip, timm'
     # shellcheck disable=SC2086  # a pattern
     install --constraint "$constraints" $wheel
-    install --constraint "$constraints" --no-build-isolation --editable "$root[dense,test]"
+    install --constraint "$constraints" --no-build-isolation --editable "$root[dense,docs,onnx,parquet,test]"
     touch "$stamp"
 }
 

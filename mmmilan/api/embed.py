@@ -48,7 +48,7 @@ def embed(
     Raises:
         InputError: an image is missing, none can be read, or the file cannot be written.
 
-    Example:
+    Examples:
         >>> mmmilan.embed('photos', 'runs/photos/milan.pth', 'photos.npz')
         >>> numpy.load('photos.npz')['class_token'].shape
         (3068, 768)

@@ -86,7 +86,7 @@ class FeatureExtractor(_Inferencer):
         out_type: ``'cls_token'`` [D], ``'avg_featmap'`` (mean of the patch tokens) [D], ``'featmap'`` [D, H/16, W/16]
             or ``'raw'`` (all tokens) [1 + N, D]; by default what the model was trained with.
 
-    Example:
+    Examples:
         >>> features = FeatureExtractor('milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')(['cat.jpg', 'dog.jpg'])
         >>> features.shape
         torch.Size([2, 768])
@@ -136,7 +136,7 @@ class FeatureExtractor(_Inferencer):
 class ImageClassificationInferencer(_Inferencer):
     """Classes of images, by a fine-tuned model of the zoo; arguments and results are those of mmpretrain's.
 
-    Example:
+    Examples:
         >>> ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k')('cat.jpg')[0]['pred_class']
         'tabby, tabby cat'
     """

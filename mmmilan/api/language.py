@@ -117,7 +117,7 @@ def search(
     Raises:
         InputError: there is no image, the file has no embeddings, or the checkpoint knows no texts.
 
-    Example:
+    Examples:
         >>> mmmilan.search('photos', 'a red boat', 'runs/photos/milan.pth', top=1)
         [Found(path='photos/harbour.jpg', cosine=0.31)]
     """

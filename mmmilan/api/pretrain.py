@@ -70,7 +70,7 @@ def pretrain(
     Raises:
         InputError: before anything is trained, if images, teacher or start are missing or do not fit.
 
-    Example:
+    Examples:
         >>> mmmilan.pretrain('photos', 'runs/photos', start='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')
     """
     from mmengine.registry import DefaultScope

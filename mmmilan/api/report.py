@@ -50,7 +50,7 @@ def report(
     Raises:
         InputError: the folder holds too few images, or the checkpoint is not one of pretraining.
 
-    Example:
+    Examples:
         >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
     """
     import torch

@@ -23,7 +23,7 @@ def add_scores(page: Page, header: list[str], rows: list[list[str]], values: lis
         'What the frozen encoders know',
         'Top-1 accuracy in percent of a linear probe and of the 20 nearest neighbours, on the class token, for images '
         "not seen in training. Zero-shot: by the names of the classes alone, through the teacher's text tower. Bold is "
-        'the best of a column, whichever row it is in. The teacher was trained on captions, the others on images alone.',
+        'the best of a column, whichever row it is in. The teacher was trained on captions, the others on images.',
     )
     page.table(header, rows, values)
 

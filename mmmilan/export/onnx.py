@@ -38,7 +38,7 @@ def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
         InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, or the outputs
             differ. Nothing is written then.
 
-    Example:
+    Examples:
         >>> mmmilan.export_onnx('runs/photos/milan.pth', 'photos.onnx')
     """
     import torch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import timm
 import torch
@@ -52,3 +55,54 @@ def test_training_starts_from_a_given_vit(run_tool, image_folder, clip_file, tmp
     before, after = vit.blocks[0].mlp.fc1.weight, weights['backbone.layers.0.ffn.layers.0.0.weight']
     assert 0 < (before - after).abs().max() < 1e-4  # three small steps away
     assert torch.equal(vit.pos_embed, weights['backbone.pos_embed'])
+
+
+@pytest.fixture
+def labelled(image_folder, tmp_path):
+    """Folders train/ and val/ of the same three classes."""
+    for split in ('train', 'val'):
+        shutil.copytree(image_folder, tmp_path / 'labelled' / split)
+    return tmp_path / 'labelled'
+
+
+@pytest.fixture
+def own_encoder(tmp_path):
+    torch.manual_seed(1)
+    torch.save(timm.create_model('deit_tiny_patch16_224').state_dict(), tmp_path / 'vit.pth')
+    return tmp_path / 'vit.pth'
+
+
+BENCHMARKS = ROOT / 'configs/milan/benchmarks'
+HERE = 'num_workers=0 persistent_workers=False'.split()
+
+
+def test_nearest_neighbours_on_ones_own_folder(labelled, own_encoder, run_tool, tmp_path, monkeypatch):
+    for key, value in dict(DATA_ROOT=labelled, ARCH='tiny').items():
+        monkeypatch.setenv(key, str(value))
+    workers = ['test_dataloader.num_workers=0', 'test_cfg.bank_dataloader.num_workers=0', 'test_cfg.k=1']
+    command = (BENCHMARKS / 'vit-base-p16_knn_custom.py', own_encoder, '--work-dir', tmp_path / 'knn')
+    run_tool('test.py', *command, '--cfg-options', *workers)
+    [scores] = [json.loads(path.read_text()) for path in (tmp_path / 'knn').glob('*/*.json')]
+    assert scores['accuracy/top1'] == 100  # val is the same images, and each one's nearest is itself
+
+
+@pytest.mark.slow
+def test_linear_probe_on_ones_own_folder(labelled, own_encoder, run_tool, tmp_path, monkeypatch):
+    values = dict(DATA_ROOT=labelled, ARCH='tiny', CLASSES=3, PRETRAIN=own_encoder, BATCH_SIZE=8, EPOCHS=1)
+    for key, value in values.items():
+        monkeypatch.setenv(key, str(value))
+    loaders = [f'{loader}.{option}' for loader in ('train_dataloader', 'val_dataloader') for option in HERE]
+    options = ['--cfg-options', *loaders, 'optim_wrapper.type=OptimWrapper']
+    run_tool('train.py', BENCHMARKS / 'vit-base-p16_linear_custom.py', '--work-dir', tmp_path / 'work', *options)
+    weights = load_checkpoint_file(tmp_path / 'work/epoch_1.pth')['state_dict']
+    before = timm.create_model('deit_tiny_patch16_224')
+    before.load_state_dict(torch.load(own_encoder))
+    for number in (0, 11):  # frozen, all of it
+        expected = before.blocks[number].mlp.fc1.weight
+        assert torch.equal(weights[f'backbone.layers.{number}.ffn.layers.0.0.weight'], expected)
+    assert weights['head.layers.head.weight'].shape == (3, 192)
+
+
+def test_from_scratch(monkeypatch):
+    monkeypatch.setenv('CHECKPOINT', 'None')
+    assert Config.fromfile(CONFIG).model.backbone.init_cfg is None

@@ -13,7 +13,7 @@ batch_size = int('{{$BATCH_SIZE:64}}')
 
 model = dict(
     data_preprocessor=dict(num_classes=num_classes),
-    backbone=dict(arch={{_base_.arch}}),
+    backbone=dict(arch={{_base_.arch}}, frozen_stages={{_base_.depth}}),
     neck=dict(input_features={{_base_.width}}),
     head=dict(num_classes=num_classes, in_channels={{_base_.width}}),
 )
