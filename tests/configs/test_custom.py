@@ -79,7 +79,12 @@ HERE = 'num_workers=0 persistent_workers=False'.split()
 def test_nearest_neighbours_on_ones_own_folder(labelled, own_encoder, run_tool, tmp_path, monkeypatch):
     for key, value in dict(DATA_ROOT=labelled, ARCH='tiny').items():
         monkeypatch.setenv(key, str(value))
-    workers = ['test_dataloader.num_workers=0', 'test_cfg.bank_dataloader.num_workers=0', 'test_cfg.k=1']
+    workers = [
+        'test_dataloader.persistent_workers=False',
+        'test_dataloader.num_workers=0',
+        'test_cfg.bank_dataloader.num_workers=0',
+        'test_cfg.k=1',
+    ]
     command = (BENCHMARKS / 'vit-base-p16_knn_custom.py', own_encoder, '--work-dir', tmp_path / 'knn')
     run_tool('test.py', *command, '--cfg-options', *workers)
     [scores] = [json.loads(path.read_text()) for path in (tmp_path / 'knn').glob('*/*.json')]
