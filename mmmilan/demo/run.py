@@ -197,7 +197,8 @@ def run_demo(args: argparse.Namespace) -> None:
         results |= scores
         if tower:
             add_heat_maps(page, encoders['MILAN'], tower, datasets[-1])
-    add_pictures(page, encoders, DATASETS.build(cfgs['MILAN'].test_dataloader.dataset))
+    pictured = {**cfgs['MILAN'].test_dataloader.dataset, 'with_label': bool(datasets)}
+    add_pictures(page, encoders, DATASETS.build(pictured))
     add_curves(page, curves)
     if args.full:
         transferred = run_transfer(args, encoders['random'])

@@ -15,7 +15,7 @@ RECIPE_RATE, RECIPE_BATCH = 2.4e-3, 4096  # of the paper: 1.5e-4 x 4096 / 256
 STEPS = 10_000  # what a run gets, if that takes neither fewer nor more epochs than these
 EPOCHS = (20, 400)
 WARMUP = 0.1  # of the steps, as in the paper
-# From weights that know images, the rate is this share of the rate from scratch (docs/own_images.md has the figures).
+# From weights that know images, the rate is this share of the rate from scratch (a choice, not measured).
 GENTLER = 0.5
 FEW_STEPS = 300
 
