@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mmmilan.errors import InputError
 
 # The same files under the same paths: the original host, and that of the maintained line.
 MIRRORS = ('https://download.openmmlab.com/', 'https://mmassets.onedl.ai/')
-_HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
+_HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$', re.IGNORECASE)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _CHUNK = 1 << 20
 
@@ -62,9 +63,9 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
     Raises:
         InputError: no address gave the file, or it cannot be written.
     """
-    name = url.rpartition('/')[2]
+    name = urllib.parse.urlsplit(url).path.rpartition('/')[2]  # a query or fragment is no part of it
     in_name = _HASH_IN_NAME.search(name)
-    digest = sha256 or (in_name[1] if in_name else None)
+    digest = (sha256 or (in_name[1] if in_name else '')).lower() or None
     if digest is None:  # two files may have this name
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
     target = cache_dir() / name

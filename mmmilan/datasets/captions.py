@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import re
@@ -13,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.fileio import exists, register_backend
+from mmengine.fileio import register_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.logging import print_log
 from rich.progress import track
 
-from mmmilan.datasets.image_folder import EXTENSIONS, CorruptImageError, ImageFolder
+from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.errors import InputError
 from mmmilan.files import write_text
@@ -49,7 +50,7 @@ class CaptionedImages(ImageFolder):
     def load_data_list(self) -> list[dict]:
         texts: dict[str, list[str]] = {}
         for place, image, caption in self.read_rows():
-            if not image or not (caption or '').strip():
+            if not isinstance(image, str) or not isinstance(caption, str) or not caption.strip() or not image:
                 self.reject(f'{place} has no {"caption" if image else "image"}; complete or remove it.')
                 continue
             texts.setdefault(image, []).append(caption.strip())
@@ -72,7 +73,11 @@ class CaptionedImages(ImageFolder):
         for info in super().load_data_list():
             image = Path(info['img_path'])
             path = image.with_suffix('.txt')
-            lines = path.read_text(encoding='utf-8').split('\n') if path.is_file() else []
+            try:
+                lines = read_text(path).split('\n') if path.is_file() else []
+            except InputError as error:
+                self.reject(str(error))
+                continue
             for line in [line for line in lines if line.strip()] or ['']:
                 yield str(path), str(image.relative_to(self.img_prefix)), line
 
@@ -81,33 +86,47 @@ class CaptionedImages(ImageFolder):
             raise InputError(fault)
         print_log(f'Skipped: {fault}', logger='current', level=logging.WARNING)
 
-    def prepare_data(self, index: int) -> dict:
-        """Sample ``index`` after the pipeline; a missing image is treated as one that does not decode."""
-        try:
-            return super().prepare_data(index)
-        except InputError as error:
-            if isinstance(error, CorruptImageError) or exists(self.get_data_info(index)['img_path']):
-                raise
-            raise CorruptImageError(str(error)) from error
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 or UTF-16, with or without the mark that says which.
+
+    Raises:
+        InputError: it is neither.
+    """
+    content = path.read_bytes()
+    try:
+        return decode_text(content)
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8.') from error
+
+
+def decode_text(content: bytes) -> str:
+    return content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     """Rows of a CSV or TSV file with columns image and caption."""
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = csv.DictReader(file, delimiter='\t' if path.suffix == '.tsv' else ',')
+    rows = csv.DictReader(
+        io.StringIO(read_text(path), newline=''), delimiter='\t' if path.suffix == '.tsv' else ',', strict=True
+    )
+    try:
         if not {'image', 'caption'} <= set(rows.fieldnames or ()):
             raise InputError(f'{path} lacks a column named image or caption; name them in its first row.')
         for row in rows:
             yield f'{path}, line {rows.line_num},', row['image'], row['caption']
+    except csv.Error as error:  # such as a quotation mark without its end, which would swallow the rows after it
+        raise InputError(f'{path}, line {rows.line_num}: {error}; correct the quotation marks there.') from error
 
 
 def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     """Captions in COCO's format: ``images`` and ``annotations``, which name each other by the image's id."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(read_text(path))
         images = {image['id']: image['file_name'] for image in content['images']}
         rows = [(row['image_id'], row['caption']) for row in content['annotations']]
-    except (ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not in COCO's format of captions ({type(error).__name__}: {error}).") from error
     for number, (image, caption) in enumerate(rows):
         yield f'{path}, annotation {number} of image {image},', images.get(image), caption
@@ -135,7 +154,7 @@ class CaptionedShards(CaptionedImages):
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        shards = sorted(Path(self.data_root).glob('*.tar'))
+        shards = sorted(path for path in Path(self.data_root).glob('*.tar') if path.is_file())
         if not shards:
             raise InputError(f'The folder {self.data_root} holds no .tar file; set data_root to that of the shards.')
         samples = []
@@ -156,14 +175,25 @@ def load_index(shard: Path) -> list[tuple[str, list[str]]]:
     """Path (for :class:`TarBackend`) and captions of each image of a tar, whose index is kept beside it."""
     path = shard.with_name(f'{shard.name}.index.json')
     stamp = [shard.stat().st_size, shard.stat().st_mtime_ns]
-    index = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else dict(stamp=None)
-    if index['stamp'] != stamp:
+    index = stored_index(path)
+    if index.get('stamp') != stamp:
         index = dict(stamp=stamp, samples=read_index(shard))
         try:
             write_text(path, json.dumps(index))
         except InputError as error:  # a read-only disk
             print_log(f'{error}; the tar will be indexed again next time.', logger='current', level=logging.WARNING)
     return [(f'tar://{shard}/{name}@{offset}+{size}', texts) for name, offset, size, texts in index['samples']]
+
+
+def stored_index(path: Path) -> dict:
+    """The index of a tar; {} if there is none, or it is damaged and has to be made again."""
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+        for name, offset, size, texts in index['samples']:
+            assert isinstance(name, str) and isinstance(texts, list) and offset + size >= 0
+        return index
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return {}
 
 
 def read_index(shard: Path) -> list[tuple[str, int, int, list[str]]]:
@@ -186,16 +216,21 @@ def read_index(shard: Path) -> list[tuple[str, int, int, list[str]]]:
 
 
 def read_captions(content: bytes, extension: str) -> list[str]:
-    """The captions in a ``.txt`` or ``.json`` file of a sample."""
-    texts = content.decode('utf-8').split('\n') if extension == 'txt' else json.loads(content).get('caption') or []
-    return [text.strip() for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
+    """The captions in a ``.txt`` or ``.json`` file of a sample; none if it is no such file."""
+    try:
+        texts = decode_text(content)
+        texts = texts.split('\n') if extension == 'txt' else json.loads(texts).get('caption') or []
+    except (ValueError, AttributeError, RecursionError):
+        return []
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 @register_backend('mmmilan.tar', prefixes='tar')
 class TarBackend(BaseStorageBackend):
     """MMEngine's file backend for a part of a tar: ``tar://SHARD.tar/NAME@OFFSET+SIZE``."""
 
-    PATH = re.compile(r'tar://(.+?\.tar)/.+@(\d+)\+(\d+)')
+    PATH = re.compile(r'tar://(.+?\.tar)/.+@(\d+)\+(\d+)', re.DOTALL)
 
     def get(self, filepath: str) -> bytes:
         shard, offset, size = self.PATH.fullmatch(filepath).groups()

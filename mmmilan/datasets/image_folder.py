@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
+import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
-from mmengine.fileio import LocalBackend, get, get_file_backend
+from mmengine.fileio import LocalBackend, exists, get, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.datasets.custom import find_folders
+from PIL import Image
 
 from mmmilan.datasets.depth import read_deep, white_of
 from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError
+from mmmilan.files import first_line
 from mmmilan.registry import DATASETS, TRANSFORMS
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 MAX_CORRUPT_IN_A_ROW = 100
+MAX_PIXELS = 1 << 28  # 0.8 GB when decoded
+MAX_BYTES = 1 << 30
 
 
 class CorruptImageError(InputError):
@@ -37,15 +44,17 @@ class LoadImage(BaseTransform):
     Args:
         backend_args: MMEngine's file backend, e.g. ``dict(backend='lmdb', db_path='train.lmdb')``; None tells it
             from the path.
+        max_pixels: Larger images are treated as corrupt.
 
     Raises:
-        CorruptImageError: naming the image if it does not decode, or is a JPEG that ends too early (which
-            OpenCV would fill up with grey).
+        CorruptImageError: naming the image if it does not decode, is too large, or is a JPEG that ends too early
+            (which OpenCV would fill up with grey).
         InputError: naming the image if there is no such file.
     """
 
-    def __init__(self, backend_args: dict | None = None) -> None:
+    def __init__(self, backend_args: dict | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.backend_args = backend_args
+        self.max_pixels = max_pixels
 
     def transform(self, results: dict) -> dict:
         # inferencers bring arrays
@@ -54,19 +63,26 @@ class LoadImage(BaseTransform):
         return results
 
     def read(self, path: str) -> np.ndarray:
-        return decode(read_bytes(path, self.backend_args), path)
+        return decode(read_bytes(path, self.backend_args), path, max_pixels=self.max_pixels)
 
 
 def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
     """The content of an image file.
 
     Raises:
+        CorruptImageError: naming the image if it is no regular file of at most ``MAX_BYTES``, or cannot be read.
         InputError: naming the image if there is no such file.
     """
     try:
+        if not backend_args and '://' not in str(path):
+            state = os.stat(path)
+            if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:  # a pipe would be waited for
+                raise CorruptImageError(f'{path} is no file of at most {MAX_BYTES >> 20} MiB; replace or remove it.')
         content = get(path, backend_args)
     except FileNotFoundError:
         content = None
+    except (OSError, MemoryError) as error:
+        raise CorruptImageError(f'{path} cannot be read ({first_line(error)}); replace or remove it.') from error
     if content is None:  # so MMEngine's LMDB backend says it
         raise InputError(
             f'The image {path} is missing; set data_root and data_prefix of the data set to where it is, or drop '
@@ -80,7 +96,31 @@ def is_truncated_jpeg(content: bytes) -> bool:
     return content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
 
 
-def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
+@contextmanager
+def header_of(content: bytes) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it, of any size: the limit is ours. Nothing is decoded."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def check_pixels(content: bytes, path: str, max_pixels: int) -> None:
+    """Raise a :class:`CorruptImageError` for an image of more pixels, before they take up memory."""
+    try:
+        with header_of(content) as image:
+            width, height = image.size
+    except Exception:  # of any type; decoding it will say what is wrong
+        return
+    if width * height > max_pixels:
+        raise CorruptImageError(
+            f'{path} has {width} x {height} pixels; make it smaller, or raise max_pixels={max_pixels} of its transform.'
+        )
+
+
+def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
     """An image file as BGR uint8 [H, W, 3], turned as its EXIF orientation says.
 
     A grey image has its values in all three channels. 16 bits are scaled linearly from 0 to 65535, whatever the least
@@ -90,30 +130,48 @@ def decode(content: bytes, path: str, flag: int | str = 'color') -> np.ndarray:
         content: The file.
         path: Its name, for the error.
         flag: 'color', or OpenCV's ``IMREAD_REDUCED_COLOR_2``, ``_4`` or ``_8``.
+        max_pixels: How many there may be; None does not look.
 
     Raises:
-        CorruptImageError: if it does not decode, or is a JPEG that ends too early.
+        CorruptImageError: if it does not decode, is a JPEG that ends too early, or has too many pixels.
         InputError: if it has other channels than grey or RGB, or numbers that are no pixels.
     """
     if is_truncated_jpeg(content):
         raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
-    if white := white_of(content, path):
-        image = read_deep(content, white)
-    else:
-        image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
+    if max_pixels is not None:
+        check_pixels(content, path, max_pixels)
+    try:
+        if white := white_of(content, path):
+            image = read_deep(content, white)
+        else:
+            image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
+    except (cv2.error, OSError, MemoryError) as error:
+        raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
     if image is None:
         raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
     return image
 
 
-def list_images(folder: str, prefix: str = '') -> Iterator[str]:
-    """Paths below a folder of all images in it, however nested, in no order; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
+def list_images(folder: str, prefix: str = '', above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths below a folder of all images in it, however nested, in no order; hidden ones are left out.
+
+    A folder that cannot be read is named in the log. A link to a folder above it (``above``) is not followed.
+    """
+    try:
+        state = os.stat(folder)
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        print_log(f'Skipped: {folder} cannot be read ({error.strerror}).', logger='current', level=logging.WARNING)
+        return
+    here = (state.st_dev, state.st_ino)
+    if here in above:
+        return
+    for entry in entries:
+        with suppress(OSError):  # a link to itself
             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith('.') and entry.is_file():
                 yield prefix + entry.name
             elif entry.is_dir():
-                yield from list_images(entry.path, f'{prefix}{entry.name}/')
+                yield from list_images(entry.path, f'{prefix}{entry.name}/', (*above, here))
 
 
 @DATASETS.register_module()
@@ -212,6 +270,16 @@ class ImageFolder(CustomDataset):
         draw = index if isinstance(index, Draw) else None
         with seeded(draw) if draw else nullcontext():
             return self.load_or_replace(draw.index if draw else index)
+
+    def prepare_data(self, index: int) -> dict:
+        """Sample ``index`` after the pipeline; an image that is gone since is treated as one that does not decode."""
+        try:
+            return super().prepare_data(index)
+        except InputError as error:
+            path = self.get_data_info(index)['img_path']
+            if isinstance(error, CorruptImageError) or self.backend_args or exists(path):
+                raise
+            raise CorruptImageError(str(error)) from error
 
     def load_or_replace(self, index: int) -> dict:
         for _ in range(MAX_CORRUPT_IN_A_ROW):

@@ -33,12 +33,18 @@ def list_lmdb(db_path: str) -> list[str]:
     lmdb = import_lmdb()
     if not os.path.isdir(db_path):
         raise InputError(f'The database {db_path} does not exist; make it with tools/pack_images.py.')
-    with (
-        lmdb.open(db_path, readonly=True, lock=False) as database,
-        database.begin() as transaction,
-        transaction.cursor() as cursor,
-    ):
-        return [key.decode() for key in cursor.iternext(values=False)]
+    try:
+        with lmdb.open(db_path, readonly=True, lock=False) as database:
+            # reading beyond the end of a file that is mapped into memory ends the process without a word
+            needed = (database.info()['last_pgno'] + 1) * database.stat()['psize']
+            if os.path.getsize(os.path.join(db_path, 'data.mdb')) < needed:
+                raise InputError(f'The database {db_path} is incomplete; copy it again, or make it again.')
+            with database.begin() as transaction, transaction.cursor() as cursor:
+                return [key.decode() for key in cursor.iternext(values=False)]
+    except (lmdb.Error, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f'The database {db_path} cannot be read ({error}); copy it again, or make it again.'
+        ) from error
 
 
 def pack_images(folder: Path, paths: Iterable[Path], db_path: Path) -> None:

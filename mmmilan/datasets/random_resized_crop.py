@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import math
 from typing import NamedTuple
 
 import cv2
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
-from PIL import Image, UnidentifiedImageError
 
-from mmmilan.datasets.image_folder import decode, is_truncated_jpeg, read_bytes
+from mmmilan.datasets.image_folder import MAX_PIXELS, decode, header_of, is_truncated_jpeg, read_bytes
 from mmmilan.registry import TRANSFORMS
 
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
@@ -37,6 +36,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         aspect_ratio_range: Width over height of the crop.
         flip_prob: Probability of a horizontal flip.
         backend_args: See :class:`mmmilan.LoadImage`; the errors are the same too.
+        max_pixels: Larger images are treated as corrupt.
     """
 
     def __init__(
@@ -46,10 +46,12 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         aspect_ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
         flip_prob: float = 0.0,
         backend_args: dict | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(scale, crop_ratio_range, aspect_ratio_range, interpolation='bicubic')
         self.flip_prob = flip_prob
         self.backend_args = backend_args
+        self.max_pixels = max_pixels
 
     def transform(self, results: dict) -> dict:
         return self.load(results, read_bytes(results['img_path'], self.backend_args))
@@ -57,15 +59,15 @@ class LoadRandomResizedCrop(RandomResizedCrop):
     def load(self, results: dict, content: bytes) -> dict:
         """Decode, crop, resize and flip the file that was read."""
         path, header = results['img_path'], read_jpeg_header(content)
-        if header is None:
-            image = decode(content, path)
+        if header is None or math.prod(header.shape) > self.max_pixels:
+            image = decode(content, path, max_pixels=self.max_pixels)
             shape, factor = image.shape[:2], 1
             box = self.draw_crop(shape)
         else:
             shape = header.shape
             box = self.draw_crop(shape)
             factor = self.reduction(box)
-            image = decode(content, path, REDUCED.get(factor, 'color'))
+            image = decode(content, path, REDUCED.get(factor, 'color'), max_pixels=None)
         flip = np.random.random_sample() < self.flip_prob
         image = resize(crop(image, box, factor), self.scale, flip)
         results.update(img=image, img_shape=image.shape[:2], ori_shape=shape, flip=flip)
@@ -95,7 +97,7 @@ class LoadEncodedCrop(LoadRandomResizedCrop):
     def transform(self, results: dict) -> dict:
         content = read_bytes(results['img_path'], self.backend_args)
         header = read_jpeg_header(content)
-        if header is None or not header.plain:
+        if header is None or not header.plain or math.prod(header.shape) > self.max_pixels:
             return self.load(results, content)
         box = self.draw_crop(header.shape)
         flip = np.random.random_sample() < self.flip_prob
@@ -119,11 +121,11 @@ def read_jpeg_header(content: bytes) -> JPEGHeader | None:
     if content[:2] != b'\xff\xd8':
         return None
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with header_of(content) as image:
             orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info else 1
             plain = image.mode in ('L', 'RGB') and orientation == 1 and not is_truncated_jpeg(content)
             return JPEGHeader(image.size if orientation >= 5 else image.size[::-1], plain)
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except Exception:  # of any type, also from its EXIF
         return None  # decoding it will say what is wrong
 
 

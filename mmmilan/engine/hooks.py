@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from mmengine.device import get_device
 from mmengine.dist import all_gather, all_reduce, broadcast_object_list, get_rank, master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -97,12 +98,13 @@ def all_finite(weights: Iterable[Tensor]) -> Tensor:
 
 @HOOKS.register_module()
 class CorruptImageHook(Hook):
-    """Say after each epoch how many images did not decode so far."""
+    """Say after each epoch how many images did not decode so far, on all processes together."""
 
     def after_train_epoch(self, runner: Runner) -> None:
-        count = getattr(runner.train_dataloader.dataset, 'num_corrupt', 0)
+        count = torch.tensor(getattr(runner.train_dataloader.dataset, 'num_corrupt', 0), device=get_device())
+        all_reduce(count)
         if count:
-            runner.logger.warning(f'{count} images did not decode so far and were replaced by others.')
+            runner.logger.warning(f'{int(count)} images did not decode so far and were replaced by others.')
 
 
 @HOOKS.register_module()

@@ -283,3 +283,10 @@ def test_read_only_cache(server, monkeypatch):
             with pytest.raises(InputError, match=message):
                 download(f'{server.url}/good/{NAME}')
         os.chmod(folder, 0o755)
+
+
+@pytest.mark.parametrize('name', [f'{NAME}?download=1', f'{NAME}#part', NAME.replace(SHA256[:8], SHA256[:8].upper())])
+def test_no_form_of_an_address_switches_the_check_off(server, name):
+    with pytest.raises(InputError, match=f'does not have the hash {SHA256[:8]}'):
+        download(f'{server.url}/wrong/{name}')
+    assert download(f'{server.url}/good/{name}').read_bytes() == CONTENT

@@ -1,0 +1,214 @@
+"""Spoilt images, captions and shards: named and skipped, or one sentence; no trace, no hang."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import tarfile
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmmilan.datasets import CaptionedImages, CaptionedShards, ImageFolder, LoadImage, LoadRandomResizedCrop
+from mmmilan.datasets.captions import read_index, read_table
+from mmmilan.datasets.image_folder import CorruptImageError, list_images
+from mmmilan.datasets.packed import list_lmdb, pack_images
+from mmmilan.errors import InputError
+from mutations import spoil_bytes
+
+
+def photo(extension: str, **options) -> bytes:
+    rng = np.random.default_rng(0)
+    pixels = cv2.resize(rng.integers(0, 255, (9, 11, 3), dtype=np.uint8), (66, 54), interpolation=cv2.INTER_CUBIC)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(file, extension, **({'exif': exif} if extension != 'BMP' else {}), **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('extension', ['JPEG', 'PNG', 'WEBP', 'TIFF', 'BMP'])
+@pytest.mark.parametrize('transform', [LoadImage(), LoadRandomResizedCrop(16)], ids=['whole', 'crop'])
+def test_spoilt_images(tmp_path, extension, transform, capfd):
+    content, rng, path = photo(extension), random.Random(0), tmp_path / 'photo'
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Pillow's, of what it finds in the file
+        for _ in range(100):
+            path.write_bytes(spoil_bytes(content, rng))
+            try:
+                assert transform(dict(img_path=str(path)))['img'].dtype == np.uint8
+            except InputError as error:
+                assert str(path) in str(error) and '\n' not in str(error)
+                refused += 1
+    assert refused > 5
+
+
+def test_a_large_image_loads_and_a_limit_is_an_option(tmp_path):
+    """Pillow would call it a bomb."""
+    path = tmp_path / 'large.jpg'
+    cv2.imwrite(str(path), np.zeros((13000, 14000), np.uint8))
+    assert LoadRandomResizedCrop(16)(dict(img_path=str(path)))['ori_shape'] == (13000, 14000)
+    for transform in (LoadImage(max_pixels=10**8), LoadRandomResizedCrop(16, max_pixels=10**8)):
+        with pytest.raises(CorruptImageError, match=r'large\.jpg has 14000 x 13000 pixels; make it smaller'):
+            transform(dict(img_path=str(path)))
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    header = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' + (60000).to_bytes(4, 'big') * 2 + b'\x08\x02\0\0\0'
+    (tmp_path / 'bomb.png').write_bytes(header + bytes(100))
+    with pytest.raises(CorruptImageError, match=r'bomb\.png'):
+        LoadImage()(dict(img_path=str(tmp_path / 'bomb.png')))
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe would be waited for, a file with a hole of a terabyte would be read."""
+    os.mkfifo(tmp_path / 'pipe.jpg')
+    (tmp_path / 'loop.jpg').symlink_to('loop.jpg')
+    with open(tmp_path / 'hole.jpg', 'wb') as file:
+        file.truncate(1 << 40)
+    (tmp_path / 'folder.jpg').mkdir()
+    for name in ('pipe', 'loop', 'hole', 'folder'):
+        with pytest.raises(CorruptImageError, match=f'{name}.jpg'):
+            LoadImage()(dict(img_path=str(tmp_path / f'{name}.jpg')))
+    (tmp_path / 'up').symlink_to('..')
+    (tmp_path / 'here').symlink_to('.')
+    (tmp_path / 'a.jpg').write_bytes(photo('JPEG'))
+    assert sorted(list_images(str(tmp_path))) == ['a.jpg', 'hole.jpg']
+
+
+def test_an_image_that_is_deleted_while_training(tmp_path):
+    for name in 'abc':
+        (tmp_path / f'{name}.jpg').write_bytes(photo('JPEG'))
+    dataset = ImageFolder(str(tmp_path), pipeline=[LoadImage()])
+    (tmp_path / 'b.jpg').unlink()
+    assert dataset[1]['img_path'] != str(tmp_path / 'b.jpg')
+    assert dataset.num_corrupt >= 1
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 50), (50, 1), (2, 2)])
+def test_a_tiny_image_gives_numbers(tmp_path, size):
+    cv2.imwrite(str(tmp_path / 'tiny.png'), np.full((*size, 3), 77, np.uint8))
+    image = LoadRandomResizedCrop(32)(dict(img_path=str(tmp_path / 'tiny.png')))['img']
+    assert image.shape == (32, 32, 3) and (image == 77).all()
+
+
+# -- captions
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Three images and a function that reads them with a table of captions."""
+    for name in 'abc':
+        (tmp_path / f'{name}.jpg').write_bytes(photo('JPEG'))
+
+    def read(content: bytes, name: str = 'captions.csv') -> dict[str, list[str]]:
+        (tmp_path / name).write_bytes(content)
+        dataset = CaptionedImages(str(tmp_path), str(tmp_path / name), pipeline=[])
+        return {
+            Path(info['img_path']).name: info['captions'] for info in map(dataset.get_data_info, range(len(dataset)))
+        }
+
+    return read
+
+
+TABLE = 'image,caption\na.jpg,ein Käfer\nb.jpg,"a cat, asleep"\nc.jpg,a dog\n'
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_encodings(captioned, encoding):
+    expected = {'a.jpg': ['ein Käfer'], 'b.jpg': ['a cat, asleep'], 'c.jpg': ['a dog']}
+    assert captioned(TABLE.encode(encoding)) == expected
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (TABLE.encode('latin-1'), r'captions\.csv is not in UTF-8 \(byte \d+: .*\); save it as UTF-8'),
+        (TABLE.replace('asleep"', 'asleep').encode(), r'captions\.csv, line \d+: .*; correct the quotation marks'),
+        (TABLE.replace('a dog', 'x' * 200_000).encode(), r'captions\.csv, line \d+: field larger than'),
+        (b'image;caption\na.jpg;x\n', 'lacks a column named image or caption'),
+        (b'', 'lacks a column named image or caption'),
+    ],
+)
+def test_tables_that_cannot_be_read(captioned, content, message):
+    with pytest.raises(InputError, match=message):
+        captioned(content)
+
+
+def test_captions_that_are_no_text_are_skipped(captioned):
+    images = [dict(id=number, file_name=f'{name}.jpg') for number, name in enumerate('abc')]
+    rows = [dict(image_id=0, caption='a cat'), dict(image_id=1, caption=7), dict(image_id=2, caption=['x'])]
+    content = json.dumps(dict(images=images, annotations=rows)).encode()
+    assert captioned(content, 'captions.json') == {'a.jpg': ['a cat']}
+
+
+def test_spoilt_tables(tmp_path):
+    rng, path = random.Random(0), tmp_path / 'captions.csv'
+    for _ in range(100):
+        path.write_bytes(spoil_bytes(TABLE.encode(), rng))
+        try:
+            list(read_table(path))
+        except InputError as error:
+            assert '\n' not in str(error)
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+        for number in range(3):
+            add(tar, f'{number}.jpg', photo('JPEG'))
+            add(tar, f'{number}.txt', b'\xff\xff' if number == 1 else b'a photo')
+    return tmp_path
+
+
+def test_one_bad_text_and_a_folder_named_tar(shards):
+    (shards / 'folder.tar').mkdir()
+    assert len(CaptionedShards(str(shards), pipeline=[])) == 2
+
+
+@pytest.mark.parametrize('content', [b'', b'{"stamp": [1', b'[]', b'{"stamp": null}', b'\xff', b'{"samples": [[1]]}'])
+def test_an_index_that_is_damaged_is_made_again(shards, content):
+    first = CaptionedShards(str(shards), pipeline=[])
+    (shards / 'x.tar.index.json').write_bytes(content)
+    again = CaptionedShards(str(shards), pipeline=[])
+    assert [again.get_data_info(i) for i in range(2)] == [first.get_data_info(i) for i in range(2)]
+
+
+def test_spoilt_shards(shards):
+    content, rng = (shards / 'x.tar').read_bytes(), random.Random(0)
+    for _ in range(50):
+        (shards / 'x.tar').write_bytes(spoil_bytes(content, rng))
+        try:
+            for name, offset, size, captions in read_index(shards / 'x.tar'):
+                assert all(isinstance(caption, str) for caption in captions)
+                LoadImage()(dict(img_path=f'tar://{shards}/x.tar/{name}@{offset}+{size}'))
+        except InputError as error:
+            assert '\n' not in str(error)
+
+
+def test_a_database_that_is_cut_off(tmp_path):
+    pytest.importorskip('lmdb')
+    (tmp_path / 'images').mkdir()
+    paths = [tmp_path / 'images' / f'{number}.jpg' for number in range(20)]
+    for path in paths:
+        path.write_bytes(photo('JPEG'))
+    pack_images(tmp_path / 'images', paths, tmp_path / 'db')
+    assert len(list_lmdb(str(tmp_path / 'db'))) == 20
+    size = (tmp_path / 'db/data.mdb').stat().st_size
+    for left in (size // 2, 8192, 4096, 100, 0):
+        os.truncate(tmp_path / 'db/data.mdb', left)
+        with pytest.raises(InputError, match='The database .*(incomplete|cannot be read)'):
+            list_lmdb(str(tmp_path / 'db'))
