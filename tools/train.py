@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmmilan.engine.launch import add_shared_arguments, launched, read_config
+from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.errors import InputError, exit_on_input_error
 
 
@@ -26,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 def enable_amp(cfg: Config) -> None:
     """Switch on mixed precision, unless the config has it already."""
     if cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
-        bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+        bfloat16 = not torch.cuda.is_available() or computes_in_bfloat16('cuda')
         cfg.optim_wrapper.type = 'mmmilan.BFloat16OptimWrapper' if bfloat16 else 'AmpOptimWrapper'
 
 

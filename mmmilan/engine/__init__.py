@@ -1,6 +1,6 @@
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.compilation import CompileHook
-from mmmilan.engine.distributed import ZeroCheckpointHook, ZeroRedundancyOptimizer
+from mmmilan.engine.distributed import GradientCompressionHook, ZeroCheckpointHook, ZeroRedundancyOptimizer
 from mmmilan.engine.fsdp import FullyShardStrategy
 from mmmilan.engine.hooks import (
     ClassCountHook,
@@ -32,6 +32,7 @@ __all__ = [
     'ExactLoadingHook',
     'EpochLoop',
     'FullyShardStrategy',
+    'GradientCompressionHook',
     'GroupingOptimWrapperConstructor',
     'ImageSizeHook',
     'LARS',

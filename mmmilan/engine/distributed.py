@@ -5,27 +5,34 @@ from __future__ import annotations
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_distributed
+from mmengine.hooks import Hook
 from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
 from mmengine.runner import Runner
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.registry import HOOKS, OPTIMIZERS
 
 
-def init_cpu_processes(cfg: Config) -> None:
-    """Let the processes of torchrun work together on CPU, by gloo, where there is no GPU.
+def init_processes(cfg: Config) -> None:
+    """Let processes share their gradients; where there is no GPU, those of torchrun by gloo.
 
-    MMEngine itself takes for granted that each process has a GPU.
+    MMEngine itself takes for granted that each process has a GPU, and keeps gradients twice.
     """
-    if cfg.launcher != 'pytorch' or torch.cuda.is_available():
+    if cfg.launcher == 'none':
         return
-    torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(
+    wrapper = dict(
         type='MMDistributedDataParallel',
-        device_ids=None,
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
+        gradient_as_bucket_view=True,  # what is sent is the gradient itself and not a copy
     )
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+        wrapper['device_ids'] = None
+    if 'model_wrapper_cfg' not in cfg:
+        cfg.model_wrapper_cfg = wrapper
 
 
 def end_processes() -> None:
@@ -54,3 +61,15 @@ class ZeroCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         runner.optim_wrapper.optimizer.consolidate_state_dict()
         super()._save_checkpoint_with_step(runner, step, meta)
+
+
+@HOOKS.register_module()
+class GradientCompressionHook(Hook):
+    """Send gradients in bfloat16, for processes between which there is one slow network card.
+
+    DistributedDataParallel then sends half as much, and adds up gradients of 8 bits of precision.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        if isinstance(runner.model, DistributedDataParallel):
+            runner.model.register_comm_hook(None, bf16_compress_hook)

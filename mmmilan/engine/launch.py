@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_data, unread_options
-from mmmilan.engine.distributed import end_processes, init_cpu_processes
+from mmmilan.engine.distributed import end_processes, init_processes
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.work_dir import training_in
@@ -83,7 +83,7 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
     check_data(cfg, task)
     use_safe_loading()
     with training_in(cfg) if task == 'train' else nullcontext():
-        init_cpu_processes(cfg)
+        init_processes(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.register_hook(ExactLoadingHook())
         runner.register_hook(ImageSizeHook())

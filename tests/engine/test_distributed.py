@@ -1,0 +1,119 @@
+"""Many processes: rates, samples and seeds of sixteen, by PyTorch's fake process group; and two machines in one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from helpers import ROOT, load_trusted, read_scalars
+from mmmilan.datasets import ReproducibleSampler
+from mmmilan.engine import GradientCompressionHook, StepSeedHook
+from mmmilan.engine.distributed import init_processes
+
+WORLD = 16
+
+
+@contextmanager
+def process(rank: int) -> Iterator[None]:
+    """One of sixteen processes, which hears nothing of the others."""
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=WORLD)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_each_sample_once():
+    epochs = []
+    for epoch in range(2):
+        indices = []
+        for rank in range(WORLD):
+            with process(rank):
+                sampler = ReproducibleSampler(range(1600), shuffle=True, seed=5)
+                sampler.set_epoch(epoch)
+                own = [draw.index for draw in sampler]
+                assert len(own) == len(sampler) == 100
+                indices += own
+        assert sorted(indices) == list(range(1600))
+        epochs.append(indices)
+    assert epochs[0] != epochs[1]
+
+
+def test_every_process_has_its_own_random_numbers():
+    numbers = []
+    for iteration in (7, 8):
+        for rank in range(WORLD):
+            with process(rank):
+                StepSeedHook().before_train_iter(SimpleNamespace(seed=3, iter=iteration), 0)
+                numbers.append(torch.rand(1).item())
+    assert len(set(numbers)) == 2 * WORLD
+
+
+@pytest.mark.parametrize(('batch_size', 'factor'), [(256, 1.0), (128, 0.5)])
+def test_learning_rate(batch_size, factor):
+    """That of the recipe at its 16 x 256 images, in proportion at others."""
+    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    runner = SimpleNamespace(logger=SimpleNamespace(info=lambda *args: None), param_schedulers=None)
+    runner._train_dataloader = dict(batch_size=batch_size)
+    with process(3):
+        runner._world_size = runner.world_size = dist.get_world_size()
+        Runner.scale_lr(runner, OptimWrapper(optimizer), cfg.auto_scale_lr | dict(enable=True))
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(2.4e-3 * factor)
+
+
+def test_wrapper():
+    cfg = Config(dict(launcher='none'))
+    init_processes(cfg)
+    assert 'model_wrapper_cfg' not in cfg
+    cfg = Config(dict(launcher='slurm'))
+    init_processes(cfg)
+    wrapper = cfg.model_wrapper_cfg
+    assert wrapper.gradient_as_bucket_view and not wrapper.broadcast_buffers and not wrapper.find_unused_parameters
+
+
+def test_compressed_gradients():
+    """What is sent is bfloat16, what arrives float32."""
+    gradients = []
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    for compress in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(nn.Linear(7, 3), gradient_as_bucket_view=True)
+        if compress:
+            GradientCompressionHook().before_train(SimpleNamespace(model=model))
+        model(torch.randn(5, 7)).square().sum().backward()
+        gradients.append(model.module.weight.grad)
+    dist.destroy_process_group()
+    plain, compressed = gradients
+    assert not torch.equal(plain, compressed) and torch.equal(compressed, plain.bfloat16().float())
+
+
+@pytest.mark.slow
+def test_two_machines(tiny_config, tmp_path):
+    """Two launchers, as on two machines, with two processes each: they train together."""
+    config = tiny_config({'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 2})
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port), NNODES='2')
+    environment['PATH'] = f'{os.path.dirname(sys.executable)}:{environment["PATH"]}'
+    command = ['bash', ROOT / 'tools/dist_train.sh', config, '2']
+    nodes = [subprocess.Popen(command, env=environment | dict(NODE_RANK=str(rank))) for rank in (0, 1)]
+    assert [node.wait() for node in nodes] == [0, 0]
+    assert len(read_scalars(tmp_path / 'work')) == 2 * 24 // (4 * 2)
+    assert load_trusted(tmp_path / 'work/epoch_2.pth')['meta']['iter'] == 6
