@@ -54,7 +54,7 @@ def test_real_size(name, on_meta):  # noqa: F811
     model = MODELS.build(cfg.model)
     width, pixels = WIDTH[size_of(name)], 384 if name.endswith('384px') else 224
     assert cfg.test_dataloader.dataset.pipeline[-2].crop_size == pixels
-    assert cfg.train_dataloader.dataset.pipeline[1].scale == pixels
+    assert cfg.train_dataloader.dataset.pipeline[0].scale == pixels
     images = torch.empty(2, 3, pixels, pixels)
     assert model.extract_feat(images)[-1].shape == (2, width)
     if 'knn' not in name:

@@ -47,7 +47,7 @@ def small(tmp_path):
         loaders += [cfg.test_cfg.bank_dataloader] if 'bank_dataloader' in cfg.test_cfg else []
         for loader in loaders:
             loader.update(batch_size=4, num_workers=0, persistent_workers=False)
-            loader.dataset.pipeline[1].scale = 64
+            next(step for step in loader.dataset.pipeline if 'scale' in step).scale = 64
         for loader in loaders[1:]:
             loader.dataset.pipeline[2].crop_size = 64
         cfg.optim_wrapper.type = 'OptimWrapper'
