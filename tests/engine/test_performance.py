@@ -455,15 +455,14 @@ def test_bad_weights_are_not_saved_between_two_lines_of_the_log(tmp_path):
 def test_bars_on_a_gpu(run_tool, tmp_path, options):
     """The step, ViT-B/16, batch 256, bfloat16, against mmpretrain's in the same precision, as computed beforehand.
 
-    tools/speed/estimate.py has the work of both the same and mmpretrain's memory traffic the larger: 1.3 to 1.4 times
-    the speed uncompiled, 1.6 with ours compiled alone (an A100; the faster the products, the more traffic counts), and
-    at the peak 13.4 GB against 17.1, 9.9 compiled. The bars leave a tenth. The figures for docs/performance.md are
-    written to work_dirs/speed.
+    By tools/speed/estimate.py, for an A100, the work of both is the same. mmpretrain's takes 182 ms compiled, and more
+    as it is; ours 171 ms, and 144 compiled. At the peak ours has 13.4 GB against 17.1, some 9.9 compiled. The bars
+    leave room for what the assumptions miss. The figures for docs/performance.md are written to work_dirs/speed.
     """
     path = ROOT / f'work_dirs/speed/step{"-compiled" if options else ""}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     report = benchmark(run_tool, path, 'step', *options, '--warmup', 5, '--rounds', 10)
-    assert report['ratio'] >= (1.4 if options else 1.2)
+    assert report['ratio'] >= (1.3 if options else 1.1)
     assert report['memory_ratio'] <= (0.65 if options else 0.85)
     mfu = report['contestants']['mmmilan']['mfu']
     assert mfu is None or mfu >= (0.3 if options else 0.25)  # None: a GPU whose peak is not known here
