@@ -62,13 +62,13 @@ def vit(tmp_path, randomise):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Both libraries build their models with two blocks."""
+    """Both libraries build their models with two blocks; open_clip's own ViTs with two heads, too."""
     create_model, get_model_config = timm.create_model, open_clip.get_model_config
 
     def shallow_config(name: str) -> dict:
         config = get_model_config(name)
-        if 'timm_model_name' not in config['vision_cfg']:
-            config['vision_cfg']['layers'] = 2
+        if isinstance(config['vision_cfg'].get('layers'), int):  # a ViT of open_clip's own
+            config['vision_cfg'] |= dict(layers=2, width=2 * config['vision_cfg'].get('head_width', 64))
         return config
 
     def shallow_model(name: str, **kwargs) -> nn.Module:

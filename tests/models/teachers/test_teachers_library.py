@@ -1,0 +1,160 @@
+"""Every ViT of timm and open_clip, at two blocks with random weights, gives features and importance or says why not.
+
+The table of ``configs/milan/teachers/README.md`` is what comes out. Where they differ, this test leaves the right text
+in a file and names it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import open_clip
+import pytest
+import timm
+import torch
+from timm.models._registry import _model_to_module as MODULE_OF
+from torch import Tensor
+
+from helpers import ROOT
+from mmmilan.errors import InputError
+from mmmilan.models.teachers.open_clip import new_visual
+from mmmilan.models.teachers.timm_tower import patch_size
+from mmmilan.registry import MODELS
+
+README = ROOT / 'configs/milan/teachers/README.md'
+START, END = '<!-- table: written by tests/models/teachers/test_teachers_library.py -->\n', '<!-- end of table -->\n'
+# timm's modules of transformers; the others are convolutional throughout
+TRANSFORMERS = (
+    'beit', 'cait', 'coat', 'convit', 'crossvit', 'davit', 'deepseek_vit', 'deit', 'efficientformer', 'eva', 'fastvit',
+    'gcvit', 'gemma4_vit', 'hiera', 'levit', 'maxxvit', 'mobilevit', 'mvitv2', 'naflexvit', 'nest', 'pit', 'pvt_v2',
+    'qwen3_vit', 'swin_transformer', 'swin_transformer_v2', 'tiny_vit', 'tnt', 'twins', 'vision_transformer',
+    'vision_transformer_hybrid', 'vision_transformer_relpos', 'vision_transformer_sam', 'vitamin', 'volo', 'xcit',
+)  # fmt: skip
+FAST = ('test_vit', 'test_vit_relpos', 'vit_small_plus_patch16_dinov3', 'pit_ti_224', 'convit_tiny', 'resnet10t')
+
+
+@pytest.fixture
+def cheap_weights(shallow) -> Iterator[None]:
+    """Plain normal weights: the libraries' own initialisation takes minutes for the largest models."""
+
+    def fill(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return tensor.data.normal_(std=0.02)
+
+    modules = ('torch.nn.init', 'timm.models.vision_transformer', 'timm.models.eva', 'timm.models.beit')
+    patches = [mock.patch(f'{module}.trunc_normal_', fill) for module in modules]
+    patches.append(mock.patch('torch.nn.init.kaiming_uniform_', fill))
+    for patch in patches:
+        patch.start()
+    yield
+    for patch in patches:
+        patch.stop()
+
+
+@torch.no_grad()
+def outcome(cfg: dict) -> tuple[bool, str]:
+    """Whether a model can teach, and what its importance is, or why not."""
+    try:
+        size = 6 * smallest_unit(cfg)
+        teacher = MODELS.build(cfg | dict(input_size=size)).eval()
+        features, importance = teacher(torch.randn(1, 3, size, size))
+    except InputError as error:
+        return False, str(error).replace(cfg['model'], 'it').replace('The image tower of it', 'it').rstrip('.')
+    assert features.shape == (1, 37, teacher.feature_dim) and features.isfinite().all()
+    assert importance.shape == (1, 36) and importance.min() >= 0 and 0 < importance.sum() < 1.001
+    return True, teacher.tower.importance_is
+
+
+def smallest_unit(cfg: dict) -> int:
+    """The patch of a model; some pixels for those that have none."""
+    with torch.device('meta'):
+        if 'Timm' in cfg['type']:
+            model = timm.create_model(cfg['model'], num_classes=0)
+        else:
+            model = new_visual(open_clip.get_model_config(cfg['model']))
+            if isinstance(model, open_clip.transformer.VisionTransformer):
+                return model.patch_size[0]
+            model = getattr(model, 'trunk', model)
+    strides = {info['reduction'] for info in getattr(model, 'feature_info', [])}
+    return patch_size(model) if len(strides) == 1 else 32
+
+
+def timm_cfg(model: str) -> dict:
+    return dict(type='mmmilan.TimmTeacher', model=model, pretrained=None)
+
+
+def open_clip_cfg(model: str) -> dict:
+    return dict(type='mmmilan.OpenCLIPTeacher', model=model)
+
+
+def survey() -> dict[tuple[str, bool, str], list[str]]:
+    """Models by library and family, whether they can teach, and importance or reason."""
+    found = defaultdict(list)
+    for module in TRANSFORMERS:
+        models = [model for model in timm.list_models() if MODULE_OF[model] == module]
+        first = outcome(timm_cfg(models[0]))
+        if 'hierarchical' in first[1] or 'no attention' in first[1]:  # as all of this module
+            found[(f'timm, `{module}`', *first)] = models
+            continue
+        for model in models:
+            found[(f'timm, `{module}`', *outcome(timm_cfg(model)))].append(model)
+    for model in open_clip.list_models():
+        if model.startswith('milan-test'):  # made by another test of this session
+            continue
+        found[(f'open_clip, {tower_of(model)}', *outcome(open_clip_cfg(model)))].append(model)
+    return found
+
+
+def tower_of(model: str) -> str:
+    vision = open_clip.get_model_config(model)['vision_cfg']
+    if 'timm_model_name' in vision:
+        return f'`{MODULE_OF[vision["timm_model_name"]]}` of timm'
+    return 'ResNet' if isinstance(vision['layers'], list) else 'own ViT'
+
+
+def table(found: dict[tuple[str, bool, str], list[str]]) -> str:
+    """The README's table, and the names below it."""
+    rows = sorted(
+        found.items(), key=lambda item: (not item[0][1], item[0][0].startswith('open'), item[0][0], item[0][2])
+    )
+    lines = ['| library, family | models | teaches | importance, or why not |', '|---|---|---|---|']
+    for (family, teaches, what), models in rows:
+        lines.append(f'| {family} | {len(models)} | {"yes" if teaches else "no"} | {what} |')
+    for (family, teaches, what), models in rows:
+        if teaches:
+            names = ', '.join(f'`{model}`' for model in models)
+            lines += ['', f'<details><summary>{family}, {what}</summary>', '', names, '', '</details>']
+    return '\n'.join(lines) + '\n'
+
+
+@pytest.mark.slow
+def test_every_vit(cheap_weights, tmp_path):
+    text = README.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    expected = before + START + table(survey()) + END + after
+    if text != expected:
+        right = Path(tmp_path, 'README.md')
+        right.write_text(expected)
+        pytest.fail(f'{README} is out of date; copy {right} over it')
+
+
+@pytest.mark.parametrize('model', FAST)
+def test_some_of_timm(model, cheap_weights):
+    """One of some rows, as the README's table has it."""
+    teaches, what = outcome(timm_cfg(model))
+    if MODULE_OF[model] in TRANSFORMERS:
+        row = rf'| timm, `{MODULE_OF[model]}` |'
+        rows = [line for line in README.read_text().splitlines() if line.startswith(row)]
+        assert any(line.endswith(f'| {"yes" if teaches else "no"} | {what} |') for line in rows)
+    else:
+        assert not teaches and what.startswith('it is convolutional or hierarchical')
+
+
+@pytest.mark.parametrize('model', ['ViT-S-32', 'RN50', 'PE-Core-T-16-384'])
+def test_some_of_open_clip(model, cheap_weights):
+    teaches, what = outcome(open_clip_cfg(model))
+    assert f'| {"yes" if teaches else "no"} | {what} |' in README.read_text()
+    assert teaches == (model != 'RN50')
