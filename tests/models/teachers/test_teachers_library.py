@@ -33,7 +33,7 @@ TRANSFORMERS = (
     'qwen3_vit', 'swin_transformer', 'swin_transformer_v2', 'tiny_vit', 'tnt', 'twins', 'vision_transformer',
     'vision_transformer_hybrid', 'vision_transformer_relpos', 'vision_transformer_sam', 'vitamin', 'volo', 'xcit',
 )  # fmt: skip
-FAST = ('test_vit', 'test_vit_relpos', 'vit_small_plus_patch16_dinov3', 'pit_ti_224', 'convit_tiny', 'resnet10t')
+FAST = ('test_vit', 'test_vit_relpos', 'vit_small_plus_patch16_dinov3', 'pit_b_224', 'convit_tiny', 'resnet10t')
 
 
 @pytest.fixture
