@@ -71,6 +71,19 @@ def test_benchmark(run_tool, tmp_path, command, options, parts):
         assert ours['mfu'] == pytest.approx(ours['gflops_per_image'] * ours['images_per_s'] / 1000)
 
 
+def test_benchmark_of_less_computation(run_tool, tmp_path):
+    """Each option is compared with mmpretrain's MILAN by its masked views, and takes fewer operations a view."""
+    options = {'2-masks': 2, '4-masks-third': 4, 'fast': 2, 'alignment': 1, 'cached': 1}
+    report = benchmark(run_tool, tmp_path / 'report.json', 'step', *TINY, '--options', *options)
+    theirs, ours = report['contestants']['mmpretrain in float32'], report['contestants']['mmmilan']
+    for name, masks in options.items():
+        figures = report['contestants'][f'mmmilan, {name}']
+        assert figures['masked_views_per_s'] == pytest.approx(masks * figures['images_per_s'])
+        ratio = figures['masked_views_per_s'] / theirs['images_per_s']
+        assert report['option_ratios'][f'mmmilan, {name}'] == pytest.approx(ratio)
+        assert figures['gflops_per_image'] / masks < ours['gflops_per_image']
+
+
 def test_benchmark_of_the_same_work(run_tool, tmp_path):
     """Decoders of the same size take the same operations; what ours saves in the step is in encoder and teacher."""
     decoders = benchmark(run_tool, tmp_path / 'decoder.json', 'decoder', *TINY)['contestants']
