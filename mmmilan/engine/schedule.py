@@ -94,7 +94,9 @@ class ScheduleCheckHook(Hook):
                 'smaller batches.'
             )
         schedulers = runner.param_schedulers
-        schedulers = schedulers if isinstance(schedulers, list) else [s for each in schedulers.values() for s in each]
+        schedulers = (
+            schedulers if isinstance(schedulers, list) else [s for each in (schedulers or {}).values() for s in each]
+        )
         warmup = max((warmup_steps(s, runner) for s in schedulers if isinstance(s, LinearParamScheduler)), default=0)
         if steps > 1 and warmup > steps / 2:
             runner.logger.warning(
