@@ -155,13 +155,15 @@ def main() -> None:
     options = {name: values for name, values in figures.items() if name.startswith('mmmilan, ')}
     others = [values for name, values in figures.items() if name not in ('mmmilan', *options)]
     ratios = {n: ours['images_per_s'] / v['images_per_s'] for n, v in figures.items() if v in others}
-    option_ratios = {n: v['masked_views_per_s'] / others[0]['masked_views_per_s'] for n, v in options.items()}
+    rate = 'masked_views_per_s' if args.command == 'step' else 'images_per_s'
+    option_ratios = {n: v[rate] / others[0][rate] for n, v in options.items()}
     settings = {key: str(value) for key, value in vars(args).items() if value is not None and key != 'json'}
     print_table(f'{args.command}: {settings["arch"]}, {args.img_size} pixels, batch {args.batch_size}', figures)
     for name, ratio in ratios.items():
         print(f'{ratio:.2f} times {name}')
     for name, ratio in option_ratios.items():
-        print(f'{name}: {ratio:.2f} times {list(ratios)[0]}, counting masked views')
+        counted = ', counting masked views' if args.command == 'step' else ''
+        print(f'{name}: {ratio:.2f} times {list(ratios)[0]}{counted}')
     if args.json:
         report = dict(
             command=args.command,
