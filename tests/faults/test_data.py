@@ -69,6 +69,8 @@ def test_a_bomb_takes_no_memory(tmp_path):
 
 def test_what_is_no_file(tmp_path):
     """A pipe would be waited for, a file with a hole of a terabyte would be read."""
+    tmp_path = tmp_path / 'alone' / 'images'  # where '..' holds nothing else
+    tmp_path.mkdir(parents=True)
     os.mkfifo(tmp_path / 'pipe.jpg')
     (tmp_path / 'loop.jpg').symlink_to('loop.jpg')
     with open(tmp_path / 'hole.jpg', 'wb') as file:
