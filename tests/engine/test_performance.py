@@ -470,8 +470,8 @@ def test_bad_weights_are_not_saved_between_two_lines_of_the_log(tmp_path):
 def test_bars_on_a_gpu(run_tool, tmp_path, options):
     """The step, ViT-B/16, batch 256, bfloat16, against mmpretrain's in the same precision, as computed beforehand.
 
-    By tools/speed/estimate.py, for an A100, the work of both is the same. mmpretrain's takes 182 ms compiled, and more
-    as it is; ours 171 ms, and 144 compiled. At the peak ours has 13.4 GB against 17.1, some 9.9 compiled. The bars
+    By tools/speed/estimate.py, for an A100, the work of both is the same. mmpretrain's takes 256 ms as it is;
+    ours 171 ms, and 129 compiled. At the peak ours has 13.4 GB against 17.1, some 9.9 compiled. The bars
     leave room for what the assumptions miss. The figures for docs/performance.md are written to work_dirs/speed.
     """
     path = ROOT / f'work_dirs/speed/step{"-compiled" if options else ""}.json'
