@@ -6,15 +6,11 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, assert_identical, load_trusted
+from helpers import assert_identical, load_trusted
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import find_newest, locked
 from small_runs import runner
@@ -63,36 +59,3 @@ def test_ended_at_any_moment(tmp_path, safe_mmengine, number, seed):
     name = f'iter_{5 * EPOCHS}.pth'
     assert_identical(load_trusted(tmp_path / 'work' / name), load_trusted(tmp_path / 'whole' / name))
     assert [path.name for path in (tmp_path / 'work').glob('*iter*')] == [name]
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_processes(tiny_config, tmp_path):
-    """Both stop after the same step, and both go on."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port), PYTHONPATH=str(ROOT))
-    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
-    config = tiny_config({'train_dataloader.batch_size': 2})
-
-    def launch(*options: object) -> subprocess.Popen:
-        command = ['bash', ROOT / 'tools/dist_train.sh', config, '2', *map(str, options)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    whole = launch('--work-dir', tmp_path / 'whole').communicate()[0]
-    assert (tmp_path / 'whole/epoch_2.pth').is_file(), whole
-    first = launch('--work-dir', tmp_path / 'work')
-    log: Path | None = None
-    while log is None or 'Epoch(train)' not in log.read_text():
-        time.sleep(0.05)
-        assert first.poll() is None
-        log = next((tmp_path / 'work').glob('*/*.log'), None)
-    children = Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()
-    os.kill(int(children[1]), signal.SIGUSR1)
-    said = first.communicate()[0]
-    assert 'SIGUSR1: stopped after iteration' in said
-    newest = find_newest(tmp_path / 'work')
-    assert newest.name.startswith('stopped_iter_')
-    rest = launch('--work-dir', tmp_path / 'work', '--resume').communicate()[0]
-    assert (tmp_path / 'work/epoch_2.pth').is_file(), rest
-    assert_identical(load_trusted(tmp_path / 'work/epoch_2.pth'), load_trusted(tmp_path / 'whole/epoch_2.pth'))
