@@ -20,7 +20,7 @@ from mmmilan.registry import MODELS
 FOLDER = 'milan/benchmarks'
 CONFIGS = {path.stem: path for path in (ROOT / 'configs' / FOLDER).glob('*.py')}
 SIBLINGS = [stem for stem, path in CONFIGS.items() if isinstance(own_settings(path)['_base_'], str)]
-LINEAR = [stem for stem in CONFIGS if 'linear' in stem]
+LINEAR = [stem for stem in CONFIGS if 'linear' in stem and 'custom' not in stem]  # the paper's recipe
 SHIFTED = [stem for stem in CONFIGS if 'imagenet-' in stem]  # from other distributions than ImageNet-1k
 WIDTH = dict(base=768, large=1024)
 FINE_TUNING = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'

@@ -114,7 +114,11 @@ def test_two_processes(processes, milan_cfg, tmp_path):
     ddp['state_dict'] = {key.removeprefix('module.'): value for key, value in ddp['state_dict'].items()}
     assert fsdp['state_dict'].keys() == ddp['state_dict'].keys()
     for key, value in ddp['state_dict'].items():
-        torch.testing.assert_close(fsdp['state_dict'][key], value, rtol=0, atol=1e-6)
+        actual = fsdp['state_dict'][key]
+        if key.endswith(('qkv.bias', '.kv.bias')):  # a key's bias has no gradient but rounding, which AdamW scales up
+            parts = 3 if key.endswith('qkv.bias') else 2
+            actual, value = (torch.cat([*x.chunk(parts)[: parts - 2], x.chunk(parts)[-1]]) for x in (actual, value))
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-6)
     MODELS.build(milan_cfg).load_state_dict(fsdp['state_dict'])
     assert fsdp['optimizer']['param_groups'] == ddp['optimizer']['param_groups']
     assert fsdp['optimizer']['state'].keys() == ddp['optimizer']['state'].keys()

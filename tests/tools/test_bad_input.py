@@ -72,6 +72,7 @@ def corrupt_folder(image_folder, tmp_path):
 
 def test_corrupt_images_are_skipped_named_and_counted(tiny_config, run_tool, corrupt_folder, tmp_path):
     changes = {'train_dataloader.dataset.data_root': str(corrupt_folder), 'train_dataloader.drop_last': False}
+    changes['train_dataloader.num_workers'] = 0
     run_tool('train.py', tiny_config(changes))
     assert (tmp_path / 'work/epoch_2.pth').exists()
     log = logged(tmp_path / 'work')
