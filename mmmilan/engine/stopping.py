@@ -29,7 +29,7 @@ class StopHook(Hook):
 
     All processes stop after the same step, whichever of them got the signal: each tells the others after every step,
     and hears of it after the next one, so that no step waits for the answer. A second SIGINT stops at once. A step is
-    one of the optimizer: accumulated gradients are not cut in two.
+    one of the optimizer: accumulated gradients are not cut in two. After the last step the run ends as always.
 
     ``--resume`` then goes on bit-identically.
     """
@@ -53,6 +53,8 @@ class StopHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        if runner.iter + 1 >= runner.max_iters:
+            return
         number = self.agreed()
         if not number or not runner.optim_wrapper.should_update():
             return

@@ -45,7 +45,7 @@ def run(work_dir: Path, hook: Hook | None = None, **kwargs) -> None:
     built.train()
 
 
-@pytest.mark.parametrize('step', [0, 3, 4, 6, 14])
+@pytest.mark.parametrize('step', [0, 3, 4, 6, 13])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
     run(tmp_path / 'whole')
@@ -59,6 +59,12 @@ def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
     run(tmp_path / 'work', load_from=str(newest), resume=True)
     assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
     assert not list((tmp_path / 'work').glob('stopped_*'))
+
+
+def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
+    """Nothing is left to go on with: the run ends as one without a signal."""
+    run(tmp_path, SignalHook(signal.SIGTERM, 14))
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'}
 
 
 def test_a_signal_with_data_workers(tmp_path, safe_mmengine):
