@@ -29,7 +29,7 @@ class EpochLoop(EpochBasedTrainLoop):
     def run_epoch(self) -> None:
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        if self.done:
+        if self.done and isinstance(self.dataloader, DataLoader):  # a ContinuousLoader begins there by itself
             skip_batches(self.dataloader, self.done)
         for index, batch in enumerate(self.dataloader, start=self.done):
             self.done = index + 1

@@ -42,6 +42,16 @@ def test_the_same_batches(start):
     assert next(continuous.batches, None) is None
 
 
+def test_from_within_an_epoch():
+    """The rest of the first epoch, then whole ones."""
+    plain, continuous = loader(1), ContinuousLoader(loader(1), 1, 3, done=2)
+    for epoch, count in ((1, 1), (2, 3)):
+        plain.sampler.set_epoch(epoch)
+        expected, actual = list(plain)[-count:], list(continuous)
+        assert len(actual) == count
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_no_wait_at_the_start_of_an_epoch():
     """A batch takes 0.2 s to load; one that is there already takes none, and so it is from the start."""
     waits = []

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from helpers import assert_identical, load_trusted
+from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import find_newest, locked, prepare
 from mmmilan.errors import InputError
@@ -37,9 +38,9 @@ class SignalHook(Hook):
             os.kill(os.getpid(), self.number)
 
 
-def run(work_dir: Path, hook: Hook | None = None, **kwargs) -> None:
+def run(work_dir: Path, *hooks: Hook, **kwargs) -> None:
     built = runner(work_dir, length=10, train_cfg=dict(LOOP), **kwargs)
-    if hook:
+    for hook in hooks:
         built.register_hook(hook)
     built.register_hook(StopHook())
     built.train()
@@ -67,11 +68,14 @@ def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
     assert {path.name for path in tmp_path.glob('*.pth')} == {'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'}
 
 
-def test_a_signal_with_data_workers(tmp_path, safe_mmengine):
+@pytest.mark.parametrize('hooks', [(), (PrefetchHook,)], ids=['', 'prefetching'])
+def test_a_signal_with_data_workers(tmp_path, safe_mmengine, hooks):
+    """Also where the workers were already at the next epoch."""
     run(tmp_path / 'whole')
     with pytest.raises(SystemExit):
-        run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6), num_workers=2)
-    run(tmp_path / 'work', load_from=str(find_newest(tmp_path / 'work')), resume=True, num_workers=2)
+        run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks], num_workers=2)
+    newest = str(find_newest(tmp_path / 'work'))
+    run(tmp_path / 'work', *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
     assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
 
 
