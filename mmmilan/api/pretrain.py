@@ -92,7 +92,9 @@ def pretrain(
 
 def check_out(folder: Path, resume: bool) -> None:
     """Refuse to write over a run, or to go on with none."""
-    has_run = (folder / 'last_checkpoint').is_file()
+    from mmmilan.engine.work_dir import checkpoints_in
+
+    has_run = bool(checkpoints_in(folder))
     if has_run and not resume:
         raise InputError(f'{folder} holds a run already; choose another folder, or go on with it by resume (--resume).')
     if resume and not has_run:
@@ -269,10 +271,10 @@ def train(path: Path, resume: bool) -> Path:
 
     import torch
     from mmengine.config import Config
-    from mmengine.runner import find_latest_checkpoint
 
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
     from mmmilan.engine.launch import launched
+    from mmmilan.engine.work_dir import checkpoint_folder, find_newest
 
     config = Config.fromfile(path)
     config.resume = resume
@@ -281,7 +283,7 @@ def train(path: Path, resume: bool) -> Path:
     begin = time.monotonic()
     with launched(config, 'train') as runner:
         runner.train()
-    checkpoint = load_checkpoint_file(find_latest_checkpoint(config.work_dir))
+    checkpoint = load_checkpoint_file(find_newest(checkpoint_folder(config)))
     if not resume:  # or it would be the time of a part
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'
         checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=device)
