@@ -1,15 +1,20 @@
-"""A training run that takes milliseconds."""
+"""A training run that takes milliseconds, in one process or in several."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
+from mmmilan.engine.distributed import end_processes, init_processes
 from mmmilan.engine.hooks import ExactLoadingHook
 
 
@@ -55,3 +60,36 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
     built = Runner(Model(), str(work_dir), experiment_name=name, log_level='ERROR', **settings | kwargs)
     built.register_hook(ExactLoadingHook())
     return built
+
+
+def start_ranks(target: Callable, *args: object) -> list[multiprocessing.Process]:
+    """Two processes that call ``target`` as ranks of gloo, with ``launcher`` and ``cfg`` for :func:`runner` besides."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in '01':
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        ranks.append(
+            multiprocessing.get_context('fork').Process(target=be_rank, args=(environment, target, *args), daemon=True)
+        )
+        ranks[-1].start()
+    return ranks
+
+
+def be_rank(environment: dict[str, str], target: Callable, *args: object) -> None:
+    os.environ.update(environment)
+    cfg = Config(dict(launcher='pytorch'))
+    init_processes(cfg)
+    target(*args, launcher='pytorch', cfg=cfg)
+    end_processes()
+
+
+def exit_codes(ranks: list[multiprocessing.Process], seconds: float = 60) -> list[int | None]:
+    """How the processes ended; None for one that had to be killed after some seconds."""
+    for rank in ranks:
+        rank.join(seconds)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from helpers import assert_identical, load_trusted
@@ -21,7 +22,7 @@ from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import find_newest, locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
-from small_runs import runner
+from small_runs import exit_codes, runner, start_ranks
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
 ACCUMULATING = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=2)
@@ -87,6 +88,36 @@ def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):
     assert newest.name == 'stopped_iter_8.pth'
     run(tmp_path / 'work', load_from=str(newest), resume=True, optim_wrapper=ACCUMULATING)
     assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
+
+
+# -- several processes
+
+
+def run_rank(work_dir: Path, sender: int | None = None, number: int = 0, step: int = 0, **kwargs) -> None:
+    """A process of a run, in which the sender alone gets a signal."""
+    run(work_dir, SignalHook(number, step) if get_rank() == sender else None, **kwargs)
+
+
+def resume_rank(work_dir: Path, newest: Path, **kwargs) -> None:
+    run(work_dir, load_from=str(newest), resume=True, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def whole_of_two(tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('whole')
+    assert exit_codes(start_ranks(run_rank, work_dir)) == [0, 0]
+    return load_trusted(work_dir / 'epoch_3.pth')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
+def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
+    """Both stop after the same step, the next one, and one of them saves."""
+    assert exit_codes(start_ranks(run_rank, tmp_path, sender, number, step)) == [GO_ON, GO_ON]
+    (stopped,) = tmp_path.glob('stopped_*.pth')
+    assert find_newest(tmp_path) == stopped == tmp_path / f'stopped_iter_{step + 2}.pth'
+    assert exit_codes(start_ranks(resume_rank, tmp_path, stopped)) == [0, 0]
+    assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole_of_two)
 
 
 @pytest.mark.parametrize('step', [1, 4, 5, 7, 12])
