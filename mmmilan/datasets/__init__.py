@@ -1,5 +1,6 @@
 from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSampler, TokenizeCaption
-from mmmilan.datasets.image_folder import CorruptImageError, ImageFolder, LoadImage
+from mmmilan.datasets.decoding import CorruptImageError, LoadImage
+from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.datasets.sources import ImageSources

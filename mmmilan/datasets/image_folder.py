@@ -2,154 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 
-import cv2
-import mmcv
 import numpy as np
-from mmcv.transforms import BaseTransform
-from mmengine.fileio import LocalBackend, exists, get, get_file_backend
+from mmengine.fileio import LocalBackend, exists, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.datasets.custom import find_folders
-from PIL import Image
 
-from mmmilan.datasets.depth import read_deep, white_of
+from mmmilan.datasets.decoding import CorruptImageError
 from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError
-from mmmilan.files import first_line
-from mmmilan.registry import DATASETS, TRANSFORMS
+from mmmilan.registry import DATASETS
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 MAX_CORRUPT_IN_A_ROW = 100
-MAX_PIXELS = 1 << 28  # 0.8 GB when decoded
-MAX_BYTES = 1 << 30
-
-
-class CorruptImageError(InputError):
-    """An image that does not decode."""
-
-
-@TRANSFORMS.register_module()
-class LoadImage(BaseTransform):
-    """Read ``results['img_path']`` through MMEngine's file backends into ``results['img']``, BGR uint8 [H, W, 3].
-
-    Args:
-        backend_args: MMEngine's file backend, e.g. ``dict(backend='lmdb', db_path='train.lmdb')``; None tells it
-            from the path.
-        max_pixels: Larger images are treated as corrupt.
-
-    Raises:
-        CorruptImageError: naming the image if it does not decode, is too large, or is a JPEG that ends too early
-            (which OpenCV would fill up with grey).
-        InputError: naming the image if there is no such file.
-    """
-
-    def __init__(self, backend_args: dict | None = None, max_pixels: int = MAX_PIXELS) -> None:
-        self.backend_args = backend_args
-        self.max_pixels = max_pixels
-
-    def transform(self, results: dict) -> dict:
-        # inferencers bring arrays
-        image = results['img'] if 'img' in results else self.read(results['img_path'])
-        results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
-        return results
-
-    def read(self, path: str) -> np.ndarray:
-        return decode(read_bytes(path, self.backend_args), path, max_pixels=self.max_pixels)
-
-
-def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
-    """The content of an image file.
-
-    Raises:
-        CorruptImageError: naming the image if it is no regular file of at most ``MAX_BYTES``, or cannot be read.
-        InputError: naming the image if there is no such file.
-    """
-    try:
-        if not backend_args and '://' not in str(path):
-            state = os.stat(path)
-            if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:  # a pipe would be waited for
-                raise CorruptImageError(f'{path} is no file of at most {MAX_BYTES >> 20} MiB; replace or remove it.')
-        content = get(path, backend_args)
-    except FileNotFoundError:
-        content = None
-    except (OSError, MemoryError) as error:
-        raise CorruptImageError(f'{path} cannot be read ({first_line(error)}); replace or remove it.') from error
-    if content is None:  # so MMEngine's LMDB backend says it
-        raise InputError(
-            f'The image {path} is missing; set data_root and data_prefix of the data set to where it is, or drop '
-            'it from the annotations.'
-        )
-    return content
-
-
-def is_truncated_jpeg(content: bytes) -> bool:
-    """Whether a file is a JPEG whose last scan has no end."""
-    return content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
-
-
-@contextmanager
-def header_of(content: bytes) -> Iterator[Image.Image]:
-    """An image file as Pillow opens it, of any size: the limit is ours. Nothing is decoded."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def check_pixels(content: bytes, path: str, max_pixels: int) -> None:
-    """Raise a :class:`CorruptImageError` for an image of more pixels, before they take up memory."""
-    try:
-        with header_of(content) as image:
-            width, height = image.size
-    except Exception:  # of any type; decoding it will say what is wrong
-        return
-    if width * height > max_pixels:
-        raise CorruptImageError(
-            f'{path} has {width} x {height} pixels; make it smaller, or raise max_pixels={max_pixels} of its transform.'
-        )
-
-
-def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
-    """An image file as BGR uint8 [H, W, 3], turned as its EXIF orientation says.
-
-    A grey image has its values in all three channels. 16 bits are scaled linearly from 0 to 65535, whatever the least
-    and the greatest of the image, see :func:`mmmilan.datasets.depth.to_8_bits`. Transparency of a PNG is dropped.
-
-    Args:
-        content: The file.
-        path: Its name, for the error.
-        flag: 'color', or OpenCV's ``IMREAD_REDUCED_COLOR_2``, ``_4`` or ``_8``.
-        max_pixels: How many there may be; None does not look.
-
-    Raises:
-        CorruptImageError: if it does not decode, is a JPEG that ends too early, or has too many pixels.
-        InputError: if it has other channels than grey or RGB, or numbers that are no pixels.
-    """
-    if is_truncated_jpeg(content):
-        raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
-    if max_pixels is not None:
-        check_pixels(content, path, max_pixels)
-    try:
-        if white := white_of(content, path):
-            image = read_deep(content, white)
-        else:
-            image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
-    except (cv2.error, OSError, MemoryError) as error:
-        raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
-    if image is None:
-        raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
-    return image
 
 
 def list_images(folder: str, prefix: str = '', above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
 
-from mmmilan.datasets.image_folder import MAX_PIXELS, decode, header_of, is_truncated_jpeg, read_bytes
+from mmmilan.datasets.decoding import MAX_PIXELS, decode, header_of, is_truncated_jpeg, orientation_of, read_bytes
 from mmmilan.registry import TRANSFORMS
 
-ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
 # After a reduced decoding there must remain this many times the output's pixels, in each direction, to be filtered.
 GAP = 2
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -122,7 +121,7 @@ def read_jpeg_header(content: bytes) -> JPEGHeader | None:
         return None
     try:
         with header_of(content) as image:
-            orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info else 1
+            orientation = orientation_of(image)
             plain = image.mode in ('L', 'RGB') and orientation == 1 and not is_truncated_jpeg(content)
             return JPEGHeader(image.size if orientation >= 5 else image.size[::-1], plain)
     except Exception:  # of any type, also from its EXIF

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmmilan.api.inference import from_pil
 from mmmilan.datasets import CorruptImageError, LoadRandomResizedCrop
+from mmmilan.datasets.decoding import decode
 from mmmilan.datasets.depth import warn_dark
-from mmmilan.datasets.image_folder import decode
 from mmmilan.errors import InputError
 
 

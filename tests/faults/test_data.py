@@ -13,22 +13,30 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mmmilan.datasets import CaptionedImages, CaptionedShards, ImageFolder, LoadImage, LoadRandomResizedCrop
+from mmmilan.datasets import (
+    CaptionedImages,
+    CaptionedShards,
+    CorruptImageError,
+    ImageFolder,
+    LoadImage,
+    LoadRandomResizedCrop,
+)
 from mmmilan.datasets.captions import read_index, read_table
-from mmmilan.datasets.image_folder import CorruptImageError, list_images
+from mmmilan.datasets.decoding import ORIENTATION, decode
+from mmmilan.datasets.image_folder import list_images
 from mmmilan.datasets.packed import list_lmdb, pack_images
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 
 
-def photo(extension: str, **options) -> bytes:
+def photo(extension: str, orientation: int = 6, **options) -> bytes:
     rng = np.random.default_rng(0)
     pixels = cv2.resize(rng.integers(0, 255, (9, 11, 3), dtype=np.uint8), (66, 54), interpolation=cv2.INTER_CUBIC)
     file = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[ORIENTATION] = orientation
     Image.fromarray(pixels).save(file, extension, **({'exif': exif} if extension != 'BMP' else {}), **options)
     return file.getvalue()
 
@@ -48,6 +56,15 @@ def test_spoilt_images(tmp_path, extension, transform, capfd):
                 assert str(path) in str(error) and '\n' not in str(error)
                 refused += 1
     assert refused > 5
+
+
+@pytest.mark.parametrize('extension', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+@pytest.mark.parametrize('orientation', range(10))
+def test_exif_turns_every_format(extension, orientation):
+    content = photo(extension, orientation)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    assert (decode(content, 'photo')[..., ::-1] == expected).all()
 
 
 def test_a_large_image_loads_and_a_limit_is_an_option(tmp_path):
