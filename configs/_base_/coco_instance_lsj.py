@@ -5,7 +5,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='mmdet.CocoDataset',
+        type='mmmilan.CocoDataset',
         data_root='data/coco',
         ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='train2017/'),
@@ -33,7 +33,7 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='mmdet.CocoDataset',
+        type='mmmilan.CocoDataset',
         data_root='data/coco',
         ann_file='annotations/instances_val2017.json',
         data_prefix=dict(img='val2017/'),

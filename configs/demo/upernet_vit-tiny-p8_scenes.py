@@ -29,6 +29,7 @@ dataset = dict(
     seg_map_suffix='.png',
 )
 load = dict(type='mmmilan.LoadImage')
+labels = dict(type='mmmilan.LoadLabelMap', num_classes=len(classes))
 resize = dict(type='Resize', scale=(64, 64))
 flip = dict(type='RandomFlip', prob=0.5)
 train_dataloader = dict(
@@ -40,7 +41,7 @@ train_dataloader = dict(
     dataset=dict(
         data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
         indices=list(range(0, 3000, 9)),
-        pipeline=[load, dict(type='LoadAnnotations'), resize, flip, dict(type='PackSegInputs')],
+        pipeline=[load, labels, resize, flip, dict(type='PackSegInputs')],
         **dataset,
     ),
 )
@@ -50,7 +51,7 @@ val_dataloader = dict(
     persistent_workers=False,
     dataset=dict(
         data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
-        pipeline=[load, resize, dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
+        pipeline=[load, resize, labels, dict(type='PackSegInputs')],
         **dataset,
     ),
 )

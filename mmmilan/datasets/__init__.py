@@ -1,3 +1,4 @@
+from mmmilan.datasets.annotations import LoadLabelMap
 from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSampler, TokenizeCaption
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder
@@ -16,6 +17,7 @@ __all__ = [
     'ImageSources',
     'LoadEncodedCrop',
     'LoadImage',
+    'LoadLabelMap',
     'LoadRandomResizedCrop',
     'ReproducibleSampler',
     'ShardSampler',

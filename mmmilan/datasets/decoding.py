@@ -41,7 +41,7 @@ class LoadImage(BaseTransform):
     Raises:
         CorruptImageError: naming the image if it does not decode, is too large, or is a JPEG that ends too early
             (which OpenCV would fill up with grey).
-        InputError: naming the image if there is no such file.
+        InputError: naming the image if there is no such file, or its annotations are of another size.
     """
 
     def __init__(self, backend_args: dict | None = None, max_pixels: int = MAX_PIXELS) -> None:
@@ -51,7 +51,14 @@ class LoadImage(BaseTransform):
     def transform(self, results: dict) -> dict:
         # inferencers bring arrays
         image = results['img'] if 'img' in results else self.read(results['img_path'])
-        results.update(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        height, width = image.shape[:2]
+        declared = results.get('height', height), results.get('width', width)  # by COCO's annotations
+        if declared != (height, width):
+            raise InputError(
+                f'{results["img_path"]} is {width} x {height}, but {declared[1]} x {declared[0]} (width x height) in '
+                'its annotations; correct these, or put the image there that they are of.'
+            )
+        results.update(img=image, img_shape=(height, width), ori_shape=(height, width))
         return results
 
     def read(self, path: str) -> np.ndarray:
