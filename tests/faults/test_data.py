@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from helpers import read_scalars
 from mmmilan.datasets import (
     CaptionedImages,
     CaptionedShards,
@@ -112,10 +113,20 @@ def test_an_image_that_is_deleted_while_training(tmp_path):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 50), (50, 1), (2, 2)])
-def test_a_tiny_image_gives_numbers(tmp_path, size):
-    cv2.imwrite(str(tmp_path / 'tiny.png'), np.full((*size, 3), 77, np.uint8))
-    image = LoadRandomResizedCrop(32)(dict(img_path=str(tmp_path / 'tiny.png')))['img']
+@pytest.mark.parametrize('extension', ['png', 'jpg'])
+def test_a_tiny_image_gives_numbers(tmp_path, size, extension):
+    path = str(tmp_path / f'tiny.{extension}')
+    cv2.imwrite(path, np.full((*size, 3), 77, np.uint8))
+    image = LoadRandomResizedCrop(32)(dict(img_path=path))['img']
     assert image.shape == (32, 32, 3) and (image == 77).all()
+
+
+def test_a_folder_of_single_pixels_trains(tiny_config, run_tool, tmp_path):
+    for grey in range(0, 256, 32):
+        cv2.imwrite(str(tmp_path / f'{grey}.png'), np.full((1, 1, 3), grey, np.uint8))
+    loader = dict(num_workers=0, dataset=dict(data_root=str(tmp_path)))
+    run_tool('train.py', tiny_config(dict(train_dataloader=loader)))
+    assert np.isfinite([line['loss'] for line in read_scalars(tmp_path / 'work')]).all()
 
 
 # -- captions
