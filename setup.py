@@ -56,10 +56,12 @@ setup(
         'matplotlib',
         'packaging',
         'pyyaml',
+        'requests',
         'rich',
         'safetensors',
         'scikit-learn',
         'tensorboard',
+        'urllib3>=2.3',
         'wrapt',
     ],
     extras_require={

@@ -6,33 +6,23 @@ place of OpenMMLab's, separated by commas.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import http.client
 import os
 import re
-import shutil
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import filelock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from mmmilan.checkpoints.transfer import TransferError, receive, shown
 from mmmilan.errors import InputError
 
 # The same files under the same paths: the original host, and that of the maintained line.
 MIRRORS = ('https://download.openmmlab.com/', 'https://mmassets.onedl.ai/')
 _HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$', re.IGNORECASE)
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_LONGEST_NAME = 200  # bytes; file systems take 255, with a hash and '.part'
 _CHUNK = 1 << 20
-
-
-class _Failure(Exception):
-    """One address did not give the file; the next may."""
 
 
 def cache_dir() -> Path:
@@ -55,15 +45,20 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
     Args:
         url: address of the file; a hash at the end of its name, as in ``-180922e8.pth``, is checked.
         sha256: the whole hash, where it is known.
-        timeout: seconds without a byte after which a server is given up.
+        timeout: seconds without a byte, or with next to none, after which it is tried again, and then given up.
 
     Returns:
         Path of the file in the cache.
 
     Raises:
-        InputError: no address gave the file, or it cannot be written.
+        InputError: no address gave the file, or it cannot be written. No password in an address is told.
     """
-    name = urllib.parse.urlsplit(url).path.rpartition('/')[2]  # a query or fragment is no part of it
+    try:
+        name = urlsplit(url).path.rpartition('/')[2]  # a query or fragment is no part of it
+    except ValueError:
+        name = ''
+    if name in ('', '.', '..') or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise InputError(f'{shown(url)[:_LONGEST_NAME]!r} names no file; give the URL of one.')
     in_name = _HASH_IN_NAME.search(name)
     digest = (sha256 or (in_name[1] if in_name else '')).lower() or None
     if digest is None:  # two files may have this name
@@ -79,14 +74,14 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
             try:
                 _fetch(address, target, digest, timeout)
                 return target
-            except _Failure as failure:
-                failures.append(f'{address}: {failure}')
+            except TransferError as failure:
+                failures.append(f'{shown(address)}: {failure}')
     other = ''
     if target.is_file():
         other = f' and {target} is another file, its hash is {file_sha256(target)[: len(digest)]} and not {digest}'
     raise InputError(
-        f'{url.rpartition("/")[2]} could not be downloaded ({", ".join(failures)}){other}; put the file at {target}, '
-        'or name a mirror that can be reached in MMMILAN_MIRRORS.'
+        f'{shown(url).rpartition("/")[2]} could not be downloaded ({", ".join(failures)}){other}; put the file at '
+        f'{target}, or name a mirror that can be reached in MMMILAN_MIRRORS.'
     )
 
 
@@ -125,48 +120,17 @@ def _cannot_write(target: Path, error: OSError) -> InputError:
 
 
 def _fetch(address: str, target: Path, digest: str | None, timeout: float) -> None:
-    """Receive one file, going on where a connection was dropped for as long as that brings more of it."""
+    """Receive one file and put it in its place if it is the right one."""
     part = target.with_name(f'{target.name}.part')
-    received = -1
     while True:
-        resumed = part.stat().st_size if part.exists() and digest else 0  # without a hash a mix would go unnoticed
+        continued = digest is not None and part.exists()
         try:
-            _receive(address, part, resumed, timeout)
-        except urllib.error.HTTPError as error:
-            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not resumed:
-                raise _Failure(f'{error.code} {error.reason}') from error
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, 'errno', None) in _DISK_ERRORS:
-                raise _cannot_write(target, error) from error
-            size = part.stat().st_size if part.exists() else 0
-            if isinstance(error, urllib.error.URLError) or size <= received:
-                raise _Failure(getattr(error, 'reason', None) or error) from error
-            received = size
-            continue
+            receive(address, part, digest is not None, timeout)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
         if digest is None or file_sha256(part).startswith(digest):
             os.replace(part, target)
             return
         part.unlink()
-        if not resumed:
-            raise _Failure(f'the file does not have the hash {digest}')
-
-
-def _receive(address: str, part: Path, offset: int, timeout: float) -> None:
-    """One request; what it brings is added to ``part``, or replaces it if the server cannot go on at ``offset``."""
-    headers = {'User-Agent': 'mmmilan', **({'Range': f'bytes={offset}-'} if offset else {})}
-    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout) as response:
-        if not response.headers.get('Content-Range', '').startswith(f'bytes {offset}-'):
-            offset = 0
-        length = response.headers.get('Content-Length')
-        total = offset + int(length) if length else None
-        if total and shutil.disk_usage(part.parent).free < total - offset:
-            raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)}, {total >> 20} MiB needed')
-        columns = ['{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
-        with Progress(*columns, console=Console(stderr=True)) as progress, part.open('ab' if offset else 'wb') as file:
-            task = progress.add_task(part.stem, total=total, completed=offset)
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                progress.update(task, advance=len(chunk))
-    size = part.stat().st_size
-    if total and size != total:
-        raise ConnectionError(f'the connection ended after {size} of {total} bytes')
+        if not continued:
+            raise TransferError(f'the file does not have the hash {digest}')

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mmmilan.checkpoints import download as module
+from mmmilan.checkpoints import transfer
 from mmmilan.checkpoints.download import addresses, cache_dir, download, file_sha256
 from mmmilan.errors import InputError
 
@@ -74,6 +74,7 @@ def server(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
     monkeypatch.setenv('MMMILAN_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setattr(transfer, 'BACKOFF', 0.01)
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
     yield server
     server.shutdown()
@@ -253,7 +254,7 @@ except ValueError as error:
 
 def test_too_little_space_is_said_before_anything_is_written(server, monkeypatch):
     usage = shutil.disk_usage('/')._replace(free=1_000_000)
-    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: usage)
+    monkeypatch.setattr(transfer.shutil, 'disk_usage', lambda path: usage)
     with pytest.raises(InputError, match='No space left on device, 2 MiB needed'):
         download(f'{server.url}/good/{NAME}')
     assert published(server) == []
