@@ -8,16 +8,18 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from mmmilan.engine.distributed import end_processes
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
 
@@ -45,6 +47,14 @@ def run_script(script: str, *args: object) -> None:
     command = ['bash', ROOT / 'tools' / script, *map(str, args)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def be_rank(rank: int, step: Callable, folder: str, *args: object) -> None:
+    """One of two processes of gloo: ``step(rank, folder, *args)``, with what it made gone before the group ends."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    step(rank, folder, *args)
+    end_processes()
 
 
 def read_scalars(work_dir: Path) -> list[dict]:

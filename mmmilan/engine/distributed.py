@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_distributed
@@ -36,9 +38,14 @@ def init_processes(cfg: Config) -> None:
 
 
 def end_processes() -> None:
-    """Let all processes leave together: one that is gone early takes connections with it that others may still use."""
+    """Let all processes leave together: one that is gone early takes connections with it that others may still use.
+
+    What nothing refers to any more goes first. A DDP wrapper that is the last owner of a process group waits for the
+    group's threads while they wait for Python's lock, and the process hangs or aborts (PyTorch 2.11).
+    """
     if is_distributed():
         barrier()
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -90,4 +90,5 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         if task == 'train':
             runner.register_hook(StopHook())
         yield runner
+        getattr(runner, 'strategy', runner).model = None  # the wrapper is the group's last owner otherwise
         end_processes()

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from helpers import ROOT, load_trusted, read_scalars
 from mmmilan.datasets import ReproducibleSampler
 from mmmilan.engine import GradientCompressionHook, StepSeedHook
 from mmmilan.engine.distributed import init_processes
+from mmmilan.engine.launch import launched
 
 WORLD = 16
 
@@ -105,6 +107,21 @@ def test_compressed_gradients():
     finally:
         dist.destroy_process_group()
     assert not torch.equal(plain, compressed) and torch.equal(compressed, plain.bfloat16().float())
+
+
+def test_the_wrapper_goes_before_the_group(tiny_config, monkeypatch):
+    """Otherwise the process may hang, or abort when it ends."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    cfg = Config.fromfile(tiny_config())
+    cfg.launcher = 'pytorch'
+    alive, end = [], dist.destroy_process_group
+    monkeypatch.setattr(dist, 'destroy_process_group', lambda: alive.append(wrapper() is not None) or end())
+    with launched(cfg, 'train') as runner:
+        wrapper = weakref.ref(runner.model)
+        assert isinstance(wrapper(), DistributedDataParallel)
+        runner.train()
+    assert alive == [False]
 
 
 @pytest.mark.slow

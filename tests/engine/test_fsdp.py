@@ -14,7 +14,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from helpers import ROOT, assert_identical, read_scalars, run_script
+from helpers import ROOT, assert_identical, be_rank, read_scalars, run_script
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.fsdp import transformer_blocks
@@ -53,11 +53,8 @@ def whole_weights(strategy: BaseStrategy) -> dict[str, Tensor]:
     return {k: v.full_tensor() if isinstance(v, DTensor) else v.clone() for k, v in state.items()}
 
 
-def work(rank: int, cfg: dict, folder: str) -> None:
-    """One of two processes."""
-    torch.set_num_threads(1)
+def work(rank: int, folder: str, cfg: dict) -> None:
     os.environ['LOCAL_RANK'] = str(rank)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     state = dict(ddp=[], fsdp=[])
     ddp = prepare(DDP, cfg, folder)
     state['ddp_norms'] = train(ddp, range(3))
@@ -90,12 +87,11 @@ def work(rank: int, cfg: dict, folder: str) -> None:
     except InputError as error:
         state['refused'] = str(error)
     torch.save(state, f'{folder}/rank{rank}.pth')
-    dist.destroy_process_group()
 
 
 @pytest.fixture
 def processes(milan_cfg, tmp_path):
-    torch.multiprocessing.spawn(work, args=(milan_cfg, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(be_rank, args=(work, str(tmp_path), milan_cfg), nprocs=2)
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
@@ -17,7 +16,7 @@ from mmpretrain.structures import DataSample
 from PIL import Image
 from torch import Tensor
 
-from helpers import assert_clip, assert_close, gradients
+from helpers import assert_clip, assert_close, be_rank, gradients
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
@@ -194,9 +193,7 @@ class FixedDraws:
         return is_word(text) & (draws < 0.6)
 
 
-def distributed_step(rank: int, cfg: dict, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+def distributed_step(rank: int, folder: str, cfg: dict) -> None:
     images, samples = batch(8)
     half = slice(4 * rank, 4 * rank + 4)
     model = build(cfg)
@@ -206,11 +203,12 @@ def distributed_step(rank: int, cfg: dict, folder: str) -> None:
     total(losses).backward()
     losses = {name: value.detach() for name, value in losses.items()}
     torch.save(dict(losses=losses, gradients=gradients(model)), Path(folder, f'rank{rank}.pth'))
-    dist.destroy_process_group()
 
 
 def test_two_processes_are_one_with_the_same_batch(cfg, tmp_path):
-    torch.multiprocessing.start_processes(distributed_step, (cfg, str(tmp_path)), nprocs=2, start_method='fork')
+    torch.multiprocessing.start_processes(
+        be_rank, (distributed_step, str(tmp_path), cfg), nprocs=2, start_method='fork'
+    )
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(cfg)
     FixedDraws(model, 0)

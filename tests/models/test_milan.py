@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from helpers import assert_close, gradients
+from helpers import assert_close, be_rank, gradients
 from mmmilan.engine import BFloat16OptimWrapper, NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.masking import Masking
@@ -230,10 +229,8 @@ def test_masks_per_image_that_do_not_work(milan_cfg):
 # -- how it trains
 
 
-def distributed_step(rank: int, cfg: dict, folder: str) -> None:
-    """One of two processes: the gradients of its half of the batch, averaged by DDP; then a loss that is bad in one."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+def distributed_step(rank: int, folder: str, cfg: dict) -> None:
+    """The gradients of a process's half of the batch, averaged by DDP; then a loss that is bad in one process."""
     images, samples = batch(8)
     half = slice(4 * rank, 4 * rank + 4)
     model = MMDistributedDataParallel(build(cfg))
@@ -246,11 +243,10 @@ def distributed_step(rank: int, cfg: dict, folder: str) -> None:
     except InputError as error:
         state['stopped'] = str(error)
     torch.save(state, Path(folder, f'rank{rank}.pth'))
-    dist.destroy_process_group()
 
 
 def test_two_processes_are_one_with_the_same_batch(milan_cfg, tmp_path):
-    torch.multiprocessing.spawn(distributed_step, args=(milan_cfg, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(be_rank, args=(distributed_step, str(tmp_path), milan_cfg), nprocs=2)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(milan_cfg)
     loss = model.loss(*batch(8))['loss']
