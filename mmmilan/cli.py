@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             function, bound, _ = make_app().parse_args(arguments)
         except CycloptsError as error:
             error.verbose = False
-            raise InputError(f'{" ".join(str(error).split())} See mmmilan COMMAND --help.') from error
+            raise InputError(f'{" ".join(str(error).split()).rstrip(".")}; see mmmilan COMMAND --help.') from error
         kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
         if changes and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise InputError(f'--{next(iter(changes))} is unknown here; see mmmilan COMMAND --help.')

@@ -117,10 +117,13 @@ class Masking(BaseTransform):
         return visible
 
     def prepare(self, teacher: Teacher | None) -> None:
-        """Take what is needed of the algorithm's teacher, once: here, nothing."""
+        """Called once with the model's teacher, when the model is built.
+
+        Most maskings need nothing of it; :class:`PromptedMasking` embeds its texts.
+        """
 
     def weigh(self, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
-        """The importance [B, N] that counts: here, the teacher's own.
+        """The importance [B, N] to draw by; by default the teacher's own.
 
         Args:
             importance: The teacher's importance [B, N]; None without a teacher.

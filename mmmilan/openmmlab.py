@@ -1,7 +1,7 @@
-"""How MMEngine and mmpretrain come to know this project, once ``mmmilan`` and they are imported, in either order.
+"""How MMEngine and mmpretrain learn of this project, whichever is imported first.
 
-Both keep closed lists, which a plugin can extend only after they are there, and importing them takes ten seconds:
-``import mmmilan`` waits for whoever imports them.
+Both keep closed lists, which a plugin can extend only once they are imported, and importing them takes ten seconds. So
+``import mmmilan`` only registers functions that run after somebody has imported them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmmilan.checkpoints.zoo import zoo_models, zoo_root
 
 
 def extend_openmmlab() -> None:
-    """Extend both now, or when they are imported."""
+    """Extend what is imported already now, and the rest when it is imported."""
     wrapt.register_post_import_hook(hide_debug_lines, 'mmengine.logging')
     wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
     wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')

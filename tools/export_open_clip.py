@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if not args.config.is_file():
-        raise InputError(f'The config {args.config} does not exist.')
+        raise InputError(f'The config {args.config} does not exist; correct its path.')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(Config.fromfile(args.config).model)
     if not isinstance(model, MaskCLIP):

@@ -18,10 +18,10 @@ def main() -> None:
     parser.add_argument('database', type=Path, help='the LMDB to write')
     args = parser.parse_args()
     if not args.folder.is_dir():
-        raise InputError(f'The folder {args.folder} does not exist.')
+        raise InputError(f'The folder {args.folder} does not exist; correct its path.')
     paths = sorted(path for path in args.folder.rglob('*') if path.suffix.lower() in EXTENSIONS)
     if not paths:
-        raise InputError(f'The folder {args.folder} holds no image.')
+        raise InputError(f'The folder {args.folder} holds no image; choose one that does.')
     pack_images(args.folder, track(paths, description=f'packing {len(paths)} images'), args.database)
 
 

@@ -128,7 +128,7 @@ def read_metric(text: str) -> tuple[str, float]:
     try:
         return name, float(value)
     except ValueError:
-        raise InputError(f'--metric {text} is not NAME=VALUE, e.g. "Top 1 Accuracy=85.4"') from None
+        raise InputError(f'--metric {text} is not NAME=VALUE; give e.g. "Top 1 Accuracy=85.4".') from None
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:

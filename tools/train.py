@@ -37,7 +37,7 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     MMEngine counts batch and processes; accumulation is counted here.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise InputError('Scaling the learning rate needs auto_scale_lr.base_batch_size in the config.')
+        raise InputError('The config does not name the batch of its learning rate; set auto_scale_lr.base_batch_size.')
     cfg.auto_scale_lr.enable = True
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
 

@@ -193,7 +193,7 @@ def teacher_config(teacher: str | dict[str, Any]) -> dict[str, Any]:
         return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
     if timm.is_model(teacher.split('.')[0]):
         return dict(type='mmmilan.TimmTeacher', model=teacher)
-    raise InputError(f'The teacher {teacher} is neither a file, nor MODEL:TAG of open_clip, nor a ViT of timm.')
+    raise InputError(f'The teacher {teacher} is unknown; give a file, MODEL:TAG of open_clip, or a ViT of timm.')
 
 
 def set_model(config: Config, arch: str | dict, teacher: str | dict, img_size: int, patch_size: int) -> None:

@@ -78,7 +78,7 @@ def load_weights(
         module.load_state_dict(shard_weights(module, found), strict=False)
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # those of positions of an odd shape too
         misfits = re.findall(r'size mismatch for (\S+):', str(error))
-        fault = class_count(module, found, misfits) or ' '.join(str(error).split())
+        fault = class_count(module, found, misfits) or f'{" ".join(str(error).split())}; give one of such a model.'
         raise InputError(f'{source} does not fit {name}: {fault}') from error
     print_log(
         f'{name}: {len(wanted - missing)} of {len(wanted)} weights are those of {source}; as initialised: '

@@ -55,7 +55,7 @@ class CaptionedImages(ImageFolder):
                 continue
             texts.setdefault(image, []).append(caption.strip())
         if not texts:
-            raise InputError(f'{self.captions or self.img_prefix} has no image with a caption.')
+            raise InputError(f'{self.captions or self.img_prefix} has no image with a caption; give another one.')
         return [dict(img_path=str(Path(self.img_prefix, image)), captions=texts[image]) for image in texts]
 
     def read_rows(self) -> Iterable[tuple[str, str | None, str | None]]:
@@ -63,7 +63,7 @@ class CaptionedImages(ImageFolder):
         if self.captions is None:
             return self.read_text_files()
         if not self.captions.is_file():
-            raise InputError(f'The captions file {self.captions} does not exist.')
+            raise InputError(f'The captions file {self.captions} does not exist; correct captions=.')
         readers = {'.csv': read_table, '.tsv': read_table, '.json': read_coco}
         if self.captions.suffix not in readers:
             raise InputError(f'{self.captions} ends in none of {", ".join(readers)}; the ending tells its format.')
@@ -127,7 +127,9 @@ def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not in COCO's format of captions ({type(error).__name__}: {error}).") from error
+        raise InputError(
+            f"{path} is not in COCO's format of captions ({type(error).__name__}: {error}); mend it, or give a .csv."
+        ) from error
     for number, (image, caption) in enumerate(rows):
         yield f'{path}, annotation {number} of image {image},', images.get(image), caption
 
@@ -167,7 +169,7 @@ class CaptionedShards(CaptionedImages):
                     self.reject(f'{path} has no caption; complete or remove it.')
             self.shard_sizes.append(len(samples) - count)
         if not samples:
-            raise InputError(f'The tar files in {self.data_root} hold no image with a caption.')
+            raise InputError(f'The tar files in {self.data_root} hold no image with a caption; set another data_root.')
         return samples
 
 

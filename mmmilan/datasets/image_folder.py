@@ -164,4 +164,6 @@ class ImageFolder(CustomDataset):
                     self._num_corrupt.value += 1
                 print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
                 index = np.random.randint(len(self))
-        raise InputError(f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode.')
+        raise InputError(
+            f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode; remove what is no image.'
+        )

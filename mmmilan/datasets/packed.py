@@ -20,7 +20,7 @@ def import_lmdb():
     try:
         import lmdb
     except ImportError as error:
-        raise InputError('Images in an LMDB need the package lmdb: pip install lmdb.') from error
+        raise InputError('Images in an LMDB need the package lmdb; run `pip install lmdb`.') from error
     return lmdb
 
 

@@ -56,7 +56,7 @@ def given_teacher(name: str) -> dict:
         return dict(type='mmmilan.OpenCLIPTeacher', pretrained=name)
     model, separator, tag = name.partition(':')
     if not separator:
-        raise InputError(f'--teacher {name} is neither a file nor MODEL:TAG of open_clip.')
+        raise InputError(f'--teacher {name} is unknown; give a file, or MODEL:TAG of open_clip.')
     return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
 
 

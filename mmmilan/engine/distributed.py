@@ -1,4 +1,4 @@
-"""Several processes: without GPUs, with one model in pieces, or with one optimizer in pieces."""
+"""CPU process groups, FSDP wrapping, ZeRO checkpoints."""
 
 from __future__ import annotations
 

@@ -105,6 +105,7 @@ def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]
     faulty = [template for template in templates if '{}' not in template]
     if faulty or not templates:
         raise InputError(
-            f"test_cfg.templates={templates!r}: give a list of prompts with {{}} for the class's name, or 'openai'."
+            f'test_cfg.templates={templates!r} has no place for the name of a class; give a list of prompts '
+            "with {} in each, or 'openai'."
         )
     return [template.format for template in templates]

@@ -95,7 +95,7 @@ class Decoder(BaseModule):
         raise NotImplementedError
 
     def sample(self, masked: Tensor) -> Tensor:
-        """The masked patches to predict, of all [B, N - V]: here, all."""
+        """Choose the masked patches to predict, out of all [B, N - V]: by default all."""
         return masked
 
     def run_block(self, block: nn.Module, *tokens: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class PromptingAttention(nn.Module):
         num_heads: Number of heads.
         project_prompts: Pass the prompts through the key and value projections too (published code);
             False appends them as they are (paper's eq. 2).
-        self_attention: Have the mask tokens among the keys (MILAN); False leaves the prompts alone.
+        self_attention: Mask tokens attend to each other too (MILAN); False: to the prompts alone.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, project_prompts: bool, self_attention: bool = True) -> None:
@@ -237,7 +237,7 @@ class PromptingDecoder(Decoder):
         return PromptingBlock(embed_dims, num_heads, feedforward_channels, *options)
 
     def sample(self, masked: Tensor) -> Tensor:
-        """The masked patches to predict, of all [B, N - V]: in training a random part [B, M], else all."""
+        """Choose the masked patches to predict, out of all [B, N - V]: in training a random part [B, M], else all."""
         if not self.training or self.predict_ratio == 1:
             return masked
         count = max(1, round(self.predict_ratio * masked.shape[1]))
@@ -290,7 +290,7 @@ class LinearProjection(BaseModule):
         super().init_weights()
 
     def sample(self, masked: Tensor) -> Tensor:
-        """The masked patches to predict, of all [B, N - V]: none [B, 0]."""
+        """Choose the masked patches to predict, out of all [B, N - V]: none [B, 0]."""
         return masked[:, :0]
 
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:

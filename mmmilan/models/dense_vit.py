@@ -28,7 +28,7 @@ class DenseViT(VisionTransformer):
     reproduction of Li et al., arXiv 2111.11429) or of implus/mae_segmentation's UperNet. Its keys are those of
     ``MILANViT`` and mmpretrain's ViT, so their checkpoints load as they are, with
     ``init_cfg=dict(type='Pretrained', checkpoint=...)``. Relative positions, layer scale and the layers that rescale
-    the maps are new.
+    the maps are not in them and start anew.
 
     Args:
         arch: As in mmpretrain.
@@ -37,15 +37,15 @@ class DenseViT(VisionTransformer):
         patch_size: Side of a patch in pixels.
         out_indices: The four blocks, from 0, whose outputs become the maps at 4, 2, 1 and 1/2 times the
             resolution of the patches.
-        with_cls_token: Whether the class token goes along.
-        sincos_pos_embed: Start from sine-cosine positions of ``img_size``, in place of the checkpoint's; either are
-            trained. Their first half encodes the row, as in MIMDet; that of MAE and MILAN the column.
+        with_cls_token: Keep the class token.
+        sincos_pos_embed: Start from sine-cosine positions of ``img_size`` instead of the checkpoint's; both are
+            trained. Their first half encodes the row, as in MIMDet; in MAE and MILAN it encodes the column.
         window_size: Side in patches of the windows of attention; 0 for global attention in all blocks.
-        global_indices: Blocks with global attention all the same.
+        global_indices: Blocks that keep global attention when ``window_size`` is set.
         rel_pos_bias: Learned bias, from zero, for the relative position of query and key: ``True`` for one in every
             block, ``'shared'`` for two, one of all windowed blocks and one of all global blocks.
-        layer_scale_init_value: What the outputs of attention and FFN are multiplied with at first, learned for each
-            channel; 0 for no such factor.
+        layer_scale_init_value: Initial layer scale, a learned factor of each channel of what attention and FFN give;
+            0 for none.
         scale_norm_cfg: The norm within the layers that make the largest map.
         drop_path_rate: Stochastic depth of the last block; it rises from 0 in the first.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
@@ -142,12 +142,13 @@ class DenseViT(VisionTransformer):
 
     def _check(self, global_indices: Sequence[int], rel_pos_bias: bool | str) -> None:
         if len(self.out_indices) != 4:
-            raise InputError(f'out_indices={self.out_indices} of DenseViT must name four blocks, one a scale.')
+            raise InputError(f'out_indices={self.out_indices} of DenseViT are not four; name a block for each scale.')
         for name, indices in (('out_indices', self.out_indices), ('global_indices', global_indices)):
             if not all(0 <= index < self.num_layers for index in indices):
-                raise InputError(f'{name}={tuple(indices)} of DenseViT must be within 0 and {self.num_layers - 1}.')
+                last = self.num_layers - 1
+                raise InputError(f'{name}={tuple(indices)} of DenseViT is out of range; choose from 0 to {last}.')
         if rel_pos_bias not in (True, False, 'shared'):
-            raise InputError(f"rel_pos_bias={rel_pos_bias!r} of DenseViT must be True, False or 'shared'.")
+            raise InputError(f"rel_pos_bias={rel_pos_bias!r} of DenseViT is unknown; choose True, False or 'shared'.")
         if rel_pos_bias == 'shared' and self.with_cls_token:
             raise InputError("rel_pos_bias='shared' has no place for the class token; set with_cls_token=False.")
 
@@ -162,7 +163,7 @@ class DenseViT(VisionTransformer):
 
 
 def share_of(attention: WindowAttention) -> str:
-    """Which of the two shared relative position biases is meant for a block."""
+    """Which of the two shared relative position biases a block takes."""
     return 'windows' if attention.window_size else 'global'
 
 

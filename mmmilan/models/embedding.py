@@ -1,4 +1,4 @@
-"""What a trained encoder says of an image: class token, mean token, patch tokens; in the joint space, too."""
+"""The features of an image for other programs: class token, mean token, patch tokens, and the joint embedding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Embedder(nn.Module):
-    """The features of whole images that other programs want.
+    """Features of whole images, by name: for export to ONNX and for files of features.
 
     Args:
         backbone: A ViT of mmpretrain's kind with a class token, such as :class:`MILANViT`.

@@ -1,4 +1,4 @@
-"""Whether the parts of a model fit each other: better said when it is built than at the first iteration."""
+"""Check that the parts of a model fit each other, when it is built and not at the first iteration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
 
 
 def as_num_patches(grid: tuple[int, int]) -> int | tuple[int, int]:
-    """How a config says a grid: the number of patches of a square, else (rows, columns)."""
+    """A grid as configs give it: the number of patches of a square, else (rows, columns)."""
     return math.prod(grid) if grid[0] == grid[1] else grid
 
 

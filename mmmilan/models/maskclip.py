@@ -53,7 +53,7 @@ class MaskCLIP(BaseModel):
 
     A masked image goes through the image encoder and a decoder, which predicts the tokens that a mean teacher gives
     the whole image (:class:`MeanTeacher`, moved by ``MeanTeacherHook``); see :class:`CodewordTarget` for the loss.
-    Parts of weight zero are not built. Whose numbers the recipe has is said in ``configs/maskclip/README.md``.
+    Parts of weight zero are not built. ``configs/maskclip/README.md`` says where each number of the recipe is from.
 
     Args:
         backbone: Config of the image encoder, a :class:`MILANViT`; its class token is projected to the joint space.

@@ -2,8 +2,8 @@
 
 images ──► teacher (frozen CLIP) ──► features t [B, 1+N, C], importance s [B, N]
   │                                        │                      │
-  │                                        │                    draw: V of N patches without replacement, p ∝ s
-  │                                        │                      │
+  │                                        │                    draw: V of N patches without replacement, in
+  │                                        │                      │   proportion to s
   ├───────────────── visible [B, V] ◄──────┼──────────────────────┤
   ▼                                        │                      ▼
 encoder (ViT) ──► z [B, 1+V, D] ──► decoder ◄────────────── masked [B, N-V]
@@ -11,6 +11,8 @@ encoder (ViT) ──► z [B, 1+V, D] ──► decoder ◄───────
                     p [B, 1+N, C] ◄─┘      │
                           │                │
                           └─────► head ◄───┘   loss: mean over tokens of || p/|p| - t/|t| ||²
+
+``MILAN.reconstruct`` is this drawing, step by step. With K masks an image, B·K stands for B behind the draw.
 """
 
 from __future__ import annotations
@@ -103,66 +105,26 @@ class MILAN(BaseModel):
             return self.predict(inputs, data_samples)
         return self.extract_feat(inputs)
 
-    def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Features of whole images [B, 3, H, W], as the backbone's ``out_type`` asks."""
-        return self.backbone(inputs)
-
-    def embed_joint(self, images: Tensor) -> Tensor:
-        """The decoder's prediction of the teacher's features with nothing masked: images and texts share this space.
-
-        Args:
-            images: Whole normalised images [B, 3, H, W].
-
-        Returns:
-            Embeddings [B, 1 + N, C] of length 1, float32: the image's (class token), then those of its patches.
-
-        Raises:
-            InputError: the model predicts something else than a teacher's features.
-        """
-        all_patches = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
-        return self.project_joint(self.backbone(images, all_patches))
-
-    def project_joint(self, latent: Tensor) -> Tensor:
-        """The encoder's tokens [B, 1 + N, D] of whole images -> embeddings [B, 1 + N, C], see :meth:`embed_joint`."""
-        if not isinstance(self.head, CLIPTarget):
-            raise InputError(f'{type(self.head).__name__} has no joint space of image and text; it takes a CLIPTarget.')
-        visible = torch.arange(self.backbone.num_patches, device=latent.device).expand(len(latent), -1)
-        return F.normalize(self.neck(latent, visible, visible[:, :0]).float(), dim=-1)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] -> embeddings [B, C] in the joint space, of length 1, float32."""
-        return self.embed_joint(images)[:, 0]
-
-    def text_tower(self) -> TextTower:
-        """The text tower of the teacher.
-
-        Raises:
-            InputError: there is no teacher, or it has none.
-        """
-        if self.head.teacher is None:
-            raise InputError('This model has no teacher, and so no text tower; train it with an OpenCLIPTeacher.')
-        return self.head.teacher.text_tower()
-
     def loss(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> dict[str, Tensor]:
         """Training loss of normalised images [B, 3, H, W].
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        patches, taught = self.supplied_patches(data_samples, self.masks_per_image), self.head.recall(data_samples)
-        return dict(loss=self.mean_loss(inputs, patches, taught))
+        patches = self.supplied_patches(data_samples, self.masks_per_image)
+        return dict(loss=self.mean_loss(inputs, patches, self.head.cached_output(data_samples)))
 
     def mean_loss(
-        self, images: Tensor, patches: tuple[Tensor, Tensor] | None, taught: tuple[Tensor, Tensor] | None = None
+        self, images: Tensor, patches: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """The training loss, a scalar; ``CompileHook`` compiles it as one."""
-        return self.reconstruct(images, patches, self.masks_per_image, taught).view_loss.mean()
+        return self.reconstruct(images, patches, self.masks_per_image, cached).view_loss.mean()
 
     def reconstruct(
         self,
         images: Tensor,
         patches: tuple[Tensor, Tensor] | None = None,
         masks_per_image: int = 1,
-        taught: tuple[Tensor, Tensor] | None = None,
+        cached: tuple[Tensor, Tensor] | None = None,
     ) -> Reconstruction:
         """The algorithm, in the steps of the drawing at the top of this file, with K masks an image.
 
@@ -170,18 +132,18 @@ class MILAN(BaseModel):
             images: Normalised images [B, 3, H, W].
             patches: Visible and masked patches, see ``supplied_patches``; by default they are drawn.
             masks_per_image: Masks K that are drawn for an image.
-            taught: What the teacher gave before, see ``Target.recall``; by default it is run.
+            cached: The teacher's output, see ``Target.cached_output``; by default the teacher is run.
         """
-        features, importance = taught or self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
-        importance = self.masking.weigh(importance, features)  # [B, N]: by default as it is
+        features, importance = cached or self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
+        importance = self.masking.weigh(importance, features)  # [B, N], by default unchanged
         visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
-        predicted = self.neck.sample(masked)  # [B·K, M]: by default all of them, M = N-V
+        predicted = self.neck.sample(masked)  # [B·K, M], the masked patches to predict, by default all
 
         latent = self.backbone(images, visible)  # z [B·K, 1+V, D]
         pred = self.neck(latent, visible, predicted)  # p [B·K, 1+V+M, C]: class token, visible, masked
 
-        target = self.head.target(images, features)  # [B, 1+N, C]: class token, patches in image order
-        order = F.pad(1 + torch.cat([visible, predicted], dim=1), (1, 0))  # that of p, class token at 0
+        target = self.head.target(images, features)  # [B, 1+N, C]: t itself, or pixels; class token, patches
+        order = F.pad(1 + torch.cat([visible, predicted], dim=1), (1, 0))  # of the tokens of p; 0 is the class token
         target = gather_tokens(target, order)  # [B·K, 1+V+M, C]
         token_loss, view_loss = self.head.compare(pred, target, visible.shape[1], masked.shape[1])
         return Reconstruction(visible, predicted, token_loss, view_loss, importance)
@@ -210,8 +172,8 @@ class MILAN(BaseModel):
         ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN where nothing is predicted), ``importance`` [N] (with a
         teacher) and the image's ``loss``.
         """
-        taught = self.head.recall(data_samples)
-        result = self.reconstruct(inputs, self.supplied_patches(data_samples), taught=taught)
+        cached = self.head.cached_output(data_samples)
+        result = self.reconstruct(inputs, self.supplied_patches(data_samples), cached=cached)
         shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
         patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])
@@ -223,3 +185,46 @@ class MILAN(BaseModel):
             if result.importance is not None:
                 sample.set_field(result.importance[i], 'importance')
         return data_samples
+
+    def extract_feat(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Features of whole images [B, 3, H, W], as the backbone's ``out_type`` asks."""
+        return self.backbone(inputs)
+
+    # -- the joint space of image and text
+
+    def embed_joint(self, images: Tensor) -> Tensor:
+        """The decoder's prediction of the teacher's features with nothing masked: images and texts share this space.
+
+        Args:
+            images: Whole normalised images [B, 3, H, W].
+
+        Returns:
+            Embeddings [B, 1 + N, C] of length 1, float32: the image's (class token), then those of its patches.
+
+        Raises:
+            InputError: the model predicts something else than a teacher's features.
+        """
+        all_patches = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
+        return self.project_joint(self.backbone(images, all_patches))
+
+    def project_joint(self, latent: Tensor) -> Tensor:
+        """The encoder's tokens [B, 1 + N, D] of whole images -> embeddings [B, 1 + N, C], see :meth:`embed_joint`."""
+        if not isinstance(self.head, CLIPTarget):
+            target = type(self.head).__name__
+            raise InputError(f'{target} has no joint space of image and text; train with a CLIPTarget.')
+        visible = torch.arange(self.backbone.num_patches, device=latent.device).expand(len(latent), -1)
+        return F.normalize(self.neck(latent, visible, visible[:, :0]).float(), dim=-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> embeddings [B, C] in the joint space, of length 1, float32."""
+        return self.embed_joint(images)[:, 0]
+
+    def text_tower(self) -> TextTower:
+        """The text tower of the teacher.
+
+        Raises:
+            InputError: there is no teacher, or it has none.
+        """
+        if self.head.teacher is None:
+            raise InputError('This model has no teacher, and so no text tower; train it with an OpenCLIPTeacher.')
+        return self.head.teacher.text_tower()

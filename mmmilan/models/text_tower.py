@@ -117,5 +117,6 @@ def _of_file(path: str, head_width: int) -> TextTower:
     try:
         tower.load_state_dict(own)
     except RuntimeError as error:
-        raise InputError(f'The text tower in {path} does not fit: {" ".join(str(error).split())[:300]}') from error
+        reason = ' '.join(str(error).split())[:300]
+        raise InputError(f'The text tower in {path} does not fit ({reason}); correct head_width.') from error
     return TextTower(tower, SimpleTokenizer(context_length=context_length), float(weights['logit_scale'].exp()))

@@ -92,7 +92,7 @@ def test_benchmark_of_the_same_work(run_tool, tmp_path):
 
 
 def test_benchmark_of_data(run_tool, image_folder, tmp_path):
-    with pytest.raises(SystemExit, match='error: The data command needs --data-root'):
+    with pytest.raises(SystemExit, match='error: The data command has no images; give --data-root'):
         run_tool('speed/benchmark.py', 'data', *TINY)
     report = benchmark(run_tool, tmp_path / 'report.json', 'data', *TINY, '--data-root', image_folder)
     ours, default, fast = report['contestants'].values()

@@ -153,7 +153,7 @@ def test_names_and_templates_that_do_not_fit(folder, trained, run_tool, capsys):
     for change, message in (
         ({'test_cfg.class_names': ['cat', 'dog']}, 'names 2 classes and the data set has 10'),
         ({'test_dataloader.dataset.with_label': False}, 'names 0 classes and the data set has 0'),
-        ({'test_cfg.templates': ['a {}', 'photo']}, 'give a list of prompts with {} for the class'),
+        ({'test_cfg.templates': ['a {}', 'photo']}, 'give a list of prompts with {} in each'),
     ):
         config = write_config(folder, f'misfit{len(message)}', change | dict(work_dir=str(folder / 'misfit')))
         with pytest.raises(SystemExit) as exit_:

@@ -239,10 +239,10 @@ def test_stochastic_depth_rises():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(out_indices=(1, 3)), r'out_indices=\(1, 3\) of DenseViT must name four blocks'),
-        (dict(out_indices=(0, 1, 2, 4)), r'out_indices=\(0, 1, 2, 4\) .* within 0 and 3'),
-        (dict(global_indices=(4,)), r'global_indices=\(4,\) .* within 0 and 3'),
-        (dict(rel_pos_bias='own'), "rel_pos_bias='own' .* must be True, False or 'shared'"),
+        (dict(out_indices=(1, 3)), r'out_indices=\(1, 3\) of DenseViT are not four; name a block for each scale'),
+        (dict(out_indices=(0, 1, 2, 4)), r'out_indices=\(0, 1, 2, 4\) .* choose from 0 to 3'),
+        (dict(global_indices=(4,)), r'global_indices=\(4,\) .* choose from 0 to 3'),
+        (dict(rel_pos_bias='own'), "rel_pos_bias='own' .*; choose True, False or 'shared'"),
         (dict(rel_pos_bias='shared'), 'set with_cls_token=False'),
     ],
 )

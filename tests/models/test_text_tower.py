@@ -70,7 +70,7 @@ def test_pixels_are_no_joint_space(milan_cfg):
     milan_cfg['neck']['predict_feature_dim'] = 768
     milan_cfg.update(masking=dict(type='mmmilan.RandomMasking'), head=dict(type='mmmilan.PixelTarget'))
     model = build(milan_cfg)
-    with pytest.raises(InputError, match='PixelTarget has no joint space of image and text; it takes a CLIPTarget'):
+    with pytest.raises(InputError, match='PixelTarget has no joint space of image and text; train with a CLIPTarget'):
         model.embed_joint(torch.randn(1, 3, 64, 64))
     with pytest.raises(InputError, match='has no teacher, and so no text tower; train it with an OpenCLIPTeacher'):
         model.text_tower()

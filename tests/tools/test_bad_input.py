@@ -104,7 +104,9 @@ def test_nothing_but_corrupt_images(tiny_config, error_of, tmp_path):
     for i in range(8):
         (folder / f'{i}.png').write_bytes(b'')
     config = tiny_config({'train_dataloader.dataset.data_root': str(folder)})
-    assert error_of('train.py', config) == f'100 images in a row under {folder}/ do not decode.'
+    assert (
+        error_of('train.py', config) == f'100 images in a row under {folder}/ do not decode; remove what is no image.'
+    )
 
 
 def test_fewer_images_than_a_batch(tiny_config, error_of):

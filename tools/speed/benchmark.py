@@ -145,7 +145,7 @@ def print_table(title: str, figures: dict[str, dict]) -> None:
 def main() -> None:
     args = parse_args()
     if args.command == 'data' and not args.data_root:
-        raise InputError('The data command needs --data-root, a folder of images.')
+        raise InputError('The data command has no images; give --data-root FOLDER.')
     torch.set_num_threads(1 if args.command == 'data' else args.threads)
     peak = args.peak_tflops or peak_tflops(args.device, args.dtype)
     with quiet():

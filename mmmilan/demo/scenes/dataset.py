@@ -111,12 +111,12 @@ def is_written(root: Path, meta: dict) -> bool:
         found = dict(json.loads((root / 'meta.json').read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise InputError(
-            f'{root} exists and is not a set of scenes (no readable meta.json): remove it or choose another folder.'
+            f'{root} exists and is not a set of scenes (no readable meta.json); remove it or choose another folder.'
         ) from error
     if found != meta:
         differing = ', '.join(key for key in meta if found.get(key) != meta[key])
         raise InputError(
-            f'{root} holds a set of scenes with other parameters ({differing}): '
+            f'{root} holds a set of scenes with other parameters ({differing}); '
             'remove it, choose another folder or ask for the same parameters.'
         )
     return True
@@ -145,7 +145,7 @@ def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96,
     meta = {'version': VERSION, 'num_train': num_train, 'num_val': num_val, 'image_size': image_size, 'seed': seed}
     for key, least in (('num_train', len(KINDS)), ('num_val', len(KINDS)), ('image_size', 48), ('seed', 0)):
         if meta[key] < least:
-            raise InputError(f'{key} is {meta[key]}: it has to be at least {least}.')
+            raise InputError(f'{key}={meta[key]} is too small; choose at least {least}.')
     if is_written(root, meta):
         print(f'{root}: reusing the scenes written before.')
         return
@@ -160,4 +160,4 @@ def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96,
             (folder / 'meta.json').write_text(json.dumps(meta, indent=2))
             os.replace(folder, root)
     except OSError as error:
-        raise InputError(f'{root} could not be written ({error.strerror}): choose another folder.') from error
+        raise InputError(f'{root} could not be written ({error.strerror}); choose another folder.') from error

@@ -22,7 +22,7 @@ class Target(BaseModule):
 
     Attributes:
         feature_dim: Width C of the target.
-        cls_weight: How many patches the class token counts for in the mean.
+        cls_weight: Weight of the class token in the mean; a patch has 1.
     """
 
     feature_dim: int
@@ -44,16 +44,15 @@ class Target(BaseModule):
             return None, None
         if next(self.teacher.parameters(), images).device != images.device:
             self.teacher.to(images.device)  # FSDP moves nothing but the parameters that it shards
-        return self.ask_teacher(images)
+        return self.call_teacher(images)
 
-    def recall(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor] | None:
-        """Features and importance as ``run_teacher`` gives them that came with the images; None but for a
-        :class:`CachedTeacher`."""
-        return self.teacher.recall(data_samples) if isinstance(self.teacher, CachedTeacher) else None
-
-    def ask_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> what this target takes of the teacher [B, 1 + N, C], and importance [B, N]."""
+    def call_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> the features that this target needs [B, 1 + N, C], and importance [B, N]."""
         return self._teacher(images)
+
+    def cached_output(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor] | None:
+        """The output of ``run_teacher`` that a :class:`CachedTeacher` finds in the data samples; else None."""
+        return self.teacher.read(data_samples) if isinstance(self.teacher, CachedTeacher) else None
 
     def target(self, images: Tensor, features: Tensor | None) -> Tensor:
         """Images [B, 3, H, W] and the teacher's features [B, 1 + N, C] -> target [B, 1 + N, C]."""

@@ -30,7 +30,7 @@ class LayerAlignment(Target):
         self.layers = list(range(-num_layers, 0))
         self.feature_dim = num_layers * self.teacher.width
 
-    def ask_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def call_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> normed tokens of the layers side by side [B, 1 + N, L·W], importance [B, N]."""
         tokens, importance = self.teacher.forward_layers(images, self.layers)
         return torch.cat([F.layer_norm(x, x.shape[-1:]) for x in tokens], dim=-1), importance
@@ -77,7 +77,7 @@ class LayerMixture(BaseModule):
         super().init_weights()
 
     def sample(self, masked: Tensor) -> Tensor:
-        """The masked patches to predict, of all [B, N - V]: none [B, 0]."""
+        """Choose the masked patches to predict, out of all [B, N - V]: none [B, 0]."""
         return masked[:, :0]
 
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:

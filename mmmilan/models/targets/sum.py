@@ -18,13 +18,13 @@ from mmmilan.registry import MODELS
 class SumTarget(Target):
     """The weighted sum of targets, predicted side by side by one decoder: Σ w_i · loss_i / φ_i².
 
-    φ_i² is the loss of predicting the mean target of the batch. Each part of the sum is so the share of its target's
-    variation that is not predicted, whatever the target's scale. For a squared error φ_i² = tr(Σ_i) / C_i, Σ_i being
+    φ_i² is the loss of predicting the mean target of the batch. So each term is the share of its target's variation
+    that is not predicted, whatever the target's scale. For a squared error φ_i² = tr(Σ_i) / C_i, Σ_i being
     the covariance of the target over tokens: φ is the scalar by which PHI-S divides a teacher's features (arXiv
     2410.01680). PHI-S rotates them too, on which a squared error does not depend. Each process has the φ of its batch.
 
-    Semantic-aware masking asks the first target that has a teacher. How much the class token counts is said to each
-    target (``CLIPTarget(cls_token=2.0)``).
+    Semantic-aware masking uses the importance of the first target that has a teacher. The weight of the class token is
+    an option of each target (``CLIPTarget(cls_token=2.0)``).
 
     Args:
         targets: Configs of the targets.

@@ -22,7 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Tower(nn.Module):
-    """What runs images inside a teacher: the model of a library.
+    """The part of a teacher that runs images: the model of a library.
 
     Attributes:
         feature_dim: Width C of the features.
@@ -32,7 +32,7 @@ class Tower(nn.Module):
         input_size: Height and width of the images that it takes.
         mean: Mean of the images it was trained on, for each channel, of RGB in [0, 1].
         std: Their standard deviation.
-        importance_is: What the importance is, in words.
+        importance_is: What the importance is, in words, for the log.
     """
 
     feature_dim: int

@@ -1,4 +1,4 @@
-"""The teacher whose work is done: its features and importances come with the images."""
+"""A teacher that is not run: its features and importances were computed before and come with the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CachedTeacher(nn.Module):
 
     Args:
         cache: The folder that ``tools/cache_targets.py`` wrote.
-        of: Config of the teacher that the cache has to be of; None takes any.
+        of: Config of the teacher that the cache must come from; None accepts any.
 
     Attributes:
         feature_dim: Width C of the features in the cache.
@@ -36,8 +36,8 @@ class CachedTeacher(nn.Module):
         manifest = TargetCache(cache).manifest
         if of is not None and as_plain(of) != manifest['teacher']:
             raise InputError(
-                f'The cache {cache} is of the teacher {json.dumps(manifest["teacher"])}, which is not that of '
-                'head.teacher.of; make them equal, or make the cache again.'
+                f'The cache {cache} comes from the teacher {json.dumps(manifest["teacher"])}, and head.teacher.of '
+                'names another; make them equal, or make the cache again.'
             )
         self.feature_dim = manifest['feature_dim']
         self.num_patches = manifest['num_patches']
@@ -46,9 +46,9 @@ class CachedTeacher(nn.Module):
         self.grid = tuple(manifest['grid'])
         self.input_size = tuple(manifest['input_size'])
 
-        self.register_buffer('place', torch.empty(0), persistent=False)  # it follows the model from device to device
+        self.register_buffer('place', torch.empty(0), persistent=False)  # knows the model's device
 
-    def recall(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor]:
+    def read(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor]:
         """What came with the images: features [B, 1 + N, C] and importance [B, N], float32, on the model's device.
 
         Raises:

@@ -40,7 +40,7 @@ class OpenCLIPTeacher(Teacher):
         pretrained: An open_clip tag, a file, or None for random weights (to measure speed).
         input_size: Side, or height and width, of the image that the teacher sees, by default its own. The positions are
             interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
-        head_width: Width of the attention heads of a tower without model name, which no shape tells.
+        head_width: Width of the attention heads of a tower without model name, which weight shapes do not reveal.
         importance_layers: Importance is the mean over so many last blocks.
         register_neurons: See :class:`CLIPTower`.
         options: Of :class:`Teacher`.
@@ -61,7 +61,7 @@ class OpenCLIPTeacher(Teacher):
         **options: Any,
     ) -> None:
         if model is None and pretrained is None:
-            raise InputError('OpenCLIPTeacher needs a model name, or a file as pretrained.')
+            raise InputError('OpenCLIPTeacher has neither a model nor weights; give model=NAME, or pretrained=FILE.')
         size = pair(input_size) if input_size else None
         if model is None:
             visual, normalisation = build_of_file(pretrained, head_width)
@@ -235,12 +235,14 @@ def build_of_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequence
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-        raise InputError(f'{path} looks like a CLIP image tower but does not fit: {first_line(error)}') from error
+        raise InputError(
+            f'{path} looks like a CLIP image tower but does not fit ({first_line(error)}); name its model.'
+        ) from error
     if wrong:
         key = min(wrong)
         raise InputError(
             f'{path} looks like a CLIP image tower but does not fit: {key} is {shape(state_dict, key) or "missing"}, '
-            f'where {shape(tower, key) or "none"} belongs.'
+            f'where {shape(tower, key) or "none"} belongs; name its model.'
         )
     visual = VisionTransformer(**sizes)
     load_weights(visual, state_dict, path)

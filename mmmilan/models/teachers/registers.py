@@ -34,7 +34,7 @@ def add_test_time_register(
     by_block = defaultdict(list)
     for block, neuron in neurons:
         if not 0 <= block < len(activations):
-            raise InputError(f'register_neurons names block {block}; the teacher has 0 to {len(activations) - 1}.')
+            raise InputError(f'register_neurons names block {block}; choose from 0 to {len(activations) - 1}.')
         by_block[block].append(neuron)
     embedding.register_forward_hook(
         lambda module, args, tokens: torch.cat([tokens, torch.zeros_like(tokens[:, :1])], dim=1)

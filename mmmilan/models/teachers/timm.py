@@ -18,7 +18,7 @@ from mmmilan.registry import MODELS
 
 @MODELS.register_module()
 class TimmTeacher(Teacher):
-    """A ViT of timm: DINO by name, or SLIP from its published file (paper, table 5, row 9).
+    """A plain ViT of timm by name (DINO, DINOv3, SigLIP 2, ...), or SLIP from its file (paper, table 5, row 9).
 
     Args:
         model: Name of a ViT of timm, e.g. 'vit_base_patch16_224.dino'. See :class:`TimmTower` for what it teaches.
@@ -128,6 +128,6 @@ def build_vit(
         vit = timm.create_model(model, pretrained=True, num_classes=0, img_size=size, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         reason = ' '.join(str(error).split())[:400]
-        raise InputError(f'{path} does not hold the weights of this timm ViT: {reason}') from error
+        raise InputError(f'{path} does not fit {model} ({reason}); correct model= or pretrained=.') from error
     vit.pretrained_cfg.pop('state_dict')
     return vit

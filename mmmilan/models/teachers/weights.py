@@ -32,7 +32,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> No
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f'{path} does not fit this teacher: {" ".join(str(error).split())[:400]}') from error
+        reason = ' '.join(str(error).split())[:400]
+        raise InputError(f'{path} does not fit this teacher ({reason}); correct model= or pretrained=.') from error
 
 
 def hub_file(repo: str, names: Sequence[str]) -> str:

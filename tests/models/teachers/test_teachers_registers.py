@@ -111,7 +111,7 @@ def test_neurons_are_found(vit, build):
 def test_refusals(vit, build):
     _, path = vit
     cfg = dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=path, input_size=64)
-    with pytest.raises(InputError, match='register_neurons names block 12; the teacher has 0 to 11'):
+    with pytest.raises(InputError, match='register_neurons names block 12; choose from 0 to 11'):
         build(**cfg, register_neurons=[(12, 0)])
     with pytest.raises(InputError, match='no place for a test-time register'):
         build(type='mmmilan.TimmTeacher', model='eva02_tiny_patch14_224', pretrained=None, register_neurons=[(0, 0)])

@@ -72,7 +72,7 @@ def test_timm_refusals(build, vit):
         build(type='mmmilan.TimmTeacher', model='resnet10t', pretrained=None)
     with pytest.raises(InputError, match='input_size=200 is not a multiple of its patch size 16; choose 192 or 208'):
         build(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=path, input_size=(224, 200))
-    with pytest.raises(InputError, match='vit.pth does not hold the weights of this timm ViT'):
+    with pytest.raises(InputError, match='vit.pth does not fit vit_'):
         build(type='mmmilan.TimmTeacher', model='vit_small_patch16_224', pretrained=path, input_size=64)
 
 
