@@ -86,6 +86,7 @@ def own_settings(path: Path) -> dict:
     """What a config file itself sets, on top of its bases."""
     text = re.sub(r'{{\$\w+:(.*?)}}', r'\1', path.read_text())  # environment variables at their defaults
     text = re.sub(r'{{_base_\..*?}}', 'None', text)  # what is taken over from the base
+    text = re.sub(r', \*\*_base_\.\w+', '', text)
     settings: dict = {}
     exec(compile(text, path, 'exec'), settings)
     return {key: value for key, value in settings.items() if not key.startswith('__')}

@@ -1,4 +1,6 @@
 # Mask R-CNN, ViT-L/16, for 100 epochs, as in arXiv 2111.11429 and hustvl/MIMDet (MILAN's paper has no figure for it).
+# 32 GPUs x 2 images: bash tools/dist_train.sh configs/detection/mask-rcnn_vit-large-p16_milan-pre_lsj-100e_coco.py 8
+# on each of 4 machines, with NNODES, NODE_RANK and MASTER_ADDR set.
 _base_ = './mask-rcnn_vit-large-p16_milan-pre_lsj-25e_coco.py'
 
 param_scheduler = [

@@ -101,7 +101,9 @@ def test_another_teacher_is_refused(cached):
     config, folder, _ = cached
     cfg = cached_config(config, folder)
     cfg.model.head.teacher.of.pretrained = 'other.pt'
-    with pytest.raises(InputError, match='The cache .*cache comes from the teacher .*clip.pt.*head.teacher.of names another'):
+    with pytest.raises(
+        InputError, match='The cache .* comes from the teacher .*clip.pt.*head.teacher.of names another'
+    ):
         MODELS.build(cfg.model)
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+import timm
+import torch
 
 from helpers import ROOT, assert_identical, load_trusted, read_scalars
 
@@ -78,17 +79,33 @@ ALIGNMENT = {
 }
 
 
-@pytest.mark.parametrize('options', [PROMPTS_ONLY, ALIGNMENT, 'cache'], ids=['2 masks, a part', 'alignment', 'cache'])
-def test_resumed_with_less_computation(options, tiny_config, run_tool, tmp_path):
+@pytest.fixture
+def pooling_teacher(tmp_path):
+    """A teacher without class token, with a pooling query and a register: timm's smallest, random weights in a file."""
+    vit = timm.create_model('test_vit3', num_classes=0, img_size=64)
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    teacher = dict(_delete_=True, type='mmmilan.TimmTeacher', model='test_vit3', pretrained=str(tmp_path / 'vit.pth'))
+    teacher |= dict(input_size=64, teacher_mean_std='own')
+    return {'model.head.teacher': teacher, 'model.neck.predict_feature_dim': 96}
+
+
+@pytest.fixture
+def cached_teacher(tiny_config, run_tool, tmp_path):
+    """The config's teacher from a cache of two epochs."""
+    cache = str(tmp_path / 'cache')
+    run_tool('cache_targets.py', tiny_config({'train_dataloader.num_workers': 0}), cache, '--epochs', 2)
+    return {
+        'train_dataloader.dataset.type': 'mmmilan.CachedTargets',
+        'train_dataloader.dataset.cache': cache,
+        'model.head.teacher': dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache),
+    }
+
+
+@pytest.mark.parametrize('options', [PROMPTS_ONLY, ALIGNMENT, 'cached_teacher', 'pooling_teacher'])
+def test_resumed_with_other_parts(options, tiny_config, run_tool, tmp_path, request):
     """An epoch, and the second in a run of its own, are two epochs in one run."""
-    plain = {'train_dataloader.num_workers': 0}
-    if options == 'cache':
-        cfg = Config.fromfile(tiny_config(plain))
-        cache = str(tmp_path / 'cache')
-        run_tool('cache_targets.py', cfg.filename, cache, '--epochs', 2)
-        options = {'train_dataloader.dataset.type': 'mmmilan.CachedTargets', 'train_dataloader.dataset.cache': cache}
-        options['model.head.teacher'] = dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache)
-    config = tiny_config(plain | options)
+    options = request.getfixturevalue(options) if isinstance(options, str) else options
+    config = tiny_config({'train_dataloader.num_workers': 0} | options)
     run_tool('train.py', config, '--work-dir', tmp_path / 'whole')
     expected = load_trusted(tmp_path / 'whole/epoch_2.pth')
     (tmp_path / 'resumed').mkdir()

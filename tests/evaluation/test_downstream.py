@@ -1,4 +1,4 @@
-"""Classification from a pretraining checkpoint: semantic aware probing, k-NN, robustness, exact loading, CIFAR-10."""
+"""Classification from a pretraining checkpoint: semantic-aware probing, k-NN, robustness, exact loading, CIFAR-10."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def scores(path: Path) -> Tensor:
     return torch.stack([sample['pred_score'] for sample in pickle.loads(path.read_bytes())])
 
 
-# -- semantic aware probing
+# -- semantic-aware probing
 
 
 def attention_by_hand(official: dict[str, Tensor], images: Tensor) -> Tensor:

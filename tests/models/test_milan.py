@@ -142,7 +142,7 @@ def test_distillation_counts_visible_patches_only(milan_cfg):
 
 @pytest.mark.parametrize('norm_pix', [True, False])
 def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
-    """Semantic aware masking with a pixel target (table 5, row 5): teacher for the draw, pixels for the loss."""
+    """Semantic-aware masking with a pixel target (table 5, row 5): teacher for the draw, pixels for the loss."""
     milan_cfg['neck']['predict_feature_dim'] = 768
     milan_cfg['head'] |= dict(type='mmmilan.PixelTarget', norm_pix=norm_pix)
     model = build(milan_cfg)

@@ -1,4 +1,5 @@
-# Retrieval between the 1000 test images of Flickr30k and their 5000 captions.
+# Retrieval between the 1000 test images of Flickr30k and their 5000 captions. Nothing is trained.
+# python tools/test.py configs/maskclip/benchmarks/maskclip_vit-base-p16_retrieval_flickr30k.py CHECKPOINT
 _base_ = '../maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py'
 
 test_dataloader = dict(

@@ -1,4 +1,4 @@
-# CLIP target and semantic aware masking with the vanilla decoder (paper, table 5, row 6: 84.1 fine-tuned).
+# CLIP target and semantic-aware masking with the vanilla decoder (paper, table 5, row 6: 84.1 fine-tuned).
 _base_ = '../milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
 model = dict(

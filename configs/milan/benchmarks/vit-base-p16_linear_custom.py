@@ -3,35 +3,25 @@
 # An encoder of another size: ARCH=tiny, small, large. BATCH_SIZE and EPOCHS can be set, too.
 _base_ = [
     './vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k.py',
+    '../../_base_/custom_data.py',
     '../../_base_/custom_schedule.py',
     '../../_base_/custom_encoder.py',
 ]
 
-data_root = '{{$DATA_ROOT:data/custom}}'
-num_classes = int('{{$CLASSES:10}}')
-batch_size = int('{{$BATCH_SIZE:64}}')
-
 model = dict(
-    data_preprocessor=dict(num_classes=num_classes),
+    data_preprocessor=dict(num_classes={{_base_.num_classes}}),
     backbone=dict(arch={{_base_.arch}}, frozen_stages={{_base_.depth}}),
     neck=dict(input_features={{_base_.width}}),
-    head=dict(num_classes=num_classes, in_channels={{_base_.width}}),
+    head=dict(num_classes={{_base_.num_classes}}, in_channels={{_base_.width}}),
 )
-
-train_dataloader = dict(batch_size=batch_size, num_workers=4, dataset=dict(data_root=data_root + '/train'))
+train_dataloader = {{_base_.custom_train_dataloader}}
 val_dataloader = dict(
-    batch_size=batch_size,
+    batch_size={{_base_.batch_size}},
     num_workers=4,
-    dataset=dict(
-        _delete_=True,
-        type='mmmilan.ImageFolder',
-        data_root=data_root + '/val',
-        with_label=True,
-        pipeline={{_base_.test_dataloader.dataset.pipeline}},
-    ),
+    dataset=dict(_delete_=True, pipeline={{_base_.test_dataloader.dataset.pipeline}}, **_base_.custom_val_dataset),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(topk=(1, min(5, num_classes)))
+val_evaluator = {{_base_.custom_evaluator}}
 test_evaluator = val_evaluator
 
 # LARS at the rate for a batch of 16384 would not move a small one: AdamW.

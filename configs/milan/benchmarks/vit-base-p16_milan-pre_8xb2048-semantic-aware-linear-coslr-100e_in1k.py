@@ -1,4 +1,4 @@
-# Semantic aware probing of a MILAN ViT-B/16 (paper, table 7, row 6: 80.0): the frozen encoder sees the half of the patches
+# Semantic-aware probing of a MILAN ViT-B/16 (paper, table 7, row 6: 80.0): the frozen encoder sees the half of the patches
 # to which CLIP's class token attends most, in training and in validation. The paper says 50 %, as here; the published
 # code keeps 137 of 196: --cfg-options model.backbone.keep_ratio=0.7
 # 8 GPUs x 2048 images: bash tools/dist_train.sh configs/milan/benchmarks/vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k.py 8

@@ -18,7 +18,7 @@ class PixelTarget(Target):
     Args:
         norm_pix: Normalise each target patch by its own mean and standard deviation.
         patch_size: Side of a patch in pixels.
-        teacher: Config of a teacher, needed only for semantic aware masking.
+        teacher: Config of a teacher, needed only for semantic-aware masking.
     """
 
     def __init__(

@@ -1,0 +1,55 @@
+"""A schedule for as many images as there are, and the warnings of one that does not fit them."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.optim import CosineAnnealingLR, LinearLR
+
+from mmmilan.engine.schedule import ScheduleCheckHook, fit_batch_size, fit_schedule
+
+
+def test_schedule_fits_the_images():
+    small = fit_schedule(3068, 32, None, started=False)
+    assert small.steps_per_epoch == 95 and small.steps >= 10_000 and small.warmup == small.steps // 10
+    assert 2e-4 < small.lr < 2.2e-4  # where the linear rule gives 1.9e-5
+    assert fit_schedule(4096, 4096, None, started=False).lr == 2.4e-3 and fit_schedule(64, 8, None, False).epochs == 400
+    assert fit_schedule(10**6, 128, None, started=False).epochs == 20
+    assert fit_schedule(3068, 32, None, started=True).lr < small.lr
+    assert [fit_batch_size(n, 128) for n in (3, 24, 64, 512, 3068)] == [3, 8, 8, 64, 128]
+
+
+def warnings_of(caplog, schedules, steps: int) -> str:
+    """What the hook says of a run of so many steps, ten in an epoch; ``schedules`` as MMEngine's runner has them."""
+    caplog.clear()
+    runner = SimpleNamespace(
+        max_iters=steps,
+        param_schedulers=schedules,
+        train_dataloader=[None] * 10,
+        logger=logging.getLogger('schedule'),
+    )
+    ScheduleCheckHook().before_train(runner)
+    return caplog.text
+
+
+def schedulers(warmup: int, by_epoch: bool) -> list:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return [LinearLR(optimizer, end=warmup, by_epoch=by_epoch), CosineAnnealingLR(optimizer, T_max=1000)]
+
+
+@pytest.mark.parametrize('schedules', [None, [], {}])
+def test_a_run_without_schedules(caplog, schedules):
+    """``param_scheduler=None`` leaves the runner without schedulers."""
+    assert warnings_of(caplog, schedules, 1000) == ''
+    assert 'The run has 299 steps, too few to learn much' in warnings_of(caplog, schedules, 299)
+
+
+def test_a_run_that_is_mostly_warm_up(caplog):
+    assert warnings_of(caplog, schedulers(500, by_epoch=False), 1000) == ''
+    assert 'still growing in 50% of the 1000 steps' in warnings_of(caplog, schedulers(501, by_epoch=False), 1000)
+    assert 'still growing in 60% of the 1000 steps' in warnings_of(caplog, schedulers(60, by_epoch=True), 1000)
+    by_optimizer = dict(encoder=schedulers(10, by_epoch=False), decoder=schedulers(2000, by_epoch=False))
+    assert 'still growing in 100% of the 1000 steps' in warnings_of(caplog, by_optimizer, 1000)
