@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason='needs a GPU'))
 
 
+@pytest.fixture(autouse=True, scope='session')
+def configs_as_they_are():
+    """MMEngine has yapf lay out the text of a config six times in a run, half a second each; here no one reads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     init_default_scope('mmpretrain')
