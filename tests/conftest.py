@@ -6,6 +6,7 @@ import itertools
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -172,9 +173,17 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
 
 @pytest.fixture
 def run_tool(monkeypatch):
-    """Runs a script of tools/ in this process, as the command line would."""
+    """Runs a script of tools/ in this process, as the command line would.
+
+    MMEngine names logs by the second of the start: each run has one of its own.
+    """
+    last_start = 0
 
     def run(script: str, *args: object) -> None:
+        nonlocal last_start
+        while int(time.time()) == last_start:
+            time.sleep(0.02)
+        last_start = int(time.time())
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # or the script would set it for good

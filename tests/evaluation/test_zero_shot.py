@@ -250,36 +250,16 @@ def test_retrieval_needs_texts():
         RetrievalRecall().process({}, [dict(img_path='a.png', image_embedding=torch.ones(2))])
 
 
-def test_finds_the_captions_of_new_images_after_a_minute(run_tool, tmp_path):
+def test_finds_the_captions_of_new_images_after_half_a_minute(run_tool, tmp_path):
     """Recall far above chance, 10 of 200 images, on scenes not seen in training."""
     write_scenes(tmp_path / 'scenes', 480, 200)
     changes = {'train_dataloader.batch_size': 32, 'optim_wrapper.optimizer.lr': 3e-3, 'train_cfg.max_epochs': 5}
-    schedule = [
+    changes['param_scheduler'] = [
         dict(type='LinearLR', start_factor=0.01, end=1, convert_to_iter_based=True),
         dict(type='CosineAnnealingLR', begin=1, T_max=4, end=5, convert_to_iter_based=True),
     ]
-    run_tool('train.py', write_config(tmp_path, f'{tmp_path.name}', changes | {'param_scheduler': schedule}))
+    run_tool('train.py', write_config(tmp_path, tmp_path.name, changes))
     config = write_config(tmp_path, f'{tmp_path.name}_retrieval', retrieval(tmp_path))
     run_tool('test.py', config, tmp_path / 'work/epoch_5.pth')
     result = result_of(tmp_path / 'retrieval')
-    assert result['retrieval/image_recall@10'] > 15 and result['retrieval/text_recall@10'] > 15, result
-
-
-@pytest.mark.slow
-def test_knows_classes_by_their_names(run_tool, tmp_path):
-    """The demo's config as it is: zero-shot accuracy and recall far above chance (10 and 1 %)."""
-    write_scenes(tmp_path / 'scenes', 3000, 1000)
-    scenes = tmp_path / 'scenes'
-    cfg = Config.fromfile(CONFIG)
-    cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
-    cfg.test_dataloader.dataset.data_root = str(scenes / 'val')
-    cfg.work_dir = str(tmp_path / 'work')
-    cfg.dump(tmp_path / 'demo.py')
-    cfg.merge_from_dict(retrieval(tmp_path))
-    cfg.dump(tmp_path / 'demo_retrieval.py')
-    run_tool('train.py', tmp_path / 'demo.py')
-    for name in ('demo.py', 'demo_retrieval.py'):
-        run_tool('test.py', tmp_path / name, tmp_path / 'work/epoch_4.pth')
-    assert result_of(tmp_path / 'work')['accuracy/top1'] > 50
-    result = result_of(tmp_path / 'retrieval')
-    assert result['retrieval/image_recall@10'] > 10 and result['retrieval/text_recall@10'] > 10, result
+    assert result['retrieval/image_recall@10'] > 20 and result['retrieval/text_recall@10'] > 20, result

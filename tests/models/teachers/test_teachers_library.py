@@ -1,7 +1,8 @@
-"""Every ViT of timm and open_clip, at two blocks with random weights, gives features and importance or says why not.
+"""Every ViT of timm and open_clip, at two blocks, gives features and importance or says why not.
 
-The table of ``configs/milan/teachers/README.md`` is what comes out. Where they differ, this test leaves the right text
-in a file and names it.
+All run without numbers (PyTorch's meta device), and the smallest of each row of the table with random weights. The
+table of ``configs/milan/teachers/README.md`` is what comes out. Where they differ, this test leaves the right text in a
+file and names it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from helpers import ROOT
 from mmmilan.errors import InputError
+from mmmilan.models.teachers import Teacher
 from mmmilan.models.teachers.open_clip import new_visual
 from mmmilan.models.teachers.timm_tower import patch_size
 from mmmilan.registry import MODELS
@@ -54,17 +56,30 @@ def cheap_weights(shallow) -> Iterator[None]:
 
 
 @torch.no_grad()
-def outcome(cfg: dict) -> tuple[bool, str]:
-    """Whether a model can teach, and what its importance is, or why not."""
-    try:
+def run(cfg: dict, device: str) -> tuple[Teacher, Tensor, Tensor]:
+    """A teacher of 6 x 6 patches, and the features and importance of an image."""
+    with torch.device(device):
         size = 6 * smallest_unit(cfg)
         teacher = MODELS.build(cfg | dict(input_size=size)).eval()
         features, importance = teacher(torch.randn(1, 3, size, size))
+    assert features.shape == (1, 37, teacher.feature_dim) and importance.shape == (1, 36)
+    return teacher, features, importance
+
+
+def outcome(cfg: dict) -> tuple[bool, str, int]:
+    """Whether a model can teach; what its importance is, or why not; and its number of parameters."""
+    try:
+        teacher, _, _ = run(cfg, 'meta')
     except InputError as error:
-        return False, str(error).replace(cfg['model'], 'it').replace('The image tower of it', 'it').rstrip('.')
-    assert features.shape == (1, 37, teacher.feature_dim) and features.isfinite().all()
-    assert importance.shape == (1, 36) and importance.min() >= 0 and 0 < importance.sum() < 1.001
-    return True, teacher.tower.importance_is
+        reason = str(error).replace(cfg['model'], 'it').replace('The image tower of it', 'it').rstrip('.')
+        return False, reason, 0
+    return True, teacher.tower.importance_is, sum(parameter.numel() for parameter in teacher.parameters())
+
+
+def check_numbers(cfg: dict) -> None:
+    """With random weights, features are finite and importance is a part of 1."""
+    _, features, importance = run(cfg, 'cpu')
+    assert features.isfinite().all() and importance.min() >= 0 and 0 < importance.sum() < 1.001
 
 
 def smallest_unit(cfg: dict) -> int:
@@ -92,19 +107,29 @@ def open_clip_cfg(model: str) -> dict:
 def survey() -> dict[tuple[str, bool, str], list[str]]:
     """Models by library and family, whether they can teach, and importance or reason."""
     found = defaultdict(list)
-    for module in TRANSFORMERS:
-        models = [model for model in timm.list_models() if MODULE_OF[model] == module]
-        first = outcome(timm_cfg(models[0]))
-        if 'hierarchical' in first[1] or 'no attention' in first[1]:  # as all of this module
-            found[(f'timm, `{module}`', *first)] = models
-            continue
-        for model in models:
-            found[(f'timm, `{module}`', *outcome(timm_cfg(model)))].append(model)
-    for model in open_clip.list_models():
-        if model.startswith('milan-test'):  # made by another test of this session
-            continue
-        found[(f'open_clip, {tower_of(model)}', *outcome(open_clip_cfg(model)))].append(model)
+    refused: dict[str, tuple[bool, str, int]] = {}  # timm's modules of which no model can teach
+    smallest: dict[tuple[str, str], tuple[int, dict]] = {}  # parameters and config
+    for library, family, cfg in candidates():
+        teaches, what, size = refused.get(family) or outcome(cfg)
+        if library == 'timm' and ('hierarchical' in what or 'no attention' in what):
+            refused[family] = teaches, what, size
+        found[(f'{library}, {family}', teaches, what)].append(cfg['model'])
+        if teaches and size < smallest.get((family, what), (size + 1,))[0]:
+            smallest[family, what] = size, cfg
+    for _, cfg in smallest.values():
+        check_numbers(cfg)
     return found
+
+
+def candidates() -> Iterator[tuple[str, str, dict]]:
+    """Library, family and config of every model that may be a ViT, random weights."""
+    for module in TRANSFORMERS:
+        for model in timm.list_models():
+            if MODULE_OF[model] == module:
+                yield 'timm', f'`{module}`', timm_cfg(model)
+    for model in open_clip.list_models():
+        if not model.startswith('milan-test'):  # made by another test of this session
+            yield 'open_clip', tower_of(model), open_clip_cfg(model)
 
 
 def tower_of(model: str) -> str:
@@ -144,7 +169,9 @@ def test_every_vit(cheap_weights, tmp_path):
 @pytest.mark.parametrize('model', FAST)
 def test_some_of_timm(model, cheap_weights):
     """One of some rows, as the README's table has it."""
-    teaches, what = outcome(timm_cfg(model))
+    teaches, what, _ = outcome(timm_cfg(model))
+    if teaches:
+        check_numbers(timm_cfg(model))
     if MODULE_OF[model] in TRANSFORMERS:
         row = rf'| timm, `{MODULE_OF[model]}` |'
         rows = [line for line in README.read_text().splitlines() if line.startswith(row)]
@@ -155,6 +182,8 @@ def test_some_of_timm(model, cheap_weights):
 
 @pytest.mark.parametrize('model', ['ViT-S-32', 'RN50', 'PE-Core-T-16-384'])
 def test_some_of_open_clip(model, cheap_weights):
-    teaches, what = outcome(open_clip_cfg(model))
+    teaches, what, _ = outcome(open_clip_cfg(model))
+    if teaches:
+        check_numbers(open_clip_cfg(model))
     assert f'| {"yes" if teaches else "no"} | {what} |' in README.read_text()
     assert teaches == (model != 'RN50')
