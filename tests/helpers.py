@@ -37,8 +37,8 @@ def real_data(name: str) -> Path:
 # -- tools and runs
 
 
-def run_script(script: str, *args: object) -> None:
-    """Runs a shell script of tools/ in processes of its own; it must succeed."""
+def run_script(script: str, *args: object) -> str:
+    """Runs a shell script of tools/ in processes of its own; it must succeed. What it printed."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -47,6 +47,7 @@ def run_script(script: str, *args: object) -> None:
     command = ['bash', ROOT / 'tools' / script, *map(str, args)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def be_rank(rank: int, step: Callable, folder: str, *args: object) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from mmengine.config import Config
@@ -15,6 +21,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.registry import HOOKS, OPTIMIZERS
+
+
+@contextmanager
+def processes(cfg: Config) -> Iterator[None]:
+    """What a launcher's process does; at the end of this context all leave together, with the status of a stopped run.
+
+    A process without a launcher goes on.
+    """
+    init_processes(cfg)
+    status = 0
+    try:
+        yield
+    except SystemExit as stop:  # of StopHook, in all processes after the same step
+        if cfg.launcher == 'none':
+            raise
+        status = stop.code
+    if cfg.launcher != 'none':
+        end_processes()
+        leave(status)
 
 
 def init_processes(cfg: Config) -> None:
@@ -47,6 +72,18 @@ def end_processes() -> None:
         barrier()
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as ``multiprocessing`` ends its own: what is registered for the exit is done, and no more.
+
+    A thread of gloo may be about to let go of a tensor, for which it needs the interpreter. If that were taken apart
+    meanwhile, the thread would take the process down ("terminate called without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @OPTIMIZERS.register_module()

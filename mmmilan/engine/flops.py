@@ -44,14 +44,19 @@ PEAK_TFLOPS = {
 LESS = {'Laptop', 'Max', 'D', 'MIG'}
 
 
+def data_sheet_of(name: str) -> str | None:
+    """The key in ``PEAK_TFLOPS`` of a device, by the name that CUDA gives it; None if it has none."""
+    words = set(re.split(r'\W+', name))
+    if words & LESS:
+        return None
+    return next((key for key in PEAK_TFLOPS if words.issuperset(key.split())), None)
+
+
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense matrix product TFLOP/s of a device by its data sheet; None where that is not known here."""
     if device.type != 'cuda' or dtype != torch.bfloat16:
         return None
-    words = set(re.split(r'\W+', torch.cuda.get_device_name(device)))
-    if words & LESS:
-        return None
-    return next((peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
+    return PEAK_TFLOPS.get(data_sheet_of(torch.cuda.get_device_name(device)))
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:

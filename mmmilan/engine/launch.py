@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_data, unread_options
-from mmmilan.engine.distributed import end_processes, init_processes
+from mmmilan.engine.distributed import processes
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.work_dir import training_in
@@ -63,7 +63,7 @@ def default_work_dir(cfg: Config, path: str) -> str:
 
 @contextmanager
 def launched(cfg: Config, task: str) -> Iterator[Runner]:
-    """The runner of a config, which loads checkpoints safely and exactly; its processes end together.
+    """The runner of a config, which loads checkpoints safely and exactly; a launcher's processes end with this context.
 
     To train, it is alone in its work dir, and is stopped and resumed without loss.
 
@@ -82,13 +82,10 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         )
     check_data(cfg, task)
     use_safe_loading()
-    with training_in(cfg) if task == 'train' else nullcontext():
-        init_processes(cfg)
+    with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.register_hook(ExactLoadingHook())
         runner.register_hook(ImageSizeHook())
         if task == 'train':
             runner.register_hook(StopHook())
         yield runner
-        getattr(runner, 'strategy', runner).model = None  # the wrapper is the group's last owner otherwise
-        end_processes()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers import ROOT, load_trusted, read_scalars
+from helpers import ROOT, load_trusted
 from mmmilan.datasets import ReproducibleSampler
 from mmmilan.engine import GradientCompressionHook, StepSeedHook
 from mmmilan.engine.distributed import init_processes
-from mmmilan.engine.launch import launched
 
 WORLD = 16
 
@@ -109,32 +108,37 @@ def test_compressed_gradients():
     assert not torch.equal(plain, compressed) and torch.equal(compressed, plain.bfloat16().float())
 
 
-def test_the_wrapper_goes_before_the_group(tiny_config, monkeypatch):
-    """Otherwise the process may hang, or abort when it ends."""
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=0).items():
-        monkeypatch.setenv(name, str(value))
-    cfg = Config.fromfile(tiny_config())
-    cfg.launcher = 'pytorch'
-    alive, end = [], dist.destroy_process_group
-    monkeypatch.setattr(dist, 'destroy_process_group', lambda: alive.append(wrapper() is not None) or end())
-    with launched(cfg, 'train') as runner:
-        wrapper = weakref.ref(runner.model)
-        assert isinstance(wrapper(), DistributedDataParallel)
-        runner.train()
-    assert alive == [False]
+@pytest.fixture
+def images(image_folder, tmp_path):
+    """32 images, which 16 processes share evenly."""
+    folder = tmp_path / 'images'
+    shutil.copytree(image_folder, folder)
+    for path in sorted(folder.rglob('*.jpg'))[:8]:
+        shutil.copy(path, path.with_name(f'again_{path.name}'))
+    return folder
 
 
 @pytest.mark.slow
-def test_two_machines(tiny_config, tmp_path):
-    """Two launchers, as on two machines, with two processes each: they train together."""
-    config = tiny_config({'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 2})
+@pytest.mark.parametrize(('machines', 'processes'), [(2, 2), (1, 16)])
+def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machines, processes):
+    """Real ones, by a launcher for each machine: two epochs, and the weights of one process with the whole batch."""
+    mask = dict(type='SimMIMMaskGenerator', input_size=64, mask_patch_size=16, model_patch_size=16, mask_ratio=0.75)
+    pipeline = Config.fromfile(tiny_config()).train_dataloader.dataset.pipeline.to_dict()
+    pipeline = [pipeline[0], mask, dict(type='PackInputs', algorithm_keys=['mask'])]  # as the mask, too, is the image's
+    changes = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 16}
+    changes |= {'train_dataloader.dataset.data_root': str(images), 'train_dataloader.dataset.pipeline': pipeline}
+    run_tool('train.py', tiny_config(changes | {'work_dir': str(tmp_path / 'one')}))
+
+    config = tiny_config(changes | {'train_dataloader.batch_size': 16 // (machines * processes)})
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port), NNODES='2')
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port), NNODES=str(machines))
     environment['PATH'] = f'{os.path.dirname(sys.executable)}:{environment["PATH"]}'
-    command = ['bash', ROOT / 'tools/dist_train.sh', config, '2']
-    nodes = [subprocess.Popen(command, env=environment | dict(NODE_RANK=str(rank))) for rank in (0, 1)]
-    assert [node.wait() for node in nodes] == [0, 0]
-    assert len(read_scalars(tmp_path / 'work')) == 2 * 24 // (4 * 2)
-    assert load_trusted(tmp_path / 'work/epoch_2.pth')['meta']['iter'] == 6
+    command = ['bash', ROOT / 'tools/dist_train.sh', config, str(processes)]
+    nodes = [subprocess.Popen(command, env=environment | dict(NODE_RANK=str(rank))) for rank in range(machines)]
+    assert [node.wait() for node in nodes] == [0] * machines
+    actual, expected = (load_trusted(tmp_path / folder / 'epoch_2.pth') for folder in ('work', 'one'))
+    assert actual['meta']['iter'] == expected['meta']['iter'] == 4
+    for name, value in expected['state_dict'].items():
+        torch.testing.assert_close(actual['state_dict'][name], value, rtol=0, atol=1e-6)

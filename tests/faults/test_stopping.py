@@ -95,7 +95,7 @@ def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):
 
 def run_rank(work_dir: Path, sender: int | None = None, number: int = 0, step: int = 0, **kwargs) -> None:
     """A process of a run, in which the sender alone gets a signal."""
-    run(work_dir, SignalHook(number, step) if get_rank() == sender else None, **kwargs)
+    run(work_dir, *([SignalHook(number, step)] if get_rank() == sender else []), **kwargs)
 
 
 def resume_rank(work_dir: Path, newest: Path, **kwargs) -> None:

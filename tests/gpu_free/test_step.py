@@ -72,6 +72,14 @@ def test_milan(milan_cfg):
     assert sum(operation.name == '_fused_adamw_' for operation in watch.operations) == 3  # groups of parameters
 
 
+def test_teacher_in_float16(milan_cfg):
+    """On a GPU its weights are float16 from the start, and nothing of it is computed in more."""
+    milan_cfg['head']['teacher']['weight_dtype'] = 'float16'
+    model, optim_wrapper = milan(milan_cfg)
+    assert not run(model, optim_wrapper, batch()).waits
+    assert {parameter.dtype for parameter in model.head.teacher.parameters()} == {torch.float16}
+
+
 @pytest.mark.parametrize('part', ['pixels', 'mae decoder', 'distillation', 'random masking', 'checkpointing'])
 def test_other_parts(milan_cfg, part):
     if part == 'pixels':

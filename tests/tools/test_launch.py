@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from helpers import ROOT
+from helpers import ROOT, run_script
 from mmmilan import torchrun
 from mmmilan.engine import ImageSizeHook
 from mmmilan.engine.config_check import check_data, unread_options
@@ -167,3 +167,29 @@ def test_end_of_distributed_training(kind, expected, tmp_path):
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == expected
     assert 'Traceback' not in run.stderr and run.stderr.count('error:') == 1, run.stderr
+
+
+IMPORTED = """
+import atexit
+
+
+class Witness:
+    def __del__(self):
+        print('taken apart')
+
+
+witness = Witness()
+atexit.register(print, 'registered for the exit')
+"""
+
+
+@pytest.mark.slow
+def test_a_process_of_a_launcher_ends_before_python_is_taken_apart(tiny_config, tmp_path, monkeypatch):
+    """Threads of gloo may still need it. What is registered for the exit is done."""
+    (tmp_path / 'imported.py').write_text(IMPORTED)
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{ROOT}')
+    changes = dict(custom_imports=dict(imports=['imported'], allow_failed_imports=False))
+    config = tiny_config(changes | {'train_cfg.max_epochs': 1, 'train_dataloader.num_workers': 0})
+    output = run_script('dist_train.sh', config, 1)
+    assert 'registered for the exit' in output and 'taken apart' not in output
+    assert (tmp_path / 'work/epoch_1.pth').exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -223,11 +223,24 @@ def draw_sample(dataset: torch.utils.data.Dataset, index: int) -> np.ndarray:
 # -- dense tasks
 
 
-def dense(args: argparse.Namespace, backbones: dict[str, dict]) -> Iterator[Contestant]:
-    """Encoders that give four maps, forward and backward. Theirs get mmseg's pyramid for what ours has built in."""
+def dense_encoder(name: str, cfg: dict, args: argparse.Namespace) -> nn.Module:
+    """An encoder that gives four maps. Theirs get mmseg's pyramid for what ours has built in."""
     import mmseg.models  # noqa: F401  registers mmseg's
 
-    arch = SIZES[args.arch][0]
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg)
+    if not name.startswith('mmmilan'):
+        width = SIZES[args.arch][0]['embed_dims']
+        pyramid = dict(type='mmseg.Feature2Pyramid', embed_dim=width, norm_cfg=dict(type='BN'))
+        model = nn.Sequential(model, MODELS.build(pyramid))
+    elif args.compile:
+        model.forward = torch.compile(model.forward, dynamic=False)
+    model.to(args.device).train()  # whose value is None for mmpretrain's
+    return model
+
+
+def dense(backbones: Callable[[argparse.Namespace], dict[str, dict]], args: argparse.Namespace) -> Iterator[Contestant]:
+    """Encoders that give four maps, forward and backward."""
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
 
     def run(model: nn.Module, lap: Lap) -> None:
@@ -238,15 +251,8 @@ def dense(args: argparse.Namespace, backbones: dict[str, dict]) -> Iterator[Cont
         lap('backward')
         model.zero_grad()
 
-    for name, cfg in backbones.items():
-        model = MODELS.build(cfg)
-        if not name.startswith('mmmilan'):
-            pyramid = dict(type='mmseg.Feature2Pyramid', embed_dim=arch['embed_dims'], norm_cfg=dict(type='BN'))
-            model = nn.Sequential(model, MODELS.build(pyramid))
-        elif args.compile:
-            model.forward = torch.compile(model.forward, dynamic=False)
-        model.to(args.device).train()  # whose value is None for mmpretrain's
-        yield Contestant(name, partial(run, model), args.batch_size)
+    for name, cfg in backbones(args).items():
+        yield Contestant(name, partial(run, dense_encoder(name, cfg, args)), args.batch_size)
 
 
 def scale_indices(args: argparse.Namespace) -> list[int]:
@@ -255,22 +261,21 @@ def scale_indices(args: argparse.Namespace) -> list[int]:
     return [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
 
-def detection(args: argparse.Namespace) -> Iterator[Contestant]:
+def detection(args: argparse.Namespace) -> dict[str, dict]:
     """Windowed attention with four global blocks, with and without relative positions, against mmpretrain's ViT."""
     shared = dict(arch=SIZES[args.arch][0], patch_size=args.patch_size, img_size=args.img_size)
     shared['out_indices'] = scale_indices(args)
     ours = dict(type='mmmilan.DenseViT', with_cls_token=False, window_size=16, global_indices=scale_indices(args))
     ours['scale_norm_cfg'] = dict(type='GN', num_groups=32)
     theirs = dict(type='mmpretrain.VisionTransformer', out_type='featmap', final_norm=False)
-    backbones = {
+    return {
         'mmmilan': dict(rel_pos_bias='shared', **ours, **shared),
         'mmmilan, no relative positions': ours | shared,
         'mmpretrain, global attention': theirs | shared,
     }
-    return dense(args, backbones)
 
 
-def segmentation(args: argparse.Namespace) -> Iterator[Contestant]:
+def segmentation(args: argparse.Namespace) -> dict[str, dict]:
     """Relative positions and layer scale, against mmseg's ViT with the same and against its plain one."""
     arch = SIZES[args.arch][0]
     shared = dict(img_size=args.img_size, patch_size=args.patch_size, out_indices=scale_indices(args))
@@ -278,12 +283,13 @@ def segmentation(args: argparse.Namespace) -> Iterator[Contestant]:
     ours['scale_norm_cfg'] = dict(type='BN')  # as mmseg's pyramid
     theirs = dict(embed_dims=arch['embed_dims'], num_layers=arch['num_layers'], num_heads=arch['num_heads'])
     theirs['mlp_ratio'] = arch['feedforward_channels'] // arch['embed_dims']
-    backbones = {
+    return {
         'mmmilan': ours | shared,
         'mmseg MAE': dict(type='mmseg.MAE', init_values=1.0, **theirs, **shared),
         'mmseg VisionTransformer, no relative positions': dict(type='mmseg.VisionTransformer', **theirs, **shared),
     }
-    return dense(args, backbones)
 
 
-CONTESTS = dict(step=step, teacher=teacher, decoder=decoder, data=data, detection=detection, segmentation=segmentation)
+DENSE = dict(detection=detection, segmentation=segmentation)
+CONTESTS = dict(step=step, teacher=teacher, decoder=decoder, data=data)
+CONTESTS |= {name: partial(dense, backbones) for name, backbones in DENSE.items()}

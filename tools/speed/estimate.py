@@ -1,20 +1,24 @@
 """What a training step would take on a GPU, computed from the step's operations and the GPU's data sheet.
 
-python tools/speed/estimate.py configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py mmpretrain --device A100
+python tools/speed/estimate.py step detection segmentation --device A100 H100
+python tools/speed/estimate.py configs/maskclip/maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py
 
-Configs are those of MILAN, MaskCLIP, fine-tuning and probing; of detection and segmentation the encoder alone is taken,
-forward and backward. The word mmpretrain stands for its MILAN, in bfloat16.
+Names are those of the benchmark's commands, ours beside the incumbents, or config files: of MILAN, MaskCLIP,
+fine-tuning and probing. Of detection and segmentation the encoder alone is taken, forward and backward. All is in
+bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contestants import milan_models
+from benchmark import DEFAULTS
+from contestants import DENSE, SIZES, dense_encoder, milan_models
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -61,13 +65,29 @@ APART += ('sort', 'topk', 'embedding', 'max_pool2d', 'upsample', 'copy_')
 
 
 @dataclass
-class Estimate:
-    """Of a step: GB at its peak, not compiled; GFLOP an image; milliseconds, not compiled and compiled."""
+class Step:
+    """A step, as it would run on a GPU.
 
-    peak: float
-    gflops: float
-    eager: float
-    compiled: float
+    Attributes:
+        batch_size: Images in it.
+        peak: Bytes that tensors take up at most, not compiled.
+        operations: What runs on the device, not compiled.
+    """
+
+    batch_size: int
+    peak: int
+    operations: list[Operation]
+
+    @property
+    def flops(self) -> int:
+        return sum(operation.flops for operation in self.operations)
+
+    def milliseconds(self, device: str, compiled: bool = False) -> float:
+        return milliseconds(fuse(self.operations) if compiled else self.operations, device)
+
+    def mfu(self, device: str, compiled: bool = False) -> float:
+        """Operations a second, as a share of the data sheet's."""
+        return self.flops / (self.milliseconds(device, compiled) / 1e3) / (PEAK_TFLOPS[device] * 1e12)
 
 
 def milliseconds(operations: list[Operation], device: str) -> float:
@@ -100,37 +120,61 @@ def fuse(operations: list[Operation]) -> list[Operation]:
     return [operation for operation in fused if operation.bytes]
 
 
-def estimate(name: str, device: str, batch_size: int, img_size: int | None) -> Estimate:
-    """A step of a config, the second one, in which the optimizer has its states."""
-    model, cfg = build(name)
-    dense = not hasattr(model, 'data_preprocessor')
-    side = img_size or (model if dense else model.backbone).img_size[0]
+def trace(model: nn.Module, cfg: Config | None, batch_size: int, img_size: int) -> Step:
+    """A step of training by a config, the second one, in which the optimizer has its states.
+
+    Without a config, forward and backward pass of an encoder of four maps.
+    """
     with fake_cuda():
         to_fake(model).train()
-        wrapper = None if dense else build_optim_wrapper(model, cfg.optim_wrapper)
-        for _ in range(1 if dense else 2):
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper) if cfg else None
+        for _ in range(2 if wrapper else 1):
             watch = Watch()
             frozen = [list(each.module.parameters()) for each in model.modules() if isinstance(each, Frozen)]
             states = [list(state.values()) for state in wrapper.optimizer.state.values()] if wrapper else []
             watch.hold([*model.parameters(), *model.buffers(), *frozen, *states])
-            images = torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)
+            images = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8)
             with watch:
                 if wrapper:
                     train_step(model, wrapper, dict(inputs=watch.pin(images), data_samples=samples(cfg, batch_size)))
                 else:
                     encode(model, images)
-    flops = sum(operation.flops for operation in watch.operations)
-    times = [milliseconds(operations, device) for operations in (watch.operations, fuse(watch.operations))]
-    return Estimate(watch.peak / 1e9, flops / batch_size / 1e9, *times)
+    return Step(batch_size, watch.peak, watch.operations)
+
+
+def steps_of(name: str, arch: str = 'base', batch_size: int | None = None) -> Iterator[tuple[str, Step]]:
+    """The steps of a name, as the command line takes it, at the batch and image size of the recipe.
+
+    Args:
+        name: A command of the benchmark, whose contestants all follow, or a config file.
+        arch: Size of the contestants.
+        batch_size: In place of the recipe's.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if name not in ('step', *DENSE):
+        model, cfg = build(name)
+        yield (
+            Path(name).stem,
+            trace(model, cfg, batch_size or cfg.train_dataloader.batch_size, model.backbone.img_size[0]),
+        )
+        return
+    img_size, default, _ = DEFAULTS[name]
+    args = argparse.Namespace(arch=arch, img_size=img_size, patch_size=16, device='cpu', compile=False)
+    batch_size = batch_size or default
+    if name == 'step':
+        for contestant in ('mmmilan', 'mmpretrain'):
+            model, cfg = milan_models(args, ours=contestant == 'mmmilan')
+            cfg.optim_wrapper.type = 'mmmilan.BFloat16OptimWrapper'
+            yield contestant, trace(model, cfg, batch_size, img_size)
+    else:
+        for contestant, cfg in DENSE[name](args).items():
+            yield contestant, trace(dense_encoder(contestant, cfg, args), None, batch_size, img_size)
 
 
 def build(name: str) -> tuple[nn.Module, Config]:
-    """The model of a config, on the CPU with random weights; of a detector or segmentor its encoder."""
-    if name == 'mmpretrain':
-        settings = dict(arch='base', img_size=224, patch_size=16, device='cpu', compile=False)
-        model, cfg = milan_models(argparse.Namespace(**settings), ours=False)
-        cfg.optim_wrapper.type = 'mmmilan.BFloat16OptimWrapper'
-        return model, cfg
+    """The model of a config, on the CPU with random weights."""
     if not Path(name).is_file():
         raise InputError(f'The config {name} does not exist; correct its path.')
     cfg = Config.fromfile(name)
@@ -139,7 +183,7 @@ def build(name: str) -> tuple[nn.Module, Config]:
     for part in (cfg.model.get('head') or {}, cfg.model.backbone):
         if part.get('teacher'):
             part.teacher.pretrained = None
-    return MODELS.build(cfg.model.backbone if 'DenseViT' in cfg.model.backbone.type else cfg.model), cfg
+    return MODELS.build(cfg.model), cfg
 
 
 def samples(cfg: Config, size: int) -> list[DataSample]:
@@ -162,36 +206,35 @@ def encode(model: nn.Module, images: torch.Tensor) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='config files, or the word mmpretrain')
-    parser.add_argument('--device', choices=MEMORY, default='A100')
-    parser.add_argument('--batch-size', type=int, default=256, help='images on one GPU')
-    parser.add_argument('--img-size', type=int, help='side of the images, by default that of the encoder')
+    parser.add_argument('names', nargs='+', help='step, detection, segmentation, or config files')
+    parser.add_argument('--device', nargs='+', choices=MEMORY, default=['A100', 'H100'])
+    parser.add_argument('--arch', choices=SIZES, default='base', help="size of the benchmark's contestants")
+    parser.add_argument('--batch-size', type=int, help="images on one GPU; default: the recipe's")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     MMLogger.get_current_instance().setLevel(logging.ERROR)
-    bandwidth, size = MEMORY[args.device]
-    table = Table(
-        title=f'Computed, not measured: {args.device}, bfloat16, batch {args.batch_size}', title_justify='left'
-    )
-    for column in ('', 'peak, GB', 'GFLOP/image', 'ms', 'ms, compiled', 'images/s, compiled', 'MFU, compiled'):
-        table.add_column(column, justify='right' if column else 'left')
-    for name in args.configs:
-        result = estimate(name, args.device, args.batch_size, args.img_size)
-        rate = 1e3 * args.batch_size / result.compiled
-        mfu = rate * result.gflops / 1e3 / PEAK_TFLOPS[args.device]
-        numbers = (result.peak, result.gflops, result.eager, result.compiled, rate)
-        table.add_row(Path(name).stem, *(f'{number:,.1f}' for number in numbers), f'{mfu:.2f}')
+    table = Table(title='Computed, not measured; in bfloat16', title_justify='left')
+    for column in ('', 'on', 'batch', 'peak, GB', 'GFLOP/image', 'ms', 'ms, compiled', 'MFU, compiled'):
+        table.add_column(column, justify='right' if column not in ('', 'on') else 'left')
+    for name in args.names:
+        for contestant, step in steps_of(name, args.arch, args.batch_size):
+            size = [str(step.batch_size), f'{step.peak / 1e9:.1f}', f'{step.flops / step.batch_size / 1e9:,.1f}']
+            for device in args.device:
+                times = [f'{step.milliseconds(device, compiled):,.1f}' for compiled in (False, True)]
+                table.add_row(contestant, device, *size, *times, f'{step.mfu(device, compiled=True):.2f}')
     console = Console()
     console.print(table)
+    for device in args.device:
+        bandwidth, size = MEMORY[device]
+        console.print(f'{device}: {PEAK_TFLOPS[device]:g} TFLOP/s in bfloat16, {bandwidth:g} TB/s, {size} GB.')
     console.print(
-        f'Data sheet: {PEAK_TFLOPS[args.device]:g} TFLOP/s in bfloat16, {bandwidth:g} TB/s, {size} GB. Assumed: '
-        f'products reach {PRODUCTS:.0%} of it, in float32 an eighth of that, and memory {BANDWIDTH:.0%}; '
-        f'a kernel takes {1e6 * KERNEL:g} µs at least. Compiled: what stands between two products, calls of attention '
-        'or gathers is one kernel. The peak is that of tensors, not compiled, without the gaps of the allocator, '
-        'cuBLAS and the context (about 1 GB).',
+        f'Assumed: products reach {PRODUCTS:.0%} of the data sheet, in float32 an eighth of that, and memory '
+        f'{BANDWIDTH:.0%}; a kernel takes {1e6 * KERNEL:g} µs at least. Compiled: what stands between two products, '
+        'calls of attention or gathers is one kernel. The peak is that of tensors, not compiled, without the gaps of '
+        'the allocator, cuBLAS and the context (about 1 GB).',
         soft_wrap=True,
     )
 

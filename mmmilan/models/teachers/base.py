@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,8 @@ class Teacher(nn.Module):
         teacher_mean_std: 'own' normalises the images as the teacher was trained; None feeds it the student's tensor as
             it is, with ImageNet's normalisation (published code).
         weight_dtype: 'bfloat16' holds the weights of linear layers and convolutions in half the memory and runs the
-            teacher in bfloat16. Where training is in bfloat16 this changes no bit of the result.
+            teacher in bfloat16. Where training is in bfloat16 this changes no bit of the result. 'float16' runs all of
+            the teacher in float16 on a GPU, its norms and residual stream too: faster, and nearer to float32.
 
     Attributes:
         feature_dim: Width C of the target.
@@ -100,13 +101,14 @@ class Teacher(nn.Module):
         super().__init__()
         if teacher_mean_std not in (None, 'own'):
             raise InputError(f"teacher_mean_std={teacher_mean_std!r} is unknown; choose 'own' or None.")
-        if weight_dtype not in (None, 'bfloat16'):
-            raise InputError(f"weight_dtype={weight_dtype!r} is unknown; choose 'bfloat16' or None.")
+        if weight_dtype not in (None, 'bfloat16', 'float16'):
+            raise InputError(f"weight_dtype={weight_dtype!r} is unknown; choose 'float16', 'bfloat16' or None.")
         self.tower = tower
         self.grid = pair(grid_size) if grid_size else tower.grid
         self.renormalise = Renormalise(tower.mean, tower.std) if teacher_mean_std == 'own' else nn.Identity()
-        self.in_bfloat16 = weight_dtype == 'bfloat16'
-        if self.in_bfloat16:
+        self.weight_dtype = weight_dtype
+        self.in_float16 = False
+        if weight_dtype == 'bfloat16':
             hold_in_bfloat16(tower)
         print_log(f'Teacher: {self.describe()}', logger='current')
 
@@ -144,12 +146,23 @@ class Teacher(nn.Module):
             f'{self.feature_dim} dimensions; importance: {self.tower.importance_is}.'
         )
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> Teacher:
+        super()._apply(fn, recurse)
+        if self.weight_dtype == 'float16' and next(self.parameters()).is_cuda:
+            self.run_in_float16()
+        return self
+
+    def run_in_float16(self) -> None:
+        """Hold the whole tower in float16: weights, norms, positions, and so its residual stream."""
+        self.in_float16 = True
+        self.tower.half()
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> features [B, 1 + N, C] of all tokens and importance [B, N], float32."""
         with self.precision(images):
             features, importance = self.tower(self.prepare(images))
-        return self.on_grid(features), self.importance_on_grid(importance)
+        return self.on_grid(self.widen(features)), self.importance_on_grid(importance)
 
     @torch.no_grad()
     def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
@@ -171,7 +184,7 @@ class Teacher(nn.Module):
             raise InputError(f'The teacher has blocks 0 to {depth - 1}, not all of {list(layers)}; choose among them.')
         with self.precision(images):
             tokens, importance = self.tower.forward_layers(self.prepare(images), [layer % depth for layer in layers])
-        return [self.on_grid(x) for x in tokens], self.importance_on_grid(importance)
+        return [self.on_grid(self.widen(x)) for x in tokens], self.importance_on_grid(importance)
 
     def text_tower(self) -> TextTower:
         """The text tower that shares the space of the features.
@@ -182,14 +195,21 @@ class Teacher(nn.Module):
         raise InputError(f'{type(self).__name__} has no text tower; for texts, train with an OpenCLIPTeacher.')
 
     def precision(self, images: Tensor) -> torch.autocast | nullcontext:
-        """Autocast to bfloat16 where the weights are held in it."""
-        return torch.autocast(images.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+        """Autocast to bfloat16 where the weights are held in it, and none where all is in float16."""
+        if self.weight_dtype == 'bfloat16':
+            return torch.autocast(images.device.type, torch.bfloat16)
+        return torch.autocast(images.device.type, enabled=False) if self.in_float16 else nullcontext()
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] at the teacher's size, and normalised as it asks."""
         if images.shape[-2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode='bicubic', antialias=True, align_corners=False)
-        return self.renormalise(images)
+        images = self.renormalise(images)
+        return images.half() if self.in_float16 else images
+
+    def widen(self, tokens: Tensor) -> Tensor:
+        """Tokens in float32 where the teacher is in float16; under autocast they are as it makes them."""
+        return tokens.float() if self.in_float16 else tokens
 
     def on_grid(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1 + M, C] of the teacher's grid -> [B, 1 + N, C] of the student's, interpolated linearly."""

@@ -113,12 +113,29 @@ def test_bfloat16_weights_change_no_bit(cfg, build, randomise):
     assert 0 < relative_error(expected[0], float32[0]) < 0.1  # what bfloat16 costs
 
 
+def test_float16_is_nearer_to_float32_than_bfloat16(cfg, build, randomise):
+    """All of it, norms and residual stream too, with autocast outside or not; the student gets float32."""
+    torch.manual_seed(0)
+    teacher = randomise(build(**cfg, weight_dtype='float16'))
+    images = torch.randn(2, 3, *teacher.input_size)
+    expected = teacher(images)  # on a CPU, as if it were not asked for
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        in_bfloat16 = teacher(images)
+    teacher.run_in_float16()
+    actual = teacher(images)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert all(map(torch.equal, teacher(images), actual))
+    for value, worse, right in zip(actual, in_bfloat16, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert 0 < relative_error(value, right) < 0.5 * relative_error(worse, right)
+
+
 def bytes_of(teacher: Teacher) -> int:
     return sum(parameter.nbytes for parameter in teacher.parameters())
 
 
 def test_unknown_precision(build):
-    with pytest.raises(InputError, match="weight_dtype='float8' is unknown; choose 'bfloat16' or None"):
+    with pytest.raises(InputError, match="weight_dtype='float8' is unknown; choose 'float16', 'bfloat16' or None"):
         build(**TINY, weight_dtype='float8')
 
 

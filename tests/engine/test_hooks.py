@@ -1,0 +1,29 @@
+"""A loss that is not finite ends the run before bad weights are saved."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmmilan.engine import NonFiniteLossHook
+from mmmilan.errors import InputError
+
+
+def test_bad_loss_between_two_lines_of_the_log(tiny_config, run_tool, tmp_path):
+    """Found at the next line, told with the step at which it was, and not saved."""
+    explosion = dict(type='MultiStepLR', by_epoch=False, milestones=[8], gamma=1e40)
+    changes = {'param_scheduler': [explosion], 'default_hooks.logger.interval': 50}
+    changes['train_dataloader.num_workers'] = 0
+    with pytest.raises(SystemExit, match=r'error: The loss is nan at iteration 10 \(epoch 2\); resume from .*epoch_1'):
+        run_tool('train.py', tiny_config(changes))
+    assert [path.name for path in (tmp_path / 'work').glob('*.pth')] == ['epoch_1.pth']
+
+
+def test_bad_weights_are_not_saved_between_two_lines_of_the_log(tmp_path):
+    runner = SimpleNamespace(iter=7, epoch=0, work_dir=str(tmp_path))
+    hook = NonFiniteLossHook()
+    hook.before_save_checkpoint(runner, dict(state_dict=dict(weight=torch.zeros(2), steps=torch.tensor(3))))
+    with pytest.raises(InputError, match='The weights are not finite after iteration 7'):
+        hook.before_save_checkpoint(runner, dict(state_dict=dict(weight=torch.tensor([0.0, torch.nan]))))
