@@ -122,15 +122,6 @@ class Masking(BaseTransform):
         Most maskings need nothing of it; :class:`PromptedMasking` embeds its texts.
         """
 
-    def weigh(self, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
-        """The importance [B, N] to draw by; by default the teacher's own.
-
-        Args:
-            importance: The teacher's importance [B, N]; None without a teacher.
-            features: The teacher's features [B, 1 + N, C]; None without a teacher.
-        """
-        return importance
-
     def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
         """Mask a batch.
 

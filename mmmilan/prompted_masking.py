@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
 
 @TRANSFORMS.register_module()
 class PromptedMasking(SemanticAwareMasking):
-    """Keep patches with probability proportional to exp(cos(t, text) / τ), times the attention if asked for.
+    """Keep patches with probability proportional to exp(cos(v, text) / τ), times the attention if asked for.
 
-    t is the teacher's feature of a patch in the joint space of image and text; of several texts, the nearest to the
-    patch counts. This is this project's own: no paper has it. The draw is that of :class:`SemanticAwareMasking`.
-
-    It does what the words ask for only with a teacher whose patches say what is on them. Those of a CLIP may say it of
-    what is around them (arXiv 2304.05653): look at ``mmmilan heat-maps`` first.
+    v is the patch's value in the teacher's last attention, projected to the joint space of image and text, as in
+    MaskCLIP's segmentation (arXiv 2112.01071). Its feature would not do: after the last attention a CLIP's patches
+    often say what is beside them (arXiv 2304.05653). Of several texts, the nearest to the patch counts. The draw is
+    that of :class:`SemanticAwareMasking`. That words decide on masks is this project's own: no paper has it.
 
     Args:
         texts: What is to stay visible, such as 'a crack'.
@@ -35,7 +35,8 @@ class PromptedMasking(SemanticAwareMasking):
         rounding: As for every masking.
 
     Raises:
-        InputError: there is no text, the temperature is not positive, or the teacher has no text tower.
+        InputError: there is no text, the temperature is not positive, or the teacher has no text tower or does not give
+            the values of its patches.
     """
 
     def __init__(
@@ -56,19 +57,19 @@ class PromptedMasking(SemanticAwareMasking):
         self.with_attention = with_attention
 
     def prepare(self, teacher: Teacher | None) -> None:
-        """Embed the texts with the teacher's text tower, once."""
+        """Embed the texts with the teacher's text tower, once, and let the teacher's importance follow them."""
         if teacher is None:
             raise InputError('PromptedMasking needs a teacher with a text tower; give the head an OpenCLIPTeacher.')
         self.embeddings = teacher.text_tower()(self.texts)  # [T, C]
+        teacher.weigh_by(self.weigh)
 
-    def weigh(self, importance: Tensor, features: Tensor) -> Tensor:
-        """exp(cos(t, text) / τ) of the nearest text [B, N], float32, 1 for the greatest of an image."""
-        if not isinstance(features, Tensor) or features.shape[-1] != self.embeddings.shape[1]:
-            raise InputError("PromptedMasking compares texts with one teacher's features; set head.type to CLIPTarget.")
-        self.embeddings = self.embeddings.to(features.device)
-        cosine = (F.normalize(features[:, 1:].float(), dim=-1) @ self.embeddings.T).amax(-1)
+    def weigh(self, attention: Tensor, values: Tensor) -> Tensor:
+        """exp(cos(v, text) / τ) of the nearest text [B, N], float32, 1 for the greatest of an image."""
+        self.embeddings = self.embeddings.to(values.device)
+        with torch.autocast(values.device.type, enabled=False):  # 16 bits are too coarse for τ
+            cosine = (F.normalize(values.float(), dim=-1) @ self.embeddings.T).amax(-1)
         weight = ((cosine - cosine.amax(1, keepdim=True)) / self.temperature).exp()
-        return weight * importance if self.with_attention else weight
+        return weight * attention if self.with_attention else weight
 
     def transform(self, results: dict) -> dict:
         """Refused: a data pipeline has no features to compare with the texts."""

@@ -17,6 +17,9 @@ class FixedTeacher:
     def text_tower(self):
         return lambda texts: torch.tensor([[1.0, 0.0] if text == 'left' else [0.0, 1.0] for text in texts])
 
+    def weigh_by(self, weigh):
+        self.weigh = weigh
+
 
 def prepared(**options) -> PromptedMasking:
     masking = PromptedMasking(**options)
@@ -26,14 +29,14 @@ def prepared(**options) -> PromptedMasking:
 
 def test_importance_is_that_of_the_formula():
     """A loop over patches and texts, with and without the attention."""
-    features, attention = torch.randn(3, 9, 2), torch.rand(3, 8)
+    values, attention = torch.randn(3, 8, 2), torch.rand(3, 8)
     for texts in (['left'], ['right', 'left']):
-        alone = prepared(texts=texts, temperature=0.5).weigh(attention, features)
-        times = prepared(texts=texts, temperature=0.5, with_attention=True).weigh(attention, features)
+        alone = prepared(texts=texts, temperature=0.5).weigh(attention, values)
+        times = prepared(texts=texts, temperature=0.5, with_attention=True).weigh(attention, values)
         for image in range(3):
             expected = torch.zeros(8)
             for patch in range(8):
-                unit = features[image, 1 + patch] / features[image, 1 + patch].norm()
+                unit = values[image, patch] / values[image, patch].norm()
                 expected[patch] = torch.exp(max(unit[0] if text == 'left' else unit[1] for text in texts) / 0.5)
             assert torch.allclose(normalize(alone[image], dim=0), normalize(expected, dim=0), atol=1e-6)
             expected *= attention[image]
@@ -42,39 +45,69 @@ def test_importance_is_that_of_the_formula():
 
 def test_words_decide_what_stays_visible():
     """16 patches look like 'left', 16 like 'right'; the share drawn is that of the weights e^(1/τ) : 1."""
-    features = torch.eye(2).repeat_interleave(16, dim=0)
-    features = torch.cat([features[:1], features])[None].expand(4000, -1, -1)
+    values = torch.eye(2).repeat_interleave(16, dim=0).expand(4000, -1, -1)
     visible = {}
     for text in ('left', 'right'):
         masking = prepared(texts=[text], temperature=0.5, mask_ratio=31 / 32)
-        visible[text] = (~masking.draw(masking.weigh(None, features), (4000, 32)))[:, :16].sum() / 4000
+        visible[text] = (~masking.draw(masking.weigh(None, values), (4000, 32)))[:, :16].sum() / 4000
     share = torch.tensor(2.0).exp() / (1 + torch.tensor(2.0).exp())  # one patch is drawn
     assert visible['left'] == pytest.approx(float(share), abs=0.02)
     assert visible['right'] == pytest.approx(1 - float(share), abs=0.02)
 
 
 def test_a_low_temperature_stays_finite():
-    features = torch.randn(2, 17, 2)
+    values = torch.randn(2, 16, 2)
     masking = prepared(texts=['left'], temperature=1e-4)
-    weight = masking.weigh(None, features)
+    weight = masking.weigh(None, values)
     assert torch.isfinite(weight).all() and weight.amax(1).tolist() == [1, 1]
     assert (~masking.draw(weight, (2, 16))).sum(1).tolist() == [4, 4]
 
 
-def test_in_the_algorithm(milan_cfg, maskclip_file):
+@torch.no_grad()
+def values_of(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Values [B, N, C] of patches by open_clip's own last block, in which each token may attend to itself alone."""
+    seen = []
+    block = visual.transformer.resblocks[-1]
+    hook = block.ln_1.register_forward_hook(lambda module, args, output: seen.append(output))
+    visual(images)
+    hook.remove()
+    alone = torch.full((seen[0].shape[1],) * 2, -torch.inf).fill_diagonal_(0)
+    attended, _ = block.attn(seen[0], seen[0], seen[0], attn_mask=alone)
+    return (visual.ln_post(attended) @ visual.proj)[:, 1:]
+
+
+@pytest.mark.parametrize('with_attention', [False, True])
+def test_in_the_algorithm(milan_cfg, maskclip_file, with_attention):
     """The model embeds the texts with its teacher's text tower; figures show the importance that was drawn from."""
     milan_cfg['head']['teacher']['pretrained'] = maskclip_file
-    milan_cfg['masking'] = dict(type='mmmilan.PromptedMasking', texts=['a ship', 'a tumour'], temperature=0.05)
+    prompted = dict(texts=['a ship', 'a tumour'], temperature=0.05, with_attention=with_attention)
+    plain, images = MODELS.build(milan_cfg), torch.randn(2, 3, 64, 64)
+    features, attention = plain.head.run_teacher(images)
+    milan_cfg['masking'] = dict(type='mmmilan.PromptedMasking', **prompted)
     model = MODELS.build(milan_cfg).eval()
     model.init_weights()
-    images = torch.randn(2, 3, 64, 64)
-    features, attention = model.head.run_teacher(images)
-    cosine = normalize(features[:, 1:], dim=-1) @ model.text_tower()(['a ship', 'a tumour']).T
-    expected = (cosine.amax(-1) / 0.05).softmax(1)
+    assert torch.equal(model.head.run_teacher(images)[0], features)  # the target is as it was
+    values = values_of(model.head.teacher.visual, images)
+    cosine = normalize(values, dim=-1) @ model.text_tower()(['a ship', 'a tumour']).T
+    expected = (cosine.amax(-1) / 0.05).softmax(1) * (attention if with_attention else 1)
     importance = torch.stack([sample.importance for sample in model.predict(images)])
-    assert torch.allclose(importance / importance.sum(1, keepdim=True), expected, atol=1e-6)
-    assert not torch.allclose(importance / importance.sum(1, keepdim=True), attention, atol=1e-2)
-    assert torch.isfinite(model.loss(images)['loss'])
+    shares, expected = (each / each.sum(1, keepdim=True) for each in (importance, expected))
+    assert torch.allclose(shares, expected, atol=1e-5)
+    assert not torch.allclose(shares, attention / attention.sum(1, keepdim=True), atol=1e-2)
+    loss = model.loss(images)['loss']
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@torch.no_grad()
+def test_where_a_query_pools():
+    """SigLIP's patches are values of its pool already, and these are compared."""
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-SigLIP', pretrained=None)).eval()
+    images, seen = torch.randn(1, 3, 224, 224), []
+    features, attention = teacher(images)
+    teacher.weigh_by(lambda *given: seen.extend(given) or given[0])
+    assert torch.equal(teacher(images)[1], attention)
+    assert torch.equal(seen[0], attention) and torch.equal(seen[1], features[:, 1:])
 
 
 def test_what_cannot_be_prompted(milan_cfg):
@@ -93,5 +126,6 @@ def test_what_cannot_be_prompted(milan_cfg):
         masking.prepare(None)
     with pytest.raises(InputError, match='is no step of a data pipeline; give it to the model as masking'):
         masking.transform(dict(importance=torch.rand(16)))
-    with pytest.raises(InputError, match=r"compares texts with one teacher's features; set head.type to CLIPTarget"):
-        prepared(texts=['left']).weigh(None, torch.randn(2, 9, 3))
+    teacher = MODELS.build(dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None))
+    with pytest.raises(InputError, match="does not give the values of its patches; choose open_clip's own ViT"):
+        teacher.weigh_by(masking.weigh)

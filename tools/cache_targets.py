@@ -104,6 +104,8 @@ def main() -> None:
     init_default_scope(cfg.default_scope)
     if not cfg.model.head.get('teacher'):
         raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')
+    if cfg.model.masking.type == 'mmmilan.PromptedMasking':
+        raise InputError('A cache keeps the attention, and not what words make of it; set masking to another.')
     model = MODELS.build(cfg.model).to(get_device()).eval()
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if isinstance(dataset, CachedTargets):

@@ -5,15 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmengine.config import Config
-from mmengine.registry import DefaultScope
-
-from mmmilan.checkpoints.io import load_checkpoint_file
-from mmmilan.checkpoints.loading import load_weights
+from mmmilan.api.models import get_model, read_config
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.open_clip import write_open_clip
-from mmmilan.models import MaskCLIP
-from mmmilan.registry import MODELS
+from mmmilan.export.preprocessing import read_preprocessing
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,14 +21,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if not args.config.is_file():
-        raise InputError(f'The config {args.config} does not exist; correct its path.')
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(Config.fromfile(args.config).model)
-    if not isinstance(model, MaskCLIP):
-        raise InputError(f'{args.config} is a config of {type(model).__name__}; give one of MaskCLIP.')
-    load_weights(model, load_checkpoint_file(args.checkpoint), str(args.checkpoint))
-    write_open_clip(model, args.folder)
+    config = read_config(args.config)
+    kind = config.model.type.rpartition('.')[2]
+    if kind != 'MaskCLIP':
+        raise InputError(f'{args.config} is a config of {kind}; give one of MaskCLIP.')
+    model = get_model(args.config, args.checkpoint, encoder_only=False)
+    write_open_clip(model, read_preprocessing(config, model), args.folder)
     print(f"open_clip.create_model_and_transforms('local-dir:{args.folder}') loads the model.")
 
 

@@ -24,6 +24,7 @@ from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
 from mmmilan.export.hub import write_hub_dir
 from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the rest names the machine it was trained on
@@ -118,7 +119,8 @@ def entry_config(config: Path, path: Path) -> str:
 def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
     """The folder for the Hub; returns the libraries that can load it."""
     if facts.kind == 'image-text model':
-        write_open_clip(get_model(path, encoder_only=False), folder)
+        model = get_model(path, encoder_only=False)
+        write_open_clip(model, read_preprocessing(model._config, model), folder)
         return ['open_clip']
     return write_hub_dir(folder, get_model(path), facts.name)
 

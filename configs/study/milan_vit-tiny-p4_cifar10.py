@@ -1,28 +1,16 @@
 # The study's MILAN (docs/reproduction.md): 4 epochs of 4,166 images of CIFAR-10 that its teacher has not seen.
-_base_ = '../milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+_base_ = '../demo/milan_vit-tiny-p8_scenes.py'
 
 model = dict(
-    backbone=dict(
-        arch=dict(_delete_=True, embed_dims=96, num_layers=4, num_heads=3, feedforward_channels=384),
-        img_size=32,
-        patch_size=4,
-    ),
-    neck=dict(
-        num_patches=64,
-        embed_dim=96,
-        decoder_embed_dim=72,
-        decoder_depth=2,
-        decoder_num_heads=4,
-        predict_feature_dim=96,
-    ),
-    head=dict(teacher=dict(model=None, pretrained='work_dirs/study/teacher/epoch_3.pth', head_width=32)),
+    backbone=dict(arch=dict(embed_dims=96, num_heads=3, feedforward_channels=384), img_size=32, patch_size=4),
+    neck=dict(embed_dim=96, decoder_embed_dim=72, predict_feature_dim=96),
+    head=dict(teacher=dict(pretrained='work_dirs/study/teacher/epoch_3.pth', head_width=32)),
 )
 
 train_dataloader = dict(
     batch_size=16,
     num_workers=0,
-    persistent_workers=False,
-    pin_memory=False,
+    drop_last=True,
     dataset=dict(
         data_root='data/cifar10/train',
         pipeline=[
@@ -34,14 +22,9 @@ train_dataloader = dict(
 test_dataloader = dict(
     batch_size=100,
     num_workers=0,
-    dataset=dict(
-        data_root='data/cifar10/test',
-        with_label=True,
-        pipeline=[dict(type='mmmilan.LoadImage'), dict(type='PackInputs')],
-    ),
+    dataset=dict(data_root='data/cifar10/test', pipeline=[dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]),
 )
 
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=1e-3))
 # 1040 steps: so many are the variants' too, where they see each image fewer times
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=130),

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmmilan.checkpoints.zoo import find_model, zoo_models
+from mmmilan.checkpoints.zoo import find_model, resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -52,16 +52,17 @@ def get_model(
 
     own = is_checkpoint(name)
     config = _read_config(name, encoder_only)
+    if pretrained is True and not own and str(name) not in zoo_models():
+        raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
+    source = name if isinstance(pretrained, bool) else pretrained
+    weights = resolve_checkpoint(source) if pretrained or own else None  # before a model is built in vain
     config.merge_from_dict({'model': copy.deepcopy(kwargs)})  # MMEngine takes `_delete_` out of what it is given
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(config.model)
         model._dataset_meta = _dataset_meta(config)
     model._config, model._metainfo = config, None
-    if pretrained is True and not own and str(name) not in zoo_models():
-        raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
-    if pretrained or own:
-        source = name if isinstance(pretrained, bool) else pretrained
-        model._dataset_meta = _load_weights(model, source) or model._dataset_meta
+    if weights is not None:
+        model._dataset_meta = _load_weights(model, weights) or model._dataset_meta
     model.eval()
     return model.to(device) if device else model
 
@@ -114,7 +115,6 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
 
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
     from mmmilan.models.embedding import Embedder
     from mmmilan.registry import MODELS
 
@@ -137,13 +137,11 @@ def _dataset_meta(config: Config) -> dict:
     return getattr(DATASETS.get(config.test_dataloader.dataset.type), 'METAINFO', {})
 
 
-def _load_weights(model: BaseModel, checkpoint: str | os.PathLike) -> dict:
-    """Load all weights of a model; returns what the checkpoint says about its dataset."""
+def _load_weights(model: BaseModel, path: Path) -> dict:
+    """Load all weights of a model from a file; returns what the file says about its dataset."""
     from mmmilan.checkpoints.io import load_checkpoint_file
     from mmmilan.checkpoints.loading import load_weights
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
 
-    path = resolve_checkpoint(checkpoint)
     content = load_checkpoint_file(path)
     load_weights(model, content, str(path))
     meta = content.get('meta') or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ BATCH_SIZE = 64
 
 def report(
     checkpoint: str | os.PathLike,
-    data: str | os.PathLike,
+    data: Sequence[str | os.PathLike] | str | os.PathLike,
     out: str | os.PathLike = 'report.html',
     *,
     max_images: int = 2000,
@@ -39,7 +40,8 @@ def report(
 
     Args:
         checkpoint: what ``mmmilan.pretrain`` wrote (or ``tools/train.py``), with its decoder.
-        data: one folder of images, best with one folder a class and of images that were not trained on.
+        data: folders of images and tar shards, best one folder with a folder a class, of images that were not trained
+            on. Of a folder that is divided into ``train`` and ``val`` or ``test``, ``val`` is taken, or else ``test``.
         out: the page to write, one file with everything in it.
         max_images: at most so many of the images, evenly spaced.
         device: where to run, by default on the GPU if there is one.
@@ -48,7 +50,7 @@ def report(
         The path of the page.
 
     Raises:
-        InputError: the folder holds too few images, or the checkpoint is not one of pretraining.
+        InputError: there are too few images, or the checkpoint is not one of pretraining.
 
     Examples:
         >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
@@ -61,43 +63,46 @@ def report(
     from mmmilan.visualization.page import Page
 
     begin = time.monotonic()
+    sources = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     config = read_config(checkpoint)
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        images = read_images(config, data, max_images)
+        images = read_images(config, sources, max_images)
         milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device)
         encoders = build_encoders(milan, config, device)
         features = extract(images, milan.data_preprocessor, encoders)
-    page = Page('What pretraining did', sections.introduction(images, data), sections.LINKS)
+    page = Page('What pretraining did', sections.introduction(images), sections.LINKS)
     sections.add_scores(page, features, images)
     sections.add_training(page, checkpoint, config)
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, encoders, images)
-    page.paragraph(f'mmmilan report {checkpoint} {data} --out {out}', 'code')
+    page.paragraph(f'mmmilan report {checkpoint} {" ".join(map(os.fspath, sources))} --out {out}', 'code')
     minutes = (time.monotonic() - begin) / 60
     page.write(Path(out), f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
     return Path(out)
 
 
-def read_images(config: Config, data: str | os.PathLike, max_images: int) -> Images:
-    """Some of the images of a folder, with their classes where its folders name them."""
+def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images: int) -> Images:
+    """Some of the images, with their classes where the folders of a single source name them."""
     import numpy as np
     import torch
     from mmengine.registry import DATASETS
     from rich.console import Console
     from rich.progress import track
 
-    from mmmilan.datasets.sources import class_folders
+    from mmmilan.datasets.sources import class_folders, evaluation_images
     from mmmilan.visualization.report import QUERIES, Images
 
-    classes = class_folders(data)
-    dataset = {key: value for key, value in config.test_dataloader.dataset.items() if key not in ('sources', 'type')}
-    dataset |= dict(type='mmmilan.ImageFolder', data_root=os.fspath(data), with_label=bool(classes))
-    dataset = DATASETS.build(dataset)
+    sources = [os.fspath(evaluation_images(source)) for source in sources]
+    names, classes = ', '.join(sources), class_folders(sources[0]) if len(sources) == 1 else []
+    dataset = dict(type='mmmilan.ImageSources', sources=sources)
+    if classes:
+        dataset = dict(type='mmmilan.ImageFolder', data_root=sources[0], with_label=True)
+    dataset = DATASETS.build(dataset | dict(pipeline=config.test_dataloader.dataset.pipeline))
     if len(dataset) < 2 * QUERIES:
-        raise InputError(f'{data} holds {len(dataset)} images; give a folder of at least {2 * QUERIES}.')
+        raise InputError(f'{names} holds {len(dataset)} images; give at least {2 * QUERIES}.')
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), max_images)).astype(int))
     samples = [
         dataset[int(i)]
@@ -106,7 +111,7 @@ def read_images(config: Config, data: str | os.PathLike, max_images: int) -> Ima
     labels = np.array([int(sample['data_samples'].gt_label) for sample in samples]) if classes else None
     if labels is not None and np.bincount(labels, minlength=len(classes)).min() < 4:
         labels = None  # three tenths of a class would be no image
-    return Images(torch.stack([sample['inputs'] for sample in samples]), labels, classes)
+    return Images(names, torch.stack([sample['inputs'] for sample in samples]), labels, classes)
 
 
 def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, Callable[[Tensor], Tensor]]:

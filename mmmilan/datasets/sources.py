@@ -11,7 +11,8 @@ from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
-PARTS = ('train', 'val', 'test', 'minival', 'unlabel')
+HELD_OUT = ('val', 'test', 'minival')
+PARTS = ('train', 'unlabel', *HELD_OUT)
 
 
 def is_image(path: Path) -> bool:
@@ -51,12 +52,34 @@ def class_folders(source: str | os.PathLike) -> list[str]:
 
     Folders such as ``train`` and ``val`` are parts of a data set and no classes.
     """
+    folders = folders_of_images(source)
+    return [folder.name for folder in folders] if len(folders) > 1 and not parts_of(source) else []
+
+
+def folders_of_images(source: str | os.PathLike) -> list[Path]:
+    """The folders in a folder that hold images, however nested, sorted; none where an image lies beside them."""
     path = Path(source).expanduser()
     if not path.is_dir() or any(is_image(each) for each in path.iterdir()):
         return []
-    folders = [each for each in path.iterdir() if each.is_dir() and any(map(is_image, each.rglob('*')))]
-    names = sorted(each.name for each in folders)
-    return names if len(names) > 1 and not all(name.startswith(PARTS) for name in names) else []
+    return sorted(each for each in path.iterdir() if each.is_dir() and any(map(is_image, each.rglob('*'))))
+
+
+def parts_of(source: str | os.PathLike) -> list[Path]:
+    """The folders ``train``, ``val`` and the like of a data set that is divided into them; none of any other source."""
+    folders = folders_of_images(source)
+    return folders if all(folder.name.startswith(PARTS) for folder in folders) else []
+
+
+def training_images(source: str | os.PathLike) -> list[str | os.PathLike]:
+    """What of a source to train on: of a data set that is divided into parts, all but ``val`` and ``test``."""
+    return [part for part in parts_of(source) if not part.name.startswith(HELD_OUT)] or [source]
+
+
+def evaluation_images(source: str | os.PathLike) -> str | os.PathLike:
+    """What of a source to evaluate on: of a data set that is divided into parts, ``val``, or else ``test``."""
+    parts = parts_of(source)
+    held_out = [part for name in HELD_OUT for part in parts if part.name.startswith(name)]
+    return (held_out or parts or [source])[0]
 
 
 @DATASETS.register_module()

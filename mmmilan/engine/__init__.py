@@ -1,5 +1,6 @@
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.compilation import CompileHook
+from mmmilan.engine.console import ConsoleRunner
 from mmmilan.engine.distributed import GradientCompressionHook, ZeroCheckpointHook, ZeroRedundancyOptimizer
 from mmmilan.engine.fsdp import FullyShardStrategy
 from mmmilan.engine.hooks import (
@@ -27,6 +28,7 @@ __all__ = [
     'CheckpointHook',
     'ClassCountHook',
     'CompileHook',
+    'ConsoleRunner',
     'CorruptImageHook',
     'DeferredRuntimeInfoHook',
     'ExactLoadingHook',

@@ -11,17 +11,22 @@ from mmmilan.checkpoints.open_clip import NORM_EPS, to_open_clip
 from mmmilan.files import write_text
 
 if TYPE_CHECKING:
+    from mmmilan.export.preprocessing import Preprocessing
     from mmmilan.models.maskclip import MaskCLIP
 
 
-def write_open_clip(model: MaskCLIP, folder: str | Path) -> None:
+def write_open_clip(model: MaskCLIP, preprocessing: Preprocessing, folder: str | Path) -> None:
     """Write a model so that ``open_clip.create_model_and_transforms('local-dir:FOLDER')`` loads it.
 
     Args:
         model: The model; ``open_clip`` then gives the same embeddings.
+        preprocessing: How its images are prepared.
         folder: Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
+
+    Raises:
+        InputError: the encoder is no plain ViT, or its images are prepared in a way that open_clip cannot be told.
     """
-    config = dict(model_cfg=open_clip_config(model), preprocess_cfg=_preprocessing(model))
+    config = dict(model_cfg=open_clip_config(model), preprocess_cfg=preprocessing.open_clip())
     save_checkpoint_file(to_open_clip(model.state_dict()), Path(folder, 'open_clip_model.safetensors'))
     write_text(Path(folder, 'open_clip_config.json'), json.dumps(config, indent=2))
 
@@ -29,8 +34,9 @@ def write_open_clip(model: MaskCLIP, folder: str | Path) -> None:
 def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
     """open_clip's config of the architecture of a model."""
     arch = model.backbone.arch_settings
+    height, width = model.backbone.img_size
     vision = dict(
-        image_size=model.backbone.img_size[0],
+        image_size=height if height == width else [height, width],
         patch_size=model.backbone.patch_embed.projection.kernel_size[0],
         width=arch['embed_dims'],
         layers=arch['num_layers'],
@@ -40,10 +46,3 @@ def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
         norm_kwargs=dict(eps=NORM_EPS),
     )
     return dict(embed_dim=model.image_projection.out_features, vision_cfg=vision, text_cfg=dict(model.text_cfg))
-
-
-def _preprocessing(model: MaskCLIP) -> dict[str, Any]:
-    """open_clip's config of the normalisation, which it applies to RGB in [0, 1]."""
-    normalisation = model.data_preprocessor
-    mean, std = ((value.flatten() / 255).tolist() for value in (normalisation.mean, normalisation.std))
-    return dict(mean=mean, std=std, interpolation='bicubic')

@@ -186,7 +186,6 @@ class MaskCLIP(BaseModel):
         """Masked self-distillation: the loss of the masked patches of images [B, 3, H, W], a scalar."""
         if self.mean_teacher is None:
             target, importance = self.head.run_teacher(images)  # [B, 1+N, C], [B, N]
-            importance = self.masking.weigh(importance, target)
         else:
             target, importance = self.encode_tokens(self.mean_teacher, images), None
         num_patches = self.backbone.num_patches

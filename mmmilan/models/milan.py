@@ -135,7 +135,6 @@ class MILAN(BaseModel):
             cached: The teacher's output, see ``Target.cached_output``; by default the teacher is run.
         """
         features, importance = cached or self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
-        importance = self.masking.weigh(importance, features)  # [B, N], by default unchanged
         visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
         predicted = self.neck.sample(masked)  # [B·K, M], the masked patches to predict, by default all
 

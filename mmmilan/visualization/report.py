@@ -35,11 +35,13 @@ class Images:
     """Images as the test pipeline gives them.
 
     Attributes:
+        names: Of the folders that they are from.
         pixels: uint8 [M, 3, H, W], BGR.
         labels: Classes [M], or None where folders name none, or too few images a class.
         classes: Their names.
     """
 
+    names: str
     pixels: Tensor
     labels: np.ndarray | None
     classes: list[str]
@@ -49,14 +51,14 @@ class Images:
         return self.classes[self.labels[index]] if self.labels is not None else ''
 
 
-def introduction(images: Images, data: str | os.PathLike) -> str:
+def introduction(images: Images) -> str:
     """What the page is about."""
     labels = (
         f'the names of its {len(images.classes)} folders are the classes' if images.labels is not None else 'no labels'
     )
     return (
-        f'{len(images.pixels)} images of {data}; {labels}. Encoders are frozen, and their class token is compared. '
-        'No label was used in pretraining.'
+        f'{len(images.pixels)} images of {images.names}; {labels}. Encoders are frozen, and their class token is '
+        'compared. No label was used in pretraining.'
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tarfile
 
 import cv2
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
-from mmmilan.api.pretrain import teacher_config
+from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
@@ -48,6 +51,7 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
         assert -1 <= row['eval/cosine_patches'] <= 1 and 0 < row['eval/time_share'] <= 1
     assert scores[-1]['eval/cosine_patches'] > scores[0]['eval/cosine_patches']
     assert mmmilan.FeatureExtractor(weights)(sorted(map(str, image_folder.glob('*/*/*.jpg')))[:2]).shape == (2, 48)
+    assert re.search('class="verdict">Pretraining .*random weights', (tmp_path / 'a/report.html').read_text())
 
     config = own_config(weights)
     assert config.model.neck.embed_dim == config.model.neck.decoder_embed_dim == 48
@@ -112,6 +116,45 @@ def test_shards_and_flat_folders(tmp_path, quick):
     assert len(scores_of(tmp_path / 'run')) == 2
 
 
+def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
+    """``train`` is trained on; ``val`` evaluates, and is the report's."""
+    shutil.copytree(image_folder, tmp_path / 'data/train')
+    for i in range(18):
+        path = tmp_path / f'data/val/class{i % 2}/{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.random.default_rng(i).integers(0, 255, (70, 70, 3), dtype=np.uint8))
+    quick['epochs'] = 1
+    weights = mmmilan.pretrain(tmp_path / 'data', tmp_path / 'run', **quick)
+    config = own_config(weights)
+    assert config.train_dataloader.dataset.sources == [str(tmp_path / 'data/train')]
+    assert config.custom_hooks[-1].dataset.data_root == str(tmp_path / 'data/val')
+    assert load_checkpoint_file(weights)['meta']['iter'] == 3  # 24 images, and none of the 18
+    assert 'eval/knn' in scores_of(tmp_path / 'run')[0]
+    report = (tmp_path / 'run/report.html').read_text()
+    assert f'18 images of {tmp_path}/data/val; the names of its 2 folders are the classes' in report
+
+    shutil.rmtree(tmp_path / 'data/val/class1')  # too few for a report
+    mmmilan.pretrain(tmp_path / 'data', tmp_path / 'other', **quick)
+    assert not (tmp_path / 'other/report.html').exists()
+    assert 'data/val holds 9 images; give at least 12' in capfd.readouterr().out
+
+
+def test_rectangles(image_folder, quick, tmp_path):
+    """Crops and grid have the proportions that are asked for; whole images are resized to them."""
+    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **{**quick, 'img_size': (32, 64), 'epochs': 1})
+    config = own_config(weights)
+    assert config.model.neck.num_patches == (2, 4) and config.model.head.teacher.input_size == (32, 64)
+    assert config.train_dataloader.dataset.pipeline[0].aspect_ratio_range == (1.5, 8 / 3)
+    image = next(image_folder.rglob('*.jpg'))
+    assert mmmilan.FeatureExtractor(weights, out_type='featmap')([str(image)]).shape == (1, 48, 2, 4)
+    extract = mmmilan.FeatureExtractor(weights)
+    [pixels] = extract.batches([str(image)], 1)
+    expected = Image.fromarray(cv2.imread(str(image))[..., ::-1]).resize((64, 32), Image.Resampling.BICUBIC)
+    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
+    expected = torch.from_numpy((np.float32(expected) - mean) / std).permute(2, 0, 1)
+    assert (pixels[0] - expected).abs().max() < 0.03
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
@@ -124,6 +167,7 @@ def test_shards_and_flat_folders(tmp_path, quick):
         (dict(arch='gigantic'), "arch 'gigantic' is unknown"),
         (dict(arch=dict(embed_dims=3)), 'lacks feedforward_channels'),
         (dict(img_size=100), 'not a multiple of patch_size=16'),
+        (dict(img_size=(64, 100)), 'img_size=.64, 100. is not a multiple of patch_size=16'),
         (dict(batch_size=25), 'do not fill one batch of 25'),
         (dict(labelled='.'), 'no folders that name classes'),
         (dict(resume=True), 'holds no checkpoint'),
@@ -148,11 +192,18 @@ def test_teachers_by_name(tmp_path):
     assert teacher_config(str(tmp_path / 'clip.pt'))['pretrained'] == str(tmp_path / 'clip.pt')
 
 
-def test_command(image_folder, clip_file, tmp_path, capsys):
+def test_command(image_folder, clip_file, tmp_path, capfd):
     changes = [argument for key, value in QUICK.items() for argument in (f'--{key}', str(value))]
     command = ['pretrain', image_folder, '--out', tmp_path / 'run', '--arch', 'tiny', '--teacher', clip_file]
-    options = ['--epochs', 1, '--img-size', 64, '--model.neck.decoder_depth=1', *changes]
+    options = ['--epochs', 1, '--img-size', 64, 80, '--model.neck.decoder_depth=1', *changes]
     cli.main([*map(str, command), *map(str, options)])
-    assert capsys.readouterr().out.strip().endswith(f'{tmp_path}/run/milan.pth')
+    printed = capfd.readouterr().out
+    assert printed.strip().endswith(f'{tmp_path}/run/milan.pth')
     config = own_config(tmp_path / 'run/milan.pth')
     assert config.model.backbone.arch == 'deit-tiny' and config.model.neck.decoder_depth == 1
+    assert config.model.backbone.img_size == (64, 80)
+    # the console has what a person reads, the log file everything
+    [log] = (tmp_path / 'run').glob('*/*.log')
+    for block in ('System environment:', 'Config:\nauto_scale_lr', 'Hooks will be executed', 'paramwise_options'):
+        assert block in log.read_text() and block not in printed
+    assert 'Evaluation after epoch 1' in printed and printed.count('\n') < 40

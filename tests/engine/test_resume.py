@@ -101,7 +101,27 @@ def cached_teacher(tiny_config, run_tool, tmp_path):
     }
 
 
-@pytest.mark.parametrize('options', [PROMPTS_ONLY, ALIGNMENT, 'cached_teacher', 'pooling_teacher'])
+@pytest.fixture
+def prompted(maskclip_file):
+    """Words, in place of attention, decide on the masks."""
+    masking = dict(_delete_=True, type='mmmilan.PromptedMasking', texts=['a ship', 'rust'])
+    return {'model.masking': masking, 'model.head.teacher.pretrained': maskclip_file}
+
+
+@pytest.fixture
+def several_targets(clip_file):
+    """Features, of which the class token counts twice, and pixels."""
+    teacher = dict(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)
+    targets = [dict(type='mmmilan.CLIPTarget', cls_token=2.0, teacher=teacher)]
+    targets += [dict(type='mmmilan.PixelTarget', norm_pix=True)]
+    head = dict(_delete_=True, type='mmmilan.SumTarget', targets=targets, weights=[1.0, 0.2])
+    return {'model.head': head, 'model.neck.predict_feature_dim': 24 + 768}
+
+
+OTHER_PARTS = [PROMPTS_ONLY, ALIGNMENT, 'prompted', 'several_targets', 'cached_teacher', 'pooling_teacher']
+
+
+@pytest.mark.parametrize('options', OTHER_PARTS)
 def test_resumed_with_other_parts(options, tiny_config, run_tool, tmp_path, request):
     """An epoch, and the second in a run of its own, are two epochs in one run."""
     options = request.getfixturevalue(options) if isinstance(options, str) else options

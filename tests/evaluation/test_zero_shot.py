@@ -7,6 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,10 +20,13 @@ from torch.nn.functional import normalize
 
 from helpers import ROOT, assert_identical, load_trusted, read_scalars
 from mmmilan.demo.scenes import write_scenes
+from mmmilan.demo.scenes.appearance import SEMANTIC_CLASSES
 from mmmilan.errors import InputError
 from mmmilan.evaluation import RetrievalRecall
 from mmmilan.evaluation.zero_shot import read_templates
+from mmmilan.masking import Masking, SemanticAwareMasking
 from mmmilan.models import MaskCLIP
+from mmmilan.prompted_masking import PromptedMasking
 from mmmilan.registry import DATASETS, MODELS
 
 CONFIG = ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py'
@@ -263,3 +268,48 @@ def test_finds_the_captions_of_new_images_after_half_a_minute(run_tool, tmp_path
     run_tool('test.py', config, tmp_path / 'work/epoch_5.pth')
     result = result_of(tmp_path / 'retrieval')
     assert result['retrieval/image_recall@10'] > 20 and result['retrieval/text_recall@10'] > 20, result
+
+
+@pytest.mark.slow
+def test_the_words_of_a_prompt_keep_what_they_name(run_tool, tmp_path):
+    """More of the tigers' patches are drawn by 'a tiger' than by attention, or by what else is on the scenes.
+
+    With the demo's MaskCLIP, trained by its config as it is.
+    """
+    scenes, cfg = tmp_path / 'scenes', Config.fromfile(CONFIG)
+    write_scenes(scenes, 3000, 1000)
+    data = dict(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
+    cfg.train_dataloader.dataset.update(data)
+    cfg.test_dataloader.dataset.data_root = str(scenes / 'val')
+    cfg.work_dir = str(tmp_path / 'work')
+    cfg.dump(tmp_path / f'{tmp_path.name}.py')
+    run_tool('train.py', tmp_path / f'{tmp_path.name}.py')
+
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(tmp_path / 'work/epoch_4.pth'))).eval()
+    dataset = dict(type='mmmilan.ImageFolder', data_root=str(scenes / 'val/tiger'))
+    dataset = DATASETS.build(dataset | dict(pipeline=cfg.test_dataloader.dataset.pipeline))
+    samples = [dataset[i] for i in range(len(dataset))]
+    normalise = MODELS.build(cfg.model.data_preprocessor)
+    images = normalise(dict(inputs=torch.stack([sample['inputs'] for sample in samples])))['inputs']
+    names = [Path(sample['data_samples'].img_path).stem for sample in samples]
+    tigers = torch.stack([patches_of('tiger', scenes / f'semantic/val/tiger/{name}.png') for name in names])
+
+    def kept(masking: Masking) -> float:
+        """Share of the tigers' patches that stay visible."""
+        torch.manual_seed(0)
+        with torch.no_grad():
+            visible = ~masking.draw(teacher(images)[1], tuple(tigers.shape))
+        return float((visible & tigers).sum() / tigers.sum())
+
+    shares = dict(attention=kept(SemanticAwareMasking()))
+    for text in ('a tiger', 'grass'):
+        masking = PromptedMasking([text])
+        masking.prepare(teacher)
+        shares[text] = kept(masking)
+    assert shares['a tiger'] > 1.2 * max(shares['attention'], shares['grass']), shares
+
+
+def patches_of(name: str, label_map: Path) -> Tensor:
+    """Which of the 8 x 8 patches [64] are for more than half of what the name says."""
+    pixels = cv2.imread(str(label_map), cv2.IMREAD_GRAYSCALE) == SEMANTIC_CLASSES.index(name)
+    return torch.from_numpy(cv2.resize(np.float32(pixels), (8, 8), interpolation=cv2.INTER_AREA) > 0.5).flatten()

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
@@ -21,6 +22,7 @@ from mmmilan.checkpoints.layouts import convert
 from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
 from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.preprocessing import Preprocessing
 from mmmilan.models import CodewordTarget, MaskCLIP, MaskedLanguageModel, MeanTeacher, maskclip
 from mmmilan.models.language import is_padding, is_word
 from mmmilan.models.tokens import gather_tokens
@@ -533,6 +535,9 @@ def test_texts_without_words_have_no_language_loss():
 
 # -- where the weights can go
 
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PREPROCESSING = Preprocessing(resize=64, size=(64, 64), interpolation='bicubic', mean=MEAN, std=STD)
+
 
 @pytest.fixture
 def trained(cfg, tmp_path):
@@ -549,7 +554,7 @@ def trained(cfg, tmp_path):
 @torch.no_grad()
 def test_open_clip_loads_the_export_and_gives_the_same_embeddings(trained, tmp_path):
     model, _ = trained
-    write_open_clip(model, tmp_path / 'export')
+    write_open_clip(model, PREPROCESSING, tmp_path / 'export')
     clip, _, preprocess = open_clip.create_model_and_transforms(f'local-dir:{tmp_path / "export"}')
     clip.eval()
     picture = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
@@ -566,10 +571,10 @@ def test_open_clip_loads_the_export_and_gives_the_same_embeddings(trained, tmp_p
     assert (model.encode_image(own)[0] - model.encode_image(own)[1]).norm() > 0.01  # images differ
 
 
-def test_checkpoint_is_a_teacher(trained, tmp_path):
+def test_checkpoint_is_a_teacher(trained, cfg, tmp_path):
     """Features of all tokens and attention of the class token are those of open_clip's own tower."""
     model, path = trained
-    write_open_clip(model, tmp_path / 'export')
+    write_open_clip(model, PREPROCESSING, tmp_path / 'export')
     visual = open_clip.create_model(f'local-dir:{tmp_path / "export"}').eval().visual
     images = torch.randn(3, 3, 64, 64)
     teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=path, head_width=16)).eval()
@@ -578,6 +583,10 @@ def test_checkpoint_is_a_teacher(trained, tmp_path):
     assert torch.allclose(F.normalize(teacher(images)[0][:, 0], dim=1), model.encode_image(images), atol=1e-5)
     with pytest.raises(InputError, match='48 wide, no multiple of head_width=64'):
         MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=path))
+    meta = dict(cfg=Config(dict(model=cfg)).pretty_text)  # as training writes it
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / 'with_config.pth')
+    itself = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(tmp_path / 'with_config.pth'))).eval()
+    assert all(torch.equal(*pair) for pair in zip(itself(images), teacher(images), strict=True))
 
 
 def test_milan_trains_on_a_checkpoint(trained, milan_cfg):
@@ -618,5 +627,5 @@ def test_encoder_converts_to_other_layouts(trained):
 def test_export_of_what_open_clip_cannot_hold(cfg, tmp_path):
     cfg['backbone']['layer_scale_init_value'] = 1.0
     with pytest.raises(InputError, match="open_clip's ViT has no place for 'backbone.layers.0.attn.gamma1.weight'"):
-        write_open_clip(build(cfg), tmp_path)
+        write_open_clip(build(cfg), PREPROCESSING, tmp_path)
     assert not list(tmp_path.glob('open_clip*'))

@@ -83,6 +83,16 @@ def test_table_marks_what_differs(study):
     assert table[4].startswith('| distillation | 3 | 0.10 | 51.3 ± 2.1 |')
 
 
+def test_published_results_are_of_this_study(study):
+    """The lines that docs/reproduction.md was made of, and its table."""
+    tool, arms, report = study
+    lines = tool.read_results(ROOT / 'docs/reproduction/results.jsonl')
+    assert {(line['arm'], line['seed']) for line in lines} == {('teacher', 0)} | {
+        (arm, seed) for arm in arms.ARMS for seed in arms.SEEDS
+    }
+    assert report.markdown(lines) in (ROOT / 'docs/reproduction.md').read_text()
+
+
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'configs/study').glob('m*.py')))
 def test_configs_state_their_difference(name, study):
     _, arms, _ = study

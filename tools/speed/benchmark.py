@@ -41,6 +41,7 @@ DEFAULTS = dict(
 ROWS = {
     'precision': 'precision',
     'GFLOP/image': 'gflops_per_image',
+    'GFLOP/masked view': 'gflops_per_view',
     'MFU': 'mfu',
     'peak memory, MB': 'peak_memory_mb',
     'pixels differ by, of 255': 'pixel_difference',
@@ -107,13 +108,15 @@ def summarise(result: Result, peak: float | None) -> dict:
     median = statistics.median(result.seconds)
     quartiles = statistics.quantiles(result.seconds, n=4) if len(result.seconds) > 1 else [median] * 3
     rate = result.images / median
+    masks, gflops = result.extra.get('masks_per_image'), result.flops / result.images / 1e9 if result.flops else None
     return dict(
         images_per_s=rate,
-        masked_views_per_s=rate * result.extra['masks_per_image'] if 'masks_per_image' in result.extra else None,
+        masked_views_per_s=rate * masks if masks else None,
         ms=dict(median=1e3 * median, quartiles=[1e3 * quartiles[0], 1e3 * quartiles[2]]),
         ms_by_part={part: 1e3 * statistics.median(seconds) for part, seconds in result.parts.items()},
-        gflops_per_image=result.flops / result.images / 1e9 if result.flops else None,
-        mfu=rate * result.flops / result.images / (1e12 * peak) if peak and result.flops else None,
+        gflops_per_image=gflops,
+        gflops_per_view=gflops / masks if gflops and masks else None,
+        mfu=rate * gflops / (1e3 * peak) if peak and gflops else None,
         peak_memory_mb=result.peak_memory / 1e6 if result.peak_memory is not None else None,
         **result.extra,
     )

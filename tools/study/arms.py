@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from mmengine.config import Config
@@ -52,6 +53,8 @@ MEASURES = (
     'linear probe, semantic-aware',
     'zero-shot',
 )
+# What of a config makes a run another one.
+SETTINGS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg')
 
 
 def read_arm(name: str) -> Config:
@@ -66,7 +69,8 @@ def read_arm(name: str) -> Config:
 
 
 def study_id() -> str:
-    """A fingerprint of what is fixed here and in configs/study: results of different studies are not mixed."""
-    fixed = [(CONFIGS / name).read_text(encoding='utf-8') for name in (TEACHER, *ARMS.values())]
+    """A fingerprint of what is fixed here and by the configs: results of different studies are not mixed."""
+    configs = [read_arm(arm).to_dict() for arm in ('teacher', *ARMS)]
+    fixed = [{key: config[key] for key in SETTINGS} for config in configs]
     fixed += [str(value) for value in (ARMS, TEACHER_IMAGES, STUDENT_IMAGES, TEST_IMAGES, TEMPLATES, MEASURES)]
-    return hashlib.sha256('\n'.join(fixed).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from arms import STUDENT_IMAGES, TEACHER_IMAGES, TEMPLATES, TEST_IMAGES, read_arm
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -21,8 +20,9 @@ from mmmilan.datasets import ImageFolder
 from mmmilan.engine.flops import counted_flops
 from mmmilan.engine.launch import launched
 from mmmilan.evaluation.probes import Split, extract_features, knn_accuracy, linear_probe_accuracy
+from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.files import write_text
-from mmmilan.models import LinearProjection, MaskCLIP, PromptingDecoder
+from mmmilan.models import CLIPTarget, LinearProjection, MaskCLIP, PromptingDecoder
 
 
 def every(images: slice, folder: Path) -> list[int]:
@@ -88,8 +88,8 @@ class Probed(nn.Module):
         self.widths = dict(cls=width, mean=width)
         if semantic:
             self.widths['semantic'] = width
-        if self.joint(torch.zeros(1, 1 + model.backbone.num_patches, width)) is not None:
-            self.widths['joint'] = model.head.feature_dim if hasattr(model, 'head') else width
+        if speaks(model):
+            self.widths['joint'] = model.encode_image(torch.zeros(1, 3, *model.backbone.img_size)).shape[1]
 
     def extract_feat(self, images: Tensor) -> list[Tensor]:
         tokens = self.model.backbone(images)[-1]
@@ -99,20 +99,15 @@ class Probed(nn.Module):
             visible = importance.topk(importance.shape[1] // 2, dim=1).indices
             columns.append(self.model.backbone(images, visible)[:, 0])
         if 'joint' in self.widths:
-            columns.append(self.joint(tokens))
+            columns.append(self.model.project_joint(tokens)[:, 0])
         return [torch.cat(columns, dim=1)]
 
-    @torch.no_grad()
-    def joint(self, tokens: Tensor) -> Tensor | None:
-        """The class token [B, C] in the joint space of image and text, from an unmasked image, where there is a way."""
-        if isinstance(self.model, MaskCLIP):
-            return self.model.image_projection(tokens[:, 0])
-        neck = self.model.neck
-        if isinstance(neck, LinearProjection):
-            return neck.decoder_pred(tokens[:, 0])
-        if isinstance(neck, PromptingDecoder):
-            return neck.predict(neck.decoder_embed(tokens[:, 0]) + neck.decoder_pos_embed[:, 0])
-        return None
+
+def speaks(model: nn.Module) -> bool:
+    """Whether an unmasked image goes straight into the joint space of image and text, without a decoder's blocks."""
+    if isinstance(model, MaskCLIP):
+        return True
+    return isinstance(model.neck, (LinearProjection, PromptingDecoder)) and isinstance(model.head, CLIPTarget)
 
 
 def measure(model: nn.Module, classes: Tensor, cfg: Config, data: Path, semantic: bool) -> dict[str, float]:
@@ -137,19 +132,9 @@ def measure(model: nn.Module, classes: Tensor, cfg: Config, data: Path, semantic
     if semantic:
         measures['linear probe, semantic-aware'] = linear_probe_accuracy(*split('semantic'))
     if 'joint' in probed.widths:
-        scores = F.normalize(torch.from_numpy(parts[1]['joint']), dim=1) @ classes.T
-        measures['zero-shot'] = float((scores.argmax(1).numpy() == test[1]).mean())
+        scores = parts[1]['joint'] @ classes.numpy().T
+        measures['zero-shot'] = float((scores.argmax(1) == test[1]).mean())
     return {name: round(100 * value, 2) for name, value in measures.items()}
-
-
-@torch.no_grad()
-def class_embeddings(model: MaskCLIP, names: list[str], context_length: int) -> Tensor:
-    """Mean embeddings [classes, E] of length 1 of the templates with each name."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer(context_length=context_length)
-    texts = [model.encode_text(tokenizer([t.format(name) for t in TEMPLATES])).mean(0) for name in names]
-    return F.normalize(torch.stack(texts), dim=1)
 
 
 def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
@@ -166,7 +151,7 @@ def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
         path = work_dir / 'teacher' / 'classes.pt'
         if arm == 'teacher':
             names = sorted(folder.name for folder in (data / 'train').iterdir() if folder.is_dir())
-            torch.save(class_embeddings(model.eval(), names, cfg.model.text.context_length), path)
+            torch.save(embed_classes(model.eval().text_tower(), names, read_templates(TEMPLATES)), path)
         result = dict(arm=arm, seed=seed, images=images, cpu_seconds=round(seconds, 1), resumed=cfg.resume)
         if arm != 'teacher':
             result['gflop_per_image'] = round(count_gflops(model.train(), cfg), 5)

@@ -33,6 +33,9 @@ class Tower(nn.Module):
         mean: Mean of the images it was trained on, for each channel, of RGB in [0, 1].
         std: Their standard deviation.
         importance_is: What the importance is, in words, for the log.
+        gives_values: Whether it can give the values of patches.
+        weigh: What makes importance [B, N] of the attention [B, N] and of the patches' values [B, N, C] in the last
+            attention, see :meth:`Teacher.weigh_by`; None: the attention is the importance.
     """
 
     feature_dim: int
@@ -43,6 +46,8 @@ class Tower(nn.Module):
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     importance_is: str
+    gives_values: bool = False
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -185,6 +190,22 @@ class Teacher(nn.Module):
         with self.precision(images):
             tokens, importance = self.tower.forward_layers(self.prepare(images), [layer % depth for layer in layers])
         return [self.on_grid(self.widen(x)) for x in tokens], self.importance_on_grid(importance)
+
+    def weigh_by(self, weigh: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let the importance be ``weigh(attention, values)`` from now on.
+
+        The values [B, N, C] are what each patch alone gives in the teacher's last attention: its value, projected as
+        features are, with no other patch, no residual and no MLP (MaskCLIP, arXiv 2112.01071, section 3.3).
+
+        Raises:
+            InputError: this teacher does not give them.
+        """
+        if not self.tower.gives_values:
+            raise InputError(
+                "This teacher does not give the values of its patches; choose open_clip's own ViT (CLIP, MetaCLIP) or "
+                'one with a pooling query (SigLIP, PE).'
+            )
+        self.tower.weigh = weigh
 
     def text_tower(self) -> TextTower:
         """The text tower that shares the space of the features.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.open_clip import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
@@ -33,6 +35,8 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
 
     weights = read_weights(path)
     of_maskclip = is_maskclip(weights)
+    if of_maskclip:
+        head_width = own_head_width(path) or head_width
     try:
         state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
         sizes = tower_sizes(state_dict, path, head_width, of_maskclip)
@@ -54,6 +58,17 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
     visual = VisionTransformer(**sizes)
     load_weights(visual, state_dict, path)
     return visual, (IMAGENET_MEAN, IMAGENET_STD) if of_maskclip else (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+
+def own_head_width(path: str) -> int | None:
+    """The width of the attention heads by the config in a checkpoint of MaskCLIP; None where it has none."""
+    from mmpretrain.models import VisionTransformer
+
+    with suppress(InputError):
+        arch = own_config(path).model.backbone.arch
+        arch = VisionTransformer.arch_zoo[arch] if isinstance(arch, str) else arch
+        return arch['embed_dims'] // arch['num_heads']
+    return None
 
 
 def shape(weights: dict[str, Tensor], key: str) -> list[int] | None:

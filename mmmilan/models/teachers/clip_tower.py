@@ -53,6 +53,7 @@ class CLIPTower(Tower):
         visual.positional_embedding = nn.Parameter(positions)
         fold_quick_gelu(visual)
         self.has_class_token = visual.pool_type == 'tok' and visual.attn_pool is None
+        self.gives_values = visual.attn_pool is None
         self.importance_layers = importance_layers
         self.importance_is = importance.name_of(self.has_class_token, visual.attn_pool is not None, importance_layers)
         self.num_extra = 1 if register_neurons else 0
@@ -69,16 +70,19 @@ class CLIPTower(Tower):
 
     def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         kept: dict[int, Tensor] = {}
-        scores = []
+        scores, values = [], None
         x = self.embed(images)
         for index, block in enumerate(self.visual.transformer.resblocks):
             if self.has_class_token and index >= self.depth - self.importance_layers:
                 scores.append(self.class_attention(block, x))
+            if self.weigh and index == self.depth - 1:
+                values = self.values(block, x)
             x = self.run_block(block, x)
             if index in layers:
                 kept[index] = x[:, : 1 + self.num_patches]
         last = x[:, : 1 + self.num_patches]
-        return [kept[layer] for layer in layers], sum(scores) / len(scores) if scores else self.pool_importance(last)
+        attention = sum(scores) / len(scores) if scores else self.pool_importance(last)
+        return [kept[layer] for layer in layers], self.weigh(attention, values) if self.weigh else attention
 
     def embed(self, images: Tensor) -> Tensor:
         """Images -> tokens before the first block."""
@@ -101,6 +105,13 @@ class CLIPTower(Tower):
         attn = block.attn
         attention = class_attention(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
         return attention[:, : self.num_patches]
+
+    def values(self, block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
+        """What each patch [B, N, C] alone gives in the attention of the last block with this input, projected."""
+        attn = block.attn
+        weight, bias = attn.in_proj_weight[2 * self.width :], attn.in_proj_bias[2 * self.width :]
+        values = attn.out_proj(F.linear(block.ln_1(tokens), weight, bias))
+        return self.project(values)[:, 1 : 1 + self.num_patches]
 
     def pool_importance(self, last: Tensor) -> Tensor:
         """Importance [B, N] from the last tokens [B, 1 + N, D], where no class token attends."""

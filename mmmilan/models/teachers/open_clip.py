@@ -37,7 +37,8 @@ class OpenCLIPTeacher(Teacher):
         pretrained: An open_clip tag, a file, or None for random weights (to measure speed).
         input_size: Side, or height and width, of the image that the teacher sees, by default its own. The positions are
             interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
-        head_width: Width of the attention heads of a tower without model name, which weight shapes do not reveal.
+        head_width: Width of the attention heads of a tower without model name, which weight shapes do not reveal; the
+            config in a checkpoint of MaskCLIP does.
         importance_layers: Importance is the mean over so many last blocks.
         register_neurons: See :class:`CLIPTower`.
         options: Of :class:`Teacher`.

@@ -50,6 +50,7 @@ class TimmTower(Tower):
         self.input_size = input_size
         self.mean, self.std = vit.pretrained_cfg['mean'], vit.pretrained_cfg['std']
         self.pool = vit.attn_pool if getattr(vit, 'global_pool', None) == 'map' else None
+        self.gives_values = self.pool is not None
         self.has_class_token = has_class_token(vit)
         self.importance_layers = importance_layers
         self.importance_is = importance.name_of(self.has_class_token, self.pool is not None, importance_layers)
@@ -72,7 +73,8 @@ class TimmTower(Tower):
             embedding = self.embed_image(tokens)
         patches = self.patches(tokens)
         values = patches if self.pool is None else value_of_each(self.pool, patches)
-        return self.project(torch.cat([embedding, values], dim=1)), self.importance(calls, tokens)
+        features, attention = self.project(torch.cat([embedding, values], dim=1)), self.importance(calls, tokens)
+        return features, self.weigh(attention, features[:, 1:]) if self.weigh else attention
 
     def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         if not isinstance(self.vit, (VisionTransformer, Eva, Beit, NaFlexVit, VisionTransformerRelPos)):

@@ -1,0 +1,93 @@
+"""docs/own_images.md as a reader follows it: each of its commands is run, in its order, on a few small images."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+
+from helpers import ROOT, real_model
+from mmmilan import cli
+from mmmilan.checkpoints.io import load_checkpoint_file
+
+GUIDE = (ROOT / 'docs/own_images.md').read_text(encoding='utf-8')
+HERE = ['num_workers=0', 'persistent_workers=False']
+# What makes a command of the guide one of seconds, by its beginning.
+SMALLER = {
+    'mmmilan pretrain': '--arch tiny --teacher clip.pt --epochs 1 --img-size 64 --batch-size 8 '
+    '--model.neck.decoder_depth 1 --train_dataloader.num_workers 0 --test_dataloader.num_workers 0 '
+    '--train_dataloader.persistent_workers False',
+    'mmmilan embed': '--num-workers 0',
+    'python tools/test.py configs': '--cfg-options test_dataloader.num_workers=0 '
+    'test_dataloader.persistent_workers=False test_cfg.bank_dataloader.num_workers=0',
+    'python tools/train.py': '--cfg-options optim_wrapper.type=OptimWrapper '
+    + ' '.join(f'{loader}.{option}' for loader in ('train_dataloader', 'val_dataloader') for option in HERE),
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The code of a language in the guide."""
+    return re.findall(rf'```{language}\n(.*?)```', GUIDE, re.S)
+
+
+@pytest.fixture
+def reader(image_folder, clip_file, tmp_path, monkeypatch) -> Path:
+    """A checkout with the reader's images beside it."""
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for folder in ('photos', 'my_images/train', 'my_images/val'):
+        shutil.copytree(image_folder, tmp_path / folder)
+    for name in ('a.jpg', 'b.jpg'):
+        shutil.copy(next(image_folder.rglob('*.jpg')), tmp_path / name)
+    torch.save(timm.create_model('deit_tiny_patch16_224').state_dict(), tmp_path / 'start.pth')
+    for name, value in dict(ARCH='tiny', EPOCHS='1', BATCH_SIZE='8').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command(reader, run_tool, monkeypatch):
+    for line in '\n'.join(blocks('bash')).splitlines():
+        line = line.partition('#')[0].replace('milan_vit-base-p16_16xb256-amp-coslr-400e_in1k', 'start.pth')
+        words = shlex.split(line.removeprefix('export '))
+        settings = list(itertools.takewhile(lambda word: re.match(r'[A-Z_]+=', word), words))
+        for name, _, value in (setting.partition('=') for setting in settings):
+            monkeypatch.setenv(name, value)
+        words = words[len(settings) :]
+        if not words:
+            continue
+        command = ' '.join(words)
+        words += shlex.split(next((more for start, more in SMALLER.items() if command.startswith(start)), ''))
+        if words[0] == 'mmmilan':
+            cli.main(words[1:])
+        elif words[0] == 'python':
+            run_tool(words[1].removeprefix('tools/'), *words[2:])
+        else:  # eight GPUs
+            config = Config.fromfile(words[2])
+            assert config.model.backbone.init_cfg.checkpoint == 'runs/photos/milan.pth'
+            real_model(config)
+
+    for name in ('report.html', 'config.py', 'last_checkpoint'):
+        assert (reader / 'runs/photos' / name).is_file()
+    assert 'class="verdict">Pretraining' in (reader / 'report.html').read_text()
+    with np.load('photos.npz') as file:
+        assert file['class_token'].shape == (24, 192) and file['ok'].all()
+    assert (reader / 'photos.onnx').is_file()
+    vit = timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)
+    vit.load_state_dict(load_checkpoint_file('photos.safetensors')['state_dict'])
+    for task in ('linear_custom', 'milan-pre_custom'):
+        assert list(Path('work_dirs').rglob(f'vit-base-p16_{task}/**/epoch_1.pth')), task
+
+    values: dict = {}
+    for code in blocks('python'):
+        exec(code, values)
+    assert values['features'].shape == (2, 192)
