@@ -160,7 +160,7 @@ def test_rectangles(image_folder, quick, tmp_path):
     [
         (dict(data='nowhere'), 'nowhere does not exist'),
         (dict(data='.'), 'holds no image'),
-        (dict(teacher='none.pt'), 'The teacher none.pt is neither'),
+        (dict(teacher='none.pt'), 'The teacher none.pt is unknown; give a file'),
         (dict(teacher='ViT-B-16:nobody'), 'nobody'),
         (dict(teacher='ViT-Z-16:openai'), 'ViT-Z-16'),
         (dict(start='none.pth'), 'none.pth is neither a file'),
