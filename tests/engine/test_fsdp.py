@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from helpers import ROOT, assert_identical, be_rank, read_scalars, run_script
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
+from mmmilan.engine.compilation import compile_model
 from mmmilan.engine.fsdp import transformer_blocks
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -80,6 +81,11 @@ def work(rank: int, folder: str, cfg: dict) -> None:
         if isinstance(v, DTensor) and v.to_local().numel()
     )
 
+    compiled = prepare(FSDP.strategy.to_dict(), cfg, folder)
+    compile_model(compiled.model, backend='aot_eager')
+    state['compiled_norms'] = train(compiled, range(3))
+    state['compiled'] = whole_weights(compiled)
+
     incomplete = load_checkpoint_file(f'{folder}/fsdp.pth')
     del incomplete['state_dict']['neck.mask_token']
     try:
@@ -95,12 +101,24 @@ def processes(milan_cfg, tmp_path):
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
 
 
+def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """But for biases of keys, which have no gradient but rounding, which AdamW scales up."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        other = actual[key]
+        if key.endswith(('qkv.bias', '.kv.bias')):
+            parts = 3 if key.endswith('qkv.bias') else 2
+            other, value = (torch.cat([*x.chunk(parts)[: parts - 2], x.chunk(parts)[-1]]) for x in (other, value))
+        torch.testing.assert_close(other, value, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes(processes, milan_cfg, tmp_path):
     for state in processes:
         assert all(state['sharded'].values())
         # clipped by the norm of all shards together
         assert state['fsdp_norms'] == pytest.approx(state['ddp_norms'], rel=1e-5)
+        assert state['compiled_norms'] == pytest.approx(state['ddp_norms'], rel=1e-5)
         for key, value in state['uninterrupted'].items():
             assert torch.equal(state['resumed'][key], value), key
         assert state['momentum'] == 1  # no shard holds on to the whole tensor that it was cut from
@@ -108,13 +126,8 @@ def test_two_processes(processes, milan_cfg, tmp_path):
 
     ddp, fsdp = (load_checkpoint_file(tmp_path / f'{name}.pth') for name in ('ddp', 'fsdp'))
     ddp['state_dict'] = {key.removeprefix('module.'): value for key, value in ddp['state_dict'].items()}
-    assert fsdp['state_dict'].keys() == ddp['state_dict'].keys()
-    for key, value in ddp['state_dict'].items():
-        actual = fsdp['state_dict'][key]
-        if key.endswith(('qkv.bias', '.kv.bias')):  # a key's bias has no gradient but rounding, which AdamW scales up
-            parts = 3 if key.endswith('qkv.bias') else 2
-            actual, value = (torch.cat([*x.chunk(parts)[: parts - 2], x.chunk(parts)[-1]]) for x in (actual, value))
-        torch.testing.assert_close(actual, value, rtol=0, atol=1e-6)
+    assert_same_weights(fsdp['state_dict'], ddp['state_dict'])
+    assert_same_weights(processes[0]['compiled'], ddp['state_dict'])
     MODELS.build(milan_cfg).load_state_dict(fsdp['state_dict'])
     assert fsdp['optimizer']['param_groups'] == ddp['optimizer']['param_groups']
     assert fsdp['optimizer']['state'].keys() == ddp['optimizer']['state'].keys()
@@ -132,9 +145,10 @@ def test_blocks(milan_cfg, decoder):
 
 @pytest.mark.slow
 def test_training(tiny_config, tmp_path):
-    """By the tools, with all default hooks: a resumed run ends as an uninterrupted one, bit by bit."""
+    """By the tools, with all default hooks, compiled: a resumed run ends as an uninterrupted one, bit by bit."""
     changes = {'runner_type': FSDP.runner_type, 'strategy': FSDP.strategy.to_dict()}
     changes |= {'optim_wrapper.type': 'OptimWrapper', 'train_dataloader.num_workers': 0}
+    changes |= {'default_hooks.compile.enabled': True, 'default_hooks.compile.backend': 'aot_eager'}
     run_script('dist_train.sh', tiny_config(changes), 2)
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == 6 and losses[-1] < losses[0]

@@ -224,7 +224,8 @@ def main() -> None:
             size = [str(step.batch_size), f'{step.peak / 1e9:.1f}', f'{step.flops / step.batch_size / 1e9:,.1f}']
             for device in args.device:
                 times = [f'{step.milliseconds(device, compiled):,.1f}' for compiled in (False, True)]
-                table.add_row(contestant, device, *size, *times, f'{step.mfu(device, compiled=True):.2f}')
+                label = contestant if contestant == Path(name).stem else f'{name}: {contestant}'
+                table.add_row(label, device, *size, *times, f'{step.mfu(device, compiled=True):.2f}')
     console = Console()
     console.print(table)
     for device in args.device:
