@@ -123,8 +123,8 @@ def images(image_folder, tmp_path):
 def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machines, processes):
     """Real ones, by a launcher for each machine: two epochs, and the weights of one process with the whole batch."""
     mask = dict(type='SimMIMMaskGenerator', input_size=64, mask_patch_size=16, model_patch_size=16, mask_ratio=0.75)
-    pipeline = Config.fromfile(tiny_config()).train_dataloader.dataset.pipeline.to_dict()
-    pipeline = [pipeline[0], mask, dict(type='PackInputs', algorithm_keys=['mask'])]  # as the mask, too, is the image's
+    pipeline = Config.fromfile(tiny_config()).to_dict()['train_dataloader']['dataset']['pipeline']
+    pipeline = [pipeline[0], mask, dict(type='PackInputs')]  # as the mask, too, is the image's
     changes = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 16}
     changes |= {'train_dataloader.dataset.data_root': str(images), 'train_dataloader.dataset.pipeline': pipeline}
     run_tool('train.py', tiny_config(changes | {'work_dir': str(tmp_path / 'one')}))

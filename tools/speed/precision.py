@@ -64,7 +64,7 @@ def learn(model: MILAN, images: Tensor, taught: Taught) -> tuple[float, Tensor]:
     """Loss and gradient of the student with what it is taught; with the same importance it has the same masks."""
     torch.manual_seed(0)
     model.zero_grad()
-    loss = model.reconstruct(images, taught=taught).view_loss.mean()
+    loss = model.reconstruct(images, cached=taught).view_loss.mean()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
