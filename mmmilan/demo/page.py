@@ -10,7 +10,7 @@ from mmengine.registry import FUNCTIONS
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.visualization.figures import class_colours, draw_curves
+from mmmilan.visualization.figures import class_colours
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import SEEN, SEEN_EXPLAINED, loss_curve, seen_and_predicted
 
@@ -47,9 +47,7 @@ def name_of(dataset: Dataset, index: int) -> str:
 
 def add_curves(page: Page, work_dirs: dict[str, Path]) -> None:
     page.heading('How it was learned', 'Training loss. Each measures something else, so compare shapes, not heights.')
-    curves = {name: loss_curve(folder) for name, folder in work_dirs.items()}
-    ends = ', '.join(f'{name} from {losses[0]:.2f} to {losses[-1]:.2f}' for name, (_, losses) in curves.items())
-    page.svg(draw_curves(curves, 'loss'), f'Training loss over the epochs: {ends}.')
+    page.curves({f'{name}: loss': loss_curve(folder) for name, folder in work_dirs.items()})
 
 
 def add_transfer(

@@ -33,8 +33,9 @@ class Accuracy:
         return bootstrap(self.correct.astype(float))
 
     def __str__(self) -> str:
+        """The value, and below it the interval, as a table has it."""
         low, high = self.interval
-        return f'{self.value:.1f} ({low:.1f} to {high:.1f})'
+        return f'{self.value:.1f}\n{low:.1f} to {high:.1f}'
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:

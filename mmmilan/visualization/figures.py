@@ -75,15 +75,14 @@ def last_attention(backbone: MILANViT, images: Tensor) -> Tensor:
     return class_attention(inputs[0], qkv.weight, qkv.bias, last.attn.num_heads)
 
 
-def draw_curves(curves: dict[str, tuple[list[float], list[float]]], ylabel: str) -> str:
-    """Training curves, name -> (epochs, losses), one panel each, as an SVG element."""
-    figure = Figure(figsize=(3.4 * len(curves), 2.4), layout='constrained')
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, (name, (epochs, losses)) in zip(panels, curves.items(), strict=True):
-        axes.plot(epochs, losses, color='#2563eb', linewidth=1.2)
-        axes.set(title=name, xlabel='epoch', ylabel=ylabel)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(alpha=0.25)
+def draw_curve(epochs: list[float], values: list[float], title: str) -> str:
+    """A curve over the epochs as an SVG element."""
+    figure = Figure(figsize=(3.4, 2.4), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(epochs, values, color='#2563eb', linewidth=1.2, marker='o' if len(values) < 30 else None, markersize=3)
+    axes.set(title=title, xlabel='epoch')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(alpha=0.25)
     buffer = io.StringIO()
     figure.savefig(buffer, format='svg')
     text = buffer.getvalue()

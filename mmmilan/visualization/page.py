@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from mmmilan.files import write_text
+from mmmilan.visualization.figures import draw_curve
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #d9dde3; --paper: #fff; --link: #1d4ed8 }
@@ -25,18 +26,24 @@ code { font-size: .9em; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse }
 th, td { padding: .35rem .9rem; text-align: left } thead th { border-bottom: 2px solid var(--ink) }
 tbody tr { border-bottom: 1px solid var(--line) }
+td { white-space: nowrap } td small { color: var(--soft); display: block }
 td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right }
-.gallery td, .gallery th { padding: 2px; text-align: center } .gallery th { font-size: .8rem; vertical-align: bottom }
+.gallery td, .gallery th { padding: 2px; text-align: center } .gallery th { font-size: .8rem; line-height: 1.25;
+  vertical-align: bottom; max-width: 142px }
 .gallery td:first-child, .gallery th:first-child { text-align: center } .gallery tbody tr { border: 0 }
-.gallery img { width: clamp(104px, 13vw, 142px); display: block; image-rendering: pixelated }
+.gallery img { width: clamp(104px, 13vw, 142px); display: block; margin: 0 auto; image-rendering: pixelated }
 .gallery caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .9rem }
-.gallery small { color: var(--soft); display: block; line-height: 1.2; max-width: 142px }
+.gallery small { line-height: 1.2; max-width: 142px; white-space: normal }
 .chart { background: #fff; color: #1f2937; border-radius: 6px; padding: .5rem; margin: 1rem 0; width: fit-content;
   max-width: 100%; overflow-x: auto } .chart svg, .chart img { max-width: 100%; height: auto; display: block }
+.curves { display: flex; flex-wrap: wrap; gap: .5rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style: none; font-size: .9rem }
 .legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em }
-@media (max-width: 640px) { th, td { padding: .3rem .5rem } .chart svg { min-width: 560px } }
+@media (max-width: 640px) { th, td { padding: .3rem .5rem } }
 """
+
+
+SHARP = 96  # images that are enlarged on the page keep each pixel
 
 
 class Page:
@@ -69,7 +76,7 @@ class Page:
 
         Args:
             header: Names of the columns; the first column names the rows.
-            rows: The cells.
+            rows: The cells; what stands after a line break is set small, below.
             values: The numbers behind the cells after the first of each row, None for what does not compete. The
                 greatest of a column is set in bold, whichever row it is in, and all of them if they are equal.
         """
@@ -77,10 +84,7 @@ class Page:
         head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
         body = ''
         for i, row in enumerate(rows):
-            cells = [
-                f'<b>{html.escape(cell)}</b>' if (i, j) in best else html.escape(cell) for j, cell in enumerate(row)
-            ]
-            body += f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+            body += f'<tr>{"".join(table_cell(cell, (i, j) in best) for j, cell in enumerate(row))}</tr>'
         self.parts.append(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
@@ -116,10 +120,14 @@ class Page:
         ]
         self.parts.append(f'<ul class="legend">{"".join(entries)}</ul>')
 
-    def svg(self, element: str, description: str) -> None:
-        """A chart, described for those who do not see it."""
-        element = element.replace('<svg', f'<svg role="img" aria-label="{html.escape(description)}"', 1)
-        self.parts.append(f'<div class="chart" tabindex="0">{element}</div>')
+    def curves(self, curves: dict[str, tuple[list[float], list[float]]]) -> None:
+        """A chart for each curve (epochs, values) by its name, described for those who do not see it."""
+        charts = ''
+        for name, (epochs, values) in curves.items():
+            description = html.escape(f'{name}: from {values[0]:.3g} to {values[-1]:.3g} over the epochs')
+            element = draw_curve(epochs, values, name)
+            charts += element.replace('<svg', f'<svg role="img" aria-label="{description}"', 1)
+        self.parts.append(f'<div class="chart curves">{charts}</div>')
 
     def figure(self, png: bytes, description: str) -> None:
         """A picture as wide as it is, described for those who do not see it."""
@@ -138,6 +146,13 @@ class Page:
         write_text(path, document)
 
 
+def table_cell(text: str, best: bool) -> str:
+    """A cell, its first line in bold if it is the best, the others small."""
+    first, *others = html.escape(text).split('\n')
+    first = f'<b>{first}</b>' if best else first
+    return f'<td>{first}{"".join(f"<small>{line}</small>" for line in others)}</td>'
+
+
 def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
     """Row and column (the first is 1, after the row's name) of the greatest value of each column."""
     best = set()
@@ -149,5 +164,8 @@ def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
 
 
 def _img(image: np.ndarray, alt: str) -> str:
-    encoded = cv2.imencode('.png', cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(encoded.tobytes()).decode()}">'
+    """An image element with the image in it; photographs of more than ``SHARP`` pixels a side as JPEG."""
+    kind, options = ('png', []) if max(image.shape[:2]) <= SHARP else ('jpeg', [cv2.IMWRITE_JPEG_QUALITY, 90])
+    encoded = cv2.imencode(f'.{kind}', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
+    data = base64.b64encode(encoded.tobytes()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'

@@ -14,7 +14,6 @@ from torch import Tensor
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.evaluation.comparison import PROBES, score_encoders, verdict
 from mmmilan.evaluation.representation import rankme
-from mmmilan.visualization.figures import draw_curves
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     SEEN,
@@ -83,7 +82,7 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> N
         'three tenths of the images, with intervals of 95 %. Bold is the best of a column, whichever row it is in. '
         'RankMe says how many directions the features use.',
     )
-    rows = [[name, *(str(accuracy) for accuracy in row.values()), f'{ranks[name]:.1f}'] for name, row in scores.items()]
+    rows = [[name, *map(str, row.values()), f'{ranks[name]:.1f}'] for name, row in scores.items()]
     values = [[*(accuracy.value for accuracy in row.values()), None] for row in scores.values()]
     page.table(['encoder', *PROBES, 'RankMe'], rows, values)
 
@@ -96,7 +95,7 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> N
     text = (
         f'{meta.get("epoch", config.train_cfg.get("max_epochs"))} epochs in batches of '
         f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}; the teacher is '
-        f'{" ".join(str(teacher.get(key)) for key in ("model", "pretrained") if teacher.get(key))}.'
+        f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}.'
     )
     if 'training_seconds' in meta:
         text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta["training_device"]}.'
@@ -104,8 +103,7 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> N
     curves = {'training loss': loss_curve(folder)} | evaluation_curves(folder)
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if curves:
-        names = ', '.join(f'{name} from {values[0]:.3g} to {values[-1]:.3g}' for name, (_, values) in curves.items())
-        page.svg(draw_curves(curves, ''), f'Curves over the epochs: {names}.')
+        page.curves(curves)
 
 
 def add_neighbours(page: Page, features: dict[str, np.ndarray], images: Images) -> None:
