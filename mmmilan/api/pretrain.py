@@ -34,7 +34,8 @@ def pretrain(
 
     The decoder's and the target's widths follow from encoder and teacher, the schedule from the number of images: about
     10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate that follows the square root of
-    the batch. Every tenth of the run the encoder is evaluated, see ``mmmilan.OnlineEvaluationHook``.
+    the batch, with ``start`` and without. Every tenth of the run the encoder is evaluated, see
+    ``mmmilan.OnlineEvaluationHook``.
 
     The config that comes of all this is written to ``out/config.py``; ``tools/train.py out/config.py`` trains the same,
     and ``tools/dist_train.sh out/config.py 8`` does on eight GPUs.
@@ -91,7 +92,7 @@ def pretrain(
         add_evaluation(config, sources, labelled)
         set_start(config, start)
         set_model(config, arch, teacher, img_size, patch_size)
-        set_schedule(config, num_images, epochs, start)
+        set_schedule(config, num_images, epochs)
     config.merge_from_dict(changes)
     config.work_dir = str(folder)
     path = write_config(config, folder)

@@ -157,14 +157,14 @@ def encoder_width(arch: str | dict[str, Any]) -> int:
     return VisionTransformer.arch_zoo[arch]['embed_dims']
 
 
-def set_schedule(config: Config, num_images: int, epochs: int | None, start: str | None) -> None:
+def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     """Length, warm-up and learning rate for this number of images; evaluation and checkpoints some times in the run."""
     from mmengine.logging import print_log
 
     from mmmilan.engine.schedule import fit_schedule
 
     batch_size = config.train_dataloader.batch_size
-    schedule = fit_schedule(num_images, batch_size, epochs, start is not None)
+    schedule = fit_schedule(num_images, batch_size, epochs)
     config.optim_wrapper.optimizer.lr = schedule.lr
     config.param_scheduler = schedule.param_scheduler()
     config.train_cfg.max_epochs = schedule.epochs

@@ -15,8 +15,6 @@ RECIPE_RATE, RECIPE_BATCH = 2.4e-3, 4096  # of the paper: 1.5e-4 x 4096 / 256
 STEPS = 10_000  # what a run gets, if that takes neither fewer nor more epochs than these
 EPOCHS = (20, 400)
 WARMUP = 0.1  # of the steps, as in the paper
-# From weights that know images, the rate is this share of the rate from scratch (a choice, not measured).
-GENTLER = 0.5
 FEW_STEPS = 300
 
 
@@ -62,22 +60,22 @@ def fit_batch_size(num_images: int, largest: int) -> int:
     return min(largest, 2 ** int(math.log2(num_images / 8)))
 
 
-def fit_schedule(num_images: int, batch_size: int, epochs: int | None, started: bool) -> Schedule:
+def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedule:
     """The schedule for some images.
 
     The learning rate follows the square root of the batch, which is the rule for Adam and its kin (arXiv 2205.10287):
-    the linear rule would leave a small batch with next to none.
+    the linear rule would leave a small batch with next to none. It is the same from weights that know images already:
+    gentler rates did no better where it was measured (docs/own_images.md).
 
     Args:
         num_images: Number of training images, at least a batch.
         batch_size: Images in a step.
         epochs: Passes over the images; None for about ``STEPS`` steps.
-        started: Whether the encoder starts from weights that know images already.
     """
     steps_per_epoch = num_images // batch_size
     if epochs is None:
         epochs = min(max(math.ceil(STEPS / steps_per_epoch), EPOCHS[0]), EPOCHS[1])
-    lr = RECIPE_RATE * math.sqrt(batch_size / RECIPE_BATCH) * (GENTLER if started else 1)
+    lr = RECIPE_RATE * math.sqrt(batch_size / RECIPE_BATCH)
     warmup = max(2, int(WARMUP * epochs * steps_per_epoch))  # MMEngine's warm-up of one step never ends
     return Schedule(epochs, steps_per_epoch, warmup, float(f'{lr:.2g}'))
 
