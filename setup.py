@@ -55,6 +55,7 @@ setup(
         'lmdb',
         'matplotlib',
         'packaging',
+        'psutil',
         'pyyaml',
         'requests',
         'rich',

@@ -31,9 +31,13 @@ def exit_on_input_error() -> Iterator[None]:
         if message.startswith('Caught '):  # PyTorch puts the stack trace of a data worker before its message
             message = message.rpartition('Error: ')[2]
         message = f'error: {message.strip()}'
-        file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-        if not file:
-            sys.exit(message)
+        sys.exit(1 if told_to_launcher(message) else message)
+
+
+def told_to_launcher(message: str) -> bool:
+    """Hand a message to torchrun; False if that did not start this process."""
+    file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if file:
         with open(file, 'w', encoding='utf-8') as stream:
             json.dump(dict(message=message, timestamp=int(time.time())), stream)
-        sys.exit(1)
+    return bool(file)

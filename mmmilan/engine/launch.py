@@ -18,7 +18,9 @@ from mmengine.runner import Runner
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_data, unread_options
+from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
+from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.work_dir import training_in
@@ -73,7 +75,7 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
 
     Raises:
         InputError: data are missing, or mmcv's operators, without which mmdet and mmseg cannot be imported; another run
-            is in the work dir, or nothing whole is there to resume from.
+            is in the work dir, or nothing whole is there to resume from; a data worker died or hangs.
     """
     if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
         raise InputError(
@@ -86,6 +88,10 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.register_hook(ExactLoadingHook())
         runner.register_hook(ImageSizeHook())
+        guard_workers(runner)
+        heartbeat = HeartbeatHook()
         if task == 'train':
             runner.register_hook(StopHook())
-        yield runner
+            runner.register_hook(heartbeat)
+        with heartbeat.telling(), worker_errors():
+            yield runner

@@ -1,0 +1,60 @@
+"""Data workers that cannot hold up a run: one that dies or hangs ends it with a sentence."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+PATIENCE = 600.0  # seconds that a batch may take, where a data loader's config sets no ``timeout``
+
+
+def guard_workers(runner: Runner) -> None:
+    """Let the data loaders that a runner builds wait no longer than ``PATIENCE`` for a batch.
+
+    Their workers are a process group each: torchrun sends its signals to the group of a process, and a worker that
+    ends at SIGTERM would take the run with it before it has saved.
+    """
+    build = runner.build_dataloader
+
+    def build_guarded(*args, **kwargs) -> DataLoader:
+        loader = build(*args, **kwargs)
+        loader.worker_init_fn = partial(init_worker, loader.worker_init_fn)
+        if loader.num_workers and not loader.timeout:
+            loader.timeout = PATIENCE
+        return loader
+
+    runner.build_dataloader = build_guarded
+
+
+def init_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a data worker, in a process group of its own."""
+    os.setpgid(0, 0)
+    if then:
+        then(worker)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what PyTorch says of a data worker that died or hangs into an ``InputError``, and end all workers."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = first_line(error).rstrip('. ')
+        if not message.startswith('DataLoader '):
+            raise
+        for process in multiprocessing.active_children():
+            process.kill()  # one that was stopped would hear nothing else, and be waited for
+        if 'timed out' in message:
+            remedy = 'look at the disk and at the workers, or raise train_dataloader.timeout'
+        else:
+            remedy = 'if memory ran out, lower train_dataloader.num_workers'
+        raise InputError(f'{message}; {remedy}, and go on by --resume.') from error

@@ -1,0 +1,255 @@
+"""A process or a data worker that dies, hangs or sleeps: the others end in time and name it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+
+from mmmilan.engine import data_workers
+from mmmilan.engine.data_workers import guard_workers, worker_errors
+from mmmilan.engine.heartbeat import HeartbeatHook
+from mmmilan.engine.stopping import GO_ON, StopHook
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.files import write_text
+from small_runs import exit_codes, runner, start_ranks
+
+LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
+LIMIT = 1.2  # seconds in silence, and without progress
+
+
+class FaultHook(Hook):
+    """Something that goes wrong in iteration 5 of one process, at a point of it."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if self.fault == 'sleep in the forward pass' and runner.iter == 4:
+            time.sleep(600)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter != 3:
+            return
+        if self.fault == 'sleep before it':
+            time.sleep(600)
+        if self.fault == 'error':
+            raise InputError('a.jpg does not decode; replace it.')
+        if self.fault == 'bug':
+            raise KeyError('a bug')
+        for name in ('SIGKILL', 'SIGSTOP'):
+            if self.fault == name:
+                os.kill(os.getpid(), getattr(signal, name))
+
+
+def train(work_dir: Path, fault: str, at: int, **kwargs) -> None:
+    """A process of a run, of which one goes wrong."""
+    sys.stderr = open(work_dir / f'output_{get_rank()}', 'w', buffering=1)  # noqa: SIM115
+    built = runner(work_dir, length=100, train_cfg=dict(LOOP), **kwargs)
+    heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
+    for hook in (heartbeat, StopHook(), *([FaultHook(fault)] if get_rank() == at else [])):
+        built.register_hook(hook)
+    with exit_on_input_error(), heartbeat.telling():
+        built.train()
+
+
+FAULTS = {
+    'SIGKILL': 'was not heard of for 1.2 s, last before iteration ',
+    'SIGSTOP': 'was not heard of for 1.2 s, last before iteration ',
+    'sleep before it': 'is behind, before iteration 5;',
+    'sleep in the forward pass': 'is behind, in the forward pass of iteration 5;',
+    'error': 'ended before iteration 5: a.jpg does not decode; replace it.;',
+    'bug': "ended before iteration 5: 'a bug';",
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize('at', [0, 1])
+def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
+    """In a few times the limit. With process 0 the store goes, and with it all that it told."""
+    begin = time.monotonic()
+    ranks = start_ranks(train, tmp_path, fault, at)
+    ranks[1 - at].join(30)
+    seconds, codes = time.monotonic() - begin, exit_codes(ranks, 0)
+    assert codes[1 - at] == 1 and seconds < 20
+    (line,) = [line for line in (tmp_path / f'output_{1 - at}').read_text().splitlines() if line.startswith('error: ')]
+    if at == 0:
+        assert 'process 0' in line.lower()
+    else:
+        assert line.lower().count(f'process {at} (process {ranks[at].pid} on ') == 1 and FAULTS[fault] in line
+    assert line.endswith('and go on by --resume.')
+
+
+# -- data workers
+
+
+class WorkerHook(Hook):
+    """Sends all data workers a signal after the second step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 1:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, self.number)
+
+
+def train_with_workers(work_dir: Path, number: int) -> None:
+    sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
+    data_workers.PATIENCE = LIMIT
+    built = runner(work_dir, length=400, train_cfg=dict(LOOP), num_workers=2)
+    guard_workers(built)
+    heartbeat = HeartbeatHook(silent=LIMIT, stuck=4 * LIMIT)
+    for hook in (heartbeat, WorkerHook(number)):
+        built.register_hook(hook)
+    with exit_on_input_error(), heartbeat.telling(), worker_errors():
+        built.train()
+
+
+@pytest.mark.parametrize(
+    'number, message',
+    [
+        (signal.SIGKILL, 'error: DataLoader worker'),
+        (signal.SIGTERM, 'error: DataLoader worker'),
+        (signal.SIGSTOP, 'error: (DataLoader timed out|Nothing went on for 4.8 s before iteration)'),
+    ],
+)
+def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
+    process = multiprocessing.get_context('fork').Process(target=train_with_workers, args=(tmp_path, number))
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 1
+    (line,) = [line for line in (tmp_path / 'output').read_text().splitlines() if line.startswith('error: ')]
+    assert re.match(message, line) and line.endswith('go on by --resume.')
+
+
+class GroupHook(Hook):
+    """Sends this process and all in its group a signal, as torchrun and a terminal do."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 6:
+            subprocess.run(['kill', '-TERM', '--', f'-{os.getpgid(0)}'], check=True, start_new_session=True)
+            time.sleep(0.5)  # the workers have heard it, if they are in the group
+
+
+def train_in_a_group(work_dir: Path) -> None:
+    os.setpgid(0, 0)
+    built = runner(work_dir, length=100, train_cfg=dict(LOOP), num_workers=2)
+    guard_workers(built)
+    for hook in (GroupHook(), StopHook()):
+        built.register_hook(hook)
+    with worker_errors():
+        built.train()
+
+
+def test_a_signal_to_the_group_leaves_the_workers_alone(tmp_path, safe_mmengine):
+    process = multiprocessing.get_context('fork').Process(target=train_in_a_group, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == GO_ON
+    assert (tmp_path / 'stopped_iter_7.pth').exists()
+
+
+# -- the launcher
+
+RANK = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {faults!r}]
+from test_processes import LaunchedHook, runner
+from mmengine.config import Config
+from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.engine.distributed import init_processes
+from mmmilan.engine.heartbeat import HeartbeatHook
+from mmmilan.engine.stopping import StopHook
+from mmmilan.errors import exit_on_input_error
+
+use_safe_loading()
+cfg = Config(dict(launcher='pytorch'))
+init_processes(cfg)
+loop = dict(type='mmmilan.EpochLoop', max_epochs=1)
+built = runner(Path('work'), length=10**6, train_cfg=loop, launcher='pytorch', cfg=cfg)
+heartbeat = HeartbeatHook(silent=2.0, stuck=5.0)
+for hook in (heartbeat, LaunchedHook(), StopHook()):
+    built.register_hook(hook)
+with exit_on_input_error(), heartbeat.telling():
+    built.train()
+"""
+
+
+class LaunchedHook(Hook):
+    """Leaves the number of this process in a file once it trains."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 3:
+            write_text(Path(f'rank_{get_rank()}'), str(os.getpid()))
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """A launcher with two processes that train, and their numbers by rank."""
+    folder = Path(__file__).parent
+    (tmp_path / 'train.py').write_text(RANK.format(tests=str(folder.parent), faults=str(folder)))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'mmmilan.torchrun', '--nproc_per_node=2', f'--master_port={port}', 'train.py']
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(folder.parent.parent))
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    files = [tmp_path / f'rank_{rank}' for rank in (0, 1)]
+    deadline = time.monotonic() + 90
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    pids = [int(file.read_text()) for file in files]
+    yield launcher, pids
+    for pid in (launcher.pid, *pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    'number',
+    [signal.SIGUSR1, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],
+)
+def test_a_signal_to_the_launcher(launched, tmp_path, number):
+    """As a scheduler sends it: all save, and the launcher says that the run can go on."""
+    launcher, _ = launched
+    launcher.send_signal(number)
+    output = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == GO_ON, output
+    assert len(list(tmp_path.glob('work/stopped_iter_*.pth'))) == 1
+    assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    'number, message',
+    [
+        (signal.SIGKILL, 'error: process 1 ended with SIGKILL; its own output says why.'),
+        pytest.param(
+            signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) was not heard of', marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_launched_process_that_is_gone(launched, number, message):
+    """The last line names it, and no trace stands above."""
+    launcher, pids = launched
+    os.kill(pids[1], number)
+    output = launcher.communicate(timeout=90)[1]
+    assert launcher.returncode == 1
+    assert re.match(message, output.splitlines()[-1])
+    assert 'Traceback' not in output, output
