@@ -68,7 +68,8 @@ class StopHook(Hook):
         )
         if self.group:
             dist.barrier(self.group)  # the main process has written
-        self.restore()
+        else:  # of several, the first to leave has the launcher send SIGTERM to the others, which leave all the same
+            self.restore()
         sys.exit(GO_ON)
 
     def agreed(self) -> int:
