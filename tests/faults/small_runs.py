@@ -43,6 +43,7 @@ class Model(BaseModel):
 def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner:
     """``length / 2`` steps an epoch, by our hooks; arguments of MMEngine's ``Runner`` besides."""
     torch.manual_seed(0)
+    model = kwargs.pop('model', None) or Model()
     checkpoint = dict(type='mmmilan.CheckpointHook', interval=1, **kwargs.pop('checkpoint', {}))
     settings = dict(
         train_dataloader=dict(
@@ -57,7 +58,7 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
         default_hooks=dict(checkpoint=checkpoint),
     )
     name = os.urandom(8).hex()  # or two runners of one process would share their message hub
-    built = Runner(Model(), str(work_dir), experiment_name=name, log_level='ERROR', **settings | kwargs)
+    built = Runner(model, str(work_dir), experiment_name=name, log_level='ERROR', **settings | kwargs)
     built.register_hook(ExactLoadingHook())
     return built
 

@@ -7,12 +7,17 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.hooks import Hook
+from mmpretrain.structures import DataSample
+from torch.utils.data import Dataset
 
 from helpers import assert_identical, load_trusted
+from mmmilan.engine.hooks import StepSeedHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import find_newest, locked
 from small_runs import runner
@@ -41,13 +46,43 @@ class AlarmHook(Hook):
         self.count, self.begin = self.count + 1, now
 
 
-def train(work_dir: Path, alarm: AlarmHook | None = None) -> None:
+class Pictures(Dataset):
+    """Ten images of noise in two classes."""
+
+    metainfo: dict = {}
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        return dict(inputs=image, data_samples=DataSample().set_gt_label(index % 2))
+
+
+def fine_tuning() -> dict:
+    """Arguments of a run that fine-tunes a ViT as the recipe does, with mixup and cutmix."""
+    arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
+    backbone = dict(type='mmpretrain.VisionTransformer', arch=arch, img_size=32, patch_size=16, drop_path_rate=0.1)
+    loss = dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original')
+    model = dict(
+        type='mmpretrain.ImageClassifier',
+        backbone=backbone | dict(out_type='avg_featmap', final_norm=False),
+        head=dict(type='mmpretrain.LinearClsHead', num_classes=2, in_channels=16, loss=loss),
+        data_preprocessor=dict(type='mmmilan.ClassificationDataPreprocessor', num_classes=2, mean=[128.0], std=[64.0]),
+        train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
+    )
+    loader = dict(dataset=Pictures(), batch_size=2, num_workers=0, collate_fn=dict(type='default_collate'))
+    return dict(model=model, train_dataloader=loader | dict(sampler=dict(type='DefaultSampler', shuffle=True, seed=0)))
+
+
+def train(work_dir: Path, task: Callable[[], dict], alarm: AlarmHook | None = None) -> None:
     """A whole run of 40 steps that saves after every one of them, or the rest of one."""
     with locked(work_dir):
         newest = find_newest(work_dir)
         start = dict(load_from=str(newest), resume=True) if newest else {}
         loop, checkpoint = dict(type='mmmilan.EpochLoop', max_epochs=EPOCHS), dict(by_epoch=False, max_keep_ckpts=1)
-        built = runner(work_dir, length=10, train_cfg=loop, checkpoint=checkpoint, **start)
+        built = runner(work_dir, length=10, train_cfg=loop, checkpoint=checkpoint, **start, **task())
+        built.register_hook(StepSeedHook())
         built.register_hook(StopHook())
         if alarm:
             built.register_hook(alarm)
@@ -55,18 +90,20 @@ def train(work_dir: Path, alarm: AlarmHook | None = None) -> None:
 
 
 @pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
-@pytest.mark.parametrize('number', [signal.SIGALRM, signal.SIGTERM])
-def test_ended_at_any_moment(tmp_path, safe_mmengine, number, seed):
+@pytest.mark.parametrize(
+    'number, task', [(signal.SIGALRM, dict), (signal.SIGTERM, dict), (signal.SIGALRM, fine_tuning)]
+)
+def test_ended_at_any_moment(tmp_path, safe_mmengine, number, task, seed):
     """Most of the time of this run goes into saving, of which one file is kept."""
     rng = random.Random(seed)
-    train(tmp_path / 'whole')
+    train(tmp_path / 'whole', task)
     for _ in range(5):  # the last step of the 40 is far from these
         alarm = AlarmHook(rng.randint(2, 5), rng.random(), number)
-        process = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path / 'work', alarm))
+        process = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path / 'work', task, alarm))
         process.start()
         process.join()
         assert process.exitcode == (GO_ON if number == signal.SIGTERM else -number)
-    train(tmp_path / 'work')
+    train(tmp_path / 'work', task)
     name = f'iter_{5 * EPOCHS}.pth'
     assert_identical(load_trusted(tmp_path / 'work' / name), load_trusted(tmp_path / 'whole' / name))
     assert {path.name for path in (tmp_path / 'work').glob('*iter*')} == {name}
