@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -63,18 +63,25 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
     return built
 
 
-def start_ranks(target: Callable, *args: object) -> list[multiprocessing.Process]:
-    """Two processes that call ``target`` as ranks of gloo, with ``launcher`` and ``cfg`` for :func:`runner` besides."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+def start_ranks(target: Callable, *args: object, launcher: bool = True) -> list[multiprocessing.Process]:
+    """Two ranks of gloo that call ``target`` with ``launcher`` and ``cfg`` for :func:`runner` besides.
+
+    They meet at a store of this process, as at that of torchrun, or at one of process 0, as under Slurm.
+    """
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    if not launcher:
+        del store
     ranks = []
     for rank in '01':
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        ranks.append(
-            multiprocessing.get_context('fork').Process(target=be_rank, args=(environment, target, *args), daemon=True)
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        environment['TORCHELASTIC_USE_AGENT_STORE'] = str(launcher)
+        process = multiprocessing.get_context('fork').Process(
+            target=be_rank, args=(environment, target, *args), daemon=True
         )
-        ranks[-1].start()
+        process.start()
+        process.store = store if launcher else None  # for as long as it lives
+        ranks.append(process)
     return ranks
 
 

@@ -74,21 +74,30 @@ FAULTS = {
 }
 
 
+def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) -> str:
+    """The sentence with which the other process ended, in a few times the limit."""
+    begin = time.monotonic()
+    ranks[other].join(30)
+    seconds, codes = time.monotonic() - begin, exit_codes(ranks, 0)
+    assert codes[other] == 1 and seconds < 20
+    (line,) = [line for line in (work_dir / f'output_{other}').read_text().splitlines() if line.startswith('error: ')]
+    assert line.endswith('and go on by --resume.')
+    return line
+
+
 @pytest.mark.parametrize('fault', FAULTS)
 @pytest.mark.parametrize('at', [0, 1])
 def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
-    """In a few times the limit. With process 0 the store goes, and with it all that it told."""
-    begin = time.monotonic()
     ranks = start_ranks(train, tmp_path, fault, at)
-    ranks[1 - at].join(30)
-    seconds, codes = time.monotonic() - begin, exit_codes(ranks, 0)
-    assert codes[1 - at] == 1 and seconds < 20
-    (line,) = [line for line in (tmp_path / f'output_{1 - at}').read_text().splitlines() if line.startswith('error: ')]
-    if at == 0:
-        assert 'process 0' in line.lower()
-    else:
-        assert line.lower().count(f'process {at} (process {ranks[at].pid} on ') == 1 and FAULTS[fault] in line
-    assert line.endswith('and go on by --resume.')
+    line = outcome(ranks, 1 - at, tmp_path)
+    assert f'rocess {at} (process {ranks[at].pid} on ' in line and FAULTS[fault] in line
+
+
+@pytest.mark.parametrize('fault', ['SIGKILL', 'SIGSTOP'])
+def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
+    """Without a launcher it goes with process 0, and with it all that was told."""
+    ranks = start_ranks(train, tmp_path, fault, 0, launcher=False)
+    assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
 
 
 # -- data workers
