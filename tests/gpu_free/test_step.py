@@ -213,9 +213,13 @@ def test_backward_pass(milan_cfg):
     model.loss(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))['loss'].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    calls: list[int] = []
+    for block in model.neck.decoder_blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.manual_seed(1)
     losses = [model.loss(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))['loss']]
     backward(losses)
+    assert len(calls) == 2 * 2  # what is checkpointed is computed once more, and no more than once
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, value, rtol=1e-4, atol=1e-6)

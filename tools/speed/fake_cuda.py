@@ -250,7 +250,8 @@ def backward(losses: list[Tensor]) -> None:
     gradients[loss.grad_fn][0] = torch.ones_like(loss)
     order = topological(loss.grad_fn)
     del loss
-    with torch.no_grad():
+    one_pass = mock.patch('torch._C._current_graph_task_id', lambda: 0)  # checkpointing computes a block once a pass
+    with torch.no_grad(), one_pass:
         while order:
             node = order.pop()
             received = gradients.pop(node, None)
