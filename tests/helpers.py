@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -48,6 +50,40 @@ def run_script(script: str, *args: object) -> str:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_forked(script: str, processes: int, *args: object) -> None:
+    """Runs a script of tools/ as processes of gloo; they must succeed.
+
+    They are forks of this process, which has imported everything: what ``run_script`` starts takes seconds for that.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ranks = [
+        multiprocessing.get_context('fork').Process(target=_be_script, args=(script, rank, processes, port, args))
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(240)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0] * processes
+
+
+def _be_script(script: str, rank: int, processes: int, port: int, args: tuple) -> None:
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in place.items()})
+    sys.argv = [script, *map(str, args), '--launcher', 'pytorch']
+    runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
+
+
+def fork_ranks(step: Callable, folder: str, *args: object) -> None:
+    """Two processes of gloo, forks of this one, call ``step(rank, folder, *args)``; it must succeed."""
+    torch.multiprocessing.start_processes(be_rank, (step, folder, *args), nprocs=2, start_method='fork')
 
 
 def be_rank(rank: int, step: Callable, folder: str, *args: object) -> None:

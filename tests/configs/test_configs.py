@@ -151,7 +151,7 @@ def test_weight_decay_on_weights_alone(name, on_meta):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize('name', [BASE, LARGE])
+@pytest.mark.parametrize('name', [BASE, pytest.param(LARGE, marks=pytest.mark.slow)])
 def test_step_on_real_images(name):
     """One training step at the real size, through the config's data pipeline and optimizer."""
     images = real_data('imagenet_sample/train')

@@ -14,7 +14,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from helpers import ROOT, assert_identical, be_rank, read_scalars, run_script
+from helpers import ROOT, assert_identical, fork_ranks, read_scalars, run_forked
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.compilation import compile_model
@@ -97,7 +97,7 @@ def work(rank: int, folder: str, cfg: dict) -> None:
 
 @pytest.fixture
 def processes(milan_cfg, tmp_path):
-    torch.multiprocessing.spawn(be_rank, args=(work, str(tmp_path), milan_cfg), nprocs=2)
+    fork_ranks(work, str(tmp_path), milan_cfg)
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
 
 
@@ -149,9 +149,9 @@ def test_training(tiny_config, tmp_path):
     changes = {'runner_type': FSDP.runner_type, 'strategy': FSDP.strategy.to_dict()}
     changes |= {'optim_wrapper.type': 'OptimWrapper', 'train_dataloader.num_workers': 0}
     changes |= {'default_hooks.compile.enabled': True, 'default_hooks.compile.backend': 'aot_eager'}
-    run_script('dist_train.sh', tiny_config(changes), 2)
+    run_forked('train.py', 2, tiny_config(changes))
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == 6 and losses[-1] < losses[0]
     other = tiny_config(changes | {'work_dir': str(tmp_path / 'other')})
-    run_script('dist_train.sh', other, 2, '--resume', tmp_path / 'work/epoch_1.pth')
+    run_forked('train.py', 2, other, '--resume', tmp_path / 'work/epoch_1.pth')
     assert_identical(*(load_checkpoint_file(tmp_path / folder / 'epoch_2.pth') for folder in ('other', 'work')))

@@ -17,7 +17,7 @@ from mmpretrain.structures import DataSample
 from PIL import Image
 from torch import Tensor
 
-from helpers import assert_clip, assert_close, be_rank, gradients
+from helpers import assert_clip, assert_close, fork_ranks, gradients
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
@@ -208,9 +208,7 @@ def distributed_step(rank: int, folder: str, cfg: dict) -> None:
 
 
 def test_two_processes_are_one_with_the_same_batch(cfg, tmp_path):
-    torch.multiprocessing.start_processes(
-        be_rank, (distributed_step, str(tmp_path), cfg), nprocs=2, start_method='fork'
-    )
+    fork_ranks(distributed_step, str(tmp_path), cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(cfg)
     FixedDraws(model, 0)

@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from helpers import assert_close, be_rank, gradients
+from helpers import assert_close, fork_ranks, gradients
 from mmmilan.engine import BFloat16OptimWrapper, NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.masking import Masking
@@ -246,7 +246,7 @@ def distributed_step(rank: int, folder: str, cfg: dict) -> None:
 
 
 def test_two_processes_are_one_with_the_same_batch(milan_cfg, tmp_path):
-    torch.multiprocessing.spawn(be_rank, args=(distributed_step, str(tmp_path), milan_cfg), nprocs=2)
+    fork_ranks(distributed_step, str(tmp_path), milan_cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(milan_cfg)
     loss = model.loss(*batch(8))['loss']

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from helpers import ROOT, read_scalars, real_data, run_script
+from helpers import ROOT, read_scalars, real_data, run_forked
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 
@@ -118,7 +118,7 @@ def test_segmentation(data, checkpoint, run_tool, tmp_path):
 
 @pytest.mark.parametrize('sibling', ['mask-rcnn_vit-tiny-p8_scenes.py', 'upernet_vit-tiny-p8_scenes.py'])
 def test_two_processes(sibling, checkpoint, tmp_path):
-    """dist_train.sh and dist_test.sh on CPU: the small siblings on a few scenes."""
+    """Training and evaluation on CPU: the small siblings on a few scenes."""
     scenes = tmp_path / 'scenes'
     write_scenes(scenes, 10, 10)
     cfg = Config.fromfile(CONFIGS / 'demo' / sibling)
@@ -136,8 +136,8 @@ def test_two_processes(sibling, checkpoint, tmp_path):
     path = tmp_path / f'{tmp_path.name}.py'
     cfg.dump(path)
     trained = tmp_path / 'work/epoch_1.pth'
-    run_script('dist_train.sh', path, 2)
-    run_script('dist_test.sh', path, trained, 2)
+    run_forked('train.py', 2, path)
+    run_forked('test.py', 2, path, trained)
     assert torch.load(trained, weights_only=False)['meta']['iter'] == 1  # 10 images in a batch of 2 x 5
     newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     figures = json.loads(newest.read_text())
