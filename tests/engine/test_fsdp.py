@@ -14,7 +14,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from helpers import ROOT, assert_identical, fork_ranks, read_scalars, run_forked
+from helpers import ROOT, assert_identical, fork_ranks, read_scalars, run_script
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.compilation import compile_model
@@ -149,9 +149,9 @@ def test_training(tiny_config, tmp_path):
     changes = {'runner_type': FSDP.runner_type, 'strategy': FSDP.strategy.to_dict()}
     changes |= {'optim_wrapper.type': 'OptimWrapper', 'train_dataloader.num_workers': 0}
     changes |= {'default_hooks.compile.enabled': True, 'default_hooks.compile.backend': 'aot_eager'}
-    run_forked('train.py', 2, tiny_config(changes))
+    run_script('dist_train.sh', tiny_config(changes), 2)
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == 6 and losses[-1] < losses[0]
     other = tiny_config(changes | {'work_dir': str(tmp_path / 'other')})
-    run_forked('train.py', 2, other, '--resume', tmp_path / 'work/epoch_1.pth')
+    run_script('dist_train.sh', other, 2, '--resume', tmp_path / 'work/epoch_1.pth')
     assert_identical(*(load_checkpoint_file(tmp_path / folder / 'epoch_2.pth') for folder in ('other', 'work')))
