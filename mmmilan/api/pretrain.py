@@ -103,7 +103,7 @@ def pretrain(
 
 def check_out(folder: Path, resume: bool) -> None:
     """Refuse to write over a run, or to go on with none."""
-    from mmmilan.engine.work_dir import checkpoints_in
+    from mmmilan.checkpoints.newest import checkpoints_in
 
     has_run = bool(checkpoints_in(folder))
     if has_run and not resume:
@@ -139,8 +139,9 @@ def train(path: Path, resume: bool) -> Path:
     from mmengine.config import Config
 
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
+    from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
-    from mmmilan.engine.work_dir import checkpoint_folder, find_newest
+    from mmmilan.engine.work_dir import checkpoint_folder
 
     config = Config.fromfile(path)
     config.resume = resume

@@ -66,12 +66,13 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
 
     Args:
         checkpoint: A file; a URL; the name of a model of the zoo, which is downloaded; or the name of a config that was
-            trained here, for the last checkpoint in ``work_dirs/NAME``. Published weights come first.
+            trained here, for the newest checkpoint in ``work_dirs/NAME``. Published weights come first.
 
     Raises:
         InputError: it is none of these, or cannot be had.
     """
     from mmmilan.checkpoints.download import download
+    from mmmilan.checkpoints.newest import find_newest
 
     text = os.fspath(checkpoint)
     path = Path(text.removeprefix('file://')).expanduser()
@@ -82,14 +83,13 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     model = zoo_models().get(text)
     if model and model.weights:
         return download(model.weights, model.sha256)
-    last = Path('work_dirs', text, 'last_checkpoint')  # MMEngine writes a path into it
-    if last.is_file():
-        return last.with_name(Path(last.read_text().strip()).name)
+    folder = Path('work_dirs', text)
+    newest = find_newest(folder)
+    if newest:
+        return newest
     if model:
-        raise InputError(
-            f'No weights of {text} have been published and {last.parent} has none; train it, or give a file.'
-        )
+        raise InputError(f'No weights of {text} have been published and {folder} has none; train it, or give a file.')
     raise InputError(
-        f'{text} is neither a file nor a URL nor a model of the zoo, and {last.parent} has no checkpoint; choose one '
+        f'{text} is neither a file nor a URL nor a model of the zoo, and {folder} has no checkpoint; choose one '
         f'of {", ".join(zoo_models())}.'
     )

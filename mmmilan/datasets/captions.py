@@ -183,7 +183,7 @@ def load_index(shard: Path) -> list[tuple[str, list[str]]]:
         try:
             write_text(path, json.dumps(index))
         except InputError as error:  # a read-only disk
-            print_log(f'{error}; the tar will be indexed again next time.', logger='current', level=logging.WARNING)
+            print_log(f'{error} The tar will be indexed again next time.', logger='current', level=logging.WARNING)
     return [(f'tar://{shard}/{name}@{offset}+{size}', texts) for name, offset, size, texts in index['samples']]
 
 

@@ -21,12 +21,11 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from mmmilan.checkpoints.newest import STOPPED
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, write_text
 from mmmilan.registry import HOOKS
-
-STOPPED = 'stopped_iter_'  # begins the name of a checkpoint between two that were due
 
 
 @HOOKS.register_module()

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and the newest whole checkpoint in it."""
+"""The folder of a run: one run at a time, which goes on from the newest whole checkpoint or begins anew."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmmilan.checkpoints.archives import check_archive, read_meta
-from mmmilan.engine.checkpointing import STOPPED
+from mmmilan.checkpoints.newest import checkpoints_in, find_newest
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.errors import InputError
-from mmmilan.files import first_line
 
 
 @contextmanager
@@ -66,45 +64,6 @@ def checkpoint_folder(cfg: Config) -> Path:
     """Where the checkpoint hook writes."""
     out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder from which a run can go on, by MMEngine's names for them and ours."""
-    return sorted(path for kind in ('epoch', 'iter', STOPPED[:-1]) for path in folder.glob(f'{kind}_[0-9]*.pth'))
-
-
-def find_newest(folder: Path) -> Path | None:
-    """The whole checkpoint of the latest iteration, or None where there is none at all.
-
-    It is found by the files themselves, so that a folder can be copied or moved, and ``last_checkpoint`` be lost. What
-    is skipped is named in the log.
-
-    Raises:
-        InputError: there are checkpoints, but none is whole.
-    """
-    found: list[tuple[int, Path]] = []
-    paths = checkpoints_in(folder)
-    for path in paths:
-        try:
-            found.append((int(read_meta(path)['iter']), path))
-        except Exception as error:  # of any type, as the file may hold anything
-            _say_skipped(path, error)
-    for _, path in sorted(found, reverse=True):
-        try:
-            check_archive(path)
-            return path
-        except Exception as error:
-            _say_skipped(path, error)
-    if paths:
-        raise InputError(
-            f'None of the {len(paths)} checkpoints in {folder} is whole; copy one there, or start anew in another '
-            '--work-dir.'
-        )
-    return None
-
-
-def _say_skipped(path: Path, error: Exception) -> None:
-    print_log(f'{path} is skipped: {first_line(error)}.', logger='current', level=logging.WARNING)
 
 
 def prepare(cfg: Config, main: bool) -> None:

@@ -36,14 +36,14 @@ def test_the_run_has_a_folder_of_its_own(monkeypatch):
     assert read(FINE_TUNING).work_dir == f'work_dirs/{FINE_TUNING.stem}/_runs_vit_epoch_9.pth'
 
 
-def test_the_name_of_a_config_is_its_last_checkpoint(monkeypatch, tmp_path):
+def test_the_name_of_a_config_is_its_newest_checkpoint(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f'work_dirs/{SLIP} has no checkpoint; choose one of milan_vit'):
         resolve_checkpoint(SLIP)
     folder = tmp_path / 'work_dirs' / SLIP
     folder.mkdir(parents=True)
-    torch.save({}, folder / 'epoch_400.pth')
-    (folder / 'last_checkpoint').write_text('/where/it/was/trained/epoch_400.pth')  # as MMEngine does
+    torch.save(dict(meta=dict(iter=400)), folder / 'epoch_400.pth')
+    (folder / 'last_checkpoint').write_text('')  # of a run that was killed by MMEngine's own hook
     assert resolve_checkpoint(SLIP).samefile(folder / 'epoch_400.pth')
 
 

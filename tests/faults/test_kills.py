@@ -17,9 +17,10 @@ from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
 from helpers import assert_identical, load_trusted
+from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.hooks import StepSeedHook
 from mmmilan.engine.stopping import GO_ON, StopHook
-from mmmilan.engine.work_dir import find_newest, locked
+from mmmilan.engine.work_dir import locked
 from small_runs import runner
 
 EPOCHS = 8

@@ -17,9 +17,10 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from helpers import assert_identical, load_trusted
+from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.stopping import GO_ON, StopHook
-from mmmilan.engine.work_dir import find_newest, locked, prepare
+from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 from small_runs import exit_codes, runner, start_ranks
@@ -184,7 +185,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
             content = spoil_bytes(content, rng)
         path.write_bytes(content)
     said = []
-    monkeypatch.setattr('mmmilan.engine.work_dir.print_log', lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr('mmmilan.checkpoints.newest.print_log', lambda message, **kwargs: said.append(message))
     newest = find_newest(tmp_path)
     for number in (2, 3):
         path = tmp_path / f'epoch_{number}.pth'

@@ -1,0 +1,53 @@
+"""The newest whole checkpoint of a run, found by the files themselves."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mmengine.logging import print_log
+
+from mmmilan.checkpoints.archives import check_archive, read_meta
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+STOPPED = 'stopped_iter_'  # begins the name of a checkpoint between two that were due
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder from which a run can go on, by MMEngine's names for them and ours."""
+    return sorted(path for kind in ('epoch', 'iter', STOPPED[:-1]) for path in folder.glob(f'{kind}_[0-9]*.pth'))
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The whole checkpoint of the latest iteration, or None where there is none at all.
+
+    It is found by the files themselves, so that a folder can be copied or moved, and ``last_checkpoint`` be lost. What
+    is skipped is named in the log.
+
+    Raises:
+        InputError: there are checkpoints, but none is whole.
+    """
+    found: list[tuple[int, Path]] = []
+    paths = checkpoints_in(folder)
+    for path in paths:
+        try:
+            found.append((int(read_meta(path)['iter']), path))
+        except Exception as error:  # of any type, as the file may hold anything
+            _say_skipped(path, error)
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_archive(path)
+            return path
+        except Exception as error:
+            _say_skipped(path, error)
+    if paths:
+        raise InputError(
+            f'None of the {len(paths)} checkpoints in {folder} is whole; copy one there, or start anew in another '
+            '--work-dir.'
+        )
+    return None
+
+
+def _say_skipped(path: Path, error: Exception) -> None:
+    print_log(f'{path} is skipped: {first_line(error)}.', logger='current', level=logging.WARNING)
