@@ -18,7 +18,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from helpers import ROOT, assert_identical, load_trusted, read_scalars
+from helpers import ROOT, assert_identical, load_trusted, read_scalars, real_data
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.demo.scenes.appearance import SEMANTIC_CLASSES
 from mmmilan.errors import InputError
@@ -270,22 +270,15 @@ def test_finds_the_captions_of_new_images_after_half_a_minute(run_tool, tmp_path
     assert result['retrieval/image_recall@10'] > 20 and result['retrieval/text_recall@10'] > 20, result
 
 
-@pytest.mark.slow
-def test_the_words_of_a_prompt_keep_what_they_name(run_tool, tmp_path):
+@pytest.mark.data
+def test_the_words_of_a_prompt_keep_what_they_name():
     """More of the tigers' patches are drawn by 'a tiger' than by attention, or by what else is on the scenes.
 
-    With the demo's MaskCLIP, trained by its config as it is.
+    With the MaskCLIP and the scenes of a run of ``tools/demo.py --out demo``.
     """
-    scenes, cfg = tmp_path / 'scenes', Config.fromfile(CONFIG)
-    write_scenes(scenes, 3000, 1000)
-    data = dict(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
-    cfg.train_dataloader.dataset.update(data)
-    cfg.test_dataloader.dataset.data_root = str(scenes / 'val')
-    cfg.work_dir = str(tmp_path / 'work')
-    cfg.dump(tmp_path / f'{tmp_path.name}.py')
-    run_tool('train.py', tmp_path / f'{tmp_path.name}.py')
-
-    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(tmp_path / 'work/epoch_4.pth'))).eval()
+    checkpoint, cfg = real_data('demo/maskclip-seed0/epoch_4.pth'), Config.fromfile(CONFIG)
+    scenes = real_data('demo/scenes')
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(checkpoint))).eval()
     dataset = dict(type='mmmilan.ImageFolder', data_root=str(scenes / 'val/tiger'))
     dataset = DATASETS.build(dataset | dict(pipeline=cfg.test_dataloader.dataset.pipeline))
     samples = [dataset[i] for i in range(len(dataset))]
