@@ -220,9 +220,11 @@ def launched(tmp_path):
     environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(folder.parent.parent))
     launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     files = [tmp_path / f'rank_{rank}' for rank in (0, 1)]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not all(file.exists() for file in files):
-        assert time.monotonic() < deadline and launcher.poll() is None
+        if time.monotonic() > deadline or launcher.poll() is not None:
+            launcher.terminate()
+            pytest.fail(launcher.communicate(timeout=60)[1])
         time.sleep(0.05)
     pids = [int(file.read_text()) for file in files]
     yield launcher, pids
