@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,8 +48,10 @@ def worker_errors() -> Iterator[None]:
     """Turn what PyTorch says of a data worker that died or hangs into an ``InputError``, and end all workers."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         message = first_line(error).rstrip('. ')
+        if was_handing_over(error):
+            message = f'DataLoader worker ended while it handed over a batch ({message})'
         if not message.startswith('DataLoader '):
             raise
         for process in multiprocessing.active_children():
@@ -58,3 +61,10 @@ def worker_errors() -> Iterator[None]:
         else:
             remedy = 'if memory ran out, lower train_dataloader.num_workers'
         raise InputError(f'{message}; {remedy}, and go on by --resume.') from error
+
+
+def was_handing_over(error: Exception) -> bool:
+    """Whether a worker died while its batch was read: PyTorch has no words for that, but an error of the connection."""
+    if isinstance(error, RuntimeError):
+        return False
+    return any(frame.name == '_try_get_data' for frame in traceback.extract_tb(error.__traceback__))

@@ -296,7 +296,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, meta: str | 
 
 @pytest.mark.parametrize(('option', 'value'), [('num_train', 9), ('num_val', 0), ('image_size', 20), ('seed', -1)])
 def test_an_option_out_of_range_is_named(tmp_path: Path, option: str, value: int) -> None:
-    with pytest.raises(InputError, match=f'^{option} is {value}'):
+    with pytest.raises(InputError, match=f'^{option}={value} is too small; choose at least'):
         write_scenes(tmp_path / 'set', **{'num_train': 10, 'num_val': 10, option: value})
     assert not list(tmp_path.iterdir())
 

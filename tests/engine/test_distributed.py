@@ -126,7 +126,7 @@ def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machine
     pipeline = Config.fromfile(tiny_config()).to_dict()['train_dataloader']['dataset']['pipeline']
     pipeline = [pipeline[0], mask, dict(type='PackInputs')]  # as the mask, too, is the image's
     changes = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 16}
-    # in bfloat16 each process would round its part of a gradient, and AdamW scales rounding up where gradients are small
+    # in bfloat16 each process would round its part of a gradient, and AdamW scales up what rounding leaves
     changes['optim_wrapper.type'] = 'OptimWrapper'
     changes['optim_wrapper.optimizer'] = dict(_delete_=True, type='SGD', lr=0.1, weight_decay=0.05)
     changes |= {'train_dataloader.dataset.data_root': str(images), 'train_dataloader.dataset.pipeline': pipeline}
