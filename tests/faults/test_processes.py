@@ -145,6 +145,17 @@ def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
     assert re.match(message, line) and line.endswith('go on by --resume.')
 
 
+def test_an_error_of_the_connection_is_a_worker_s_only_where_a_batch_is_read():
+    def _try_get_data():  # as PyTorch's data loader calls it
+        raise ConnectionResetError(104, 'Connection reset by peer')
+
+    message = '^DataLoader worker ended while it handed over a batch .*reset by peer'
+    with pytest.raises(InputError, match=message), worker_errors():
+        _try_get_data()
+    with pytest.raises(ConnectionResetError), worker_errors():
+        raise ConnectionResetError(104, 'Connection reset by peer')
+
+
 class GroupHook(Hook):
     """Sends this process and all in its group a signal, as torchrun and a terminal do."""
 
@@ -185,7 +196,7 @@ from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.distributed import init_processes
 from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.stopping import StopHook
-from mmmilan.errors import exit_on_input_error
+from mmmilan.errors import InputError, exit_on_input_error
 
 use_safe_loading()
 cfg = Config(dict(launcher='pytorch'))
