@@ -55,8 +55,8 @@ class HeartbeatHook(Hook):
     """End this process, with a sentence that names the one at fault, when another is gone or nothing goes on.
 
     A thread tells the others how far this process is, through the store at which they all met, and hears how far they
-    are. Alone, a process notices that it makes no step, as when a data worker was stopped. While it evaluates, only
-    processes that are gone are noticed.
+    are. Alone, a process notices that it makes no step, as when a data worker was stopped. While it evaluates, and
+    while hooks work between epochs, only processes that are gone are noticed.
 
     Args:
         silent: Seconds after which a process that is not heard of is taken to be gone.
@@ -100,6 +100,12 @@ class HeartbeatHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         self.mark(3 * (runner.iter + 1))
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.moved = None  # other hooks may evaluate now
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.moved = time.monotonic()
 
     def before_val_epoch(self, runner: Runner) -> None:
         self.moved = None

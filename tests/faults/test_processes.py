@@ -100,6 +100,27 @@ def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
 
 
+class SlowHook(Hook):
+    def after_train_epoch(self, runner):
+        time.sleep(2.5 * LIMIT)
+
+
+def train_with_pauses(work_dir: Path) -> None:
+    built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=2))
+    for hook in (HeartbeatHook(silent=LIMIT, stuck=LIMIT), SlowHook()):
+        built.register_hook(hook)
+    built.train()
+
+
+def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
+    """An evaluation of the encoder, for one."""
+    process = multiprocessing.get_context('fork').Process(target=train_with_pauses, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
 # -- data workers
 
 
