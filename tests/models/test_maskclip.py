@@ -587,6 +587,19 @@ def test_checkpoint_is_a_teacher(trained, cfg, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(itself(images), teacher(images), strict=True))
 
 
+def test_a_rectangular_checkpoint_is_a_teacher(cfg, tmp_path):
+    """Its config says so; the weights would fit a grid of other sides."""
+    cfg['backbone']['img_size'] = (32, 96)
+    cfg['neck']['num_patches'] = (2, 6)
+    model = build(cfg).eval()
+    path = tmp_path / 'rectangle.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=Config(dict(model=cfg)).pretty_text)), path)
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))).eval()
+    images = torch.randn(3, 3, 32, 96)
+    assert teacher.num_patches == 12
+    assert torch.allclose(F.normalize(teacher(images)[0][:, 0], dim=1), model.encode_image(images), atol=1e-5)
+
+
 def test_milan_trains_on_a_checkpoint(trained, milan_cfg):
     milan_cfg['head']['teacher'] = dict(type='mmmilan.OpenCLIPTeacher', pretrained=trained[1], head_width=16)
     model = MODELS.build(milan_cfg)

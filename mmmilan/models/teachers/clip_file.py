@@ -35,11 +35,13 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
 
     weights = read_weights(path)
     of_maskclip = is_maskclip(weights)
-    if of_maskclip:
-        head_width = own_head_width(path) or head_width
+    own = own_backbone(path) if of_maskclip else None
+    image_size = None
+    if own:
+        head_width, image_size = own
     try:
         state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
-        sizes = tower_sizes(state_dict, path, head_width, of_maskclip)
+        sizes = tower_sizes(state_dict, path, head_width, image_size, of_maskclip)
         with torch.device('meta'):  # without the memory that a forged shape would ask for
             tower = VisionTransformer(**sizes).state_dict()
         wrong = [key for key in tower.keys() | state_dict.keys() if shape(tower, key) != shape(state_dict, key)]
@@ -60,14 +62,14 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
     return visual, (IMAGENET_MEAN, IMAGENET_STD) if of_maskclip else (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
-def own_head_width(path: str) -> int | None:
-    """The width of the attention heads by the config in a checkpoint of MaskCLIP; None where it has none."""
+def own_backbone(path: str) -> tuple[int, int | Sequence[int]] | None:
+    """Width of the attention heads and image size by the config in a checkpoint of MaskCLIP; None where it has none."""
     from mmpretrain.models import VisionTransformer
 
     with suppress(InputError):
-        arch = own_config(path).model.backbone.arch
-        arch = VisionTransformer.arch_zoo[arch] if isinstance(arch, str) else arch
-        return arch['embed_dims'] // arch['num_heads']
+        backbone = own_config(path).model.backbone
+        arch = VisionTransformer.arch_zoo[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
+        return arch['embed_dims'] // arch['num_heads'], backbone.get('img_size', 224)
     return None
 
 
@@ -76,17 +78,23 @@ def shape(weights: dict[str, Tensor], key: str) -> list[int] | None:
     return list(weights[key].shape) if key in weights else None
 
 
-def tower_sizes(state_dict: dict[str, Tensor], path: str, head_width: int, of_maskclip: bool) -> dict[str, Any]:
-    """The arguments of open_clip's ViT, read off the shapes of its weights."""
+def tower_sizes(
+    state_dict: dict[str, Tensor],
+    path: str,
+    head_width: int,
+    image_size: int | Sequence[int] | None,
+    of_maskclip: bool,
+) -> dict[str, Any]:
+    """The arguments of open_clip's ViT, read off the shapes of its weights; of a file that does not say, a square's."""
     from open_clip.transformer import LayerNorm, QuickGELU
 
     width, _, _, patch_size = state_dict['conv1.weight'].shape
     if width % head_width:
         raise InputError(f'The tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.')
-    grid_size = math.isqrt(len(state_dict['positional_embedding']) - 1)
+    square = math.isqrt(len(state_dict['positional_embedding']) - 1) * patch_size
     layers = {match[1] for key in state_dict if (match := re.match(r'transformer\.resblocks\.(\d+)\.', key))}
     return dict(
-        image_size=grid_size * patch_size,
+        image_size=image_size or square,
         patch_size=patch_size,
         width=width,
         layers=len(layers),

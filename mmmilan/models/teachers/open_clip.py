@@ -202,9 +202,8 @@ def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> Non
     weights = {key: value for key, value in weights.items() if prefix or key in own}
     check_values(weights, path, own)
     weights = {key: value.float() for key, value in weights.items()}
-    if 'positional_embedding' in own and 'positional_embedding' in weights:
-        side = math.isqrt(len(weights['positional_embedding']) - 1)
-        weights['positional_embedding'] = resize_positions(
-            weights['positional_embedding'], (side, side), visual.grid_size
-        )
+    positions = weights.get('positional_embedding')
+    if positions is not None and len(positions) != len(own.get('positional_embedding', positions)):
+        side = math.isqrt(len(positions) - 1)  # published weights are of squares
+        weights['positional_embedding'] = resize_positions(positions, (side, side), visual.grid_size)
     load_weights(visual, weights, path)
