@@ -247,7 +247,7 @@ DataUnpickler.dispatch |= {
 
 
 def check_tree(value: Any, size: int) -> None:
-    """Refuse what a walk through all values would not come to an end with, and more numbers than a file can hold.
+    """Refuse values that are nested without end, and more numbers than the file can hold.
 
     Args:
         value: What a pickle gave.

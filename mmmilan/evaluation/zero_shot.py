@@ -23,8 +23,8 @@ from mmmilan.registry import LOOPS
 class ZeroShotLoop(TestLoop):
     """Test loop whose classifier is made of texts: a class is the mean embedding of its name in several prompts.
 
-    The protocol of CLIP (arXiv 2103.00020), for a :class:`MaskCLIP`. The evaluator reads the probabilities of the
-    classes from ``pred_score``.
+    The protocol of CLIP (arXiv 2103.00020), for a :class:`MaskCLIP`, or a :class:`MILAN` whose teacher has a text
+    tower. The evaluator reads the probabilities of the classes from ``pred_score``.
 
     Args:
         runner: The runner.
