@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import traceback
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +49,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more for the next worker
         message = first_line(error).rstrip('. ')
         if was_handing_over(error):
             message = f'DataLoader worker ended while it handed over a batch ({message})'
@@ -65,6 +66,8 @@ def worker_errors() -> Iterator[None]:
 
 def was_handing_over(error: Exception) -> bool:
     """Whether a worker died while its batch was read: PyTorch has no words for that, but an error of the connection."""
-    if isinstance(error, RuntimeError):
-        return False
-    return any(frame.name == '_try_get_data' for frame in traceback.extract_tb(error.__traceback__))
+    names, trace = [], error.__traceback__
+    while trace:
+        names.append(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    return not isinstance(error, RuntimeError) and '_try_get_data' in names
