@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
 
 
+def exit_code(target: Callable, *args: object, seconds: float = 60) -> int | None:
+    """How a process of its own ends that calls ``target``; None if it had to be killed after some seconds."""
+    process = multiprocessing.get_context('fork').Process(target=target, args=args)
+    process.start()
+    return exit_codes([process], seconds)[0]
+
+
 class SlowHook(Hook):
     def after_train_epoch(self, runner):
         time.sleep(2.5 * LIMIT)
@@ -114,11 +122,7 @@ def train_with_pauses(work_dir: Path) -> None:
 
 def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
     """An evaluation of the encoder, for one."""
-    process = multiprocessing.get_context('fork').Process(target=train_with_pauses, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0
+    assert exit_code(train_with_pauses, tmp_path) == 0
 
 
 # -- data workers
@@ -157,11 +161,7 @@ def train_with_workers(work_dir: Path, number: int) -> None:
     ],
 )
 def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
-    process = multiprocessing.get_context('fork').Process(target=train_with_workers, args=(tmp_path, number))
-    process.start()
-    process.join(30)
-    process.kill()
-    assert process.exitcode == 1
+    assert exit_code(train_with_workers, tmp_path, number, seconds=30) == 1
     (line,) = [line for line in (tmp_path / 'output').read_text().splitlines() if line.startswith('error: ')]
     assert re.match(message, line) and line.endswith('go on by --resume.')
 
@@ -197,11 +197,7 @@ def train_in_a_group(work_dir: Path) -> None:
 
 
 def test_a_signal_to_the_group_leaves_the_workers_alone(tmp_path, safe_mmengine):
-    process = multiprocessing.get_context('fork').Process(target=train_in_a_group, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == GO_ON
+    assert exit_code(train_in_a_group, tmp_path) == GO_ON
     assert (tmp_path / 'stopped_iter_7.pth').exists()
 
 
