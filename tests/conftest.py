@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import cv2
@@ -51,7 +52,7 @@ def reproducible():
 @pytest.fixture
 def log(caplog):
     """What MMEngine logs, as pytest's ``caplog``."""
-    logger = MMLogger.get_current_instance()
+    logger = MMLogger.get_instance(str(uuid.uuid4()))  # the last one's level may be another test's
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
