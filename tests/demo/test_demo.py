@@ -12,6 +12,7 @@ import pytest
 PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 
+@pytest.mark.slow
 def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     out = tmp_path / 'demo'
     run_tool('demo.py', '--out', out, '--num-images', 30, '--epochs-scale', 0.1, '--full')

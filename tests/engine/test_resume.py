@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-
-from helpers import ROOT, assert_identical, load_trusted, read_scalars
-
-KILL_HOOK = """
-import os
-import signal
-
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+
+from helpers import assert_identical, load_trusted, read_scalars
 
 
 @HOOKS.register_module()
@@ -28,25 +22,22 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == 8:  # in the second epoch of 6 steps
             os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def start(config: Path, work_dir: Path, path: Path) -> subprocess.Popen:
-    command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', work_dir]
-    environment = os.environ | dict(PYTHONPATH=f'{path}:{ROOT}', OMP_NUM_THREADS='1')
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_killed_and_resumed(tiny_config, run_tool, tmp_path):
-    (tmp_path / 'kill_hook.py').write_text(KILL_HOOK)
-    changes = dict(custom_imports=dict(imports=['kill_hook'], allow_failed_imports=False))
-    changes['default_hooks.kill'] = dict(type='KillHook')
+    def exit_code(config: Path, work_dir: Path) -> int:
+        """How a process ends that trains."""
+        args = ('train.py', config, '--work-dir', work_dir)
+        process = multiprocessing.get_context('fork').Process(target=run_tool, args=args)
+        process.start()
+        process.join()
+        return process.exitcode
+
     persistent = {'train_dataloader.persistent_workers': True}
-    killed = start(tiny_config(changes | persistent), tmp_path / 'killed', tmp_path)
-    uninterrupted = start(tiny_config(persistent), tmp_path / 'uninterrupted', tmp_path)
-    assert uninterrupted.wait() == 0
+    kill = {'default_hooks.kill': dict(type='KillHook')}
+    assert exit_code(tiny_config(persistent), tmp_path / 'uninterrupted') == 0
     expected = load_trusted(tmp_path / 'uninterrupted/epoch_2.pth')
-    assert killed.wait() == -signal.SIGKILL
+    assert exit_code(tiny_config(persistent | kill), tmp_path / 'killed') == -signal.SIGKILL
     assert (tmp_path / 'killed/last_checkpoint').read_text().endswith('epoch_1.pth')
 
     shutil.copytree(tmp_path / 'killed', tmp_path / 'other')

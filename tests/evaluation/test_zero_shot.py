@@ -255,6 +255,7 @@ def test_retrieval_needs_texts():
         RetrievalRecall().process({}, [dict(img_path='a.png', image_embedding=torch.ones(2))])
 
 
+@pytest.mark.slow
 def test_finds_the_captions_of_new_images_after_half_a_minute(run_tool, tmp_path):
     """Recall far above chance, 10 of 200 images, on scenes not seen in training."""
     write_scenes(tmp_path / 'scenes', 480, 200)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import get_priority
 from mmpretrain.structures import DataSample
 
-from helpers import ROOT
 from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -85,16 +82,18 @@ def test_corrupt_images_are_skipped_named_and_counted(tiny_config, run_tool, cor
     assert '6 images did not decode so far' in log
 
 
-def test_corrupt_image_is_fatal_if_so_wished(tiny_config, corrupt_folder, tmp_path):
-    """As the user sees it: a process of its own, the error raised in one of its data workers."""
+def test_corrupt_image_is_fatal_if_so_wished(tiny_config, run_tool, corrupt_folder, capfd):
+    """As the user sees it: one line at the end of a process, for an error in one of its data workers."""
     changes = {'dataset.data_root': str(corrupt_folder), 'dataset.on_corrupt': 'raise', 'drop_last': False}
     config = tiny_config({f'train_dataloader.{key}': value for key, value in changes.items()})
-    command = [sys.executable, ROOT / 'tools/train.py', config]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert result.returncode == 1
-    assert 'Traceback' not in result.stdout + result.stderr
-    assert result.stderr.count('error: ') == 1
-    last = result.stderr.splitlines()[-1]
+    process = multiprocessing.get_context('fork').Process(target=run_tool, args=('train.py', config))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    output = capfd.readouterr()
+    assert 'Traceback' not in output.out + output.err
+    assert output.err.count('error: ') == 1
+    last = output.err.splitlines()[-1]
     assert last.startswith(f'error: {corrupt_folder}/class') and last.endswith('replace or remove it.')
 
 
@@ -103,7 +102,7 @@ def test_nothing_but_corrupt_images(tiny_config, error_of, tmp_path):
     folder.mkdir()
     for i in range(8):
         (folder / f'{i}.png').write_bytes(b'')
-    config = tiny_config({'train_dataloader.dataset.data_root': str(folder)})
+    config = tiny_config({'train_dataloader.dataset.data_root': str(folder), 'train_dataloader.num_workers': 0})
     assert (
         error_of('train.py', config) == f'100 images in a row under {folder}/ do not decode; remove what is no image.'
     )
@@ -116,7 +115,7 @@ def test_fewer_images_than_a_batch(tiny_config, error_of):
 
 
 def test_images_of_another_size(tiny_config, error_of):
-    config = tiny_config({'train_dataloader.dataset.pipeline.0.scale': 80})
+    config = tiny_config({'train_dataloader.dataset.pipeline.0.scale': 80, 'train_dataloader.num_workers': 0})
     message = error_of('train.py', config)
     assert message.startswith('The images are (80, 80) but img_size=(64, 64); make the crop ')
 
@@ -248,7 +247,8 @@ def test_non_finite_loss(tiny_config, error_of, run_tool, tmp_path):
     """It stops, says at which step, and the last good checkpoint is there to resume from."""
     explosion = dict(type='MultiStepLR', by_epoch=False, milestones=[8], gamma=1e40)  # spoils the weights in step 9
     good = tmp_path / 'work/epoch_1.pth'
-    assert error_of('train.py', tiny_config(dict(param_scheduler=[explosion]))) == (
+    changes = {'param_scheduler': [explosion], 'train_dataloader.num_workers': 0}
+    assert error_of('train.py', tiny_config(changes)) == (
         f'The loss is nan at iteration 10 (epoch 2); resume from {good} '
         'with a lower learning rate or with optim_wrapper.clip_grad.'
     )

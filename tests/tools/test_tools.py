@@ -95,10 +95,13 @@ def test_test_of_what_is_not_there(tiny_config, run_tool):
         run_tool('test.py', tiny_config(), 'nothing.pth')
 
 
+@pytest.mark.slow
 def test_dist_train(tiny_config, tmp_path):
-    """Two processes on CPU train an epoch together: each sees half of the images."""
+    """Two processes on CPU train an epoch and test together: each sees half of the images."""
     config = tiny_config({'train_cfg.max_epochs': 1, 'param_scheduler': None})
     run_script('dist_train.sh', config, 2, '--auto-scale-lr')
+    run_script('dist_test.sh', config, tmp_path / 'work/epoch_1.pth', 2, '--out', tmp_path / 'out.pkl')
+    assert len(pickle.loads((tmp_path / 'out.pkl').read_bytes())) == 24
     checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
     assert checkpoint['meta']['iter'] == 3  # 24 images in batches of 2 x 4
     assert not any(key.startswith('module.') for key in checkpoint['state_dict'])

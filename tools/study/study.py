@@ -53,15 +53,15 @@ def read_results(path: Path) -> list[dict]:
     Raises:
         InputError: a line is not whole, or of another study.
     """
-    lines = []
+    lines, this_study = [], study_id()
     for number, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
             raise InputError(f'{path}, line {number}, is not whole JSON; remove the line.') from error
-        if lines[-1].get('study') != study_id():
+        if lines[-1].get('study') != this_study:
             raise InputError(
-                f'{path}, line {number}, is of study {lines[-1].get("study")} and this is {study_id()} (other arms '
+                f'{path}, line {number}, is of study {lines[-1].get("study")} and this is {this_study} (other arms '
                 'or other configs); name another file.'
             )
     return lines
