@@ -1,4 +1,4 @@
-"""Mistakes in a config that MMEngine would not see, or only after minutes, and then in hundreds of lines."""
+"""Mistakes in a config that MMEngine would ignore, or report late and with a stack trace."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from mmmilan.errors import InputError
+from mmmilan.files import first_line
 
 LOADERS = dict(
     train=('train_dataloader', 'val_dataloader', 'val_evaluator'),
     test=('test_dataloader', 'test_evaluator', 'test_cfg'),  # test_cfg has the labelled images of k-NN
 )
+# How the errors of an empty data set begin, in MMEngine and in mmpretrain.
+EMPTY = ('need at least one array to concatenate', 'Found 0 files')
 
 
 def unread_options(cfg: Config, options: Iterable[str]) -> Iterator[str]:
-    """A sentence for each option whose key nothing reads.
+    """A sentence for each option that nothing reads.
 
-    A part (``optim_wrapper``) takes keys that its config does not have yet; the config itself takes those of MMEngine's
-    runner. Within a part, a key that is almost one of its keys is taken for that one, written wrongly.
+    At the top level, a key must be in the config or an argument of MMEngine's runner. Within a part such as
+    ``optim_wrapper`` new keys are allowed, unless they look like a misspelling of an existing one.
 
     Args:
         cfg: The config before the options are merged.
@@ -47,14 +52,14 @@ def unread_options(cfg: Config, options: Iterable[str]) -> Iterator[str]:
 
 
 def check_data(cfg: Config, task: str) -> None:
-    """Check that the folders and annotations of the data sets of a run are there.
+    """Check that the folders and annotation files of a run's data sets exist.
 
     Args:
         cfg: The config.
         task: 'train' or 'test'.
 
     Raises:
-        InputError: naming the first that is missing, and its option.
+        InputError: naming the first that is missing and the option that sets it.
     """
     for name in LOADERS[task]:
         for option, part in _parts(cfg.get(name), name):
@@ -64,7 +69,7 @@ def check_data(cfg: Config, task: str) -> None:
 def _check_part(option: str, part: Mapping[str, Any]) -> None:
     root = part.get('data_root') or ''
     if not isinstance(root, str) or '://' in root or part.get('backend_args'):
-        return  # elsewhere than in files
+        return  # not on a local disk
     if root and not os.path.isdir(root):
         raise InputError(f'The data folder {root} does not exist; set {option}.data_root to that of your data.')
     file = part.get('ann_file')
@@ -81,3 +86,44 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
             yield from _parts(inner, f'{name}.{i}')
+
+
+def check_data_sets(runner: Runner) -> None:
+    """Let a runner raise an ``InputError`` for a data set that is empty or does not fit its config."""
+    build = runner.build_dataloader
+
+    def build_checked(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        if isinstance(dataloader, DataLoader):
+            return build(dataloader, *args, **kwargs)
+        with data_set_errors(dataloader['dataset']):
+            loader = build(dataloader, *args, **kwargs)
+            if not len(loader.dataset):
+                raise ValueError(EMPTY[0])
+        return loader
+
+    runner.build_dataloader = build_checked
+
+
+@contextmanager
+def data_set_errors(dataset: Any) -> Iterator[None]:
+    """Within this context a data set is built from its config ``dataset``."""
+    try:
+        yield
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        message = first_line(error).partition('. ')[0]
+        if message.startswith(EMPTY):
+            fault = 'is empty'
+        elif isinstance(error, (AssertionError, OSError)):
+            fault = f'cannot be loaded ({message})'
+        else:
+            raise
+        raise InputError(f'The data set {_describe(dataset)} {fault}; correct its options or its files.') from error
+
+
+def _describe(dataset: Any) -> str:
+    """The type of a data set and the options that say where its files are; of a wrapper, those of the one within."""
+    parts = [part for _, part in _parts(dataset, '') if 'data_root' in part or 'ann_file' in part]
+    if not parts:
+        return 'of the config'
+    options = {name: parts[0].get(name) for name in ('data_root', 'ann_file', 'data_prefix', 'split', 'filter_cfg')}
+    return f'{parts[0].get("type")} ({", ".join(f"{name}={value!r}" for name, value in options.items() if value)})'

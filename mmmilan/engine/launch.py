@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.engine.config_check import check_data, unread_options
+from mmmilan.engine.config_check import check_data, check_data_sets, unread_options
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
@@ -89,6 +89,7 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         runner.register_hook(ExactLoadingHook())
         runner.register_hook(ImageSizeHook())
         guard_workers(runner)
+        check_data_sets(runner)
         heartbeat = HeartbeatHook()
         if task == 'train':
             runner.register_hook(StopHook())

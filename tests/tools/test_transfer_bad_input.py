@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from mmengine.config import Config
 
@@ -76,3 +78,41 @@ def test_missing_image(task, error_of_training, scenes):
     finally:
         gone.write_bytes(content)
     assert message.startswith(f'error: The image {gone} is missing; ')
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_empty_data_set(task, error_of_training, scenes, tmp_path):
+    """Annotations of images without objects, which mmdet leaves out; a folder without images."""
+    empty = tmp_path / ('instances.json' if task == 'detection' else 'images')
+    if task == 'detection':
+        content = json.loads((scenes / 'annotations/instances_train.json').read_text())
+        empty.write_text(json.dumps(content | dict(annotations=[])))
+        changes = dict(ann_file=str(empty), serialize_data=False)  # else MMEngine fails while it packs the list
+    else:
+        empty.mkdir()
+        changes = dict(data_prefix=dict(img_path=str(empty)))
+    message = error_of_training(task, {f'train_dataloader.dataset.{name}': value for name, value in changes.items()})
+    assert message.startswith('error: The data set ') and str(empty) in message
+    assert message.endswith(' is empty; correct its options or its files.')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'fault'),
+    [
+        (
+            dict(data_prefix='train'),
+            "The number of subfolders (10) doesn't match the number of specified classes (1000)",
+        ),
+        (dict(split='trian'), "The split must be one of ['train', 'val', 'test'], but get 'trian'"),
+    ],
+    ids=['other number of classes', 'unknown split'],
+)
+def test_imagenet_that_does_not_fit(error_of_training, scenes, changes, fault):
+    """mmpretrain's data set reports both by an assertion."""
+    dataset = dict(_delete_=True, type='mmpretrain.ImageNet', data_root=str(scenes), pipeline=[]) | changes
+    message = error_of_training('classification', {'train_dataloader.dataset': dataset})
+    options = f'data_root={str(scenes)!r}, ' + ', '.join(f'{name}={value!r}' for name, value in changes.items())
+    assert message == (
+        f'error: The data set mmpretrain.ImageNet ({options}) cannot be loaded ({fault}); correct its options or its '
+        'files.'
+    )
