@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import Process
 from pathlib import Path
 
 import pytest
@@ -52,46 +53,63 @@ def run_script(script: str, *args: object) -> str:
     return result.stdout
 
 
-def run_forked(script: str, processes: int, *args: object) -> None:
-    """Runs a script of tools/ as processes of gloo; they must succeed.
+def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: bool = True) -> list[Process]:
+    """Forks of this process, each with the environment of a rank, that call ``target(*args)``.
 
-    They are forks of this process, which has imported everything: what ``run_script`` starts takes seconds for that.
+    They have everything imported, which takes a new process seconds. They meet at a store of this process, as at that
+    of torchrun, or without a launcher at one of rank 0, as under Slurm.
     """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    ranks = [
-        multiprocessing.get_context('fork').Process(target=_be_script, args=(script, rank, processes, port, args))
-        for rank in range(processes)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(240)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    assert codes == [0] * processes
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    if not launcher:
+        del store
+    ranks = []
+    for rank in range(processes):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        environment['TORCHELASTIC_USE_AGENT_STORE'] = launcher
+        process = multiprocessing.get_context('fork').Process(target=_be_rank, args=(environment, target, args))
+        process.start()
+        process.store = store if launcher else None  # for as long as it lives
+        ranks.append(process)
+    return ranks
 
 
-def _be_script(script: str, rank: int, processes: int, port: int, args: tuple) -> None:
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    os.environ.update({key: str(value) for key, value in place.items()})
+def _be_rank(environment: dict[str, object], target: Callable, args: tuple) -> None:
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    target(*args)
+
+
+def exit_codes(ranks: list[Process], seconds: float = 60) -> list[int | None]:
+    """How processes ended; None for one that had to be killed after some seconds."""
+    try:
+        for rank in ranks:
+            rank.join(seconds)
+        return [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def run_group(step: Callable, *args: object) -> None:
+    """Two ranks call ``step(*args)`` in a process group of gloo; they must succeed."""
+    assert exit_codes(start_ranks(_in_group, step, args), 240) == [0, 0]
+
+
+def _in_group(step: Callable, args: tuple) -> None:
+    dist.init_process_group('gloo')
+    step(*args)
+    end_processes()
+
+
+def run_script_on_ranks(script: str, processes: int, *args: object) -> None:
+    """Runs a script of tools/ on ranks; they must succeed."""
+    ranks = start_ranks(_be_script, script, args, processes=processes)
+    assert exit_codes(ranks, 240) == [0] * processes
+
+
+def _be_script(script: str, args: tuple) -> None:
     sys.argv = [script, *map(str, args), '--launcher', 'pytorch']
     runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
-
-
-def fork_ranks(step: Callable, folder: str, *args: object) -> None:
-    """Two processes of gloo, forks of this one, call ``step(rank, folder, *args)``; it must succeed."""
-    torch.multiprocessing.start_processes(be_rank, (step, folder, *args), nprocs=2, start_method='fork')
-
-
-def be_rank(rank: int, step: Callable, folder: str, *args: object) -> None:
-    """One of two processes of gloo: ``step(rank, folder, *args)``, with what it made gone before the group ends."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    step(rank, folder, *args)
-    end_processes()
 
 
 def read_scalars(work_dir: Path) -> list[dict]:

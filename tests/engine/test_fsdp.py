@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from helpers import ROOT, assert_identical, assert_same_weights, fork_ranks, read_scalars, run_script
+from helpers import ROOT, assert_identical, assert_same_weights, read_scalars, run_group, run_script
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.compilation import compile_model
@@ -54,8 +52,7 @@ def whole_weights(strategy: BaseStrategy) -> dict[str, Tensor]:
     return {k: v.full_tensor() if isinstance(v, DTensor) else v.clone() for k, v in state.items()}
 
 
-def work(rank: int, folder: str, cfg: dict) -> None:
-    os.environ['LOCAL_RANK'] = str(rank)
+def work(folder: str, cfg: dict) -> None:
     state = dict(ddp=[], fsdp=[])
     ddp = prepare(DDP, cfg, folder)
     state['ddp_norms'] = train(ddp, range(3))
@@ -92,12 +89,12 @@ def work(rank: int, folder: str, cfg: dict) -> None:
         load_weights(resumed.model, incomplete, 'the file')
     except InputError as error:
         state['refused'] = str(error)
-    torch.save(state, f'{folder}/rank{rank}.pth')
+    torch.save(state, f'{folder}/rank{dist.get_rank()}.pth')
 
 
 @pytest.fixture
 def processes(milan_cfg, tmp_path):
-    fork_ranks(work, str(tmp_path), milan_cfg)
+    run_group(work, str(tmp_path), milan_cfg)
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1)]
 
 

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from helpers import ROOT, run_forked
+from helpers import ROOT, run_script_on_ranks
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.registry import MODELS
 
@@ -42,13 +42,13 @@ def test_zero(tiny_config, tmp_path, processes):
     """Processes that share out the optimizer's states go on where a plain run was, and end where it ends."""
     cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')
     base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 24 // processes}
-    run_forked('train.py', processes, tiny_config(base))
+    run_script_on_ranks('train.py', processes, tiny_config(base))
     zero = base | {
         'optim_wrapper.optimizer': cfg.optim_wrapper.optimizer.to_dict(),
         'default_hooks.checkpoint': cfg.default_hooks.checkpoint.to_dict(),
         'work_dir': str(tmp_path / 'zero'),
     }
-    run_forked('train.py', processes, tiny_config(zero), '--resume', tmp_path / 'work/epoch_1.pth')
+    run_script_on_ranks('train.py', processes, tiny_config(zero), '--resume', tmp_path / 'work/epoch_1.pth')
     expected, actual = (load_checkpoint_file(tmp_path / name / 'epoch_2.pth') for name in ('work', 'zero'))
     for name, value in expected['state_dict'].items():
         torch.testing.assert_close(actual['state_dict'][name], value, rtol=1e-5, atol=1e-6)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing import Process
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
+from helpers import start_ranks
 from mmmilan.engine.distributed import end_processes, init_processes
 from mmmilan.engine.hooks import ExactLoadingHook
 
@@ -63,41 +63,13 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
     return built
 
 
-def start_ranks(target: Callable, *args: object, launcher: bool = True) -> list[multiprocessing.Process]:
-    """Two ranks of gloo that call ``target`` with ``launcher`` and ``cfg`` for :func:`runner` besides.
-
-    They meet at a store of this process, as at that of torchrun, or at one of process 0, as under Slurm.
-    """
-    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    if not launcher:
-        del store
-    ranks = []
-    for rank in '01':
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        environment['TORCHELASTIC_USE_AGENT_STORE'] = str(launcher)
-        process = multiprocessing.get_context('fork').Process(
-            target=be_rank, args=(environment, target, *args), daemon=True
-        )
-        process.start()
-        process.store = store if launcher else None  # for as long as it lives
-        ranks.append(process)
-    return ranks
+def start_run(target: Callable, *args: object, launcher: bool = True) -> list[Process]:
+    """Two ranks that call ``target`` with ``launcher`` and ``cfg`` for :func:`runner` besides."""
+    return start_ranks(be_rank, target, args, launcher=launcher)
 
 
-def be_rank(environment: dict[str, str], target: Callable, *args: object) -> None:
-    os.environ.update(environment)
+def be_rank(target: Callable, args: tuple) -> None:
     cfg = Config(dict(launcher='pytorch'))
     init_processes(cfg)
     target(*args, launcher='pytorch', cfg=cfg)
     end_processes()
-
-
-def exit_codes(ranks: list[multiprocessing.Process], seconds: float = 60) -> list[int | None]:
-    """How the processes ended; None for one that had to be killed after some seconds."""
-    for rank in ranks:
-        rank.join(seconds)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes

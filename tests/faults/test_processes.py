@@ -18,13 +18,14 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
+from helpers import exit_codes
 from mmmilan.engine import data_workers
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
-from small_runs import exit_codes, runner, start_ranks
+from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
 LIMIT = 1.2  # seconds in silence, and without progress
@@ -89,7 +90,7 @@ def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) ->
 @pytest.mark.parametrize('fault', FAULTS)
 @pytest.mark.parametrize('at', [0, 1])
 def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
-    ranks = start_ranks(train, tmp_path, fault, at)
+    ranks = start_run(train, tmp_path, fault, at)
     line = outcome(ranks, 1 - at, tmp_path)
     assert f'rocess {at} (process {ranks[at].pid} on ' in line and FAULTS[fault] in line
 
@@ -97,7 +98,7 @@ def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
 @pytest.mark.parametrize('fault', ['SIGKILL', 'SIGSTOP'])
 def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     """Without a launcher it goes with process 0, and with it all that was told."""
-    ranks = start_ranks(train, tmp_path, fault, 0, launcher=False)
+    ranks = start_run(train, tmp_path, fault, 0, launcher=False)
     assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
 
 

@@ -16,14 +16,14 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import assert_identical, load_trusted
+from helpers import assert_identical, exit_codes, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
-from small_runs import exit_codes, runner, start_ranks
+from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
 ACCUMULATING = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=2)
@@ -109,7 +109,7 @@ def resume_rank(work_dir: Path, newest: Path, **kwargs) -> None:
 @pytest.fixture(scope='module')
 def whole_of_two(tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('whole')
-    assert exit_codes(start_ranks(run_rank, work_dir)) == [0, 0]
+    assert exit_codes(start_run(run_rank, work_dir)) == [0, 0]
     return load_trusted(work_dir / 'epoch_3.pth')
 
 
@@ -117,10 +117,10 @@ def whole_of_two(tmp_path_factory):
 @pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
 def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
     """Both stop after the same step, the next one, and one of them saves."""
-    assert exit_codes(start_ranks(run_rank, tmp_path, sender, number, step)) == [GO_ON, GO_ON]
+    assert exit_codes(start_run(run_rank, tmp_path, sender, number, step)) == [GO_ON, GO_ON]
     (stopped,) = tmp_path.glob('stopped_*.pth')
     assert find_newest(tmp_path) == stopped == tmp_path / f'stopped_iter_{step + 2}.pth'
-    assert exit_codes(start_ranks(resume_rank, tmp_path, stopped)) == [0, 0]
+    assert exit_codes(start_run(resume_rank, tmp_path, stopped)) == [0, 0]
     assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole_of_two)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
@@ -17,7 +18,7 @@ from mmpretrain.structures import DataSample
 from PIL import Image
 from torch import Tensor
 
-from helpers import assert_clip, assert_close, fork_ranks, gradients
+from helpers import assert_clip, assert_close, gradients, run_group
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
@@ -195,8 +196,9 @@ class FixedDraws:
         return is_word(text) & (draws < 0.6)
 
 
-def distributed_step(rank: int, folder: str, cfg: dict) -> None:
+def distributed_step(folder: str, cfg: dict) -> None:
     images, samples = batch(8)
+    rank = dist.get_rank()
     half = slice(4 * rank, 4 * rank + 4)
     model = build(cfg)
     FixedDraws(model, 4 * rank)
@@ -208,7 +210,7 @@ def distributed_step(rank: int, folder: str, cfg: dict) -> None:
 
 
 def test_two_processes_are_one_with_the_same_batch(cfg, tmp_path):
-    fork_ranks(distributed_step, str(tmp_path), cfg)
+    run_group(distributed_step, str(tmp_path), cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(cfg)
     FixedDraws(model, 0)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from helpers import assert_close, fork_ranks, gradients
+from helpers import assert_close, gradients, run_group
 from mmmilan.engine import BFloat16OptimWrapper, NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.masking import Masking
@@ -229,9 +230,10 @@ def test_masks_per_image_that_do_not_work(milan_cfg):
 # -- how it trains
 
 
-def distributed_step(rank: int, folder: str, cfg: dict) -> None:
+def distributed_step(folder: str, cfg: dict) -> None:
     """The gradients of a process's half of the batch, averaged by DDP; then a loss that is bad in one process."""
     images, samples = batch(8)
+    rank = dist.get_rank()
     half = slice(4 * rank, 4 * rank + 4)
     model = MMDistributedDataParallel(build(cfg))
     loss = model(images[half], samples[half], mode='loss')['loss']
@@ -246,7 +248,7 @@ def distributed_step(rank: int, folder: str, cfg: dict) -> None:
 
 
 def test_two_processes_are_one_with_the_same_batch(milan_cfg, tmp_path):
-    fork_ranks(distributed_step, str(tmp_path), milan_cfg)
+    run_group(distributed_step, str(tmp_path), milan_cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
     model = build(milan_cfg)
     loss = model.loss(*batch(8))['loss']

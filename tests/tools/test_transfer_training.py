@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from helpers import ROOT, read_scalars, real_data, run_forked
+from helpers import ROOT, read_scalars, real_data, run_script_on_ranks
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 
@@ -136,8 +136,8 @@ def test_two_processes(sibling, checkpoint, tmp_path):
     path = tmp_path / f'{tmp_path.name}.py'
     cfg.dump(path)
     trained = tmp_path / 'work/epoch_1.pth'
-    run_forked('train.py', 2, path)
-    run_forked('test.py', 2, path, trained)
+    run_script_on_ranks('train.py', 2, path)
+    run_script_on_ranks('test.py', 2, path, trained)
     assert torch.load(trained, weights_only=False)['meta']['iter'] == 1  # 10 images in a batch of 2 x 5
     newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
     figures = json.loads(newest.read_text())
