@@ -220,7 +220,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return float((actual.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
 @torch.no_grad()

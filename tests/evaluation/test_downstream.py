@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from helpers import ROOT, read_scalars, real_data, run_forked
+from helpers import ROOT, read_scalars, real_data, run_script_on_ranks
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
@@ -294,7 +294,7 @@ def test_knn_on_two_processes(knn_config, raw_checkpoint, labelled_images, run_t
     (labelled_images / 'train/class0/0.png').unlink()
     run_tool('test.py', knn_config, raw_checkpoint, '--out', tmp_path / 'one.pkl', *KNN_OPTIONS)
     options = ['--work-dir', tmp_path / 'two', '--out', tmp_path / 'two.pkl', *KNN_OPTIONS]
-    run_forked('test.py', 2, knn_config, raw_checkpoint, *options)
+    run_script_on_ranks('test.py', 2, knn_config, raw_checkpoint, *options)
     one, two = last_metrics(tmp_path / 'work'), last_metrics(tmp_path / 'two')
     assert [one[f'accuracy/top{k}'] for k in (1, 2)] == [two[f'accuracy/top{k}'] for k in (1, 2)]
     one, two = scores(tmp_path / 'one.pkl'), scores(tmp_path / 'two.pkl')
