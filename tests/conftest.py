@@ -20,7 +20,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import WEIGHT_INITIALIZERS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from helpers import ROOT
+from helpers import ROOT, TINY_ARCH
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.registry import MODELS
 
@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
-def configs_as_they_are():
-    """MMEngine has yapf lay out the text of a config six times in a run, half a second each; here no one reads it."""
+def unformatted_configs():
+    """MMEngine lets yapf format a config six times in a run, half a second each; no test reads the result."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
         yield
@@ -52,7 +52,7 @@ def reproducible():
 @pytest.fixture
 def log(caplog):
     """What MMEngine logs, as pytest's ``caplog``."""
-    logger = MMLogger.get_instance(str(uuid.uuid4()))  # the last one's level may be another test's
+    logger = MMLogger.get_instance(str(uuid.uuid4()))  # a logger that exists may have a level set by another test
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
@@ -60,13 +60,13 @@ def log(caplog):
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    """Train in bfloat16 where it is asked for, on processors that only emulate it too."""
+    """Train in bfloat16 where a test asks for it, even on processors that only emulate it."""
     monkeypatch.setattr('mmmilan.engine.optim.computes_in_bfloat16', lambda device: True)
 
 
 @pytest.fixture(scope='session')
 def official():
-    """What the published code computed, see tests/data/README.md."""
+    """Inputs and results of the published code; see tests/data/README.md."""
     with np.load(ROOT / 'tests/data/official_tiny.npz') as file:
         recorded = {key: torch.from_numpy(file[key]) for key in file.files if key != 'config'}
         recorded['config'] = json.loads(str(file['config']))
@@ -84,10 +84,9 @@ def clip_file(official, tmp_path):
 @pytest.fixture
 def milan_cfg(clip_file):
     """MILAN in the sizes of the recorded run, with its teacher."""
-    arch = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
     return dict(
         type='mmmilan.MILAN',
-        backbone=dict(type='mmmilan.MILANViT', arch=arch, img_size=64, patch_size=16),
+        backbone=dict(type='mmmilan.MILANViT', arch=dict(TINY_ARCH), img_size=64, patch_size=16),
         masking=dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75),
         neck=dict(
             type='mmmilan.PromptingDecoder',
@@ -99,6 +98,35 @@ def milan_cfg(clip_file):
             predict_feature_dim=24,
         ),
         head=dict(type='mmmilan.CLIPTarget', teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)),
+    )
+
+
+@pytest.fixture
+def maskclip_cfg() -> dict:
+    """MaskCLIP: 4 x 4 patches of 16, 24 dimensions, a vocabulary of 40 tokens, texts of 12 tokens."""
+    return dict(
+        type='mmmilan.MaskCLIP',
+        backbone=dict(type='mmmilan.MILANViT', arch=dict(TINY_ARCH), img_size=64, patch_size=16),
+        text=dict(context_length=12, vocab_size=40, width=32, heads=2, layers=2),
+        embed_dim=24,
+        masking=dict(type='mmmilan.RandomMasking', mask_ratio=0.75),
+        neck=dict(
+            type='mmmilan.MAEDecoder',
+            num_patches=16,
+            embed_dim=48,
+            decoder_embed_dim=32,
+            decoder_depth=1,
+            decoder_num_heads=4,
+            predict_feature_dim=48,
+        ),
+        head=dict(type='mmmilan.CodewordTarget', feature_dim=48, num_codewords=20),
+        language=dict(type='mmmilan.MaskedLanguageModel', decoder_num_heads=4),
+        data_preprocessor=dict(
+            type='mmpretrain.SelfSupDataPreprocessor',
+            mean=[123.675, 116.28, 103.53],
+            std=[58.395, 57.12, 57.375],
+            to_rgb=True,
+        ),
     )
 
 
@@ -173,10 +201,62 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
 
 
 @pytest.fixture
+def benchmark_config(tmp_path):
+    """Writes a config of configs/milan/benchmarks in the sizes of ``milan_cfg``, for 64 pixels, with changes."""
+
+    def write(name: str, changes: dict | None = None) -> Path:
+        cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks' / name)
+        cfg.model.backbone.update(arch=dict(TINY_ARCH), img_size=64)
+        if cfg.model.get('head'):
+            cfg.model.head.in_channels = 48
+        loaders = [cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader]
+        loaders += [cfg.test_cfg.bank_dataloader] if 'bank_dataloader' in cfg.test_cfg else []
+        for loader in loaders:
+            loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+            next(step for step in loader.dataset.pipeline if 'scale' in step).scale = 64
+        for loader in loaders[1:]:
+            loader.dataset.pipeline[2].crop_size = 64
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
+        cfg.default_hooks.logger.interval = 1
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.merge_from_dict(changes or {})
+        path = tmp_path / f'{tmp_path.name}_{name}'
+        cfg.dump(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pretrained_checkpoint(milan_cfg, tmp_path) -> Path:
+    """A checkpoint as pretraining writes it: encoder, decoder, and more than weights."""
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    torch.save(dict(meta=dict(epoch=1), state_dict=model.state_dict(), optimizer={}), tmp_path / 'epoch_1.pth')
+    return tmp_path / 'epoch_1.pth'
+
+
+@pytest.fixture
+def labelled_images(tmp_path) -> Path:
+    """Five classes of coloured noise, 8 images each to train, and 5 (an odd number) to validate."""
+    rng = np.random.default_rng(0)
+    for split, count in dict(train=8, val=5).items():
+        for label in range(5):
+            folder = tmp_path / 'data' / split / f'class{label}'
+            folder.mkdir(parents=True)
+            colour = np.array([100 + 10 * label, 150 - 10 * label, 120])
+            for i in range(count):
+                noise = rng.normal(0, 15, 3) + rng.normal(0, 60, (64, 64, 3))
+                cv2.imwrite(str(folder / f'{i}.png'), np.clip(colour + noise, 0, 255).astype(np.uint8))
+    return tmp_path / 'data'
+
+
+@pytest.fixture
 def run_tool(monkeypatch):
     """Runs a script of tools/ in this process, as the command line would.
 
-    MMEngine names logs by the second of the start: each run has one of its own.
+    MMEngine names logs by the second of the start, so each run starts in a second of its own.
     """
     last_start = 0
 
@@ -187,7 +267,7 @@ def run_tool(monkeypatch):
         last_start = int(time.time())
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
-        monkeypatch.setenv('LOCAL_RANK', '0')  # or the script would set it for good
+        monkeypatch.setenv('LOCAL_RANK', '0')  # undone after the test, unlike what the script would set
         runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
 
     return run
@@ -195,7 +275,7 @@ def run_tool(monkeypatch):
 
 @pytest.fixture
 def safe_mmengine():
-    """MMEngine as our tools use it, and afterwards as it was."""
+    """MMEngine loads checkpoints safely, as in our tools; undone after the test."""
     schemes, initializer = CheckpointLoader._schemes.copy(), WEIGHT_INITIALIZERS.get('Pretrained')
     use_safe_loading()
     yield
@@ -205,7 +285,7 @@ def safe_mmengine():
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Models are built at their real size, but without memory."""
+    """Models are built at their real size on the meta device, which takes no memory."""
     create_model = open_clip.create_model
     monkeypatch.setattr(open_clip, 'create_model', lambda *args, **kwargs: create_model(*args, **kwargs, device='meta'))
     with torch.device('meta'):

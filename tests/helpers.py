@@ -1,10 +1,11 @@
-"""What several tests use."""
+"""Helpers of several test files."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import runpy
 import socket
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import Process
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +22,17 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from mmmilan.engine import MeanTeacherHook
 from mmmilan.engine.distributed import end_processes
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
 
 ROOT = Path(__file__).parent.parent
+TINY_ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)  # of the encoder in milan_cfg
+START_TOKEN, END_TOKEN = 38, 39  # of a text, in the vocabulary of 40 tokens of maskclip_cfg
 
 
 def real_data(name: str) -> Path:
@@ -41,7 +47,7 @@ def real_data(name: str) -> Path:
 
 
 def run_script(script: str, *args: object) -> str:
-    """Runs a shell script of tools/ in processes of its own; it must succeed. What it printed."""
+    """Run a shell script of tools/, which must succeed. Returns what it printed."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -54,10 +60,10 @@ def run_script(script: str, *args: object) -> str:
 
 
 def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: bool = True) -> list[Process]:
-    """Forks of this process, each with the environment of a rank, that call ``target(*args)``.
+    """Fork this process into ranks that call ``target(*args)``, each with the environment of its rank.
 
-    They have everything imported, which takes a new process seconds. They meet at a store of this process, as at that
-    of torchrun, or without a launcher at one of rank 0, as under Slurm.
+    A fork has everything imported already, which takes a new process seconds. The ranks meet at a store of this
+    process, as under torchrun; with ``launcher=False`` at a store of rank 0, as under Slurm.
     """
     store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     port = store.port
@@ -69,7 +75,7 @@ def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: b
         environment['TORCHELASTIC_USE_AGENT_STORE'] = launcher
         process = multiprocessing.get_context('fork').Process(target=_be_rank, args=(environment, target, args))
         process.start()
-        process.store = store if launcher else None  # for as long as it lives
+        process.store = store if launcher else None  # kept alive as long as the rank
         ranks.append(process)
     return ranks
 
@@ -80,7 +86,7 @@ def _be_rank(environment: dict[str, object], target: Callable, args: tuple) -> N
 
 
 def exit_codes(ranks: list[Process], seconds: float = 60) -> list[int | None]:
-    """How processes ended; None for one that had to be killed after some seconds."""
+    """Exit codes of ranks; None for a rank that still ran after ``seconds`` and was killed."""
     try:
         for rank in ranks:
             rank.join(seconds)
@@ -91,7 +97,7 @@ def exit_codes(ranks: list[Process], seconds: float = 60) -> list[int | None]:
 
 
 def run_group(step: Callable, *args: object) -> None:
-    """Two ranks call ``step(*args)`` in a process group of gloo; they must succeed."""
+    """Two ranks call ``step(*args)`` in a gloo process group; both must succeed."""
     assert exit_codes(start_ranks(_in_group, step, args), 240) == [0, 0]
 
 
@@ -102,7 +108,7 @@ def _in_group(step: Callable, args: tuple) -> None:
 
 
 def run_script_on_ranks(script: str, processes: int, *args: object) -> None:
-    """Runs a script of tools/ on ranks; they must succeed."""
+    """Run a script of tools/ on several ranks; all must succeed."""
     ranks = start_ranks(_be_script, script, args, processes=processes)
     assert exit_codes(ranks, 240) == [0] * processes
 
@@ -118,13 +124,24 @@ def read_scalars(work_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read_metrics(work_dir: Path) -> dict:
+    """What the last evaluation in ``work_dir`` wrote."""
+    newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text().splitlines()[-1])
+
+
+def read_scores(path: Path) -> Tensor:
+    """Scores [images, classes] that tools/test.py --out wrote."""
+    return torch.stack([sample['pred_score'] for sample in pickle.loads(path.read_bytes())])
+
+
 def load_trusted(path: Path) -> dict:
-    """A checkpoint of this test, read without care."""
+    """A checkpoint that the test itself wrote, unpickled without checks."""
     return torch.load(path, weights_only=False)
 
 
 def assert_identical(actual: dict, expected: dict) -> None:
-    """Weights and the optimizer's moments."""
+    """Weights and the optimizer's moments are equal to the bit."""
     assert actual['state_dict'].keys() == expected['state_dict'].keys()
     for key, value in expected['state_dict'].items():
         assert torch.equal(actual['state_dict'][key], value), key
@@ -135,7 +152,7 @@ def assert_identical(actual: dict, expected: dict) -> None:
 
 
 def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-6, but for biases of keys, which have no gradient but rounding, which AdamW scales up."""
+    """Equal to 1e-6, except biases of keys: their gradients are rounding errors, which AdamW scales up."""
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         other = actual[key]
@@ -151,15 +168,23 @@ def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
 def own_settings(path: Path) -> dict:
     """What a config file itself sets, on top of its bases."""
     text = re.sub(r'{{\$\w+:(.*?)}}', r'\1', path.read_text())  # environment variables at their defaults
-    text = re.sub(r'{{_base_\..*?}}', 'None', text)  # what is taken over from the base
+    text = re.sub(r'{{_base_\..*?}}', 'None', text)  # values of the base
     text = re.sub(r', \*\*_base_\.\w+', '', text)
     settings: dict = {}
     exec(compile(text, path, 'exec'), settings)
     return {key: value for key, value in settings.items() if not key.startswith('__')}
 
 
+def labelled_folder(root: Path) -> dict:
+    """A data set of class folders in place of ImageNet's validation images, at 64 pixels."""
+    cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py')
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    pipeline[1].scale = pipeline[2].crop_size = 64
+    return dict(_delete_=True, type='mmmilan.ImageFolder', data_root=str(root), with_label=True, pipeline=pipeline)
+
+
 def restated(own: dict, inherited: dict, prefix: str = '') -> Iterator[str]:
-    """Keys whose value is the inherited one."""
+    """Keys that a config sets to the value that it inherits."""
     for key, value in own.items():
         if key in inherited and isinstance(value, dict) and isinstance(inherited[key], dict):
             if '_delete_' not in value:
@@ -180,7 +205,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 def check_layer_decay(
     path: str, blocks: int, decay: float, rate: float, weight_decay: float, constructor: str | None = None
 ) -> None:
-    """lr · decay^(blocks + 1 - depth): 0 is what comes before the blocks, blocks + 1 what comes after."""
+    """Learning rates are rate · decay^(blocks + 1 - depth); depth is 0 before the blocks, blocks + 1 after them."""
     cfg = Config.fromfile(ROOT / 'configs' / path)
     model = real_model(cfg)
     cfg.optim_wrapper.type = 'OptimWrapper'  # AmpOptimWrapper asks for a GPU
@@ -199,11 +224,69 @@ def check_layer_decay(
         group = groups.pop(id(parameter))
         assert group['lr'] == pytest.approx(rate * decay ** (blocks + 1 - depth), rel=1e-9), key
         spared = parameter.ndim == 1 or 'rel_pos' in key or key.endswith(('cls_token', 'pos_embed'))
-        if path.startswith('detection') and key.endswith('.bias'):  # as in MIMDet, but for those of norms
+        if path.startswith('detection') and key.endswith('.bias'):  # as in MIMDet; biases of norms are spared
             spared = isinstance(model.get_submodule(key.removesuffix('.bias')), NORMS)
         assert group['weight_decay'] == pytest.approx(0 if spared else weight_decay), key
         depths.add(depth)
     assert not groups and depths == set(range(blocks + 2))
+
+
+# -- models and batches
+
+
+def build_model(cfg: dict) -> nn.Module:
+    """A model with initialised weights, the same at each call."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    return model
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Change every weight, in place: most start at zero or one, where a part has no effect. Sets eval mode."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.eval()  # mmpretrain's backbones return None
+    return model
+
+
+def masked_batch(size: int) -> tuple[Tensor, list[DataSample]]:
+    """Fixed images [size, 3, 64, 64] and masks with 4 of 16 patches visible."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, 64, 64, generator=generator)
+    order = torch.rand(size, 16, generator=generator).argsort(1)
+    mask = torch.ones(size, 16, dtype=torch.bool).scatter_(1, order[:, :4], False)
+    return images, [DataSample().set_mask(each) for each in mask]
+
+
+def captioned_batch(size: int) -> tuple[Tensor, list[DataSample]]:
+    """Fixed images [size, 3, 64, 64] and texts of 1 to 10 words."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, 64, 64, generator=generator)
+    words = [torch.randint(START_TOKEN, (1 + i % 10,), generator=generator).tolist() for i in range(size)]
+    samples = [DataSample() for _ in range(size)]
+    for sample, text in zip(samples, encode_words(words), strict=True):
+        sample.set_field(text, 'text')
+    return images, samples
+
+
+def encode_words(words: list[list[int]], length: int = 12) -> Tensor:
+    """Texts of words [B, length] with start, end and padding."""
+    texts = torch.zeros(len(words), length, dtype=torch.int64)
+    for text, own in zip(texts, words, strict=True):
+        text[: len(own) + 2] = torch.tensor([START_TOKEN, *own, END_TOKEN])
+    return texts
+
+
+def run_mean_teacher_hook(hook: MeanTeacherHook, model: nn.Module, iteration: int, updated: bool = True) -> None:
+    """Call the hook after one of 100 iterations; with ``updated=False``, gradients were only accumulated in it."""
+    wrapper = SimpleNamespace(should_update=lambda: updated)
+    hook.after_train_iter(SimpleNamespace(model=model, optim_wrapper=wrapper, iter=iteration, max_iters=100), 0)
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    return sum(value for name, value in losses.items() if 'loss' in name)
 
 
 # -- numbers
@@ -219,8 +302,31 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: 
         assert (actual[name] - value).norm() <= bound * value.norm(), name
 
 
+def assert_within(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
+    """Each value to ``bound`` of the largest."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= bound * expected.abs().max()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.detach().double() - expected.double()).norm() / expected.double().norm())
+
+
+def slow_recall(images: Tensor, texts: Tensor, owners: list[int]) -> dict[str, float]:
+    """Recall in percent by sorting; of equal similarities, wrong pairs come first."""
+    recall = {}
+    for k in (1, 5, 10):
+        found = 0
+        for i, image in enumerate(images):
+            order = sorted(range(len(texts)), key=lambda t: (-round(float(image @ texts[t]), 6), owners[t] == i))
+            found += any(owners[t] == i for t in order[:k])
+        recall[f'text_recall@{k}'] = 100 * found / len(images)
+        found = 0
+        for t, text in enumerate(texts):
+            order = sorted(range(len(images)), key=lambda i: (-round(float(images[i] @ text), 6), owners[t] == i))
+            found += owners[t] in order[:k]
+        recall[f'image_recall@{k}'] = 100 * found / len(texts)
+    return recall
 
 
 @torch.no_grad()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from helpers import ROOT, real_data
+from mmmilan.demo.scenes.appearance import SEMANTIC_CLASSES
 from mmmilan.errors import InputError
+from mmmilan.masking import Masking, SemanticAwareMasking
 from mmmilan.prompted_masking import PromptedMasking
-from mmmilan.registry import MODELS
+from mmmilan.registry import DATASETS, MODELS
 
 
 class FixedTeacher:
@@ -129,3 +138,41 @@ def test_what_cannot_be_prompted(milan_cfg):
     teacher = MODELS.build(dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None))
     with pytest.raises(InputError, match="does not give the values of its patches; choose open_clip's own ViT"):
         teacher.weigh_by(masking.weigh)
+
+
+@pytest.mark.data
+def test_prompt_keeps_the_patches_that_it_names():
+    """'a tiger' keeps more of the tigers' patches visible than attention, or the name of another part of the scenes.
+
+    Needs the MaskCLIP and the scenes of a run of ``tools/demo.py --out demo``.
+    """
+    checkpoint, scenes = real_data('demo/maskclip-seed0/epoch_4.pth'), real_data('demo/scenes')
+    cfg = Config.fromfile(ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py')
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(checkpoint))).eval()
+    dataset = dict(type='mmmilan.ImageFolder', data_root=str(scenes / 'val/tiger'))
+    dataset = DATASETS.build(dataset | dict(pipeline=cfg.test_dataloader.dataset.pipeline))
+    samples = [dataset[i] for i in range(len(dataset))]
+    preprocess = MODELS.build(cfg.model.data_preprocessor)
+    images = preprocess(dict(inputs=torch.stack([sample['inputs'] for sample in samples])))['inputs']
+    names = [Path(sample['data_samples'].img_path).stem for sample in samples]
+    tigers = torch.stack([patches_of('tiger', scenes / f'semantic/val/tiger/{name}.png') for name in names])
+
+    def kept(masking: Masking) -> float:
+        """Share of the tigers' patches that stay visible."""
+        torch.manual_seed(0)
+        with torch.no_grad():
+            visible = ~masking.draw(teacher(images)[1], tuple(tigers.shape))
+        return float((visible & tigers).sum() / tigers.sum())
+
+    shares = dict(attention=kept(SemanticAwareMasking()))
+    for text in ('a tiger', 'grass'):
+        masking = PromptedMasking([text])
+        masking.prepare(teacher)
+        shares[text] = kept(masking)
+    assert shares['a tiger'] > 1.2 * max(shares['attention'], shares['grass']), shares
+
+
+def patches_of(name: str, label_map: Path) -> Tensor:
+    """Which of the 8 x 8 patches [64] show the named object on more than half of their area."""
+    pixels = cv2.imread(str(label_map), cv2.IMREAD_GRAYSCALE) == SEMANTIC_CLASSES.index(name)
+    return torch.from_numpy(cv2.resize(np.float32(pixels), (8, 8), interpolation=cv2.INTER_AREA) > 0.5).flatten()

@@ -1,4 +1,4 @@
-"""The config that a checkpoint holds, or the one beside it, is data."""
+"""The config in a checkpoint, or beside it, is read as data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mmmilan
 from helpers import ROOT
 from mmmilan.checkpoints.config import own_config, parse_config
 from mmmilan.errors import InputError
+from mmmilan.registry import MODELS
 
 CONFIGS = (
     'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py',
@@ -21,7 +22,7 @@ CONFIGS = (
 
 
 @pytest.mark.parametrize('path', CONFIGS)
-def test_what_mmengine_dumps_comes_back(path):
+def test_configs_dumped_by_mmengine_are_read_back(path):
     cfg = Config.fromfile(ROOT / path)
     assert parse_config(cfg.pretty_text, path).to_dict() == cfg.to_dict()
 
@@ -48,7 +49,7 @@ def test_nothing_is_executed(line):
         parse_config(f'a = 1\n{line}\n', 'bad.py')
 
 
-def test_numbers():
+def test_negative_and_infinite_numbers():
     text = 'a = dict(b=-1e-05, c=(1, -inf), d={1: None}, e=float)'
     with pytest.raises(InputError, match='Line 1'):
         parse_config(text, 'x')
@@ -57,9 +58,7 @@ def test_numbers():
 
 @pytest.fixture
 def own(tiny_config, milan_cfg, tmp_path):
-    """A checkpoint as MMEngine writes it, of the small model."""
-    from mmmilan.registry import MODELS
-
+    """A checkpoint of the small model as MMEngine writes it, its config and the model."""
     cfg = Config.fromfile(tiny_config())
     model = MODELS.build(milan_cfg)
     model.init_weights()
@@ -69,7 +68,7 @@ def own(tiny_config, milan_cfg, tmp_path):
     return path, cfg, model
 
 
-def test_a_checkpoint_of_ones_own_is_enough(own, image_folder):
+def test_own_checkpoint_needs_no_config_file(own, image_folder):
     path, _, model = own
     images = sorted(str(file) for file in image_folder.glob('*/*/*.jpg'))[:3]
     encoder = mmmilan.get_model(path)
@@ -95,7 +94,7 @@ def test_the_config_beside_a_checkpoint(own):
         own_config(path)
 
 
-def test_evaluation_needs_nothing_but_the_checkpoint(own, run_tool, tmp_path, capfd):
+def test_evaluation_needs_only_the_checkpoint(own, run_tool, tmp_path, capfd):
     path, _, _ = own
     run_tool('test.py', path, '--work-dir', tmp_path / 'test')
     assert 'reconstruction/loss' in capfd.readouterr().err + ''.join(

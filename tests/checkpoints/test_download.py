@@ -1,4 +1,4 @@
-"""The downloader against a real HTTP server on loopback that behaves badly on demand."""
+"""Downloads from an HTTP server on loopback that misbehaves on demand."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ NAME = f'milan_20221129-{SHA256[:8]}.pth'
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers ``/BEHAVIOUR/NAME``; what it was asked is kept in ``server.requests``."""
+    """Answers ``/BEHAVIOUR/NAME`` and keeps path and range of each request in ``server.requests``."""
 
     def do_GET(self):  # noqa: N802
         behaviour = self.path.split('/')[1]
@@ -81,34 +81,34 @@ def server(monkeypatch, tmp_path):
     server.server_close()
 
 
-def published(server):
-    """What is in the cache besides locks."""
+def cached_files():
+    """Names of the files in the cache, without locks."""
     folder = Path(os.environ['MMMILAN_CACHE'])
     return sorted(path.name for path in folder.iterdir() if path.suffix != '.lock')
 
 
-def run(code, **kwargs):
-    """Download in another process."""
+def run(code):
+    """Run code that downloads in another process."""
     code = f'from mmmilan.checkpoints.download import download\n{code}'
-    return subprocess.Popen([sys.executable, '-c', code], stdout=-1, stderr=-1, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, '-c', code], stdout=-1, stderr=-1, text=True)
 
 
-def test_file_is_checked_kept_and_not_asked_for_again(server, capsys):
+def test_file_is_checked_kept_and_not_requested_again(server, capsys):
     path = download(f'{server.url}/good/{NAME}')
     assert path.read_bytes() == CONTENT and path.name == NAME
     assert download(f'{server.url}/good/{NAME}', sha256=SHA256) == path
     assert len(server.requests) == 1
-    assert published(server) == [NAME]
+    assert cached_files() == [NAME]
     assert '3.1/3.1 MB' in capsys.readouterr().err  # the progress bar has the size
 
 
 def test_wrong_hash_is_not_kept(server):
     with pytest.raises(InputError, match=f'does not have the hash {SHA256[:8]}'):
         download(f'{server.url}/wrong/{NAME}')
-    assert published(server) == []
-    with pytest.raises(InputError, match='does not have the hash 000'):  # the whole hash counts, if known
+    assert cached_files() == []
+    with pytest.raises(InputError, match='does not have the hash 000'):  # the whole hash is checked where it is known
         download(f'{server.url}/good/{NAME}', sha256='0' * 64)
-    assert published(server) == []
+    assert cached_files() == []
 
 
 def test_damaged_file_in_the_cache_is_replaced(server):
@@ -120,11 +120,11 @@ def test_damaged_file_in_the_cache_is_replaced(server):
 def test_truncated_body_is_not_a_file(server):
     with pytest.raises(InputError, match=r'the connection ended after \d+ of 3072000 bytes'):
         download(f'{server.url}/truncated/plain.pth')
-    assert not any(name.endswith('plain.pth') for name in published(server))
+    assert not any(name.endswith('plain.pth') for name in cached_files())
 
 
 @pytest.mark.parametrize('behaviour', ['drop', 'stall'])
-def test_dropped_or_stalled_connection_goes_on_where_it_was(server, behaviour):
+def test_dropped_or_stalled_download_continues(server, behaviour):
     assert download(f'{server.url}/{behaviour}/{NAME}', timeout=0.5).read_bytes() == CONTENT
     (_, first), (_, second) = server.requests
     assert first is None
@@ -144,7 +144,7 @@ def test_interrupted_process_resumes(server):
     assert 0 < size < len(CONTENT)
     assert download(f'{server.url}/good/{NAME}').read_bytes() == CONTENT
     assert server.requests[-1] == (f'/good/{NAME}', f'bytes={size}-')
-    assert published(server) == [NAME]
+    assert cached_files() == [NAME]
 
 
 def test_resume_without_range_support_starts_again(server):
@@ -152,19 +152,19 @@ def test_resume_without_range_support_starts_again(server):
     assert len(server.requests) == 2 and server.requests[1][1] is not None
 
 
-def test_leftover_that_fits_nothing_is_dropped(server):
+def test_wrong_leftover_is_dropped(server):
     folder = Path(os.environ['MMMILAN_CACHE'])
     folder.mkdir()
     for leftover in (b'x' * 1000, CONTENT + b'x', b'x' * len(CONTENT)):
         (folder / f'{NAME}.part').write_bytes(leftover)
         assert download(f'{server.url}/good/{NAME}').read_bytes() == CONTENT
         (folder / NAME).unlink()
-    (folder / f'{NAME}.part').write_bytes(CONTENT)  # complete, but the process ended before the last step
+    (folder / f'{NAME}.part').write_bytes(CONTENT)  # complete; the process ended before the last step
     assert download(f'{server.url}/good/{NAME}').read_bytes() == CONTENT
     assert server.requests[-1][1] == f'bytes={len(CONTENT)}-'
 
 
-def test_missing_file_says_what_to_put_where(server):
+def test_missing_file_says_where_to_put_it(server):
     with pytest.raises(InputError) as error:
         download(f'{server.url}/missing/{NAME}')
     message = str(error.value)
@@ -172,7 +172,7 @@ def test_missing_file_says_what_to_put_where(server):
     assert f'put the file at {os.environ["MMMILAN_CACHE"]}/{NAME}' in message
     assert len(server.requests) == 1
     Path(os.environ['MMMILAN_CACHE'], NAME).write_bytes(CONTENT)
-    assert download(f'{server.url}/missing/{NAME}').read_bytes() == CONTENT  # as it was told
+    assert download(f'{server.url}/missing/{NAME}').read_bytes() == CONTENT  # the remedy of the message works
 
 
 def test_silent_server_is_given_up(server):
@@ -211,7 +211,7 @@ def test_mirrors_are_tried_in_turn(server, monkeypatch):
 
 
 def test_wrong_file_in_the_cache(server):
-    """Without network, somebody put the wrong file where the message said; it stays, and its hash is told."""
+    """A user put the wrong file where the message said: it stays, and the message gives its hash."""
     target = cache_dir() / NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(b'something else')
@@ -233,11 +233,11 @@ def test_two_processes_share_one_download(server):
     assert {out.strip() for out, _ in outputs} == {f'{os.environ["MMMILAN_CACHE"]}/{NAME}'}
     assert file_sha256(Path(outputs[0][0].strip())) == SHA256
     assert len(server.requests) == 1
-    assert published(server) == [NAME]
+    assert cached_files() == [NAME]
 
 
 def test_full_disk(server):
-    """A limit on the size of files stands for the disk: writing fails in the middle in the same way."""
+    """A limit on file size stands for a full disk: writing fails midway in the same way."""
     process = run(f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
@@ -252,17 +252,17 @@ except ValueError as error:
     assert not (Path(os.environ['MMMILAN_CACHE']) / NAME).exists()
 
 
-def test_too_little_space_is_said_before_anything_is_written(server, monkeypatch):
+def test_too_little_space_is_found_before_writing(server, monkeypatch):
     usage = shutil.disk_usage('/')._replace(free=1_000_000)
     monkeypatch.setattr(transfer.shutil, 'disk_usage', lambda path: usage)
     with pytest.raises(InputError, match='No space left on device, 2 MiB needed'):
         download(f'{server.url}/good/{NAME}')
-    assert published(server) == []
+    assert cached_files() == []
 
 
 @contextmanager
 def not_root():
-    """Nothing is read-only for root."""
+    """Drop root's rights: for root nothing is read-only."""
     user = os.geteuid()
     os.seteuid(user or 65534)
     try:
@@ -272,8 +272,8 @@ def not_root():
 
 
 def test_read_only_cache(server, monkeypatch):
-    """Files in it are used; what is not there cannot be had."""
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is closed to others than root
+    """Its files are used; a file that is missing is an error."""
+    with tempfile.TemporaryDirectory() as folder:  # only root may enter pytest's own folder
         there = Path(folder) / f'there-{SHA256[:8]}.pth'
         there.write_bytes(CONTENT)
         os.chmod(folder, 0o555)
@@ -287,7 +287,7 @@ def test_read_only_cache(server, monkeypatch):
 
 
 @pytest.mark.parametrize('name', [f'{NAME}?download=1', f'{NAME}#part', NAME.replace(SHA256[:8], SHA256[:8].upper())])
-def test_no_form_of_an_address_switches_the_check_off(server, name):
+def test_hash_is_checked_whatever_the_form_of_the_address(server, name):
     with pytest.raises(InputError, match=f'does not have the hash {SHA256[:8]}'):
         download(f'{server.url}/wrong/{name}')
     assert download(f'{server.url}/good/{name}').read_bytes() == CONTENT

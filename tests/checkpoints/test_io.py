@@ -1,4 +1,4 @@
-"""Checkpoint files are data: what loads, what is refused, and MMEngine through the same door."""
+"""Checkpoint files are read as data: what loads, what is refused, and MMEngine's own loading."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ WEIGHTS = {'a.weight': torch.arange(6.0).view(2, 3), 'a.bias': torch.zeros(2, dt
 
 
 class Hostile:
-    """Makes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, proof: Path):
         self.proof = proof
@@ -54,7 +54,7 @@ def test_hostile_pickle_is_refused_by_name_and_has_not_run(tmp_path, kind):
 
 
 def test_opting_in_to_pickles_runs_them(tmp_path):
-    """What shows that the test above tests something."""
+    """The hostile file works, so the test above can fail."""
     path, proof = tmp_path / 'weights.pth', tmp_path / 'proof'
     save_hostile(path, proof, 'zip')
     assert set(load_checkpoint_file(path, allow_pickle=True)) == {'state_dict', 'meta'}
@@ -62,7 +62,7 @@ def test_opting_in_to_pickles_runs_them(tmp_path):
 
 
 def test_getattr_is_not_a_way_around(tmp_path):
-    """MMEngine allows ``getattr`` to read its own checkpoints; here it reaches only its statistics."""
+    """MMEngine's checkpoints need ``getattr``; it is allowed for the statistics of HistoryBuffer only."""
 
     class Reach:
         def __reduce__(self):
@@ -74,7 +74,7 @@ def test_getattr_is_not_a_way_around(tmp_path):
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_what_stands_in_honest_checkpoints_loads(tmp_path, zipped):
+def test_usual_content_of_checkpoints_loads(tmp_path, zipped):
     history = HistoryBuffer()
     history.update(1.5)
     history.update(2.5, 3)
@@ -95,8 +95,8 @@ def test_what_stands_in_honest_checkpoints_loads(tmp_path, zipped):
     assert all(torch.equal(loaded['state_dict'][key], WEIGHTS[key]) for key in WEIGHTS)
 
 
-def test_numpy_names_of_before_version_2(tmp_path):
-    """Checkpoints published in 2022 say numpy.core where numpy 2 says numpy._core."""
+def test_names_of_numpy_1(tmp_path):
+    """Checkpoints of 2022 name numpy.core; numpy 2 has renamed it to numpy._core."""
     torch.save(
         {'state_dict': WEIGHTS, 'seed': np.float64(2.5)}, tmp_path / 'new.pth', _use_new_zipfile_serialization=False
     )
@@ -106,7 +106,7 @@ def test_numpy_names_of_before_version_2(tmp_path):
     assert load_checkpoint_file(tmp_path / 'old.pth')['seed'] == 2.5
 
 
-def test_files_that_are_no_whole_checkpoints(tmp_path):
+def test_damaged_files_and_other_files_are_refused(tmp_path):
     save_checkpoint_file({'state_dict': {'a': torch.zeros(5000)}}, tmp_path / 'whole.pth')
     save_checkpoint_file({'state_dict': {'a': torch.zeros(5000)}}, tmp_path / 'whole.safetensors')
     for name in ('whole.pth', 'whole.safetensors'):
@@ -139,14 +139,14 @@ def test_saved_files_load_bit_identical(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / 'weights.pth'
     save_checkpoint_file({'state_dict': WEIGHTS}, path)
     before = path.read_bytes()
     limit = f"""
 import resource, torch
 from mmmilan.checkpoints.io import save_checkpoint_file
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as good as a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # stands for a full disk
 for name in ('weights.pth', 'weights.safetensors'):
     try:
         save_checkpoint_file({{'state_dict': {{'a': torch.zeros(100_000)}}}}, {str(tmp_path)!r} + '/' + name)
@@ -192,7 +192,7 @@ def runner(work_dir, epochs, **kwargs):
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
         param_scheduler=dict(type='CosineAnnealingLR', T_max=4),
-        experiment_name=str(uuid.uuid4()),  # or two runners of one process would share their message hub
+        experiment_name=str(uuid.uuid4()),  # else two runners of one process share a message hub
         **kwargs,
     )
 
@@ -206,7 +206,7 @@ def test_mmengine_resumes_its_own_checkpoints_through_the_safe_loader(tmp_path, 
     assert torch.equal(whole.model.layer.weight, rest.model.layer.weight)
     moments = [each.optim_wrapper.optimizer.state_dict()['state'][0]['exp_avg'] for each in (whole, rest)]
     assert torch.equal(*moments)
-    assert len(rest.message_hub.get_scalar('train/loss').data[0]) == 8  # half of them are from the checkpoint
+    assert len(rest.message_hub.get_scalar('train/loss').data[0]) == 8  # half of them from the checkpoint
 
 
 @pytest.mark.parametrize('resume', [False, True])
@@ -219,7 +219,7 @@ def test_mmengine_refuses_what_would_run_code(tmp_path, safe_mmengine, resume):
 
 
 def test_mmengine_alone_falls_back_to_the_whole_pickle(tmp_path):
-    """The reason for all this; when it fails, MMEngine has changed."""
+    """The reason for the safe loader. If this test fails, MMEngine has become safe itself."""
     path, proof = tmp_path / 'weights.pth', tmp_path / 'proof'
     save_hostile(path, proof, 'zip')
     mmengine.runner.checkpoint.load_from_local(str(path), 'cpu')
@@ -235,7 +235,7 @@ def test_mmengine_alone_falls_back_to_the_whole_pickle(tmp_path):
         ('no_such_model', 'no_such_model is neither a file nor a URL nor a model of the zoo'),
     ],
 )
-def test_mmengine_loads_from_nowhere_that_is_not_checked(safe_mmengine, name, message):
+def test_mmengine_refuses_sources_without_checks(safe_mmengine, name, message):
     with pytest.raises(InputError, match=message):
         CheckpointLoader.load_checkpoint(name)
 
@@ -261,7 +261,7 @@ def test_pretrained_init_takes_any_layout(tmp_path, safe_mmengine, prefix, capsy
     assert 'as initialised: ln2.bias, ln2.weight; not used: none.' in said
 
 
-def test_pretrained_init_does_not_fail_in_silence(tmp_path, safe_mmengine):
+def test_pretrained_init_refuses_unfit_files(tmp_path, safe_mmengine):
     save_checkpoint_file({'state_dict': {'layer.weight': torch.zeros(1)}}, tmp_path / 'other.pth')
     with pytest.raises(InputError, match="other.pth holds no weight of VisionTransformer under 'backbone.'.* layer"):
         vit(tmp_path / 'other.pth').init_weights()

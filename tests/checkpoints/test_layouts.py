@@ -1,17 +1,17 @@
-"""Layouts: features equal the source implementation's, round trips are exact, unknown keys stop by name."""
+"""Layouts: features equal the source library's, round trips are exact, unknown keys are refused by name."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from mmpretrain.models import ImageClassifier, MAEPretrainDecoder, MILANPretrainDecoder, VisionTransformer
 
+from helpers import ROOT, assert_within
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.errors import InputError
 from mmmilan.models import MAEDecoder, MILANViT, PromptingDecoder
 
-REFERENCE = Path(__file__).parents[2] / 'shared' / 'reference'
+REFERENCE = ROOT.parent / 'shared/reference'
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason='needs ../shared/reference')
 ARCH = dict(embed_dims=48, num_layers=3, num_heads=3, feedforward_channels=96)
 VIT = dict(arch=ARCH, img_size=32, patch_size=8, out_type='raw')
@@ -19,7 +19,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def randomised(module):
-    """Every weight away from its initial value, so that a swapped norm or bias shows."""
+    """Random weights and buffers, so that a swapped norm or bias shows."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
             tensor.data = torch.randn_like(tensor) * 0.2 + 0.1
@@ -43,7 +43,7 @@ def hf_config():
 
 
 def encoder(weights, **kwargs):
-    """Our ViT, loaded strictly with an encoder of our layout."""
+    """Our ViT with the encoder of a state dict in our layout."""
     vit = MILANViT(**{**VIT, **kwargs})
     vit.load_state_dict({key.removeprefix('backbone.'): value for key, value in weights.items()}, strict=True)
     vit.eval()
@@ -58,11 +58,6 @@ def classifier(head, pooling):
     return ImageClassifier(backbone, neck, dict(type=head, num_classes=7, in_channels=48))
 
 
-def assert_close(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def assert_same(actual, expected):
     assert set(actual) == set(expected)
     assert all(actual[key].dtype == expected[key].dtype for key in expected)
@@ -73,7 +68,7 @@ def assert_same(actual, expected):
 def test_timm_encoder_gives_the_same_features():
     source = timm_vit(num_classes=0)
     assert detect_layout(source.state_dict()).name == 'timm'
-    assert_close(encoder(convert(source.state_dict()))(IMAGES)[0], source.forward_features(IMAGES))
+    assert_within(encoder(convert(source.state_dict()))(IMAGES)[0], source.forward_features(IMAGES))
 
 
 @torch.no_grad()
@@ -83,7 +78,7 @@ def test_timm_classifier_gives_the_same_scores(pooling):
     head = 'LinearClsHead' if pooling == 'mean' else 'VisionTransformerClsHead'
     ours = classifier(head, pooling).eval()
     ours.load_state_dict(convert(source.state_dict()), strict=True)
-    assert_close(ours(IMAGES), source(IMAGES))
+    assert_within(ours(IMAGES), source(IMAGES))
     assert_same(
         convert(ours.state_dict(), 'timm'),
         {key: source.state_dict()[key] for key in convert(ours.state_dict(), 'timm')},
@@ -94,13 +89,13 @@ def test_timm_classifier_gives_the_same_scores(pooling):
 def test_hugging_face_vit_gives_the_same_features_and_scores():
     from transformers import ViTForImageClassification, ViTModel
 
-    norm_cfg = dict(type='LN', eps=1e-12)  # transformers' own; a file does not hold it
+    norm_cfg = dict(type='LN', eps=1e-12)  # transformers' default; the file does not hold it
     source = randomised(ViTModel(hf_config()))
     layout = detect_layout(source.state_dict())
     assert (layout.name, layout.content, layout.depth, layout.embed_dims) == ('huggingface', 'encoder', 3, 48)
     assert layout.dropped == ('pooler.',)
     ours = encoder(convert(source.state_dict()), norm_cfg=norm_cfg)
-    assert_close(ours(IMAGES)[0], source(IMAGES).last_hidden_state)
+    assert_within(ours(IMAGES)[0], source(IMAGES).last_hidden_state)
 
     source = randomised(ViTForImageClassification(hf_config()))
     ours = classifier('VisionTransformerClsHead', 'token').eval()
@@ -108,7 +103,7 @@ def test_hugging_face_vit_gives_the_same_features_and_scores():
     for norm in ours.modules():
         if isinstance(norm, torch.nn.LayerNorm):
             norm.eps = 1e-12
-    assert_close(ours(IMAGES), source(IMAGES).logits)
+    assert_within(ours(IMAGES), source(IMAGES).logits)
 
 
 @torch.no_grad()
@@ -120,19 +115,19 @@ def test_our_encoder_gives_the_same_features_elsewhere():
 
     to_timm = timm_vit(num_classes=0)
     to_timm.load_state_dict(convert(ours.state_dict(), 'timm'), strict=True)
-    assert_close(to_timm.forward_features(IMAGES), features)
+    assert_within(to_timm.forward_features(IMAGES), features)
 
     config = hf_config()
     config.layer_norm_eps = 1e-6
     to_hf = ViTModel(config, add_pooling_layer=False).eval()
     to_hf.load_state_dict(convert(ours.state_dict(), 'huggingface'), strict=True)
-    assert_close(to_hf(IMAGES).last_hidden_state, features)
+    assert_within(to_hf(IMAGES).last_hidden_state, features)
 
     to_mmpretrain = VisionTransformer(**VIT)
     to_mmpretrain.eval()
     bare = convert(ours.state_dict(), 'openmmlab')
     to_mmpretrain.load_state_dict({key.removeprefix('backbone.'): bare[key] for key in bare}, strict=True)
-    assert_close(to_mmpretrain(IMAGES)[0], features)
+    assert_within(to_mmpretrain(IMAGES)[0], features)
 
 
 @torch.no_grad()
@@ -147,7 +142,7 @@ def test_published_pretraining_weights_give_the_recorded_latent(official):
     arch['feedforward_channels'] = 4 * config['dim']
     encoder_only = convert(published, encoder_only=True)
     ours = encoder(encoder_only, arch=arch, img_size=config['img'], patch_size=config['patch'])
-    assert_close(ours(official['input'], official['ids_keep']), official['latent'])
+    assert_within(ours(official['input'], official['ids_keep']), official['latent'])
 
     neck = PromptingDecoder(16, config['dim'], config['ddim'], config['ddepth'], config['dheads'], 4, config['out'])
     neck.load_state_dict({k.removeprefix('neck.'): v for k, v in weights.items() if k.startswith('neck.')}, strict=True)
@@ -172,7 +167,7 @@ def test_published_layouts_fill_our_models_exactly(size, dims, depth):
 
 
 def layouts_to_convert():
-    """Weights of every kind and source, by the implementation whose layout it is."""
+    """State dicts of each kind of model, by the library that wrote it and the kind."""
     from timm.models import VisionTransformer as TimmViT
     from transformers import ViTForImageClassification, ViTModel
 
@@ -210,7 +205,7 @@ def test_round_trips_are_bit_identical(name):
         try:
             there = convert(weights, away)
         except InputError as error:
-            # These alone may have no place: Hugging Face for all but the class token's classifier, timm for decoders.
+            # Hugging Face holds encoders and class-token classifiers only; timm holds no decoders.
             assert 'has no place for' in str(error)
             holds = {'huggingface': ('hf', 'timm token', 'mmpretrain class'), 'timm': ('hf', 'timm', 'mmpretrain class',
                      'mmpretrain fine')}  # fmt: skip
@@ -219,7 +214,7 @@ def test_round_trips_are_bit_identical(name):
         assert_same(convert(there, home), weights)
 
 
-def test_openmmlab_file_carries_a_clip_that_is_dropped_and_named():
+def test_clip_in_an_openmmlab_file_is_dropped_and_named():
     weights = layouts_to_convert()['mmpretrain MILAN']
     with_clip = {**weights, 'target_generator.model.visual.proj': torch.zeros(2, 2)}
     layout = detect_layout(with_clip)
@@ -227,14 +222,14 @@ def test_openmmlab_file_carries_a_clip_that_is_dropped_and_named():
     assert_same(convert(with_clip), weights)
 
 
-def test_prefixes_that_differ_between_files():
+def test_module_prefix_and_missing_backbone_prefix():
     weights = layouts_to_convert()['mmpretrain MAE']
     assert_same(convert({f'module.{key}': value for key, value in weights.items()}), weights)
     backbone = {key: value for key, value in weights.items() if key.startswith('backbone.')}
     assert_same(convert({key.removeprefix('backbone.'): value for key, value in backbone.items()}), backbone)
 
 
-def test_encoder_only_leaves_decoders_heads_and_detector_parts():
+def test_encoder_only_drops_decoders_heads_and_detector_parts():
     for name in ('mmpretrain linear probe', 'mmmilan pretraining', 'timm token'):
         weights = layouts_to_convert()[name]
         ours = convert(weights, encoder_only=True)
@@ -249,13 +244,13 @@ def test_encoder_only_leaves_decoders_heads_and_detector_parts():
 
 @pytest.mark.parametrize('name', ['mmpretrain MILAN', 'timm mean', 'hf encoder'])
 @pytest.mark.parametrize('key', ['blocks.0.other.gamma', 'extra.weight', 'backbone.layers.0.attn.gamma1.weight'])
-def test_unknown_key_stops_by_name(name, key):
+def test_unknown_key_is_refused_by_name(name, key):
     weights = {**layouts_to_convert()[name], key: torch.zeros(1)}
     with pytest.raises(InputError, match=f"The key '{key}' is unknown"):
         convert(weights)
 
 
-def test_what_is_no_vit_is_refused():
+def test_refused_state_dicts():
     with pytest.raises(InputError, match='No ViT in a known layout.*conv1.weight'):
         detect_layout({'conv1.weight': torch.zeros(1)})
     with pytest.raises(InputError, match='This is a CLIP'):
@@ -282,7 +277,7 @@ def test_what_is_no_vit_is_refused():
     ],
 )
 def test_parts_of_other_vits_are_refused_by_name(key, part):
-    """timm has ViTs with parts that a MILANViT lacks; the message says which."""
+    """The message names the part of timm's ViT that a MILANViT lacks."""
     weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), key: torch.zeros(1)}
     with pytest.raises(InputError) as error:
         convert(weights)
@@ -291,7 +286,7 @@ def test_parts_of_other_vits_are_refused_by_name(key, part):
 
 
 def test_weight_without_a_place():
-    """One remedy, said once."""
+    """The message gives the remedy once."""
     weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), 'decoder_blocks.0.attn.qkv.weight': torch.zeros(1)}
     with pytest.raises(InputError) as error:
         convert(weights, to='huggingface')

@@ -1,8 +1,9 @@
-"""A pretraining checkpoint arrives whole in the models of all three tasks, or is refused."""
+"""A checkpoint fills the encoder of each of the three tasks, or a whole model, completely, or it is refused."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from helpers import ROOT
+from helpers import ROOT, TINY_ARCH, labelled_folder, read_scores
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -22,7 +23,7 @@ CLASSIFICATION = 'milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k
 DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
 SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py'
 TASKS = dict(classification=CLASSIFICATION, detection=DETECTION, segmentation=SEGMENTATION)
-# What each task's encoder has that pretraining has not.
+# Weights of each task's encoder that pretraining lacks.
 NEW = dict(
     classification=r'ln2\.(weight|bias)',
     detection=r'scales\..*|rel_pos_shared\.(windows|global)',
@@ -33,7 +34,7 @@ ONE_BLOCK = dict(out_indices=(0, 0, 0, 0), global_indices=())
 
 @pytest.fixture
 def pretrained(milan_cfg) -> dict[str, Tensor]:
-    """The state dict of a MILAN, every value of it random."""
+    """The state dict of a MILAN with random values."""
     weights = MODELS.build(milan_cfg).state_dict()
     return {key: torch.randn_like(value) for key, value in weights.items()}
 
@@ -41,7 +42,7 @@ def pretrained(milan_cfg) -> dict[str, Tensor]:
 def backbone_cfg(task: str, checkpoint: object, **changes) -> dict:
     """The encoder of a task's config, in the size of ``milan_cfg``: 4 x 4 patches, 2 blocks."""
     cfg = Config.fromfile(ROOT / 'configs' / TASKS[task]).model.backbone
-    cfg.arch = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
+    cfg.arch = dict(TINY_ARCH)
     cfg.img_size = 64
     if task != 'classification':
         cfg.out_indices = (0, 0, 1, 1)
@@ -59,9 +60,9 @@ def load(task: str, checkpoint: object, **changes) -> nn.Module:
 
 
 def check(task: str, backbone: nn.Module, pretrained: dict[str, Tensor]) -> None:
-    """Names and values: all of the encoder but the final norm, and nothing new but what the task adds.
+    """All weights of the encoder but its final norm are loaded; only those of ``NEW`` are not.
 
-    Detection has no class token, and positions of its own.
+    Detection has no class token, and its positions start anew.
     """
     encoder = {key.removeprefix('backbone.'): value for key, value in pretrained.items() if key.startswith('backbone.')}
     loaded = backbone.state_dict()
@@ -77,7 +78,7 @@ def check(task: str, backbone: nn.Module, pretrained: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize('task', TASKS)
 def test_raw_checkpoint_in_the_whole_model(task, pretrained, tmp_path):
-    """As ``tools/train.py`` writes it, into the model that ``tools/train.py`` then trains."""
+    """A checkpoint as ``tools/train.py`` writes it, in the model that ``tools/train.py`` builds."""
     torch.save(dict(meta=dict(epoch=1), state_dict=pretrained, optimizer=dict(state={})), tmp_path / 'epoch_1.pth')
     cfg = Config.fromfile(ROOT / 'configs' / TASKS[task])
     init_default_scope(cfg.default_scope)
@@ -107,7 +108,7 @@ def test_published_layouts(task, layout, pretrained, tmp_path):
         assert not weights.keys() & pretrained.keys()
     torch.save(dict(model=weights), tmp_path / 'published.pth')
     changes = {}
-    if layout == 'an encoder alone' and task == 'classification':  # that config names the prefix
+    if layout == 'an encoder alone' and task == 'classification':  # the config of this task names a prefix
         changes = dict(init_cfg=dict(prefix=None))
     check(task, load(task, tmp_path / 'published.pth', **changes), pretrained)
 
@@ -121,15 +122,15 @@ def test_positions_are_interpolated(task, pretrained, tmp_path):
     expected = F.interpolate(grid, size=(6, 6), mode='bicubic', align_corners=False).flatten(2).transpose(1, 2)
     assert torch.equal(loaded[:, :1], stored[:, :1])
     torch.testing.assert_close(loaded[:, 1:], expected)
-    assert torch.equal(load(task, tmp_path / 'weights.pth').pos_embed, stored)  # to the same size: unchanged
+    assert torch.equal(load(task, tmp_path / 'weights.pth').pos_embed, stored)  # unchanged at the same size
 
 
 @pytest.mark.parametrize('task', TASKS)
 def test_part_of_an_encoder_is_refused(task, pretrained, tmp_path):
-    """What is missing and what is left over are both named."""
+    """The message names what is missing and what is left over."""
     path = tmp_path / 'weights.pth'
     torch.save(pretrained, path)
-    arch = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=192)
+    arch = TINY_ARCH | dict(num_layers=4)
     with pytest.raises(
         InputError, match=r'weights.pth does not hold all of .* missing layers.2.attn.* and 18 more, left over none'
     ):
@@ -144,7 +145,7 @@ def test_part_of_an_encoder_is_refused(task, pretrained, tmp_path):
 
 
 def test_final_norm_may_not_be_missing(pretrained, tmp_path):
-    """It is left over where the model has none, but a model that has one needs it."""
+    """A model without a final norm ignores it in the file; a model with one needs it."""
     torch.save({key: value for key, value in pretrained.items() if 'backbone.ln1' not in key}, tmp_path / 'weights.pth')
     load('classification', tmp_path / 'weights.pth')
     with pytest.raises(InputError, match='missing ln1.bias, ln1.weight, left over none'):
@@ -152,7 +153,7 @@ def test_final_norm_may_not_be_missing(pretrained, tmp_path):
 
 
 def test_classifier_as_start_of_a_detector(pretrained, tmp_path):
-    """Its head and the norm after the mean of the patch tokens are not the encoder's."""
+    """Its head and the norm of its mean token do not belong to the encoder."""
     weights = {key: value for key, value in pretrained.items() if key.startswith('backbone.')}
     head = {'head.fc.weight': torch.zeros(3, 48), 'head.fc.bias': torch.zeros(3)}
     norm = {'backbone.ln2.weight': torch.ones(48), 'backbone.ln2.bias': torch.zeros(48)}
@@ -161,7 +162,7 @@ def test_classifier_as_start_of_a_detector(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_other_files_are_refused(task, pretrained, tmp_path):
+def test_damaged_and_unfit_files_are_refused(task, pretrained, tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(pretrained, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -173,8 +174,85 @@ def test_other_files_are_refused(task, pretrained, tmp_path):
     torch.save(pretrained, path)
     with pytest.raises(InputError, match='weights.pth does not fit .*: .*size mismatch for patch_embed'):
         load(task, path, patch_size=8)
-    if task == 'detection':  # which has no class token itself
+    if task == 'detection':  # has no class token itself
         return
     torch.save(pretrained | {'backbone.pos_embed': torch.zeros(1, 16, 48)}, path)  # without the class token
     with pytest.raises(InputError, match='weights.pth does not fit'):
         load(task, path)
+
+
+# -- whole models, through the tools
+
+
+@pytest.fixture
+def classifier(benchmark_config, labelled_images):
+    """The config of fine-tuning on five classes, and the weights of its model."""
+    validation = labelled_folder(labelled_images / 'val')
+    changes = {'val_dataloader.dataset': validation, 'test_dataloader.dataset': validation}
+    changes |= {'train_dataloader.dataset.data_root': str(labelled_images / 'train'), 'model.backbone.init_cfg': None}
+    changes |= {f'model.{part}.num_classes': 5 for part in ('head', 'data_preprocessor')}
+    config = benchmark_config(Path(CLASSIFICATION).name, changes)
+    return config, MODELS.build(Config.fromfile(config).model).state_dict()
+
+
+def test_missing_weights_are_named(classifier, pretrained_checkpoint, run_tool):
+    """A pretraining checkpoint has no classifier: tools/test.py refuses it, and tools/train.py with load_from."""
+    config, _ = classifier
+    message = (
+        r'error: .*epoch_1.pth does not hold all of ImageClassifier: missing backbone.ln2.bias, backbone.ln2.weight, '
+        r'head.fc.bias, head.fc.weight, left over .*and \d+ more; give a checkpoint of this config'
+    )
+    with pytest.raises(SystemExit, match=message):
+        run_tool('test.py', config, pretrained_checkpoint)
+    with pytest.raises(SystemExit, match=message):
+        run_tool('train.py', config, '--cfg-options', f'load_from={pretrained_checkpoint}')
+
+
+def test_one_missing_weight_is_enough(classifier, run_tool, tmp_path):
+    config, weights = classifier
+    del weights['backbone.layers.1.attn.qkv.bias']
+    torch.save(dict(state_dict=weights), tmp_path / 'part.pth')
+    with pytest.raises(SystemExit, match='missing backbone.layers.1.attn.qkv.bias, left over none'):
+        run_tool('test.py', config, tmp_path / 'part.pth')
+
+
+def test_another_number_of_classes_names_the_options(classifier, run_tool, tmp_path):
+    config, weights = classifier
+    weights |= {'head.fc.weight': torch.zeros(1000, 48), 'head.fc.bias': torch.zeros(1000)}
+    torch.save(dict(state_dict=weights), tmp_path / 'imagenet.pth')
+    message = (
+        r'imagenet.pth does not fit ImageClassifier: its head.fc.weight is \[1000, 48\], and \[5, 48\] in the model; '
+        r'set model.data_preprocessor.num_classes and model.head.num_classes to the number of classes'
+    )
+    with pytest.raises(SystemExit, match=message):
+        run_tool('test.py', config, tmp_path / 'imagenet.pth')
+    with pytest.raises(SystemExit, match=message):
+        run_tool('train.py', config, '--cfg-options', f'load_from={tmp_path}/imagenet.pth')
+    weights['backbone.cls_token'] = torch.zeros(1, 1, 96)  # the head is not the only difference
+    torch.save(dict(state_dict=weights), tmp_path / 'imagenet.pth')
+    with pytest.raises(
+        SystemExit, match='imagenet.pth does not fit ImageClassifier: .*size mismatch for backbone.cls_token'
+    ):
+        run_tool('test.py', config, tmp_path / 'imagenet.pth')
+
+
+@pytest.mark.parametrize('kind', ['as saved by DistributedDataParallel', 'weights alone', 'timm'])
+def test_fine_tuned_checkpoints_of_other_origin(classifier, run_tool, kind, tmp_path):
+    """They give the scores of the original; the log names what is left over."""
+    config, weights = classifier
+    weights = {key: torch.randn_like(value) for key, value in weights.items()}
+    torch.save(dict(state_dict=weights), tmp_path / 'original.pth')
+    other = {
+        'as saved by DistributedDataParallel': dict(state_dict={f'module.{k}': v for k, v in weights.items()}),
+        'weights alone': weights | {'head.more': torch.zeros(1)},
+        'timm': dict(model=convert(weights, to='timm')),
+    }[kind]
+    torch.save(other, tmp_path / 'other.pth')
+    run_tool('test.py', config, tmp_path / 'original.pth', '--work-dir', tmp_path / 'a', '--out', tmp_path / 'a.pkl')
+    run_tool('test.py', config, tmp_path / 'other.pth', '--work-dir', tmp_path / 'b', '--out', tmp_path / 'b.pkl')
+    original = read_scores(tmp_path / 'a.pkl')
+    assert torch.equal(original, read_scores(tmp_path / 'b.pkl'))
+    assert len(set(original.argmax(1).tolist())) > 1  # predictions differ between images
+    unused = 'head.more' if kind == 'weights alone' else 'none'
+    log = ''.join(path.read_text() for path in tmp_path.glob('[ab]/*/*.log'))
+    assert f'weights are those of {tmp_path}/other.pth; as initialised: none; not used: {unused}.' in log

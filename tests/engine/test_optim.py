@@ -1,15 +1,18 @@
-"""Few groups of parameters, and an optimizer shared out over processes, train as MMEngine's do."""
+"""Few groups of parameters and an optimizer shared out over processes train as MMEngine's do; bfloat16 comes close."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
-from helpers import ROOT, run_script_on_ranks
+from helpers import ROOT, build_model, masked_batch, run_script_on_ranks
 from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.engine import BFloat16OptimWrapper
+from mmmilan.errors import InputError
+from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
 
 
@@ -56,3 +59,57 @@ def test_zero(tiny_config, tmp_path, processes):
     assert set(actual['optimizer']['state']) == set(states)
     for i, state in states.items():
         torch.testing.assert_close(actual['optimizer']['state'][i]['exp_avg'], state['exp_avg'], rtol=1e-4, atol=1e-7)
+
+
+# -- bfloat16
+
+
+def train(cfg: dict, wrapper: type[OptimWrapper], steps: int) -> tuple[list[float], MILAN]:
+    """Losses of ``steps`` steps on one batch, and the trained model."""
+    model = build_model(cfg)
+    wrapper = wrapper(torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95)))
+    images, samples = masked_batch(16)
+    data = dict(inputs=images, data_samples=samples)
+    return [model.train_step(data, wrapper)['loss'].item() for _ in range(steps)], model
+
+
+def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg, bfloat16):
+    expected, _ = train(milan_cfg, OptimWrapper, steps=40)
+    losses, model = train(milan_cfg, BFloat16OptimWrapper, steps=40)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert losses != expected  # the precision has an effect
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 0.01
+
+
+def test_student_and_teacher_compute_in_bfloat16(milan_cfg, bfloat16):
+    model = build_model(milan_cfg)
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
+    seen = {}
+    for name in ('backbone.layers.0.attn.qkv', 'neck.decoder_blocks.0.attn.kv'):
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: seen.update({name: out.dtype}))
+    teacher = model.head.teacher.visual.transformer.resblocks[0].mlp.c_fc
+    teacher.register_forward_hook(lambda module, args, output: seen.update(teacher=output.dtype))
+    images, samples = masked_batch(2)
+    with wrapper.optim_context(model):
+        loss = model.loss(images, samples)['loss']
+    assert len(seen) == 3 and set(seen.values()) == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+
+
+def test_float32_where_bfloat16_is_emulated(milan_cfg, monkeypatch, log):
+    monkeypatch.setattr('mmmilan.engine.optim.computes_in_bfloat16', lambda device: False)
+    expected, _ = train(milan_cfg, OptimWrapper, steps=2)
+    losses, _ = train(milan_cfg, BFloat16OptimWrapper, steps=2)
+    assert losses == expected
+    assert 'This processor has no bfloat16 arithmetic' in log.text
+
+
+def test_a_gpu_that_emulates_bfloat16_is_refused(milan_cfg, monkeypatch):
+    model = build_model(milan_cfg)
+    monkeypatch.setattr('mmmilan.engine.optim.get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla V100-SXM2-32GB')
+    emulated = dict(including_emulation=True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: kwargs == emulated or not kwargs)
+    with pytest.raises(InputError, match='Tesla V100-SXM2-32GB has no bfloat16 arithmetic; train in float16'):
+        BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))

@@ -1,4 +1,4 @@
-"""What tools/publish_model.py writes, read back: it is true, and other libraries see the images that we see."""
+"""tools/publish_model.py: its files are true, and other libraries prepare images and compute features as we do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 CONFIGS = {
     'milan': find_model(PRETRAINED).config,
     'class-token': find_model(FINE_TUNED).config,
-    'mean-token-whole': find_model(FINE_TUNED).config,  # evaluated as at 384 pixels: the whole short side
+    'mean-token-whole': find_model(FINE_TUNED).config,  # evaluated on the whole short side, as at 384 pixels
     'maskclip': ROOT / 'configs/maskclip/maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py',
 }
 SMALL = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
@@ -40,7 +40,7 @@ SHAPES = ((300, 200), (200, 300), (200, 500))  # width, height
 
 @pytest.fixture
 def trained(tmp_path):
-    """Config and checkpoint of a small model, as training leaves them."""
+    """Writes config and checkpoint of a small model as training leaves them."""
 
     def write(kind: str, data_root: str | None = None, rectangle: bool = False) -> tuple[Path, Path]:
         config = Config.fromfile(CONFIGS[kind])
@@ -84,7 +84,7 @@ def trained(tmp_path):
 
 @pytest.fixture
 def images(tmp_path) -> list[str]:
-    """Smooth images, none of them square."""
+    """Smooth images that are not square."""
     paths = []
     for i, size in enumerate(SHAPES):
         pixels = np.random.default_rng(i).integers(0, 255, (5, 7, 3), dtype=np.uint8)
@@ -109,7 +109,7 @@ def snippets(card: str) -> str:
 
 
 def test_encoder(run_tool, trained, tmp_path, images):
-    """MILAN on ImageNet: what the files hold, and their hashes."""
+    """MILAN on ImageNet: content and hashes of the files."""
     seen = publish(run_tool, trained, tmp_path, 'milan', '--url', 'https://example.com/')
     sha256 = hashlib.sha256(seen.path.read_bytes()).hexdigest()
     assert seen.path.stem == f'milan-{sha256[:8]}'
@@ -124,7 +124,7 @@ def test_encoder(run_tool, trained, tmp_path, images):
     metadata = {'Parameters': parameters, 'SHA256': sha256, 'Epochs': 3, 'Training Data': 'ImageNet-1k'}
     assert seen.entry['Metadata'] == metadata and seen.entry['In Collection'] == 'MILAN'
     assert seen.entry['Weights'] == f'https://example.com/{seen.path.name}' and seen.entry['Results'] is None
-    assert seen.entry['Config'] == f'{seen.path.stem}.py'  # not a config of the zoo
+    assert seen.entry['Config'] == f'{seen.path.stem}.py'  # not the name of a config in the zoo
     assert modelindex.load(str(seen.path.with_suffix('.yml'))).models[0].name == 'milan'
     assert 'Pretrained by MILAN: [MILAN: Masked Image' in seen.card and 'Training data: ImageNet-1k.' in seen.card
     assert sha256 in seen.card and f'{parameters:,} parameters' in seen.card
@@ -134,7 +134,7 @@ def test_encoder(run_tool, trained, tmp_path, images):
         'tags': ['milan'],
         'datasets': ['imagenet-1k'],
     }
-    # the snippet works where the files are, and nothing in them names this machine
+    # the card's snippet works in the folder of the files, and no file names a folder of this machine
     values = dict(__name__='snippet')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(seen.path.parent)
@@ -144,7 +144,7 @@ def test_encoder(run_tool, trained, tmp_path, images):
     assert torch.equal(ours, mmmilan.FeatureExtractor(tmp_path / 'milan.py', tmp_path / 'milan.pth')(images))
     assert_same_features(ours, seen.hub, images, 'AutoModel')
 
-    before = {path.name: path.read_bytes() for path in seen.path.parent.iterdir()}  # the same weights, the same files
+    before = {path.name: path.read_bytes() for path in seen.path.parent.iterdir()}  # publishing again changes nothing
     run_tool('publish_model.py', tmp_path / 'milan.py', tmp_path / 'milan.pth', tmp_path / 'again')
     again = {path.name: path.read_bytes() for path in (tmp_path / 'again').iterdir()}
     assert again.keys() == before.keys()
@@ -153,7 +153,7 @@ def test_encoder(run_tool, trained, tmp_path, images):
 
 @torch.no_grad()
 def test_classifier_of_own_data(run_tool, trained, tmp_path, images):
-    """It is no feature extractor, has its class names, and was not trained on ImageNet."""
+    """The card calls it a classifier with its class names, and does not claim training on ImageNet."""
     options = ('--metric', 'Top 1=81.5', '--dataset', 'Newts')
     seen = publish(run_tool, trained, tmp_path, 'class-token', *options, data_root='/data/newts/train')
     assert seen.header == {'library_name': 'timm', 'pipeline_tag': 'image-classification', 'tags': ['milan']}
@@ -171,7 +171,7 @@ def test_classifier_of_own_data(run_tool, trained, tmp_path, images):
 
 @torch.no_grad()
 def test_classifier_that_sees_the_whole_short_side(run_tool, trained, tmp_path, images):
-    """As at 384 pixels: no border is cut off. Transformers has no place for the mean token."""
+    """No border is cut off, as at 384 pixels. Transformers has no place for the mean token."""
     seen = publish(run_tool, trained, tmp_path, 'mean-token-whole', '--training-data', 'Newts', '--name', 'newt')
     assert seen.entry['Name'] == 'newt' and seen.entry['Metadata']['Training Data'] == 'Newts'
     assert 'datasets' not in seen.header and 'transformers' not in seen.hub_card
@@ -194,7 +194,7 @@ def test_rectangular_encoder(run_tool, trained, tmp_path, images):
 @torch.no_grad()
 @pytest.mark.parametrize('rectangle', [False, True], ids=['square', 'rectangle'])
 def test_image_text_model(run_tool, trained, tmp_path, images, rectangle):
-    """MaskCLIP: its own paper and data, and open_clip sees what we see."""
+    """MaskCLIP: the card names its paper and data, and open_clip gives the same embeddings."""
     import open_clip
 
     seen = publish(run_tool, trained, tmp_path, 'maskclip', rectangle=rectangle)
@@ -218,7 +218,7 @@ def test_image_text_model(run_tool, trained, tmp_path, images, rectangle):
 def assert_same_features(
     ours: torch.Tensor, hub: Path, paths: list[str], auto: str | None, softmax: bool = False
 ) -> torch.nn.Module:
-    """timm and transformers, each with its own transforms, against ours."""
+    """timm, and transformers by its class ``auto``, give ``ours``, each with its own transforms. Returns timm's."""
     import timm
     import transformers
 
@@ -240,7 +240,7 @@ def assert_same_features(
 
 
 def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of each image the same, but for a thousandth of what two images differ by."""
+    """Errors are below a thousandth of the smallest distance between two images."""
     assert (actual - expected).norm(dim=1).max() < 1e-3 * torch.pdist(expected).min()
 
 
@@ -255,7 +255,7 @@ def test_timms_crop_gives_the_same_short_side(resize, size):
     assert int(size / settings['crop_pct']) == resize
 
 
-def test_pipeline_that_other_libraries_cannot_be_told(trained):
+def test_pipelines_that_other_libraries_cannot_express(trained):
     config, _ = trained('milan')
     model = mmmilan.get_model(config)
     pipeline = model._config.test_dataloader.dataset.pipeline
@@ -272,7 +272,7 @@ def test_pipeline_that_other_libraries_cannot_be_told(trained):
         read_preprocessing(model._config, model)
 
 
-def test_crops_that_other_libraries_cannot_be_told():
+def test_crops_that_other_libraries_cannot_express():
     with pytest.raises(InputError, match='timm cannot be told to resize the short side and crop 32 x 48 pixels; give'):
         Preprocessing(64, (32, 48), 'bicubic', MEAN, STD).timm()
     with pytest.raises(InputError, match='open_clip cannot be told to resize the short side and crop 32 x 48 pixels'):

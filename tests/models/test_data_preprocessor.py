@@ -1,4 +1,4 @@
-"""What the preprocessors give is what mmpretrain's give."""
+"""The data preprocessors give the same as mmpretrain's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompting decoder: what it saves over the vanilla one, and its equation."""
+"""The decoders: FLOPs, the paper's equation 2, and the options of the prompting decoder."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def count_flops(decoder: str) -> int:
     """FLOPs of one image in the published sizes: 196 patches, 49 of them visible, 8 blocks of width 512."""
     decoder = MODELS.build(dict(type=f'mmmilan.{decoder}'))
     order = torch.randperm(196)[None]
-    # the fused kernels of attention are not among those that the counter knows; the plain one is two products
+    # the counter does not know the fused kernels of attention; the plain one is two matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         decoder(torch.randn(1, 50, 768), order[:, :49], order[:, 49:])
     return counter.get_total_flops()
 
 
 def expected_flops(queries: int, keys: int) -> int:
-    """The same from the sizes; a multiplication and an addition are two."""
+    """FLOPs from the sizes; a multiplication with an addition counts as two."""
     width, tokens = 512, 197
-    linear = 2 * queries + 2 * keys + 8 * queries  # in width², query, output, key, value, feed-forward network
+    linear = 2 * queries + 2 * keys + 8 * queries  # in width²: query, output; key, value; feed-forward network
     block = linear * width**2 + 2 * queries * keys * width
     return 2 * (8 * block + 50 * 768 * width + tokens * width * 512)
 
@@ -43,7 +43,6 @@ def test_prompting_saves_a_fifth_of_the_computation():
     assert vanilla == expected_flops(queries=197, keys=197)
     assert prompting == expected_flops(queries=147, keys=197)
     saved = 1 - prompting / vanilla
-    print(f'PromptingDecoder {prompting / 1e9:.3f} GFLOPs, MAEDecoder {vanilla / 1e9:.3f}: {saved:.1%} less')
     assert 0.18 < saved < 0.24
 
 
@@ -74,7 +73,7 @@ def test_unprojected_prompts_are_equation_2():
     prompts = torch.randn(2, 4, 12, dtype=torch.float64)
     expected = equation_2(attention, x, prompts)
     assert torch.allclose(attention(x, prompts), expected, rtol=1e-10, atol=1e-12)
-    attention.project_prompts = True  # the published code is another function
+    attention.project_prompts = True  # the published code computes another function
     assert (attention(x, prompts) - expected).norm() > 0.1 * expected.norm()
 
 
@@ -94,7 +93,7 @@ def test_decoder_with_unprojected_prompts():
 @pytest.mark.parametrize('decoder', ['PromptingDecoder', 'MAEDecoder'])
 @torch.no_grad()
 def test_order_of_patches_does_not_matter(decoder):
-    """Nothing is un-shuffled inside a decoder: the predictions follow the indices."""
+    """Predictions follow the indices: a decoder does not restore the order of patches."""
     decoder = MODELS.build(dict(type=f'mmmilan.{decoder}', num_patches=16, embed_dim=24, decoder_num_heads=4))
     decoder.init_weights()
     latent, order = torch.randn(2, 5, 24), torch.stack([torch.randperm(16) for _ in range(2)])
@@ -109,7 +108,7 @@ def test_order_of_patches_does_not_matter(decoder):
 
 @torch.no_grad()
 def test_prompts_are_not_updated():
-    """What is predicted for visible patches is the norm and projection of the prompts themselves."""
+    """Predictions for visible patches are norm and projection of the prompts themselves."""
     decoder = MODELS.build(dict(type='mmmilan.PromptingDecoder', num_patches=16, embed_dim=24, decoder_num_heads=4))
     decoder.init_weights()
     latent, order = torch.randn(2, 5, 24), torch.randperm(16).expand(2, -1)
@@ -126,7 +125,7 @@ def test_patches_that_are_no_square():
         MODELS.build(dict(type='mmmilan.PromptingDecoder', num_patches=195))
 
 
-# -- prompts only, and a part of the masked patches
+# -- attention to prompts only, prediction of a part of the masked patches
 
 
 def prompts_only(**options: object) -> PromptingDecoder:
@@ -137,7 +136,7 @@ def prompts_only(**options: object) -> PromptingDecoder:
 
 
 class FixedTeacher(nn.Module):
-    """Stands for a teacher where only its width is asked for."""
+    """Stands for a teacher of which only the width matters."""
 
     feature_dim = 6
 
@@ -195,7 +194,7 @@ def test_loss_of_a_random_part_is_unbiased():
         assert torch.allclose(torch.stack(drawn).mean(0), expected, rtol=1e-5, atol=1e-7)  # losses are float32
 
 
-def test_the_part_is_drawn_evenly_in_training_only():
+def test_predicted_patches_are_drawn_evenly_and_only_in_training():
     decoder = prompts_only(self_attention=False, predict_ratio=1 / 3)
     masked = torch.arange(100, 112).expand(3000, -1)
     drawn = decoder.train().sample(masked)
@@ -205,8 +204,8 @@ def test_the_part_is_drawn_evenly_in_training_only():
     assert torch.equal(decoder.eval().sample(masked), masked)
 
 
-def test_what_a_part_saves():
-    """A third of 147 masked patches, prompts only, against all of them: what the sizes say."""
+def test_predicting_a_third_saves_computation():
+    """FLOPs of a third of the 147 masked patches with attention to prompts only, from the sizes."""
     decoder = MODELS.build(dict(type='mmmilan.PromptingDecoder', self_attention=False, predict_ratio=1 / 3))
     order = torch.randperm(196)[None]
     masked = decoder.sample(order[:, 49:])
@@ -218,7 +217,7 @@ def test_what_a_part_saves():
     assert counter.get_total_flops() == expected < 0.4 * count_flops('PromptingDecoder')
 
 
-def test_options_that_do_not_work(log):
+def test_refused_options(log):
     for ratio in (0, 1.5):
         with pytest.raises(InputError, match=f'predict_ratio={ratio} is out of range; choose 0 < predict_ratio <= 1'):
             prompts_only(self_attention=False, predict_ratio=ratio)

@@ -1,4 +1,4 @@
-"""DenseViT against what the encoders of hustvl/MIMDet and implus/mae_segmentation computed (tests/data/README.md)."""
+"""DenseViT against recorded results of hustvl/MIMDet and implus/mae_segmentation (tests/data/README.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIGS = dict(
     mae_segmentation='segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py',
 )
 PATCH = 'patch_embed.proj.weight'
-# new layers, by their names in the two repositories
+# New layers: their names in the two repositories, and ours.
 NAMES = {
     'ms_adaptor.': 'scales.',
     'fpn1.': 'scales.0.',
@@ -36,17 +36,17 @@ NAMES = {
 
 
 def our_weights(key: str, value: Tensor) -> dict[str, Tensor]:
-    """One weight of theirs under its name, and in its shape, here."""
+    """One of their weights under our name and in our shape."""
     if any(part in key for part in ('ms_adaptor', 'fpn', 'rel_pos', 'gamma_', 'relative_position')):
         for theirs, ours in NAMES.items():
             key = key.replace(theirs, ours)
         if 'rel_pos' not in key:
             return {key: value}
-        # one row a difference of positions; after these three of the class token, if there is one
+        # one row for each difference of positions, then three rows of the class token if the model has one
         side = int(len(value) ** 0.5)
         table, of_class = value[: side**2].T.unflatten(1, (side, side)), value[side**2 :].T
         return {key: table} | ({key.replace('table', 'cls'): of_class} if of_class.numel() else {})
-    converted = convert({PATCH: torch.zeros(1), key: value}, to='mmmilan')  # which recognises a ViT by its first layer
+    converted = convert({PATCH: torch.zeros(1), key: value}, to='mmmilan')  # it recognises a ViT by its first layer
     return {name.removeprefix('backbone.'): weight for name, weight in converted.items() if weight is value}
 
 
@@ -58,7 +58,7 @@ def recorded(request):
 
 
 def build(recorded: dict) -> DenseViT:
-    """The encoder of this project's config, in the sizes of the record."""
+    """The encoder of our config in the sizes of the record."""
     cfg = Config.fromfile(ROOT / 'configs' / recorded['config_file'])
     init_default_scope(cfg.default_scope)
     sizes = recorded['config']
@@ -68,7 +68,7 @@ def build(recorded: dict) -> DenseViT:
         num_heads=sizes['num_heads'],
         feedforward_channels=4 * sizes['embed_dim'],
     )
-    blocks = tuple(range(sizes['depth']))  # of four blocks, each is the last of its quarter
+    blocks = tuple(range(sizes['depth']))  # four blocks: each is the last of its quarter
     cfg.model.backbone.update(arch=arch, img_size=sizes['img_size'], patch_size=sizes['patch_size'], init_cfg=None)
     cfg.model.backbone.update(out_indices=blocks)
     if 'window' in sizes:
@@ -77,7 +77,7 @@ def build(recorded: dict) -> DenseViT:
 
 
 def load(model: DenseViT, recorded: dict) -> dict[str, list[str]]:
-    """Fill the model; our names of each of their weights."""
+    """Load their weights into the model; returns our names of each of their weights."""
     names, weights = {}, {}
     for key, value in recorded.items():
         if key.startswith('weight/'):
@@ -105,15 +105,15 @@ def test_maps_and_gradient_norms(recorded):
     norms = {key[10:]: value for key, value in recorded.items() if key.startswith('grad_norm/')}
     for key, norm in norms.items():
         result = torch.cat([gradients.pop(name).flatten() for name in names[key]]).double().norm()
-        if key == 'fpn1.0.bias':  # a BatchNorm follows: no gradient but for rounding
+        if key == 'fpn1.0.bias':  # a BatchNorm follows: its gradient is rounding error
             assert norm < 1e-6 and result < 1e-6
         else:
             assert abs(result - norm) < 1e-5 * norm, key
     assert not gradients
 
 
-def test_first_positions():
-    """MIMDet's table is not that of the checkpoint; it is recorded as it starts."""
+def test_initial_positions():
+    """MIMDet does not take the positions of the checkpoint; the record has its initial ones."""
     with np.load(ROOT / 'tests/data/mimdet_tiny.npz') as file:
         expected = torch.from_numpy(file['weight/pos_embed'])
         model = build(dict(config=json.loads(str(file['config'])), config_file=CONFIGS['mimdet']))

@@ -1,4 +1,4 @@
-"""DenseViT: the pretrained encoder's features, windows as in a slow loop, any image size, and both tasks."""
+"""DenseViT: the pretrained encoder's features, its positions, any image size, and both tasks."""
 
 from __future__ import annotations
 
@@ -12,35 +12,25 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
-from torch import Tensor, nn
+from torch import nn
 
-from helpers import ROOT
+from helpers import ROOT, randomise
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
-from mmmilan.models.window_attention import WindowAttention, relative_position_bias
 from mmmilan.registry import MODELS
 
 ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
 BLOCKS = (0, 1, 2, 3)
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Weights that leave no part of the model without effect: most are zero or one at first."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.eval()  # mmpretrain's returns None
-    return model
-
-
 def dense_vit(**kwargs) -> DenseViT:
-    return randomize(DenseViT(**dict(arch=ARCH, img_size=64, out_indices=BLOCKS) | kwargs))
+    return randomise(DenseViT(**dict(arch=ARCH, img_size=64, out_indices=BLOCKS) | kwargs))
 
 
 @pytest.mark.parametrize('size', [(224, 224), (160, 272), (40, 225)])
 def test_global_attention_gives_the_features_of_pretraining(size):
     """At the pretraining size and at others, where mmpretrain's own forward interpolates the positions."""
-    encoder = randomize(MILANViT(ARCH, 224, 16, out_indices=list(BLOCKS), out_type='featmap', final_norm=False))
+    encoder = randomise(MILANViT(ARCH, 224, 16, out_indices=list(BLOCKS), out_type='featmap', final_norm=False))
     dense = dense_vit(img_size=224)
     missing, unused = dense.load_state_dict(encoder.state_dict(), strict=False)
     assert {key.split('.')[0] for key in missing} == {'scales'} and not unused
@@ -52,84 +42,14 @@ def test_global_attention_gives_the_features_of_pretraining(size):
         torch.testing.assert_close(maps[2], features[2], rtol=0, atol=1e-5)
 
 
-def slow_attention(
-    attention: WindowAttention, tokens: Tensor, grid: tuple[int, int], side: int, table: Tensor, cls_bias: Tensor | None
-) -> Tensor:
-    """One image at a time, one window, one query; the padding of a window does not exist here at all."""
-    heads, width = attention.num_heads, tokens.shape[-1] // attention.num_heads
-    middle, extra = table.shape[1] // 2, 0 if cls_bias is None else 1
-    result = torch.zeros_like(tokens)
-    windows = [(i, j) for i in range(0, grid[0], side) for j in range(0, grid[1], side)]
-    for image, x in enumerate(tokens):
-        for top, left in windows:
-            rows, columns = range(top, min(top + side, grid[0])), range(left, min(left + side, grid[1]))
-            inside = [None] * extra + [(i, j) for i in rows for j in columns]  # None: the class token
-            index = [0 if at is None else extra + at[0] * grid[1] + at[1] for at in inside]
-            query, key, value = attention.qkv(x[index]).chunk(3, dim=-1)
-            for n, of_query in enumerate(inside):
-                outputs = []
-                for head in range(heads):
-                    part = slice(head * width, (head + 1) * width)
-                    scores = key[:, part] @ query[n, part] / math.sqrt(width)
-                    for m, of_key in enumerate(inside):
-                        if of_query and of_key:
-                            offset = [at - to + middle for at, to in zip(of_query, of_key, strict=True)]
-                            scores[m] += table[head, offset[0], offset[1]]
-                        else:
-                            scores[m] += cls_bias[head, 1 if of_query else 0 if of_key else 2]
-                    outputs.append(scores.softmax(dim=0) @ value[:, part])
-                share = 1 if of_query else len(windows)  # the class token is in all windows
-                result[image, index[n]] += attention.proj(torch.cat(outputs)) / share
-    return attention.gamma1(result)
-
-
-GRIDS = [(6, 6), (5, 7), (3, 4), (2, 2)]  # whole windows, cut ones, less than one
-
-
-@pytest.mark.parametrize('grid', GRIDS, ids=str)
-def test_windows_equal_a_slow_loop(grid):
-    attention = randomize(WindowAttention(24, 3, window_size=3, rel_pos_grid=(3, 3), layer_scale_init_value=0.5))
-    tokens = torch.randn(2, 1 + grid[0] * grid[1], 24)
-    with torch.no_grad():
-        expected = slow_attention(attention, tokens, grid, 3, attention.rel_pos_table, attention.rel_pos_cls)
-        torch.testing.assert_close(attention(tokens, grid), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize('grid', GRIDS, ids=str)
-def test_windows_without_class_token_equal_a_slow_loop(grid):
-    """As in MIMDet: a table that blocks share, and patches alone."""
-    attention = randomize(WindowAttention(24, 3, window_size=3, with_cls_token=False))
-    tokens, table = torch.randn(2, grid[0] * grid[1], 24), torch.randn(3, 5, 5)
-    with torch.no_grad():
-        expected = slow_attention(attention, tokens, grid, 3, table, None)
-        torch.testing.assert_close(attention(tokens, grid, table), expected, rtol=0, atol=1e-5)
-
-
-def test_global_attention_equals_a_slow_loop():
-    attention = randomize(WindowAttention(24, 3, rel_pos_grid=(4, 4)))
-    tokens = torch.randn(1, 17, 24)
-    with torch.no_grad():
-        expected = slow_attention(attention, tokens, (4, 4), 4, attention.rel_pos_table, attention.rel_pos_cls)
-        torch.testing.assert_close(attention(tokens, (4, 4)), expected, rtol=0, atol=1e-5)
-
-
-def test_windows_without_bias_ignore_padding():
-    """Without a bias the mask is one of its own; a grid within a single window is global attention."""
-    attention = randomize(WindowAttention(24, 3, window_size=5))
-    everywhere = WindowAttention(24, 3).eval()
-    everywhere.load_state_dict(attention.state_dict())
-    tokens = torch.randn(2, 1 + 3 * 4, 24)
-    torch.testing.assert_close(attention(tokens, (3, 4)), everywhere(tokens, (3, 4)), rtol=0, atol=1e-5)
-
-
-def test_global_blocks_are_those_named():
+def test_named_blocks_attend_globally():
     model = dense_vit(window_size=2, global_indices=(1, 3), rel_pos_bias=True)
     assert [layer.attn.window_size for layer in model.layers] == [2, 0, 2, 0]
     assert [tuple(layer.attn.rel_pos_table.shape) for layer in model.layers] == [(3, 3, 3), (3, 7, 7)] * 2
 
 
-def test_blocks_share_a_table_of_their_kind():
-    """Two tables in all; each gets the gradients of its own blocks."""
+def test_blocks_of_a_kind_share_a_table():
+    """Two tables in all: one for windows, one for global blocks. Each has gradients and an effect."""
     model = dense_vit(window_size=2, global_indices=(1, 3), rel_pos_bias='shared', with_cls_token=False)
     shapes = {name: tuple(table.shape) for name, table in model.rel_pos_shared.items()}
     assert shapes == dict(windows=(3, 3, 3), **{'global': (3, 7, 7)})
@@ -145,27 +65,9 @@ def test_blocks_share_a_table_of_their_kind():
             last = model(images)[-1]
 
 
-def test_relative_positions_at_other_sizes():
-    def bias_of(rows: int, columns: int) -> Tensor:
-        bias = relative_position_bias(table, (rows, columns), torch.float32)
-        return bias.unflatten(1, (rows, columns)).unflatten(3, (rows, columns))
-
-    table = torch.randn(3, 7, 7)
-    bias = bias_of(4, 4)
-    assert torch.equal(bias[:, 3, 0, 0, 3], table[:, 6, 0])  # the size that it was made for: unchanged
-    assert torch.equal(bias[:, 0, 1, 2, 0], table[:, 1, 4])
-    bias = bias_of(6, 3)
-    torch.testing.assert_close(bias[:, 2, 1, 2, 1], table[:, 3, 3])  # no offset stays no offset
-    torch.testing.assert_close(bias[:, 5, 2, 3, 1], bias[:, 2, 1, 0, 0])  # nothing but the offset counts
-    table = torch.arange(7.0)[:, None].expand(3, 7, 7)  # a slope over the rows
-    bias = bias_of(6, 6)[0]
-    assert (bias[1:, 0, 0, 0] > bias[:-1, 0, 0, 0]).all()
-    torch.testing.assert_close(bias[3, 0, 0, 5], bias[3, 0, 0, 0])
-
-
-def test_positions_of_its_own(tmp_path):
-    """Without a class token, the checkpoint's positions are interpolated; with ``sincos_pos_embed`` they are new."""
-    encoder = randomize(MILANViT(ARCH, 64, 16))
+def test_start_of_the_position_embedding(tmp_path):
+    """It is interpolated from the checkpoint's; with ``sincos_pos_embed`` it starts anew as sine and cosine."""
+    encoder = randomise(MILANViT(ARCH, 64, 16))
     torch.save(encoder.state_dict(), tmp_path / 'vit.pth')
     positions = {}
     for sincos in (False, True):
@@ -187,7 +89,7 @@ def test_positions_of_its_own(tmp_path):
     assert torch.equal(rows[:, 0], rows[:, 5])  # the first half does not depend on the column
 
 
-def test_first_positions_of_a_grid_that_is_no_square():
+def test_sine_and_cosine_positions_of_a_rectangular_grid():
     model = DenseViT(ARCH, img_size=(64, 96), out_indices=BLOCKS, sincos_pos_embed=True)
     model.init_weights()
     positions = model.pos_embed.detach()[0, 1:].unflatten(0, (4, 6))
@@ -200,7 +102,7 @@ def test_first_positions_of_a_grid_that_is_no_square():
 @pytest.mark.parametrize('options', [dict(rel_pos_bias=True), dict(rel_pos_bias='shared', with_cls_token=False)])
 @pytest.mark.parametrize('size', [(1, 1), (17, 100), (33, 15), (75, 130)])
 def test_any_image_size(size, options):
-    """Images that are no multiple of the patch, and grids that are none of the window or smaller than it."""
+    """Images whose sides are no multiple of the patch; grids that no window divides, or smaller than a window."""
     model = dense_vit(window_size=3, global_indices=(3,), **options)
     rows, columns = (math.ceil(side / 16) for side in size)
     images = torch.randn(2, 3, *size)
@@ -211,7 +113,7 @@ def test_any_image_size(size, options):
     padded = model(F.pad(images, (0, columns * 16 - size[1], 0, rows * 16 - size[0])))
     for result, expected in zip(maps, padded, strict=True):
         assert torch.equal(result, expected)
-    alone = model(images[1:])  # no image sees another one
+    alone = model(images[1:])  # images do not affect each other
     torch.testing.assert_close(maps[0][1:], alone[0], rtol=0, atol=1e-4)
     sum(each.square().mean() for each in maps).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
@@ -246,7 +148,7 @@ def test_stochastic_depth_rises():
         (dict(rel_pos_bias='shared'), 'set with_cls_token=False'),
     ],
 )
-def test_wrong_blocks(arguments, message):
+def test_refused_options(arguments, message):
     with pytest.raises(InputError, match=message):
         dense_vit(**arguments)
 

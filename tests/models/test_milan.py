@@ -1,4 +1,4 @@
-"""The algorithm as a model of MMEngine: what it holds, what it gives, and how it trains."""
+"""MILAN: its state dict, its losses and predictions, several masks of an image, and training on ranks."""
 
 from __future__ import annotations
 
@@ -10,49 +10,28 @@ import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from helpers import assert_close, gradients, run_group
-from mmmilan.engine import BFloat16OptimWrapper, NonFiniteLossHook
+from helpers import assert_close, build_model, gradients, masked_batch, run_group
+from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.masking import Masking
-from mmmilan.models import MILAN
-from mmmilan.registry import MODELS
-
-
-def build(cfg: dict) -> MILAN:
-    """A MILAN with initialised weights."""
-    torch.manual_seed(0)
-    model = MODELS.build(cfg)
-    model.init_weights()
-    return model
-
-
-def batch(size: int) -> tuple[Tensor, list[DataSample]]:
-    """Fixed images [size, 3, 64, 64] with a mask of 4 visible patches each."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(size, 3, 64, 64, generator=generator)
-    order = torch.rand(size, 16, generator=generator).argsort(1)
-    mask = torch.ones(size, 16, dtype=torch.bool).scatter_(1, order[:, :4], False)
-    return images, [DataSample().set_mask(each) for each in mask]
-
 
 # -- the teacher
 
 
 def test_teacher_is_in_no_checkpoint(milan_cfg):
-    model = build(milan_cfg)
+    model = build_model(milan_cfg)
     assert {key.split('.')[0] for key in model.state_dict()} == {'backbone', 'neck'}
     assert {name.split('.')[0] for name, _ in model.named_parameters()} == {'backbone', 'neck'}
     assert sum(p.numel() for p in model.head.teacher.parameters()) > 0
 
 
 def test_teacher_stays_in_eval_mode_without_gradients(milan_cfg):
-    model = build(milan_cfg)
+    model = build_model(milan_cfg)
     model.train()
     assert model.backbone.training and not any(module.training for module in model.head.teacher.modules())
-    images, samples = batch(2)
+    images, samples = masked_batch(2)
     model.requires_grad_(True)
     model.loss(images, samples)['loss'].backward()
     assert not any(p.requires_grad or p.grad is not None for p in model.head.teacher.parameters())
@@ -60,22 +39,22 @@ def test_teacher_stays_in_eval_mode_without_gradients(milan_cfg):
 
 
 def test_teacher_moves_with_the_model(milan_cfg):
-    model = build(milan_cfg)
+    model = build_model(milan_cfg)
     model.to(torch.float64)
     assert {p.dtype for p in model.head.teacher.parameters()} == {torch.float64}
-    images, samples = batch(2)
+    images, samples = masked_batch(2)
     assert model.head.run_teacher(images.double())[0].dtype == torch.float64
     assert torch.isfinite(model.loss(images.double(), samples)['loss'])
     model.to('meta')
     assert {p.device.type for p in model.head.teacher.parameters()} == {'meta'}
 
 
-# -- what it gives
+# -- losses and predictions
 
 
-def test_predict_gives_what_a_figure_needs(milan_cfg):
-    model = build(milan_cfg)
-    images, samples = batch(4)
+def test_predict_gives_mask_importance_and_losses(milan_cfg):
+    model = build_model(milan_cfg)
+    images, samples = masked_batch(4)
     masks = torch.stack([sample.mask for sample in samples])
     predicted = model(images, samples, mode='predict')
     patch_loss = torch.stack([sample.patch_loss for sample in predicted])
@@ -102,32 +81,32 @@ def test_predict_without_data_samples_or_teacher(milan_cfg):
     milan_cfg['masking'] = dict(type='mmmilan.RandomMasking', mask_ratio=0.5)
     milan_cfg['neck']['predict_feature_dim'] = 768
     milan_cfg['head'] = dict(type='mmmilan.PixelTarget')
-    model = build(milan_cfg)
-    predicted = model.predict(batch(3)[0])
+    model = build_model(milan_cfg)
+    predicted = model.predict(masked_batch(3)[0])
     assert [int((~sample.mask).sum()) for sample in predicted] == [8] * 3
     assert all('importance' not in sample for sample in predicted)
 
 
 def test_extract_feat_sees_whole_images(milan_cfg):
     milan_cfg['backbone']['out_type'] = 'raw'
-    model = build(milan_cfg)
-    images, _ = batch(2)
+    model = build_model(milan_cfg)
+    images, _ = masked_batch(2)
     assert model(images)[0].shape == (2, 17, 48)
 
 
 def test_class_token_counts_as_in_the_published_code(milan_cfg):
     """cls_token=False leaves the loss to the patches, as the paper writes it."""
-    images, samples = batch(4)
-    patch_loss = [sample.patch_loss for sample in build(milan_cfg).predict(images, [s.clone() for s in samples])]
+    images, samples = masked_batch(4)
+    patch_loss = [sample.patch_loss for sample in build_model(milan_cfg).predict(images, [s.clone() for s in samples])]
     milan_cfg['head']['cls_token'] = False
-    loss = build(milan_cfg).loss(images, samples)['loss']
+    loss = build_model(milan_cfg).loss(images, samples)['loss']
     assert torch.allclose(loss, torch.stack(patch_loss).mean(), atol=1e-6)
 
 
 def test_distillation_counts_visible_patches_only(milan_cfg):
     milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
-    model = build(milan_cfg)
-    images, samples = batch(4)
+    model = build_model(milan_cfg)
+    images, samples = masked_batch(4)
     predicted = model.predict(images, [sample.clone() for sample in samples])
     for sample in predicted:
         assert torch.equal(sample.patch_loss.isnan(), sample.mask)
@@ -146,14 +125,14 @@ def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
     """Semantic-aware masking with a pixel target (table 5, row 5): teacher for the draw, pixels for the loss."""
     milan_cfg['neck']['predict_feature_dim'] = 768
     milan_cfg['head'] |= dict(type='mmmilan.PixelTarget', norm_pix=norm_pix)
-    model = build(milan_cfg)
-    images, samples = batch(4)
+    model = build_model(milan_cfg)
+    images, samples = masked_batch(4)
     result = model.reconstruct(images, model.supplied_patches(samples))
     assert result.importance is not None
     assert torch.allclose(result.view_loss, result.token_loss[:, 5:].mean(1), atol=1e-6)
     assert (result.view_loss - result.token_loss.mean(1)).abs().max() > 1e-3
 
-    b, patch = 2, int(samples[2].mask.nonzero()[3])  # one patch by hand, rows, columns, channels
+    b, patch = 2, int(samples[2].mask.nonzero()[3])  # one patch by hand: rows, columns, channels
     row, column = divmod(patch, 4)
     pixels = images[b, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].permute(1, 2, 0).flatten()
     if norm_pix:
@@ -168,7 +147,7 @@ def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
 
 
 class Listed(Masking):
-    """Masking that gives what it is given."""
+    """Masking with given masks."""
 
     def __init__(self, masks: Tensor) -> None:
         super().__init__()
@@ -184,14 +163,14 @@ class Listed(Masking):
 
 @pytest.mark.parametrize('neck', ['PromptingDecoder', 'LinearProjection'])
 def test_masks_of_an_image_are_as_many_copies_of_it(milan_cfg, neck):
-    """Loss and gradients of K masks an image are those of a batch with each image K times; the teacher sees it once."""
+    """K masks of an image give the gradients of a batch with K copies of it; the teacher sees it once."""
     if neck == 'LinearProjection':
         milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
-    images, samples = batch(6)
-    copied = build(milan_cfg)
+    images, samples = masked_batch(6)
+    copied = build_model(milan_cfg)
     copied.loss(images[:2].repeat_interleave(3, dim=0), samples)['loss'].backward()
 
-    model = build(milan_cfg | dict(masks_per_image=3))
+    model = build_model(milan_cfg | dict(masks_per_image=3))
     model.masking = Listed(torch.stack([sample.mask for sample in samples]))
     seen = []
     model.head.teacher.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
@@ -201,8 +180,8 @@ def test_masks_of_an_image_are_as_many_copies_of_it(milan_cfg, neck):
 
 
 def test_masks_of_an_image_differ_and_follow_its_importance(milan_cfg):
-    model = build(milan_cfg | dict(masks_per_image=4))
-    images, _ = batch(3)
+    model = build_model(milan_cfg | dict(masks_per_image=4))
+    images, _ = masked_batch(3)
     importance = torch.zeros(3, 16)
     for i in range(3):
         importance[i, 5 * i : 5 * i + 5] = 1  # four of these five are visible
@@ -213,29 +192,29 @@ def test_masks_of_an_image_differ_and_follow_its_importance(milan_cfg):
 
 
 def test_a_figure_has_one_mask(milan_cfg):
-    model = build(milan_cfg | dict(masks_per_image=3)).eval()
-    images, samples = batch(2)
-    expected = build(milan_cfg).eval().predict(images, [sample.clone() for sample in samples])
+    model = build_model(milan_cfg | dict(masks_per_image=3)).eval()
+    images, samples = masked_batch(2)
+    expected = build_model(milan_cfg).eval().predict(images, [sample.clone() for sample in samples])
     for sample, wanted in zip(model.predict(images, samples), expected, strict=True):
         assert torch.equal(sample.patch_loss, wanted.patch_loss)
 
 
-def test_masks_per_image_that_do_not_work(milan_cfg):
+def test_refused_masks_per_image(milan_cfg):
     with pytest.raises(InputError, match='masks_per_image=0 leaves nothing to learn from; choose 1 or more'):
-        build(milan_cfg | dict(masks_per_image=0))
+        build_model(milan_cfg | dict(masks_per_image=0))
     with pytest.raises(InputError, match='one mask an image and model.masks_per_image=2; set that to 1'):
-        build(milan_cfg | dict(masks_per_image=2)).loss(*batch(2))
+        build_model(milan_cfg | dict(masks_per_image=2)).loss(*masked_batch(2))
 
 
-# -- how it trains
+# -- training
 
 
 def distributed_step(folder: str, cfg: dict) -> None:
-    """The gradients of a process's half of the batch, averaged by DDP; then a loss that is bad in one process."""
-    images, samples = batch(8)
+    """One rank's loss of its half of the batch and gradients averaged by DDP; then a loss that is NaN on one rank."""
+    images, samples = masked_batch(8)
     rank = dist.get_rank()
     half = slice(4 * rank, 4 * rank + 4)
-    model = MMDistributedDataParallel(build(cfg))
+    model = MMDistributedDataParallel(build_model(cfg))
     loss = model(images[half], samples[half], mode='loss')['loss']
     loss.backward()
     state = dict(loss=loss.detach(), gradients=gradients(model.module))
@@ -247,27 +226,27 @@ def distributed_step(folder: str, cfg: dict) -> None:
     torch.save(state, Path(folder, f'rank{rank}.pth'))
 
 
-def test_two_processes_are_one_with_the_same_batch(milan_cfg, tmp_path):
+def test_two_ranks_equal_one_process_with_the_whole_batch(milan_cfg, tmp_path):
     run_group(distributed_step, str(tmp_path), milan_cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))
-    model = build(milan_cfg)
-    loss = model.loss(*batch(8))['loss']
+    model = build_model(milan_cfg)
+    loss = model.loss(*masked_batch(8))['loss']
     loss.backward()
     assert torch.allclose((first['loss'] + second['loss']) / 2, loss, rtol=1e-5, atol=0)
     assert first['loss'] != second['loss']
     assert_close(first['gradients'], gradients(model))
     assert_close(second['gradients'], first['gradients'], bound=0)
-    # DDP has spread the bad gradients of one process to both, so both stop
+    # DDP spreads the bad gradients of one rank to both, so both stop
     assert first['stopped'] == second['stopped']
     assert first['stopped'].startswith('The loss is nan at iteration 5 (epoch 1)')
 
 
 def test_accumulated_gradients_are_one_large_batch(milan_cfg):
-    """SGD, whose step is in proportion to the gradient."""
-    images, samples = batch(8)
+    """With SGD, a step is proportional to the gradient."""
+    images, samples = masked_batch(8)
     weights = []
     for parts in (1, 2, 4):
-        model = build(milan_cfg)
+        model = build_model(milan_cfg)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         wrapper = OptimWrapper(optimizer, accumulative_counts=parts)
         wrapper.initialize_count_status(model, 0, parts)
@@ -278,54 +257,3 @@ def test_accumulated_gradients_are_one_large_batch(milan_cfg):
         weights.append({name: model.get_parameter(name).detach() - value for name, value in before.items()})
     assert_close(weights[1], weights[0], bound=1e-5)
     assert_close(weights[2], weights[0], bound=1e-5)
-
-
-def train(cfg: dict, wrapper: type[OptimWrapper], steps: int) -> tuple[list[float], MILAN]:
-    """Losses of some steps on one batch."""
-    model = build(cfg)
-    wrapper = wrapper(torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95)))
-    images, samples = batch(16)
-    data = dict(inputs=images, data_samples=samples)
-    return [model.train_step(data, wrapper)['loss'].item() for _ in range(steps)], model
-
-
-def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg, bfloat16):
-    expected, _ = train(milan_cfg, OptimWrapper, steps=40)
-    losses, model = train(milan_cfg, BFloat16OptimWrapper, steps=40)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert losses != expected  # it is another precision
-    assert losses[-1] < 0.5 * losses[0]
-    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < 0.01
-
-
-def test_bfloat16_is_that_of_student_and_teacher(milan_cfg, bfloat16):
-    model = build(milan_cfg)
-    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
-    seen = {}
-    for name in ('backbone.layers.0.attn.qkv', 'neck.decoder_blocks.0.attn.kv'):
-        model.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: seen.update({name: out.dtype}))
-    teacher = model.head.teacher.visual.transformer.resblocks[0].mlp.c_fc
-    teacher.register_forward_hook(lambda module, args, output: seen.update(teacher=output.dtype))
-    images, samples = batch(2)
-    with wrapper.optim_context(model):
-        loss = model.loss(images, samples)['loss']
-    assert len(seen) == 3 and set(seen.values()) == {torch.bfloat16}
-    assert loss.dtype == torch.float32
-
-
-def test_float32_where_bfloat16_is_emulated(milan_cfg, monkeypatch, log):
-    monkeypatch.setattr('mmmilan.engine.optim.computes_in_bfloat16', lambda device: False)
-    expected, _ = train(milan_cfg, OptimWrapper, steps=2)
-    losses, _ = train(milan_cfg, BFloat16OptimWrapper, steps=2)
-    assert losses == expected
-    assert 'This processor has no bfloat16 arithmetic' in log.text
-
-
-def test_a_gpu_that_emulates_bfloat16_is_refused(milan_cfg, monkeypatch):
-    model = build(milan_cfg)
-    monkeypatch.setattr('mmmilan.engine.optim.get_device', lambda: 'cuda')
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla V100-SXM2-32GB')
-    emulated = dict(including_emulation=True)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: kwargs == emulated or not kwargs)
-    with pytest.raises(InputError, match='Tesla V100-SXM2-32GB has no bfloat16 arithmetic; train in float16'):
-        BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))

@@ -1,4 +1,4 @@
-"""Against mmpretrain's own MILAN and MAE: same weights and same draw give the same loss and gradients."""
+"""Against mmpretrain's MILAN and MAE: the same weights and masks give the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmpretrain.structures import DataSample
 from torch import nn
 
+from helpers import TINY_ARCH
 from mmmilan.registry import MODELS
 
-BACKBONE = dict(
-    arch=dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192), img_size=64, patch_size=16
-)
+BACKBONE = dict(arch=TINY_ARCH, img_size=64, patch_size=16)
 NECK = dict(num_patches=16, embed_dim=48, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4)
 
 
@@ -40,7 +39,7 @@ def draws(monkeypatch):
 
 @pytest.fixture
 def whole_clip_file(official, tmp_path):
-    """The recorded visual tower with a text tower, without which mmpretrain reads no CLIP."""
+    """The recorded visual tower with a text tower, which mmpretrain needs to read a CLIP."""
     generator = torch.Generator().manual_seed(0)
     weights = {key[5:]: value for key, value in official.items() if key.startswith('clip/')}
     shapes = dict(positional_embedding=(8, 64), text_projection=(64, 24))
@@ -52,7 +51,7 @@ def whole_clip_file(official, tmp_path):
 
 
 def randomise(model: nn.Module) -> None:
-    """Every weight at random, biases and norms too, so that none drops out of the comparison."""
+    """Random weights, biases and norms included, so that each affects the result."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
 
@@ -63,7 +62,9 @@ def masks(order: torch.Tensor) -> list[DataSample]:
     return [DataSample().set_mask(each) for each in mask]
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, loss: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same_loss_and_gradients(
+    ours: nn.Module, theirs: nn.Module, loss: torch.Tensor, expected: torch.Tensor
+) -> None:
     assert abs(loss - expected) < 1e-5 * abs(expected)
     loss.backward()
     expected.backward()
@@ -106,7 +107,7 @@ def test_milan(images, draws, whole_clip_file):
     assert (importance - attention[:, 0, 1:]).norm() < 1e-5 * importance.norm()
 
     expected = theirs.loss(images, None)['loss']
-    assert_same(ours, theirs, ours.loss(images, masks(draws[0]))['loss'], expected)
+    assert_same_loss_and_gradients(ours, theirs, ours.loss(images, masks(draws[0]))['loss'], expected)
 
 
 @pytest.mark.parametrize('norm_pix', [True, False])
@@ -131,8 +132,8 @@ def test_mae(images, draws, norm_pix):
     )
     ours.load_state_dict(theirs.state_dict())
     expected = theirs.loss(images, None)['loss']
-    order = draws[0]  # of the noise; the second argsort is its inverse
-    assert_same(ours, theirs, ours.loss(images, masks(order))['loss'], expected)
+    order = draws[0]  # argsort of the noise; the second argsort is its inverse
+    assert_same_loss_and_gradients(ours, theirs, ours.loss(images, masks(order))['loss'], expected)
 
 
 def test_whole_images(images):

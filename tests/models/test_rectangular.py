@@ -1,4 +1,4 @@
-"""Images that are not square: the encoder, the decoders and the whole algorithm on a grid of 6 x 4 patches."""
+"""Rectangular images: encoder, decoders and the whole algorithm on a grid of 6 x 4 patches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
+from helpers import TINY_ARCH, build_model
 from mmmilan.errors import InputError
-from mmmilan.models import MILAN, MILANViT
+from mmmilan.models import MILANViT
 from mmmilan.models.tokens import sincos_position_embedding
-from mmmilan.registry import MODELS
 from mmmilan.visualization.figures import draw_mask
 
 GRID, SIZE = (6, 4), (96, 64)
-ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
 
 
 def encoder(**kwargs) -> MILANViT:
-    model = MODELS.build(dict(type='mmmilan.MILANViT', arch=ARCH, img_size=SIZE, patch_size=16, **kwargs))
-    model.init_weights()
+    model = build_model(dict(type='mmmilan.MILANViT', arch=TINY_ARCH, img_size=SIZE, patch_size=16, **kwargs))
     model.eval()  # from which mmpretrain's backbones return None
     return model
 
@@ -32,12 +30,6 @@ def rectangular_cfg(milan_cfg):
     milan_cfg['neck'].update(num_patches=GRID, predict_feature_dim=768)
     milan_cfg.update(masking=dict(type='mmmilan.RandomMasking'), head=dict(type='mmmilan.PixelTarget'))
     return milan_cfg
-
-
-def build(cfg: dict) -> MILAN:
-    model = MODELS.build(cfg)
-    model.init_weights()
-    return model.eval()
 
 
 @pytest.mark.parametrize('grid', [(6, 4), (3, 7), (5, 5), (1, 2)])
@@ -54,8 +46,8 @@ def test_positions_are_those_of_row_and_column(grid):
 
 
 @torch.no_grad()
-def test_encoder_sees_the_patches_that_it_is_told():
-    """All patches, in any order, give what mmpretrain's plain forward gives; a hidden patch has no influence."""
+def test_encoder_sees_the_visible_patches_only():
+    """All patches, in any order, equal mmpretrain's plain forward; a hidden patch has no influence."""
     model = encoder(out_type='raw')
     images = torch.randn(2, 3, *SIZE)
     order = torch.stack([torch.randperm(24) for _ in images])
@@ -73,9 +65,9 @@ def test_encoder_sees_the_patches_that_it_is_told():
 
 @torch.no_grad()
 @pytest.mark.parametrize('decoder', ['PromptingDecoder', 'MAEDecoder'])
-def test_algorithm(rectangular_cfg, decoder):
+def test_loss_of_each_patch(rectangular_cfg, decoder):
     rectangular_cfg['neck']['type'] = f'mmmilan.{decoder}'
-    model = build(rectangular_cfg)
+    model = build_model(rectangular_cfg).eval()
     assert torch.equal(model.neck.decoder_pos_embed.data, sincos_position_embedding(GRID, 32))
     images = torch.randn(2, 3, *SIZE)
     mask = torch.ones(2, 24, dtype=torch.bool)
@@ -96,11 +88,11 @@ def test_algorithm(rectangular_cfg, decoder):
 
 @torch.no_grad()
 def test_with_a_teacher(milan_cfg):
-    """Teacher, masking, decoder, loss and joint space on the grid; both see patches in the same places."""
+    """Teacher, masking, decoder, loss and joint space on the grid; the teacher's patches are where the image's are."""
     milan_cfg['backbone'].update(img_size=SIZE)
     milan_cfg['neck'].update(num_patches=GRID)
     milan_cfg['head']['teacher'].update(input_size=SIZE)
-    model = build(milan_cfg)
+    model = build_model(milan_cfg).eval()
     images = torch.randn(2, 3, *SIZE)
     features, importance = model.head.run_teacher(images)
     assert features.shape == (2, 25, 24) and importance.shape == (2, 24)
@@ -115,8 +107,7 @@ def test_with_a_teacher(milan_cfg):
 
 def test_rectangle_learns_from_a_square(rectangular_cfg, tmp_path):
     """Weights of square images load; their positions are interpolated to the grid."""
-    square = MODELS.build(dict(type='mmmilan.MILANViT', arch=ARCH, img_size=64, patch_size=16))
-    square.init_weights()
+    square = build_model(dict(type='mmmilan.MILANViT', arch=TINY_ARCH, img_size=64, patch_size=16))
     torch.save(square.state_dict(), tmp_path / 'square.pth')
     start = dict(type='Pretrained', checkpoint=str(tmp_path / 'square.pth'))
     model = encoder(init_cfg=start)
@@ -132,7 +123,7 @@ def test_grids_that_do_not_fit(rectangular_cfg):
             part, _, option = key.partition('_')
             rectangular_cfg[part][option] = value
         with pytest.raises(InputError) as caught:
-            build(rectangular_cfg)
+            build_model(rectangular_cfg)
         return str(caught.value)
 
     assert error(neck_num_patches=16) == (

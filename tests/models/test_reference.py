@@ -1,4 +1,4 @@
-"""Against what the published implementation computed (tests/data/official_tiny.npz)."""
+"""MILAN against the published implementation's recorded results (tests/data/official_tiny.npz)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
+from helpers import gradients, relative_error
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.models.tokens import sincos_position_embedding
 from mmmilan.registry import MODELS
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    actual = actual.detach()
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture
@@ -54,12 +50,12 @@ def test_loss_and_gradient_norms(official, model, data_samples):
     loss = model.loss(official['input'], data_samples)['loss']
     assert relative_error(loss, official['loss']) < 1e-5
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {name: gradient.double().norm() for name, gradient in gradients(model).items()}
     recorded = {key[10:]: value[None] for key, value in official.items() if key.startswith('grad_norm/')}
-    recorded = convert(recorded, to='mmmilan')  # a mapping of keys, so it serves norms as well as weights
-    assert gradients.keys() == recorded.keys()
+    recorded = convert(recorded, to='mmmilan')  # it maps keys, so it converts norms as well as weights
+    assert norms.keys() == recorded.keys()
     for name, norm in recorded.items():
-        assert relative_error(gradients[name].double().norm(), norm[0]) < 1e-5, name
+        assert relative_error(norms[name], norm[0]) < 1e-5, name
 
 
 def test_positions(official):
@@ -70,7 +66,7 @@ def test_positions(official):
 
 @pytest.mark.parametrize('layout', ['state dict', 'whole CLIP', 'TorchScript', 'half precision'])
 def test_teacher_file_layouts(official, layout, tmp_path):
-    """The same features, whichever of the layouts the file is in."""
+    """The features are the same from each layout of the file."""
     weights = {key[5:]: value for key, value in official.items() if key.startswith('clip/')}
     if layout == 'state dict':
         weights = {key.removeprefix('visual.'): value for key, value in weights.items()}

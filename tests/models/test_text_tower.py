@@ -1,4 +1,4 @@
-"""Images and texts in one space: MILAN's predictions of whole images, and the text tower of its teacher."""
+"""Images and texts in one space: MILAN's joint embedding of whole images, and its teacher's text tower."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch.nn.functional import normalize
 
+from helpers import build_model
 from mmmilan.errors import InputError
-from mmmilan.models import MILAN
 from mmmilan.models.text_tower import load_text_tower
 from mmmilan.registry import MODELS
 
@@ -23,19 +23,13 @@ SIZES = dict(
 )
 
 
-def build(cfg: dict) -> MILAN:
-    model = MODELS.build(cfg)
-    model.init_weights()
-    return model.eval()
-
-
 # -- images
 
 
 @torch.no_grad()
 def test_joint_embedding_is_the_decoders_own_prediction(milan_cfg):
-    """The formula of the tokens that no block touches, and what the decoder says of them when others are masked."""
-    model = build(milan_cfg)
+    """Prompts pass no block: the embedding is norm and projection, and equals the prediction with masked patches."""
+    model = build_model(milan_cfg).eval()
     torch.nn.init.normal_(model.neck.decoder_pred.bias)
     images, everything = torch.randn(3, 3, 64, 64), torch.arange(16).expand(3, -1)
     joint = model.embed_joint(images)
@@ -52,7 +46,7 @@ def test_joint_embedding_is_the_decoders_own_prediction(milan_cfg):
 @torch.no_grad()
 def test_joint_embedding_by_the_decoder_of_mae(milan_cfg):
     milan_cfg['neck']['type'] = 'mmmilan.MAEDecoder'
-    model = build(milan_cfg)
+    model = build_model(milan_cfg).eval()
     images, everything = torch.randn(2, 3, 64, 64), torch.arange(16).expand(2, -1)
     prediction = model.neck(model.backbone(images, everything), everything, everything[:, :0])
     assert torch.equal(model.embed_joint(images), normalize(prediction, dim=-1))
@@ -60,16 +54,16 @@ def test_joint_embedding_by_the_decoder_of_mae(milan_cfg):
 
 @torch.no_grad()
 def test_maskclip_has_the_same_space(maskclip_file):
-    model = build(torch.load(maskclip_file)['meta']['model'])
+    model = build_model(torch.load(maskclip_file)['meta']['model']).eval()
     joint = model.embed_joint(images := torch.randn(2, 3, 64, 64))
     assert joint.shape == (2, 17, 24)
     assert torch.allclose(joint[:, 0], model.encode_image(images), atol=1e-6)
 
 
-def test_pixels_are_no_joint_space(milan_cfg):
+def test_pixels_have_no_joint_space(milan_cfg):
     milan_cfg['neck']['predict_feature_dim'] = 768
     milan_cfg.update(masking=dict(type='mmmilan.RandomMasking'), head=dict(type='mmmilan.PixelTarget'))
-    model = build(milan_cfg)
+    model = build_model(milan_cfg).eval()
     with pytest.raises(InputError, match='PixelTarget has no joint space of image and text; train with a CLIPTarget'):
         model.embed_joint(torch.randn(1, 3, 64, 64))
     with pytest.raises(InputError, match='has no teacher, and so no text tower; train it with an OpenCLIPTeacher'):
@@ -81,13 +75,13 @@ def test_pixels_are_no_joint_space(milan_cfg):
 
 @torch.no_grad()
 def test_texts_of_maskclip(milan_cfg, maskclip_file):
-    """As the MaskCLIP itself embeds them, for its teacher and for the MILAN that learns from it."""
+    """The text towers of a MaskCLIP and of a MILAN that learns from it embed texts as the MaskCLIP does."""
     content = torch.load(maskclip_file)
     clip = MODELS.build(content['meta']['model'])
     clip.load_state_dict(content['state_dict'])
     expected = clip.encode_text(SimpleTokenizer(context_length=16)(TEXTS))
     milan_cfg['head']['teacher']['pretrained'] = maskclip_file
-    for tower in (build(milan_cfg).text_tower(), clip.text_tower()):
+    for tower in (build_model(milan_cfg).eval().text_tower(), clip.text_tower()):
         assert torch.allclose(tower(TEXTS), expected, atol=1e-6)
         assert tower.scale == pytest.approx(float(clip.logit_scale.exp()))
     assert torch.allclose(expected.norm(dim=1), torch.ones(3)) and expected.std(0).min() > 1e-3
@@ -95,7 +89,7 @@ def test_texts_of_maskclip(milan_cfg, maskclip_file):
 
 @pytest.fixture
 def openai_file(tmp_path):
-    """A small CLIP with QuickGELU, whole, as OpenAI's layout has it."""
+    """A small whole CLIP with QuickGELU, and its file in OpenAI's layout."""
     clip = open_clip.model.CLIP(**SIZES, quick_gelu=True).eval()
     torch.nn.init.normal_(clip.text_projection)
     torch.save(clip.state_dict(), tmp_path / 'clip.pt')
@@ -115,7 +109,7 @@ def test_texts_of_a_file_in_the_layout_of_openai(openai_file):
 
 @pytest.fixture
 def small_model(tmp_path, monkeypatch):
-    """An open_clip model of small sizes, by name."""
+    """Name of a small open_clip model."""
     (tmp_path / 'ViT-tiny.json').write_text(json.dumps(SIZES))
     monkeypatch.setattr('open_clip.factory._MODEL_CONFIGS', dict(open_clip.factory._MODEL_CONFIGS))
     open_clip.add_model_config(tmp_path / 'ViT-tiny.json')
@@ -138,7 +132,7 @@ def test_texts_of_a_model_of_open_clip(small_model, tmp_path):
 
 def test_teachers_without_texts(milan_cfg, clip_file):
     with pytest.raises(InputError, match=r'clip.pt has no text tower; give a checkpoint of MaskCLIP or a whole CLIP'):
-        build(milan_cfg).text_tower()
+        build_model(milan_cfg).eval().text_tower()
     dino = dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None)
     with pytest.raises(InputError, match='TimmTeacher has no text tower; for texts, train with an OpenCLIPTeacher'):
         MODELS.build(dino).text_tower()

@@ -1,4 +1,4 @@
-"""How a new encoder starts."""
+"""Initialisation of the encoder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from mmmilan.models.tokens import sincos_position_embedding
 from mmmilan.registry import MODELS
 
 
-def test_positions_of_a_new_model_are_sine_and_cosine(milan_cfg):
-    """Fixed and never random, as mmpretrain's ViT would draw them."""
+def test_positions_start_as_sine_and_cosine(milan_cfg):
+    """They are fixed, where mmpretrain's ViT draws them at random."""
     model = MODELS.build(milan_cfg)
     model.init_weights()
     expected = sincos_position_embedding((4, 4), 48)

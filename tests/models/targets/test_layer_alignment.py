@@ -1,4 +1,4 @@
-"""MaskAlign's loss against what the published implementation computed (tests/data/maskalign_tiny.npz)."""
+"""MaskAlign's loss against the published implementation's recorded results (tests/data/maskalign_tiny.npz)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmmilan.registry import MODELS
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Hugging Face's names of a CLIP's image tower, and OpenAI's
+# Names in a CLIP's image tower: Hugging Face's and OpenAI's.
 NAMES = {
     'embeddings.class_embedding': 'class_embedding',
     'embeddings.patch_embedding.': 'conv1.',
@@ -63,11 +63,11 @@ def clip_weights(recorded: dict) -> dict[str, Tensor]:
     weights['conv1.weight'] = weights['conv1.weight'] * (std / own_std)[:, None, None]
     weights['positional_embedding'] = weights['positional_embedding'].clone()
     weights['positional_embedding'][1:] += shift
-    return weights | dict(proj=torch.eye(48)[:, :24])  # which this target does not use
+    return weights | dict(proj=torch.eye(48)[:, :24])  # not used by this target
 
 
 def student_weights(recorded: dict, prefix: str) -> dict[str, Tensor]:
-    """Weights or gradient norms in our names: the encoder's, and those of the last two layers' mixture and heads."""
+    """Weights or gradient norms under our names: the encoder, and mixture and heads of the last two layers."""
     entries = {key.removeprefix(prefix): value for key, value in recorded.items() if key.startswith(prefix)}
     encoder = re.compile(r'(cls_token|pos_embed|patch_embed|blocks|norm)\b')
     weights = {key: value for key, value in entries.items() if encoder.match(key)}
@@ -81,7 +81,7 @@ def student_weights(recorded: dict, prefix: str) -> dict[str, Tensor]:
 
 
 def rename(norms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of a ViT in timm's layout in ours."""
+    """Gradient norms of a ViT in timm's layout under our names."""
     names = {'blocks.': 'layers.', '.norm': '.ln', 'mlp.fc1': 'ffn.layers.0.0', 'mlp.fc2': 'ffn.layers.1'}
     names['patch_embed.proj'] = 'patch_embed.projection'
     renamed = {}
@@ -129,7 +129,7 @@ def test_loss_and_gradient_norms(recorded, model):
         assert abs(norms[name] / norm - 1) < 1e-5, name
 
 
-def test_starts_with_equal_parts_of_the_layers(model):
+def test_mixture_starts_as_the_mean_of_the_layers(model):
     model.init_weights()
     assert torch.equal(model.neck.weights, torch.full((2, 4), 0.25))
     layers = torch.randn(4, 2, 5, 32)
@@ -147,10 +147,10 @@ def test_features_are_those_of_the_last_layer(model):
     model.init_weights()
     features = model.extract_feat(torch.randn(2, 3, 64, 64))
     assert len(features) == 4 and features[-1].shape == (2, 32)
-    assert torch.allclose(features[-1].mean(1), torch.zeros(2), atol=1e-5)  # normed
+    assert torch.allclose(features[-1].mean(1), torch.zeros(2), atol=1e-5)  # the final norm is applied
 
 
-def test_layers_that_do_not_fit(recorded, tmp_path):
+def test_refused_numbers_of_layers(recorded, tmp_path):
     cfg = alignment_cfg(recorded, tmp_path / 'clip.pt')
     cfg['backbone']['out_indices'] = (2, 3)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Sums of targets: what they add, and how they balance."""
+"""Sums of targets: weights and balance."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ import copy
 import pytest
 import torch
 
-from helpers import assert_close, gradients
+from helpers import assert_close, build_model, gradients
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
-
-
-def build(cfg: dict) -> MILAN:
-    torch.manual_seed(0)
-    model = MODELS.build(cfg)
-    model.init_weights()
-    return model
 
 
 def summed(milan_cfg: dict, **options: object) -> dict:
@@ -30,10 +23,10 @@ def summed(milan_cfg: dict, **options: object) -> dict:
 
 
 def one_target(milan_cfg: dict, head: dict, whole: MILAN, part: slice) -> MILAN:
-    """MILAN with one of the targets, and the weights that the sum has for it."""
+    """MILAN with one of the targets and the weights that ``whole`` has for it."""
     cfg = copy.deepcopy(milan_cfg) | dict(head=head)
     cfg['neck']['predict_feature_dim'] = part.stop - part.start
-    model, weights = build(cfg), whole.state_dict()
+    model, weights = build_model(cfg), whole.state_dict()
     for kind in ('weight', 'bias'):
         weights[f'neck.decoder_pred.{kind}'] = weights[f'neck.decoder_pred.{kind}'][part]
     model.load_state_dict(weights)
@@ -45,9 +38,9 @@ def losses(model: MILAN, images: torch.Tensor) -> torch.Tensor:
     return model.reconstruct(images).view_loss
 
 
-def test_unbalanced_it_is_the_weighted_sum(milan_cfg):
+def test_unbalanced_loss_is_the_weighted_sum(milan_cfg):
     images = torch.randn(3, 3, 64, 64)
-    whole = build(summed(milan_cfg, weights=[2.0, 0.5], balance=False))
+    whole = build_model(summed(milan_cfg, weights=[2.0, 0.5], balance=False))
     features = one_target(milan_cfg, milan_cfg['head'], whole, slice(0, 24))
     head = dict(type='mmmilan.PixelTarget', norm_pix=True, teacher=milan_cfg['head']['teacher'])
     pixels = one_target(milan_cfg, head, whole, slice(24, 792))
@@ -55,7 +48,7 @@ def test_unbalanced_it_is_the_weighted_sum(milan_cfg):
     assert torch.allclose(losses(whole, images), expected, rtol=1e-5)
 
 
-def test_balanced_it_does_not_depend_on_the_scale_of_a_target():
+def test_balanced_loss_does_not_depend_on_the_scale_of_a_target():
     """Two squared errors, one of targets 100 times as large; φ² is tr(Σ) / C (PHI-S)."""
     head = MODELS.build(
         dict(
@@ -74,7 +67,7 @@ def test_balanced_it_does_not_depend_on_the_scale_of_a_target():
 
     expected = 0
     for part in (slice(5), slice(5, None)):
-        masked = target[:, 4:, part].flatten(0, 1)  # of this target, masked patches count
+        masked = target[:, 4:, part].flatten(0, 1)  # this target counts masked patches only
         phi_squared = torch.cov(masked.T, correction=0).trace() / masked.shape[1]
         expected += (pred[:, 4:, part] - target[:, 4:, part]).square().mean((1, 2)) / phi_squared
     assert torch.allclose(loss, expected, rtol=1e-5)
@@ -84,9 +77,9 @@ def test_two_teachers_give_their_features_and_the_first_the_importance(milan_cfg
     cfg = copy.deepcopy(milan_cfg)
     cfg['head'] = dict(type='mmmilan.SumTarget', targets=[milan_cfg['head'], milan_cfg['head']], balance=False)
     cfg['neck']['predict_feature_dim'] = 48
-    model, images = build(cfg), torch.randn(2, 3, 64, 64)
+    model, images = build_model(cfg), torch.randn(2, 3, 64, 64)
     features, importance = model.head.run_teacher(images)
-    single_features, single_importance = build(milan_cfg).head.run_teacher(images)
+    single_features, single_importance = build_model(milan_cfg).head.run_teacher(images)
     assert torch.equal(importance, single_importance)
     assert torch.equal(model.head.target(images, features), torch.cat([single_features] * 2, dim=-1))
     assert not any('teacher' in key for key in model.state_dict())
@@ -97,23 +90,23 @@ def test_two_teachers_give_their_features_and_the_first_the_importance(milan_cfg
 def test_class_token_counts_as_several_patches(milan_cfg):
     images = torch.randn(2, 3, 64, 64)
     milan_cfg['head']['cls_token'] = 3.0
-    model = build(milan_cfg)
+    model = build_model(milan_cfg)
     torch.manual_seed(1)
     result = model.reconstruct(images)
     patches = result.token_loss[:, 1:].sum(1)
     assert torch.allclose(result.view_loss, (3 * result.token_loss[:, 0] + patches) / 19, rtol=1e-5)
     cfg = copy.deepcopy(milan_cfg)
     cfg['head'] = dict(type='mmmilan.SumTarget', targets=[milan_cfg['head']], balance=False)
-    whole = build(cfg)
+    whole = build_model(cfg)
     for each in (model, whole):
         torch.manual_seed(1)
         each.loss(images)['loss'].backward()
     assert_close(gradients(whole), gradients(model))
 
 
-def test_targets_that_do_not_fit(milan_cfg):
+def test_refused_targets(milan_cfg):
     with pytest.raises(InputError, match='head.weights has 3 numbers for 2 targets; give each target one'):
-        build(summed(milan_cfg, weights=[1, 2, 3]))
+        build_model(summed(milan_cfg, weights=[1, 2, 3]))
     cfg = copy.deepcopy(milan_cfg)
     other = copy.deepcopy(milan_cfg['head'])
     other['teacher']['input_size'] = 128
@@ -121,4 +114,4 @@ def test_targets_that_do_not_fit(milan_cfg):
     with pytest.raises(
         InputError, match='teachers of head.targets see .16, 64. patches; set their input_size to agree'
     ):
-        build(cfg)
+        build_model(cfg)

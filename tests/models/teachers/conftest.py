@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from helpers import randomise
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
 
@@ -26,20 +27,8 @@ def build():
     return build
 
 
-@pytest.fixture
-def randomise():
-    """Gives a model random weights, large enough for an attention that tells patches apart."""
-
-    def randomise(model: nn.Module) -> nn.Module:
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
-        return model.eval()
-
-    return randomise
-
-
 @pytest.fixture(params=[True, False], ids=['QuickGELU', 'GELU'])
-def clip(request, tmp_path, randomise):
+def clip(request, tmp_path):
     """Name of a small open_clip model whose ViT has the patches of ViT-L/14, and its weights, all random."""
     name = f'milan-test-{request.param}'
     text = dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1)
@@ -53,7 +42,7 @@ def clip(request, tmp_path, randomise):
 
 
 @pytest.fixture
-def vit(tmp_path, randomise):
+def vit(tmp_path):
     """timm's ViT-Ti/16 at 64 pixels with random weights, in a file."""
     vit = randomise(timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=64))
     torch.save(vit.state_dict(), tmp_path / 'vit.pth')
@@ -62,7 +51,7 @@ def vit(tmp_path, randomise):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Both libraries build their models with two blocks; open_clip's own ViTs with two heads, too."""
+    """Both libraries build their models with two blocks, and open_clip its own ViTs also with two heads."""
     create_model, get_model_config = timm.create_model, open_clip.get_model_config
 
     def shallow_config(name: str) -> dict:

@@ -41,7 +41,7 @@ def test_tokens_of_several_layers(clip, build):
 
 
 def test_open_clip_on_the_grid_of_the_student(clip, build):
-    """Patches of 14 at 196 pixels for a student of patches of 16 at 224: positions as open_clip itself resizes them."""
+    """Patches of 14 at 196 pixels for a student with patches of 16 at 224; open_clip resizes the positions alike."""
     name, path = clip
     teacher = build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path, input_size=196)
     assert teacher.num_patches == 14 * 14
@@ -51,7 +51,7 @@ def test_open_clip_on_the_grid_of_the_student(clip, build):
     assert_clip(teacher, images, visual, resized)
 
 
-def test_open_clip_refusals(clip, build):
+def test_refused_options_of_open_clip(clip, build):
     name, path = clip
     with pytest.raises(InputError, match='input_size=200 is not a multiple of its patch size 14; choose 196 or 210'):
         build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path, input_size=200)
@@ -64,14 +64,14 @@ def test_open_clip_refusals(clip, build):
 
 
 @pytest.mark.parametrize('model', ['RN50', 'convnext_base', 'MobileCLIP-S1'])
-def test_open_clip_towers_that_do_not_serve(model, build):
+def test_refused_towers_of_open_clip(model, build):
     """A ResNet, a ConvNeXt, a hybrid of stages."""
     with pytest.raises(InputError, match=f'image tower of {model} is (a ModifiedResNet|convolutional or hierarchical)'):
         build(type='mmmilan.OpenCLIPTeacher', model=model)
 
 
 def test_text_tower_is_not_built(build, shallow, monkeypatch):
-    """Nor is anything downloaded for it: this model's is one of transformers."""
+    """So nothing is downloaded for it: this model's text tower is one of transformers."""
     monkeypatch.setattr(open_clip.model, '_build_text_tower', None)
     teacher = build(type='mmmilan.OpenCLIPTeacher', model='xlm-roberta-base-ViT-B-32', input_size=64)
     assert teacher(torch.randn(1, 3, 64, 64))[0].shape == (1, 5, 512)
@@ -89,7 +89,7 @@ def test_weights_of_another_grid(clip, build):
 
 @torch.no_grad()
 def test_rectangular_images(clip, build):
-    """Each row of a wide image: the square's positions, stretched over it."""
+    """The positions of the square grid are stretched over the wide one."""
     name, path = clip
     teacher = build(type='mmmilan.OpenCLIPTeacher', model=f'{name}-56', pretrained=path, input_size=(56, 112))
     assert teacher.grid == (4, 8) and teacher.num_patches == 32
@@ -98,7 +98,7 @@ def test_rectangular_images(clip, build):
     assert_clip(teacher, images, visual, images)
 
 
-def test_files_that_do_not_fit(clip, build, tmp_path):
+def test_refused_files(clip, build, tmp_path):
     name, path = clip
     weights = torch.load(path)
     torch.save({key: value for key, value in weights.items() if 'visual' not in key}, tmp_path / 'text.pt')
@@ -129,14 +129,14 @@ def test_importance_over_the_last_blocks(clip, build):
     assert 'mean of the last 2 blocks' in teacher.describe()
 
 
-def test_importance_sums_to_what_the_class_token_leaves(clip_file, official, build):
+def test_importance_sums_to_less_than_one(clip_file, official, build):
     teacher = build(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)
     importance = teacher(official['input'])[1]
     assert importance.min() > 0 and (importance.sum(1) < 1).all()
 
 
 def test_teacher_in_reduced_precision(clip_file, official, build):
-    """In autocast the features are bfloat16, near those in float32; the importance is a float32 softmax."""
+    """Under autocast, features are bfloat16 and close to float32; the importance stays a float32 softmax."""
     teacher = build(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)
     expected, expected_importance = teacher(official['input'])
     with torch.autocast('cpu', dtype=torch.bfloat16):

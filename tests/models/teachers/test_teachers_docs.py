@@ -1,4 +1,4 @@
-"""The teacher of one's own in docs/teachers.md, and its test, run as they stand there."""
+"""The example teacher of docs/teachers.md and its test run as printed there."""
 
 from __future__ import annotations
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import open_clip
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from helpers import relative_error
+from helpers import randomise, relative_error
 from mmmilan.models.teachers import Teacher
 
-# name: (number of registers, what the importance is)
+# name: (number of registers, how the importance is computed)
 CLASS, QUERY, MEAN = 'attention of the class token', 'attention of the pooling query', 'cosine of each token'
 TIMM = {
     'vit_small_patch14_dinov2': (0, CLASS),  # LayerScale
@@ -44,7 +42,7 @@ OPEN_CLIP = {
 
 @torch.no_grad()
 def embedding_of(head: nn.Module, vit: nn.Module, tokens: Tensor, importance: str) -> Tensor:
-    """The library's own embedding of an image; where there is no head, of the class token or the mean."""
+    """The library's embedding of an image; without a head, the class token or the mean token."""
     if QUERY in importance or not isinstance(head, nn.Identity):
         return head(vit.forward_head(tokens))
     first = tokens[:, 0] if CLASS in importance else tokens.mean(1)
@@ -76,7 +74,7 @@ def unfused(vit: nn.Module, images: Tensor) -> list[Tensor]:
     return [attention.mean(1)[:, 0] for attention in maps]
 
 
-def check_family(teacher: Teacher, registers: int, importance: str, randomise: Callable) -> None:
+def check_family(teacher: Teacher, registers: int, importance: str) -> None:
     tower = teacher.tower
     vit, head, n = tower.vit, tower.head, teacher.num_patches
     randomise(tower.double())
@@ -92,7 +90,7 @@ def check_family(teacher: Teacher, registers: int, importance: str, randomise: C
         patches = tokens[:, -n:]
         if importance == QUERY:  # each patch alone in the pool
             patches = vit.attn_pool(patches.flatten(0, 1)[:, None]).unflatten(0, (2, n))
-            attention = pool_reference(vit.attn_pool, tokens[:, 0:])[:, -n:]
+            attention = pool_reference(vit.attn_pool, tokens)[:, -n:]
         elif importance == CLASS:
             attention = unfused(vit, images)[-1][:, -n:]
         else:
@@ -106,24 +104,22 @@ def check_family(teacher: Teacher, registers: int, importance: str, randomise: C
 
 
 @pytest.mark.parametrize('name', TIMM)
-def test_timm(name, build, shallow, randomise):
+def test_timm(name, build, shallow):
     patch = 14 if 'patch14' in name else 16
     size = (3 * patch, 3 * patch) if 'samvit' in name else (2 * patch, 4 * patch)
-    check_family(
-        build(type='mmmilan.TimmTeacher', model=name, pretrained=None, input_size=size), *TIMM[name], randomise
-    )
+    check_family(build(type='mmmilan.TimmTeacher', model=name, pretrained=None, input_size=size), *TIMM[name])
 
 
 @pytest.mark.parametrize('name', OPEN_CLIP)
-def test_open_clip(name, build, shallow, randomise):
+def test_open_clip(name, build, shallow):
     teacher = build(type='mmmilan.OpenCLIPTeacher', model=name, input_size=(32, 64))
-    check_family(teacher, *OPEN_CLIP[name], randomise)
+    check_family(teacher, *OPEN_CLIP[name])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(('name', 'importance'), [('ViT-L-14-CLIPA', MEAN), ('coca_ViT-B-32', QUERY)])
-def test_pools_of_open_clip(name, importance, build, shallow, randomise):
-    """The mean token, and a pool of 256 queries of which the first is the image's embedding."""
+def test_pools_of_open_clip(name, importance, build, shallow):
+    """The mean token; a pool of 256 queries, the first of which gives the image's embedding."""
     teacher = build(type='mmmilan.OpenCLIPTeacher', model=name, input_size=64 if QUERY in importance else 28)
     visual = randomise(teacher.double().tower.visual)
     assert importance in teacher.describe()
@@ -147,8 +143,8 @@ def test_pools_of_open_clip(name, importance, build, shallow, randomise):
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', LAYERED)
-def test_tokens_of_several_layers(name, build, shallow, randomise):
-    """Against hooks on the blocks; registers are left out, and the mean stands for a class token that is not there."""
+def test_tokens_of_several_layers(name, build, shallow):
+    """Against hooks on the blocks. Registers are left out; the mean replaces a missing class token."""
     patch = 14 if 'patch14' in name else 16
     teacher = build(type='mmmilan.TimmTeacher', model=name, pretrained=None, input_size=4 * patch)
     vit, outputs = randomise(teacher.double().vit), []
@@ -166,7 +162,7 @@ def test_tokens_of_several_layers(name, build, shallow, randomise):
 
 
 @torch.no_grad()
-def test_importance_over_the_last_blocks(build, shallow, randomise):
+def test_importance_over_the_last_blocks(build, shallow):
     teacher = build(
         type='mmmilan.TimmTeacher',
         model='vit_small_patch16_dinov3',

@@ -1,8 +1,7 @@
-"""Every ViT of timm and open_clip, at two blocks, gives features and importance or says why not.
+"""Each ViT of timm and open_clip, with two blocks, gives features and importance or is refused with a reason.
 
-All run without numbers (PyTorch's meta device), and the smallest of each row of the table with random weights. The
-table of ``configs/milan/teachers/README.md`` is what comes out. Where they differ, this test leaves the right text in a
-file and names it.
+All run on PyTorch's meta device, and the smallest model of each row of the table with random weights. The result is
+the table of ``configs/milan/teachers/README.md``. If it differs, the test writes the right text to a file and names it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mmmilan.registry import MODELS
 
 README = ROOT / 'configs/milan/teachers/README.md'
 START, END = '<!-- table: written by tests/models/teachers/test_teachers_library.py -->\n', '<!-- end of table -->\n'
-# timm's modules of transformers; the others are convolutional throughout
+# timm's modules with transformers; all others are convolutional
 TRANSFORMERS = (
     'beit', 'cait', 'coat', 'convit', 'crossvit', 'davit', 'deepseek_vit', 'deit', 'efficientformer', 'eva', 'fastvit',
     'gcvit', 'gemma4_vit', 'hiera', 'levit', 'maxxvit', 'mobilevit', 'mvitv2', 'naflexvit', 'nest', 'pit', 'pvt_v2',
@@ -67,7 +66,7 @@ def run(cfg: dict, device: str) -> tuple[Teacher, Tensor, Tensor]:
 
 
 def outcome(cfg: dict) -> tuple[bool, str, int]:
-    """Whether a model can teach; what its importance is, or why not; and its number of parameters."""
+    """Whether a model can teach, how its importance is computed or why it cannot, and its number of parameters."""
     try:
         teacher, _, _ = run(cfg, 'meta')
     except InputError as error:
@@ -77,13 +76,13 @@ def outcome(cfg: dict) -> tuple[bool, str, int]:
 
 
 def check_numbers(cfg: dict) -> None:
-    """With random weights, features are finite and importance is a part of 1."""
+    """With random weights, features are finite, importance is not negative and sums to at most 1."""
     _, features, importance = run(cfg, 'cpu')
     assert features.isfinite().all() and importance.min() >= 0 and 0 < importance.sum() < 1.001
 
 
 def smallest_unit(cfg: dict) -> int:
-    """The patch of a model; some pixels for those that have none."""
+    """Patch size of a model; 32 for a model without patches."""
     with torch.device('meta'):
         if 'Timm' in cfg['type']:
             model = timm.create_model(cfg['model'], num_classes=0)
@@ -107,7 +106,7 @@ def open_clip_cfg(model: str) -> dict:
 def survey() -> dict[tuple[str, bool, str], list[str]]:
     """Models by library and family, whether they can teach, and importance or reason."""
     found = defaultdict(list)
-    refused: dict[str, tuple[bool, str, int]] = {}  # timm's modules of which no model can teach
+    refused: dict[str, tuple[bool, str, int]] = {}  # timm's modules none of whose models can teach
     smallest: dict[tuple[str, str], tuple[int, dict]] = {}  # parameters and config
     for library, family, cfg in candidates():
         teaches, what, size = refused.get(family) or outcome(cfg)
@@ -122,13 +121,13 @@ def survey() -> dict[tuple[str, bool, str], list[str]]:
 
 
 def candidates() -> Iterator[tuple[str, str, dict]]:
-    """Library, family and config of every model that may be a ViT, random weights."""
+    """Library, family and config of each model that may be a ViT, with random weights."""
     for module in TRANSFORMERS:
         for model in timm.list_models():
             if MODULE_OF[model] == module:
                 yield 'timm', f'`{module}`', timm_cfg(model)
     for model in open_clip.list_models():
-        if not model.startswith('milan-test'):  # made by another test of this session
+        if not model.startswith('milan-test'):  # added by another test of this session
             yield 'open_clip', tower_of(model), open_clip_cfg(model)
 
 
@@ -140,7 +139,7 @@ def tower_of(model: str) -> str:
 
 
 def table(found: dict[tuple[str, bool, str], list[str]]) -> str:
-    """The README's table, and the names below it."""
+    """The README's table, and the names of models below it."""
     rows = sorted(
         found.items(), key=lambda item: (not item[0][1], item[0][0].startswith('open'), item[0][0], item[0][2])
     )
@@ -168,7 +167,7 @@ def test_every_vit(cheap_weights, tmp_path):
 
 @pytest.mark.parametrize('model', FAST)
 def test_some_of_timm(model, cheap_weights):
-    """One of some rows, as the README's table has it."""
+    """A model of some rows has the result of the README's table."""
     teaches, what, _ = outcome(timm_cfg(model))
     if teaches:
         check_numbers(timm_cfg(model))

@@ -1,4 +1,4 @@
-"""What all teachers share: normalisation, grids, precision, compilation; and that they stay out of training."""
+"""Options of all teachers (normalisation, grids, precision, compilation); teachers stay out of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from helpers import relative_error
+from helpers import randomise, relative_error
 from mmmilan.errors import InputError
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
@@ -33,7 +33,7 @@ def cfg(request, shallow):
 
 
 def test_own_normalisation(build, shallow):
-    """The same picture, normalised as SigLIP's were, gives the same as SigLIP's teacher itself."""
+    """The teacher with its own normalisation equals SigLIP on the picture normalised as SigLIP's were."""
     plain = build(**FAMILIES['SigLIP'])
     own = build(**FAMILIES['SigLIP'], teacher_mean_std='own')
     own.tower.load_state_dict(plain.tower.state_dict())
@@ -48,7 +48,7 @@ def test_own_normalisation(build, shallow):
 
 
 def test_own_normalisation_of_a_file(clip_file, build):
-    """OpenAI's layout means CLIP's statistics."""
+    """A file in OpenAI's layout has CLIP's statistics."""
     teacher = build(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file, teacher_mean_std='own')
     black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
     prepared = teacher.prepare(black[None, :, None, None].expand(1, 3, 64, 64))
@@ -97,8 +97,8 @@ def test_both_ways_to_a_larger_grid_train(milan_cfg, way):
 # -- precision
 
 
-def test_bfloat16_weights_change_no_bit(cfg, build, randomise):
-    """Of a teacher that runs in bfloat16, with autocast outside or not; in half the memory."""
+def test_bfloat16_weights_change_no_bit(cfg, build):
+    """The result equals that of autocast, inside autocast or not, in half the memory."""
     torch.manual_seed(0)
     plain = randomise(build(**cfg))
     held = build(**cfg, weight_dtype='bfloat16')
@@ -110,15 +110,15 @@ def test_bfloat16_weights_change_no_bit(cfg, build, randomise):
     assert all(map(torch.equal, held(images), expected))
     assert bytes_of(held) < 0.62 * bytes_of(plain)
     float32 = plain(images)
-    assert 0 < relative_error(expected[0], float32[0]) < 0.1  # what bfloat16 costs
+    assert 0 < relative_error(expected[0], float32[0]) < 0.1  # bfloat16 has an effect
 
 
-def test_float16_is_nearer_to_float32_than_bfloat16(cfg, build, randomise):
-    """All of it, norms and residual stream too, with autocast outside or not; the student gets float32."""
+def test_float16_is_nearer_to_float32_than_bfloat16(cfg, build):
+    """The whole teacher runs in float16, inside autocast or not; the student gets float32."""
     torch.manual_seed(0)
     teacher = randomise(build(**cfg, weight_dtype='float16'))
     images = torch.randn(2, 3, *teacher.input_size)
-    expected = teacher(images)  # on a CPU, as if it were not asked for
+    expected = teacher(images)  # on a CPU, the option alone has no effect
     with torch.autocast('cpu', dtype=torch.bfloat16):
         in_bfloat16 = teacher(images)
     teacher.run_in_float16()
@@ -142,8 +142,8 @@ def test_unknown_precision(build):
 # -- compilation
 
 
-def test_compiles_as_one_graph(cfg, build, randomise):
-    """No break of the graph, and the same result."""
+def test_compiles_as_one_graph(cfg, build):
+    """Without a graph break, and with the same result."""
     teacher = randomise(build(**cfg, teacher_mean_std='own'))
     images = torch.randn(2, 3, 2 * teacher.input_size[0], 2 * teacher.input_size[1])
     expected = teacher(images)
@@ -158,14 +158,14 @@ def test_compiles_as_one_graph(cfg, build, randomise):
 
 @pytest.fixture
 def model(milan_cfg, shallow):
-    """The small MILAN with a teacher of rotary positions and registers."""
+    """The small MILAN with a teacher that has rotary positions and registers."""
     milan_cfg['head']['teacher'] = copy.deepcopy(TINY)
     milan_cfg['neck']['predict_feature_dim'] = 384
     return ROOT_MODELS.build(milan_cfg)
 
 
 def test_teacher_stays_out_of_training(model):
-    """No gradient reaches it, the state dict holds none of it, and it stays in eval mode."""
+    """It has no gradient, is not in the state dict, and stays in eval mode."""
     before = copy.deepcopy(model.head.teacher.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train().loss(torch.randn(2, 3, 64, 64))['loss'].backward()
@@ -177,8 +177,8 @@ def test_teacher_stays_out_of_training(model):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-def test_two_runs_are_the_same(model):
-    """The teacher draws nothing and keeps nothing, so a resumed run goes on as it would have."""
+def test_teacher_has_no_state(model):
+    """It draws no random numbers and keeps nothing of a batch, so a resumed run continues unchanged."""
     images = torch.randn(2, 3, 64, 64)
     first = model.head.teacher(images)
     state = torch.get_rng_state()

@@ -53,7 +53,7 @@ def test_clip(clip, build):
     features, importance = teacher(images)
     assert features.shape == (2, 17, 24) and importance.shape == (2, 16)
     assert relative_error(features, visual.ln_post(expected[:, :-1]) @ visual.proj) < 1e-5
-    assert relative_error(features, plain(images)[0]) > 1e-3  # it does change something
+    assert relative_error(features, plain(images)[0]) > 1e-3  # registers have an effect
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_timm(vit, build):
 
 @torch.no_grad()
 def test_neurons_are_found(vit, build):
-    """Two neurons of block 3 fire on bright patches and write a long vector, so that these patches stand out."""
+    """Two neurons of block 3 fire on bright patches and write long vectors, so that these patches are outliers."""
     vit, path = vit
     mlp = vit.blocks[3].mlp
     images = 0.1 * torch.randn(8, 3, 64, 64)
@@ -108,7 +108,7 @@ def test_neurons_are_found(vit, build):
     assert calm.forward_layers(images, [-1])[0][0][:4, 1:].norm(dim=-1).max() < threshold
 
 
-def test_refusals(vit, build):
+def test_refused_blocks_and_models(vit, build):
     _, path = vit
     cfg = dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=path, input_size=64)
     with pytest.raises(InputError, match='register_neurons names block 12; choose from 0 to 11'):

@@ -35,7 +35,7 @@ def test_timm(build, vit):
 
 
 def test_timm_on_another_grid(build, vit):
-    """A file of 4 x 4 positions in a teacher of 6 x 6, resized as timm does it."""
+    """A file of 4 x 4 positions in a teacher of 6 x 6, resized as by timm."""
     vit, path = vit
     teacher = build(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=path, input_size=96)
     images = torch.randn(2, 3, 96, 96)
@@ -47,7 +47,7 @@ def test_timm_on_another_grid(build, vit):
 
 
 def test_slip_file(build, vit, tmp_path):
-    """SLIP's file: the ViT under visual., the text tower beside it, and a projection to the joint space."""
+    """SLIP's file: the ViT under visual., a text tower, and a projection to the joint space."""
     vit, _ = vit
     weights = {f'module.visual.{key}': value for key, value in vit.state_dict().items()}
     weights['module.image_projection'] = projection = torch.randn(192, 40)
@@ -64,7 +64,7 @@ def test_slip_file(build, vit, tmp_path):
     assert relative_error(our_importance, importance) < 1e-5
 
 
-def test_timm_refusals(build, vit):
+def test_refused_models_of_timm(build, vit):
     _, path = vit
     with pytest.raises(InputError, match="timm has no model 'vit_tinny'"):
         build(type='mmmilan.TimmTeacher', model='vit_tinny', pretrained=None)
@@ -76,6 +76,6 @@ def test_timm_refusals(build, vit):
         build(type='mmmilan.TimmTeacher', model='vit_small_patch16_224', pretrained=path, input_size=64)
 
 
-def test_random_weights_are_said_in_the_log(build, log):
+def test_random_weights_are_logged(build, log):
     build(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None, input_size=32)
     assert 'pretrained=None gives random weights' in log.text

@@ -1,4 +1,4 @@
-"""Where the weights come from: the hub's cache, the hub, a file; and what is said where they are not."""
+"""Weights from the hub and its cache, and the errors where they cannot be had."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REVISION = '0' * 40
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose answers a test sets: status and the hub's own error code by name of file. Its cache is empty."""
+    """A hub with an empty cache. The test sets its answers: status and the hub's error code by file name."""
     answers: dict[str, tuple[int, str]] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -53,7 +53,7 @@ def point_to(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 
 def fill_cache(folder: Path, repo: str, name: str, weights: dict) -> None:
-    """The file as the hub's own library keeps it."""
+    """Put a file where the hub's library keeps it."""
     cached = folder / f'models--{repo.replace("/", "--")}'
     (cached / f'snapshots/{REVISION}').mkdir(parents=True)
     (cached / 'refs').mkdir()
@@ -62,7 +62,7 @@ def fill_cache(folder: Path, repo: str, name: str, weights: dict) -> None:
 
 
 def test_from_the_cache_without_network(hub, vit, build, tmp_path):
-    """The file as timm publishes it: all blocks, classifier included, which is left out."""
+    """The file as timm publishes it, with a classifier, which is left out."""
     reference = timm.create_model('test_vit', num_classes=1000).eval()
     weights = {key: value.clone() for key, value in reference.state_dict().items()}
     fill_cache(tmp_path / 'hub', 'timm/test_vit.r160_in1k', 'model.safetensors', weights)
@@ -73,7 +73,7 @@ def test_from_the_cache_without_network(hub, vit, build, tmp_path):
 
 
 def test_open_clip_from_the_cache(hub, build, shallow, tmp_path):
-    """The whole CLIP is in the file; a text tower has no place and is left."""
+    """The file holds the whole CLIP; its text tower is left out."""
     repo = 'timm/vit_base_patch32_clip_224.openai'
     own = build(type='mmmilan.OpenCLIPTeacher', model='ViT-B-32-quickgelu', input_size=224)
     for parameter in own.parameters():
@@ -86,7 +86,7 @@ def test_open_clip_from_the_cache(hub, build, shallow, tmp_path):
 
 
 def unfolded(visual: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights before QuickGELU's factor went into them."""
+    """The weights without QuickGELU's factor."""
     weights = {key: value.clone() for key, value in visual.state_dict().items()}
     for key in weights:
         if '.c_fc.' in key:
@@ -102,14 +102,14 @@ DINOV3 = dict(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3.lvd168
 
 @pytest.mark.parametrize('cfg', [SIGLIP2, DINOV3], ids=['open_clip', 'timm'])
 def test_no_network(cfg, hub, build, monkeypatch):
-    """At once, and with the file to download."""
+    """The error comes at once and names the file to download."""
     with socket.socket() as closed:
         closed.bind(('127.0.0.1', 0))
         point_to(monkeypatch, closed.getsockname()[1])
         start = time.monotonic()
         with pytest.raises(InputError, match=r'timm/\S+ does not answer .*; download \S+\.safetensors .*=FILE'):
             build(**cfg)
-    assert time.monotonic() - start < 8  # building the architecture to check it takes its time
+    assert time.monotonic() - start < 8  # building the architecture for its check takes some of it
 
 
 def test_a_hub_that_keeps_silent(hub, build, monkeypatch):

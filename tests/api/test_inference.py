@@ -1,0 +1,264 @@
+"""Models of the zoo by name: download, features and classes; and the README's snippets, which use them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import mmpretrain
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from mmpretrain.models import ImageClassifier, MILANPretrainDecoder, VisionTransformer
+from PIL import Image
+
+import mmmilan
+from helpers import ROOT, assert_within
+from mmmilan.checkpoints import zoo
+from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.errors import InputError
+
+PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
+ARCH, WIDTH = 'deit-tiny', 192
+SMALL = dict(_delete_=True, embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    """Models of mmpretrain, and the folder ``host`` with their files as published. A ViT-Ti keeps the files small."""
+    host = tmp_path_factory.mktemp('host')
+    torch.manual_seed(0)
+    vit = VisionTransformer(ARCH)
+    for norm in (module for module in vit.modules() if isinstance(module, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.bias, std=0.1)  # else all norms are equal
+    torch.nn.init.normal_(vit.pos_embed, std=0.5)
+    decoder = MILANPretrainDecoder(embed_dim=WIDTH)
+    classifier = ImageClassifier(
+        dict(type='VisionTransformer', arch=ARCH, out_type='avg_featmap', final_norm=False),
+        head=dict(type='LinearClsHead', num_classes=1000, in_channels=WIDTH),
+    )
+    classifier.backbone.load_state_dict(vit.state_dict(), strict=False)
+    torch.nn.init.normal_(classifier.head.fc.weight)
+    vit.eval()
+    classifier.eval()
+    milan = {f'backbone.{key}': value for key, value in vit.state_dict().items()}
+    milan |= {f'neck.{key}': value for key, value in decoder.state_dict().items()}
+    milan |= {'target_generator.tokenizer.visual.proj': torch.zeros(768, 512)}
+    meta = dict(epoch=400, mmengine_version='0.3.1', seed=np.int64(0))
+    urls, sha256 = {}, {}
+    for name, weights in {PRETRAINED: milan, FINE_TUNED: classifier.state_dict()}.items():
+        path = host / f'{name}.pth'
+        torch.save(dict(meta=meta, state_dict=weights), path)
+        sha256[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        urls[name] = f'{name}_20221129-{sha256[name][:8]}.pth'
+        path.rename(host / urls[name])
+    yield dict(vit=vit, classifier=classifier, host=host, urls=urls, sha256=sha256)
+    shutil.rmtree(host)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    cache = tmp_path_factory.mktemp('cache')
+    yield cache
+    shutil.rmtree(cache)
+
+
+@pytest.fixture
+def published(sources, cache, tmp_path, monkeypatch):
+    """The zoo publishes the two files of ``sources``, on a mirror on loopback."""
+    root = tmp_path / 'zoo'
+    root.mkdir()
+    models = []
+    for metafile in ('metafile.yml', 'benchmarks/metafile.yml'):
+        models += yaml.safe_load((ROOT / 'configs' / 'milan' / metafile).read_text())['Models']
+    for model in models:
+        model['Config'] = str(ROOT / model['Config'])
+        if model['Name'] in sources['urls']:
+            head = f', head=dict(in_channels={WIDTH})' if model['Name'] == FINE_TUNED else ''
+            (root / f'{model["Name"]}.py').write_text(
+                f'_base_ = {model["Config"]!r}\nmodel = dict(backbone=dict(arch={ARCH!r}){head})\n'
+            )
+            model['Config'] = f'{model["Name"]}.py'
+            model['Weights'] = f'https://download.openmmlab.com/{sources["urls"][model["Name"]]}'
+            model['Metadata']['SHA256'] = sources['sha256'][model['Name']]
+    (root / 'metafile.yml').write_text(yaml.safe_dump({'Models': models}))
+    (root / 'model-index.yml').write_text('Import: [metafile.yml]')
+    monkeypatch.setattr(zoo, 'zoo_root', lambda: root)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietHandler, directory=sources['host']))
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    monkeypatch.setenv('MMMILAN_MIRRORS', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('MMMILAN_CACHE', str(cache))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    zoo.zoo_models.cache_clear()
+    assert len(zoo.find_model(PRETRAINED).sha256) == 64  # the whole hash is known, and so checked
+    yield sources
+    server.shutdown()
+    server.server_close()
+    zoo.zoo_models.cache_clear()
+
+
+@pytest.fixture(scope='module')
+def image_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for name, size in {'cat': (300, 400), 'dog': (260, 250)}.items():
+        image = cv2.resize(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f'{name}.png'), image)
+    return [str(folder / 'cat.png'), str(folder / 'dog.png')]
+
+
+def normalised(path):
+    """The input that the models should see, by Pillow and NumPy alone."""
+    image = Image.open(path).convert('RGB')
+    scale = 256 / min(image.size)
+    image = image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (int(round((side - 224) / 2)) for side in image.size)
+    pixels = np.asarray(image, dtype=np.float32)[top : top + 224, left : left + 224]
+    pixels = (pixels - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
+    return torch.from_numpy(pixels.transpose(2, 0, 1)).float()[None]
+
+
+@torch.no_grad()
+def test_features_of_a_published_checkpoint(published, image_files, capsys):
+    """From the name to the features: mirror, hash, pipeline, encoder; the CLIP in the file is left out."""
+    expected = torch.cat([published['vit'](normalised(path))[0] for path in image_files])
+    extract = mmmilan.FeatureExtractor(PRETRAINED)
+    assert published['urls'][PRETRAINED] in capsys.readouterr().err
+    features = extract(image_files, batch_size=1)
+    assert_within(features, expected)
+    assert 'FeatureExtractor' in capsys.readouterr().err
+    bgr = [cv2.imread(path) for path in image_files]
+    (seen,) = extract.batches(image_files[0], 1)
+    assert_within(seen, normalised(image_files[0]))
+    for same in (Path(image_files[0]), bgr[0], Image.open(image_files[0]), bgr[:1], np.stack(bgr[:1])):
+        assert torch.equal(next(extract.batches(same, 1)), seen)
+    assert [len(batch) for batch in extract.batches(bgr * 2 + bgr[:1], 2)] == [2, 2, 1]
+
+
+def test_features_of_every_type(image_files):
+    model = mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+    features = {
+        out_type: mmmilan.FeatureExtractor(model, out_type=out_type)(image_files)
+        for out_type in (None, 'raw', 'cls_token', 'featmap', 'avg_featmap')
+    }
+    tokens = features['raw']
+    assert tokens.shape == (2, 197, 48) and not tokens.requires_grad
+    assert torch.equal(features['cls_token'], tokens[:, 0])
+    assert torch.equal(features[None], tokens[:, 0])  # out_type is each extractor's own; the model keeps its default
+    assert torch.equal(features['featmap'], tokens[:, 1:].transpose(1, 2).unflatten(2, (14, 14)))
+    assert_within(features['avg_featmap'], tokens[:, 1:].mean(1))
+
+
+@torch.no_grad()
+def test_classes_by_a_published_checkpoint(published, image_files):
+    scores = torch.cat([published['classifier'](normalised(path)).softmax(1) for path in image_files])
+    inferencer = mmmilan.ImageClassificationInferencer(FINE_TUNED)
+    results = inferencer([image_files[0], cv2.imread(image_files[1])])
+    assert_within(torch.from_numpy(np.stack([result['pred_scores'] for result in results])), scores)
+    assert [result['pred_label'] for result in results] == scores.argmax(1).tolist()
+    names = mmpretrain.datasets.ImageNet.METAINFO['classes']
+    assert [result['pred_class'] for result in results] == [names[i] for i in scores.argmax(1)]
+    theirs = mmpretrain.ImageClassificationInferencer(inferencer.model)(image_files)
+    assert [result['pred_label'] for result in theirs] == scores.argmax(1).tolist()
+    assert_within(torch.from_numpy(theirs[0]['pred_scores']), scores[0])
+
+
+def test_errors_are_one_sentence(published, tmp_path, image_files):
+    with pytest.raises(InputError, match="The zoo has no model 'resnet50'; choose one of milan"):
+        mmmilan.get_model('resnet50')
+    with pytest.raises(InputError, match='No weights of milan_vit-large.* have been published'):
+        mmmilan.get_model('milan_vit-large-p16_16xb256-amp-coslr-400e_in1k', pretrained=True)
+    with pytest.raises(InputError, match='none.py is not a file'):
+        mmmilan.get_model(tmp_path / 'none.py')
+    # the pretrained encoder is no classifier
+    with pytest.raises(InputError, match=r'does not hold all of ImageClassifier: missing .*head.fc'):
+        mmmilan.get_model(FINE_TUNED, pretrained=PRETRAINED)
+    model = mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL))
+    with pytest.raises(InputError, match='no classification head'):
+        mmmilan.ImageClassificationInferencer(model)(image_files)
+    with pytest.raises(InputError, match="out_type='pooled' is unknown"):
+        mmmilan.FeatureExtractor(model, out_type='pooled')
+    extract = mmmilan.FeatureExtractor(model)
+    for images, message in [
+        ('none.jpg', 'none.jpg is not a file'),
+        ([], 'No images'),
+        (np.zeros((8, 8, 3), np.float32), 'float32 .* is no image'),
+        (np.zeros((8, 8), np.uint8), r'uint8 \[8, 8\] is no image'),
+    ]:
+        with pytest.raises(InputError, match=message):
+            extract(images)
+
+
+def test_whole_pretraining_model(clip_file):
+    """With decoder and teacher, to continue pretraining; a small file replaces the published teacher."""
+    teacher = dict(model=None, pretrained=clip_file, input_size=224)
+    model = mmmilan.get_model(
+        PRETRAINED, encoder_only=False, head=dict(teacher=teacher), neck=dict(predict_feature_dim=24, decoder_depth=1)
+    )
+    assert type(model).__name__ == 'MILAN' and model.neck.decoder_pred.out_features == 24
+
+
+def snippets():
+    """The code blocks of the README's section on use: (language, code)."""
+    section = re.search(r'^## Use$(.*?)(?=^## |\Z)', (ROOT / 'README.md').read_text(), re.M | re.S)
+    assert section, 'the README has no section "Use"'
+    return re.findall(r'^```(\w+)\n(.*?)^```', section[1], re.M | re.S)
+
+
+# Options added to the README's training command, to make it small enough for a test.
+TINY = (
+    'train_dataloader.batch_size=3 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
+    'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
+    f'default_hooks.checkpoint.save_optimizer=False model.backbone.arch={ARCH} model.head.in_channels={WIDTH}'
+)
+
+
+def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in image_files:
+        Image.open(path).save(f'{Path(path).stem}.jpg')
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'my_images').mkdir()
+    for split, label in itertools.product(('train', 'val'), range(3)):
+        (tmp_path / 'my_images' / split / str(label)).mkdir(parents=True)
+        shutil.copy('cat.jpg', tmp_path / 'my_images' / split / str(label))
+    blocks = snippets()
+    assert [language for language, _ in blocks] == ['python', 'python', 'bash', 'bash']
+    values = {}
+    for _, code in blocks[:2]:
+        exec(code, values)
+    assert values['features'].shape == (2, WIDTH)
+    assert values['results'][0]['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes']
+    for _, code in blocks[2:]:
+        for command in code.replace('\\\n', ' ').strip().splitlines():
+            *settings, script = command.partition('python tools/')[0].split() + [command.partition('python tools/')[2]]
+            for setting in settings:
+                monkeypatch.setenv(*setting.split('='))
+            script, *arguments = script.split()
+            run_tool(script, *arguments, *(['--cfg-options', *TINY.split()] if script == 'train.py' else []))
+    (trained,) = tmp_path.glob('work_dirs/*/epoch_1.pth')
+    before = published['vit'].state_dict()['layers.11.attn.proj.weight']
+    after = load_checkpoint_file(trained)['state_dict']['backbone.layers.11.attn.proj.weight']
+    assert 0 < (after - before).abs().max() < 0.01  # one step from the weights of the zoo
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=0)
+    (file,) = tmp_path.glob('*.safetensors')
+    weights = load_checkpoint_file(file)['state_dict']
+    vit.load_state_dict(weights, strict=True)
+    assert torch.equal(weights['norm.bias'], published['vit'].ln1.bias)
+    shutil.rmtree(tmp_path / 'work_dirs')
+    file.unlink()

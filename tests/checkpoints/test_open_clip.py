@@ -1,0 +1,126 @@
+"""What MaskCLIP's weights serve for: open_clip, a teacher of MILAN, the encoders of all tasks, other layouts."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from PIL import Image
+
+from helpers import TINY_ARCH, assert_clip, build_model, captioned_batch
+from mmmilan.checkpoints.layouts import convert
+from mmmilan.errors import InputError
+from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.preprocessing import Preprocessing
+from mmmilan.registry import MODELS
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PREPROCESSING = Preprocessing(resize=64, size=(64, 64), interpolation='bicubic', mean=MEAN, std=STD)
+
+
+@pytest.fixture
+def trained(maskclip_cfg, tmp_path):
+    """A model with weights far from their start, and its checkpoint."""
+    model = build_model(maskclip_cfg)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name != 'logit_scale':
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    path = tmp_path / 'epoch_25.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return model.eval(), str(path)
+
+
+@torch.no_grad()
+def test_open_clip_loads_the_export_and_gives_the_same_embeddings(trained, tmp_path):
+    model, _ = trained
+    write_open_clip(model, PREPROCESSING, tmp_path / 'export')
+    clip, _, preprocess = open_clip.create_model_and_transforms(f'local-dir:{tmp_path / "export"}')
+    clip.eval()
+    pictures = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    bgr = pictures.flip(3).permute(0, 3, 1, 2)  # the order of the data pipeline
+    own = model.data_preprocessor(dict(inputs=bgr, data_samples=None))['inputs']
+    given = torch.stack([preprocess(Image.fromarray(pixels.numpy())) for pixels in pictures])
+    text = torch.stack([sample.text for sample in captioned_batch(5)[1]])
+    for actual, expected in (
+        (clip.encode_image(given, normalize=True), model.encode_image(own)),
+        (clip.encode_text(text, normalize=True), model.encode_text(text)),
+        (clip.logit_scale, model.logit_scale),
+    ):
+        assert (actual - expected).abs().max() < 1e-5
+    assert (model.encode_image(own)[0] - model.encode_image(own)[1]).norm() > 0.01  # images differ
+
+
+def test_checkpoint_is_a_teacher(trained, maskclip_cfg, tmp_path):
+    """Features of all tokens and attention of the class token equal those of open_clip's own tower."""
+    model, path = trained
+    write_open_clip(model, PREPROCESSING, tmp_path / 'export')
+    visual = open_clip.create_model(f'local-dir:{tmp_path / "export"}').eval().visual
+    images = torch.randn(3, 3, 64, 64)
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=path, head_width=16)).eval()
+    assert (teacher.feature_dim, teacher.patch_size, teacher.num_patches) == (24, 16, 16)
+    assert_clip(teacher, images, visual, images)
+    assert torch.allclose(F.normalize(teacher(images)[0][:, 0], dim=1), model.encode_image(images), atol=1e-5)
+    with pytest.raises(InputError, match='48 wide, no multiple of head_width=64'):
+        MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=path))
+    meta = dict(cfg=Config(dict(model=maskclip_cfg)).pretty_text)  # as training writes it
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / 'with_config.pth')
+    path = str(tmp_path / 'with_config.pth')
+    with_config = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=path)).eval()
+    assert all(torch.equal(*pair) for pair in zip(with_config(images), teacher(images), strict=True))
+
+
+def test_a_rectangular_checkpoint_is_a_teacher(maskclip_cfg, tmp_path):
+    """The shape of the grid comes from the config; the weights would also fit another one."""
+    maskclip_cfg['backbone']['img_size'] = (32, 96)
+    maskclip_cfg['neck']['num_patches'] = (2, 6)
+    model = build_model(maskclip_cfg).eval()
+    path = tmp_path / 'rectangle.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=Config(dict(model=maskclip_cfg)).pretty_text)), path)
+    teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path))).eval()
+    images = torch.randn(3, 3, 32, 96)
+    assert teacher.num_patches == 12
+    assert torch.allclose(F.normalize(teacher(images)[0][:, 0], dim=1), model.encode_image(images), atol=1e-5)
+
+
+def test_milan_trains_on_a_checkpoint(trained, milan_cfg):
+    milan_cfg['head']['teacher'] = dict(type='mmmilan.OpenCLIPTeacher', pretrained=trained[1], head_width=16)
+    model = MODELS.build(milan_cfg)
+    model.init_weights()
+    loss = model.loss(torch.randn(2, 3, 64, 64))['loss']
+    loss.backward()
+    assert 0 < loss < 4 and model.backbone.patch_embed.projection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('kind', ['mmmilan.MILANViT', 'mmpretrain.VisionTransformer', 'mmmilan.DenseViT'])
+def test_encoder_of_a_checkpoint(trained, safe_mmengine, kind):
+    model, path = trained
+    extra = dict(out_indices=(0, 1, 1, 1)) if 'Dense' in kind else {}
+    start = dict(type='Pretrained', checkpoint=path)
+    encoder = MODELS.build(dict(type=kind, arch=TINY_ARCH, img_size=64, patch_size=16, init_cfg=start) | extra)
+    encoder.init_weights()
+    loaded = encoder.state_dict()
+    for name, weight in model.backbone.state_dict().items():
+        assert name.startswith('ln1') or torch.equal(loaded[name], weight), name
+    if not extra:
+        encoder.eval()
+        images = torch.randn(2, 3, 64, 64)
+        assert torch.allclose(encoder(images)[0], model.backbone(images)[0], atol=1e-6)
+
+
+def test_encoder_converts_to_other_layouts(trained):
+    model, path = trained
+    weights = torch.load(path)['state_dict']
+    assert set(convert(weights, 'mmmilan')) == {key for key in weights if not key.startswith('data_preprocessor.')}
+    encoder = convert(weights, 'timm', encoder_only=True)
+    assert torch.equal(encoder['blocks.1.attn.qkv.weight'], model.backbone.layers[1].attn.qkv.weight)
+    with pytest.raises(InputError, match='has no place for a MaskCLIP; convert its encoder'):
+        convert(weights, 'timm')
+
+
+def test_export_of_weights_without_a_place_in_open_clip(maskclip_cfg, tmp_path):
+    maskclip_cfg['backbone']['layer_scale_init_value'] = 1.0
+    with pytest.raises(InputError, match="open_clip's ViT has no place for 'backbone.layers.0.attn.gamma1.weight'"):
+        write_open_clip(build_model(maskclip_cfg), PREPROCESSING, tmp_path)
+    assert not list(tmp_path.glob('open_clip*'))

@@ -1,0 +1,43 @@
+"""mmpretrain lists and builds our models once mmmilan is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from helpers import ROOT
+
+PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
+IN_EITHER_ORDER = f"""
+import os, sys
+import torch, mmcv, mmengine.runner  # once for both processes
+
+def check(first):
+    if first == 'mmpretrain':
+        import mmpretrain
+        assert 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k' not in mmpretrain.list_models()  # its hub is filled
+    import mmmilan, mmpretrain
+    from mmpretrain.apis.model import ModelHub
+    assert '{PRETRAINED}' in mmpretrain.list_models('milan')
+    assert '{FINE_TUNED}' in mmpretrain.list_models('vit*milan')
+    assert 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k' in mmpretrain.list_models()
+    assert 'resnet50_8xb32_in1k' in mmpretrain.list_models('resnet50')
+    assert ModelHub.get('{PRETRAINED}').config.model.type == 'mmmilan.MILAN'
+    small = dict(arch=dict(embed_dims=48, num_layers=1, num_heads=3, feedforward_channels=96, _delete_=True))
+    model = mmpretrain.get_model('{FINE_TUNED}', backbone=small, head=dict(in_channels=48))
+    assert model._metainfo.config.filename.startswith({str(ROOT)!r}), model._metainfo.config.filename
+
+for first in ('mmmilan', 'mmpretrain'):
+    assert not {{'mmmilan', 'mmpretrain'}} & set(sys.modules)
+    if os.fork() == 0:
+        check(first)
+        os._exit(0)
+sys.exit(sum(os.wait()[1] for _ in range(2)) != 0)
+"""
+
+
+def test_mmpretrain_finds_our_models():
+    """Whichever of the two is imported first."""
+    run = subprocess.run([sys.executable, '-c', IN_EITHER_ORDER], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
