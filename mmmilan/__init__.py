@@ -8,8 +8,8 @@ from mmmilan.version import __version__, check_versions
 check_versions()
 extend_openmmlab()
 
-# What a person calls, and where it is: imported when it is first asked for.
-_HOMES = {
+# The public functions and their modules, which are imported on first use.
+_MODULES = {
     'FeatureExtractor': 'mmmilan.api.inference',
     'ImageClassificationInferencer': 'mmmilan.api.inference',
     'embed': 'mmmilan.api.embed',
@@ -24,10 +24,10 @@ _HOMES = {
     'zero_shot': 'mmmilan.api.language',
 }
 
-__all__ = ['__version__', *_HOMES]
+__all__ = ['__version__', *_MODULES]
 
 
 def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,4 +1,4 @@
-"""The console script ``mmmilan``: each command is a function of the package, its help that function's docstring."""
+"""The console script ``mmmilan``: each command is a public function, and its help text is the function's docstring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.version import __version__
 
-# Command and function. What a command imports is imported when it is called.
+# Command -> function. A command is imported only when it is run.
 COMMANDS = {
     'pretrain': 'mmmilan.api.pretrain:pretrain',
     'embed': 'mmmilan.api.embed:embed',
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def make_app() -> App:
-    """The commands; a parameter that Python takes by position needs no name here either."""
+    """Build the command line; parameters that are positional in Python are positional here too."""
     app = App(
         name='mmmilan',
         help='MILAN pretraining on your own images, and what comes after it.',
@@ -43,13 +43,15 @@ def make_app() -> App:
 
 
 def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """Changes of a config are the options with a dot: ``--model.masking.mask_ratio 0.6`` or ``--…=0.6``.
+    """Separate changes of the config, ``--model.masking.mask_ratio 0.6`` or ``--…=0.6``, from the other arguments.
+
+    An option is a change of the config if its name has a dot.
 
     Returns:
         The other arguments, and the changes, e.g. ``{'model.masking.mask_ratio': 0.6}``.
 
     Raises:
-        InputError: naming a change without a value.
+        InputError: a change has no value.
     """
     from mmengine.config import DictAction
 
@@ -57,11 +59,11 @@ def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
     left = list(tokens)
     while left:
         token = left.pop(0)
-        key, given, value = token.partition('=')
+        key, equals, value = token.partition('=')
         if not re.fullmatch(r'--\w+(\.\w+)+', key):
             others.append(token)
             continue
-        if not given:
+        if not equals:
             value = left.pop(0) if left else ''
         if not value or value.startswith('--'):
             raise InputError(f'{key} has no value; write {key}=VALUE.')
@@ -70,7 +72,7 @@ def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
 
 
 def print_result(result: object) -> None:
-    """A path, a number, or the fields of a row between tabs; nothing for None and models."""
+    """Print a path or a number as it is and a tuple as tab-separated fields; print nothing for anything else."""
     if isinstance(result, tuple):
         print(*result, sep='\t')
     elif isinstance(result, (str, os.PathLike, float)):
@@ -78,7 +80,7 @@ def print_result(result: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; what it returns is printed."""
+    """Run a command and print its result."""
     with exit_on_input_error():
         arguments, changes = split_changes(sys.argv[1:] if argv is None else argv)
         try:

@@ -1,4 +1,4 @@
-"""The exception for everything that a user can put right, and how the tools print it."""
+"""The exception for errors that a user can fix, and how the tools print it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A file, key or option is at fault.
+    """An error that a user can fix: a wrong file, key or option.
 
-    The message is one sentence, ``cause; remedy.``, that names it. The tools print it without a stack trace.
+    The message is one sentence, ``cause; remedy.``, that names the file, key or option. The tools print it without a
+    stack trace.
     """
 
 
@@ -21,7 +22,7 @@ class InputError(ValueError):
 def exit_on_input_error() -> Iterator[None]:
     """End the program with the message of an ``InputError`` raised in this context, and exit status 1.
 
-    A process that torchrun started hands the message to torchrun, which has one for all processes, see
+    A process that torchrun started sends the message to torchrun, which prints one message for all processes, see
     ``mmmilan.torchrun``.
     """
     try:
@@ -31,11 +32,11 @@ def exit_on_input_error() -> Iterator[None]:
         if message.startswith('Caught '):  # PyTorch puts the stack trace of a data worker before its message
             message = message.rpartition('Error: ')[2]
         message = f'error: {message.strip()}'
-        sys.exit(1 if told_to_launcher(message) else message)
+        sys.exit(1 if send_to_torchrun(message) else message)
 
 
-def told_to_launcher(message: str) -> bool:
-    """Hand a message to torchrun; False if that did not start this process."""
+def send_to_torchrun(message: str) -> bool:
+    """Send a message to torchrun; False if torchrun did not start this process."""
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if file:
         with open(file, 'w', encoding='utf-8') as stream:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def atomic_write(path: Path) -> Iterator[str]:
         raise InputError(f'{path} cannot be written ({error.strerror}); choose another folder.') from error
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives it to the owner alone
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read it
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError for a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise InputError(
             f'{path} was not written ({first_line(error)}); free space or choose another folder.'
         ) from error
@@ -42,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[str]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a rename reach the disk before what is deleted after it; not every file system can."""
+    """Flush a rename to the disk, before anything is deleted; not every file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with suppress(OSError):
         os.fsync(handle)
@@ -50,13 +50,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     with atomic_write(path) as temporary:
         Path(temporary).write_text(text, encoding='utf-8')
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its type where it has none."""
+    """The first line of an exception's message, or the exception's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -16,7 +16,7 @@ from mmmilan.registry import TRANSFORMS
 if TYPE_CHECKING:
     from mmmilan.models.teachers import Teacher
 
-# Stands for log 0: below the logarithm of every positive float32 plus any noise, and still finite.
+# In place of log 0: finite, but lower than the logarithm of any positive float32 plus noise.
 LOG_ZERO = -1e3
 
 
@@ -68,7 +68,7 @@ def supplied_masks(
         return None
     if masks_per_image > 1:
         raise InputError(
-            f'data_sample.mask is one mask an image and model.masks_per_image={masks_per_image}; set that to 1, or '
+            f'data_sample.mask is one mask per image but model.masks_per_image={masks_per_image}; set that to 1, or '
             'drop the masking from the data pipeline.'
         )
     if len(masks) < len(data_samples):
@@ -78,7 +78,9 @@ def supplied_masks(
         )
     sizes = sorted({len(mask) for mask in masks})
     if sizes != [num_patches]:
-        raise InputError(f'data_sample.mask has {sizes[0]} entries for {num_patches} patches; give one entry a patch.')
+        raise InputError(
+            f'data_sample.mask has {sizes[0]} entries for {num_patches} patches; give one entry per patch.'
+        )
     visible = sorted({int((~mask).sum()) for mask in masks})
     if len(visible) > 1:
         raise InputError(
@@ -108,7 +110,11 @@ class Masking(BaseTransform):
         self.rounding = rounding
 
     def num_visible(self, num_patches: int) -> int:
-        """Number V of patches that stay visible out of N."""
+        """Number V of patches that stay visible out of N.
+
+        Raises:
+            InputError: no patch stays visible.
+        """
         # 12 decimals: 1 - 0.9 must count as 0.1, whose product with 10 is 1 and not 0.99...
         exact = round((1 - self.mask_ratio) * num_patches, 12)
         visible = math.floor(exact) if self.rounding == 'floor' else math.ceil(exact)
@@ -117,9 +123,9 @@ class Masking(BaseTransform):
         return visible
 
     def prepare(self, teacher: Teacher | None) -> None:
-        """Called once with the model's teacher, when the model is built.
+        """Called once, when the model is built, with the model's teacher.
 
-        Most maskings need nothing of it; :class:`PromptedMasking` embeds its texts.
+        Most maskings do nothing here; :class:`PromptedMasking` embeds its texts.
         """
 
     def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
@@ -136,8 +142,14 @@ class Masking(BaseTransform):
         raise NotImplementedError
 
     def transform(self, results: dict) -> dict:
-        """As a data-pipeline transform: ``results['importance']`` (N values, any shape) gives
-        ``results['mask']``, a boolean array [N], True = masked, which ``PackInputs`` packs."""
+        """Draw a mask in a data pipeline.
+
+        ``results['importance']`` (N values, any shape) gives ``results['mask']``, bool [N], True = masked, which
+        ``PackInputs`` packs.
+
+        Raises:
+            InputError: the sample has no importance map.
+        """
         if 'importance' not in results:
             raise InputError(
                 f"{type(self).__name__} finds no results['importance'] for "
@@ -152,9 +164,9 @@ class Masking(BaseTransform):
 class SemanticAwareMasking(Masking):
     """Keep patches with probability proportional to their importance (paper, section 2.4).
 
-    Importance is the attention of CLIP's class token to each patch. The paper has the class token's
-    attention to itself in the pool as well. Draws without replacement from the rest of the pool do not
-    depend on it, so leaving it out, as the published code does, changes nothing for the patches.
+    Importance is the attention of CLIP's class token to each patch. In the paper the class token itself can be
+    drawn too. In draws without replacement this does not affect the order in which patches are drawn, so leaving it
+    out, as the published code does, keeps the distribution of the mask.
     """
 
     def draw(self, importance: Tensor, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:

@@ -1,7 +1,7 @@
-"""How MMEngine and mmpretrain learn of this project, whichever is imported first.
+"""Add this project's configs and models to MMEngine and mmpretrain, whichever package is imported first.
 
-Both keep closed lists, which a plugin can extend only once they are imported, and importing them takes ten seconds. So
-``import mmmilan`` only registers functions that run after somebody has imported them.
+A plugin can extend their lists only after they are imported, and importing them takes ten seconds. So
+``import mmmilan`` only registers import hooks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mmmilan.checkpoints.zoo import zoo_models, zoo_root
 
 
 def extend_openmmlab() -> None:
-    """Extend what is imported already now, and the rest when it is imported."""
+    """Extend modules that are already imported now, and the others when they are imported."""
     wrapt.register_post_import_hook(hide_debug_lines, 'mmengine.logging')
     wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
     wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')
 
 
 def hide_debug_lines(module: ModuleType) -> None:
-    """Let ``print_log`` heed the level of a message that goes to no logger.
+    """Make ``print_log`` drop debug messages that are addressed to no logger, which it would print.
 
-    mmpretrain, mmdet and mmseg say 'Could not import OneDL' at level debug when they are imported, in every process.
+    mmpretrain, mmdet and mmseg print 'Could not import OneDL' at level debug on import, in every process.
     """
     print_log = module.print_log
 
@@ -41,7 +41,7 @@ def hide_debug_lines(module: ModuleType) -> None:
 def extend_mmengine(module: ModuleType) -> None:
     """Let ``_base_ = 'mmmilan::…'`` and ``mmengine.hub.get_config('mmmilan::…')`` find our configs.
 
-    MMEngine would have every type in such a base be one of the scope ``mmmilan``. Ours name their scopes themselves.
+    MMEngine would look up every type in such a base in the scope ``mmmilan``. Our configs write the scope of each type.
     """
     from mmengine.config.utils import MODULE2PACKAGE
 
@@ -58,7 +58,7 @@ def extend_mmengine(module: ModuleType) -> None:
 def extend_mmpretrain(module: ModuleType) -> None:
     """Let ``mmpretrain.get_model`` and ``mmpretrain.list_models`` find our models.
 
-    mmpretrain fills its hub at the first question; ours go in after, in place of those of the same name.
+    mmpretrain fills its model hub on first use. Our models are added after that and replace those of the same name.
     """
     hub = module.ModelHub
     fill = hub._register_mmpretrain_models

@@ -1,4 +1,4 @@
-"""Words decide which patches the encoder sees."""
+"""Masking by text: the encoder sees the patches that match given texts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 class PromptedMasking(SemanticAwareMasking):
     """Keep patches with probability proportional to exp(cos(v, text) / τ), times the attention if asked for.
 
-    v is the patch's value in the teacher's last attention, projected to the joint space of image and text, as in
-    MaskCLIP's segmentation (arXiv 2112.01071). Its feature would not do: after the last attention a CLIP's patches
-    often say what is beside them (arXiv 2304.05653). Of several texts, the nearest to the patch counts. The draw is
-    that of :class:`SemanticAwareMasking`. That words decide on masks is this project's own: no paper has it.
+    v is the patch's value in the teacher's last attention layer, projected to the joint space of image and text, as in
+    MaskCLIP's segmentation (arXiv 2112.01071). The patch's output feature is unsuitable: after the last attention,
+    features of CLIP's patches often describe what is beside the patch (arXiv 2304.05653). With several texts, each
+    patch is weighted by its nearest text. The draw is that of :class:`SemanticAwareMasking`. Masking by text is an
+    idea of this project; it is in no paper.
 
     Args:
-        texts: What is to stay visible, such as 'a crack'.
-        temperature: τ. The lower, the surer are the patches nearest to a text; at 1 the draw is nearly uniform. A CLIP
-            is itself trained at about 0.01.
+        texts: What should stay visible, such as 'a crack'.
+        temperature: τ. A lower value favours the patches nearest to a text more strongly; at 1 the draw is nearly
+            uniform. CLIP itself is trained at about 0.01.
         with_attention: Multiply by the attention of the teacher's class token (paper, section 2.4).
-        mask_ratio: As for every masking.
-        rounding: As for every masking.
+        mask_ratio: See :class:`Masking`.
+        rounding: See :class:`Masking`.
 
     Raises:
         InputError: there is no text, the temperature is not positive, or the teacher has no text tower or does not give
@@ -57,20 +58,32 @@ class PromptedMasking(SemanticAwareMasking):
         self.with_attention = with_attention
 
     def prepare(self, teacher: Teacher | None) -> None:
-        """Embed the texts with the teacher's text tower, once, and let the teacher's importance follow them."""
+        """Embed the texts with the teacher's text tower, once, and make the teacher weigh its importance by them.
+
+        Raises:
+            InputError: there is no teacher, or it lacks a text tower or the values of its patches.
+        """
         if teacher is None:
             raise InputError('PromptedMasking needs a teacher with a text tower; give the head an OpenCLIPTeacher.')
         self.embeddings = teacher.text_tower()(self.texts)  # [T, C]
         teacher.weigh_by(self.weigh)
 
     def weigh(self, attention: Tensor, values: Tensor) -> Tensor:
-        """exp(cos(v, text) / τ) of the nearest text [B, N], float32, 1 for the greatest of an image."""
+        """Weights exp(cos(v, text) / τ) of the nearest text, scaled to a maximum of 1 per image.
+
+        Args:
+            attention: Attention of the class token to each patch [B, N].
+            values: Projected values of the patches [B, N, C].
+
+        Returns:
+            Weights [B, N], float32, multiplied by ``attention`` if ``with_attention``.
+        """
         self.embeddings = self.embeddings.to(values.device)
-        with torch.autocast(values.device.type, enabled=False):  # 16 bits are too coarse for τ
+        with torch.autocast(values.device.type, enabled=False):  # 16 bits are too coarse for a division by τ
             cosine = (F.normalize(values.float(), dim=-1) @ self.embeddings.T).amax(-1)
         weight = ((cosine - cosine.amax(1, keepdim=True)) / self.temperature).exp()
         return weight * attention if self.with_attention else weight
 
     def transform(self, results: dict) -> dict:
-        """Refused: a data pipeline has no features to compare with the texts."""
-        raise InputError('PromptedMasking is no step of a data pipeline; give it to the model as masking.')
+        """Always raises an :class:`InputError`: a data pipeline has no features to compare with the texts."""
+        raise InputError('PromptedMasking does not work in a data pipeline; give it to the model as masking.')

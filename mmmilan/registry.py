@@ -1,7 +1,7 @@
 """Registries of scope ``mmmilan``, children of MMEngine's roots.
 
-``type='mmmilan.X'`` in the config of any OpenMMLab project finds X here: MMEngine imports this file when
-it meets the scope, and a registry imports its ``locations`` when it is first asked. No ``custom_imports``.
+``type='mmmilan.X'`` in the config of any OpenMMLab project finds X here, without ``custom_imports``: MMEngine imports
+this file when it meets the scope, and a registry imports its ``locations`` on its first lookup.
 """
 
 from mmengine import registry as roots

@@ -1,8 +1,9 @@
-"""PyTorch's torchrun with the same arguments, for runs that are stopped without loss and say what went wrong.
+"""PyTorch's torchrun with the same arguments, for runs that stop without loss and say what went wrong.
 
-It ends with the message of the process that went wrong and not with a trace of its own. A signal to it goes on to the
-processes, for as long as they need to save: torchrun itself would end them after 30 s, and itself at once at SIGUSR1.
-Where they say that they can go on (:data:`mmmilan.engine.stopping.GO_ON`), so does its exit status.
+* When a process fails, it ends with the message of that process in place of a stack trace of its own.
+* It forwards signals to the processes and lets them save for as long as they need. PyTorch's torchrun kills them after
+  30 s, and itself dies of SIGUSR1.
+* If a process ends with the status "can be resumed" (``os.EX_TEMPFAIL``), so does torchrun.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from mmmilan.errors import InputError, exit_on_input_error
 
 
 def check_port(address: str, port: int) -> None:
-    """Check that the processes can meet at a port of this machine.
+    """Check that the processes can use a port of this machine as their meeting point.
 
     Raises:
-        InputError: another program has it.
+        InputError: another program uses the port, or it is not allowed.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,8 +38,8 @@ def check_port(address: str, port: int) -> None:
             ) from error
 
 
-def forward(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the processes."""
+def forward_signal(number: int, frame: FrameType | None) -> None:
+    """Forward a signal to the processes."""
     for process in psutil.Process().children():
         process.send_signal(number)
 
@@ -48,10 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.nnodes == '1':
         check_port(args.master_addr, args.master_port)
-    args.signals_to_handle = 'SIGHUP,SIGQUIT'  # torchrun's own handling; the others go on
+    args.signals_to_handle = 'SIGHUP,SIGQUIT'  # torchrun kills the processes on these; the others are forwarded
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward)
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # each process that was ended
+        signal.signal(number, forward_signal)
+    # torchrun logs an error for each process that it ends
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     try:
         run(args)
     except ChildFailedError as error:

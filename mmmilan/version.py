@@ -1,4 +1,4 @@
-"""The version of mmmilan, and those of its dependencies that it can work with."""
+"""The version of mmmilan, and the versions of its dependencies that it works with."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ __version__ = '0.2.0'
 DEPENDENCIES = {
     'torch': (('torch',), '>=2.6', True, 'torch'),
     'mmengine': (('onedl-mmengine', 'mmengine'), '>=0.10,<1.0', True, 'onedl-mmengine'),
-    'mmcv': (
-        ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
-        '>=2.0,<2.4',
-        True,
-        'onedl-mmcv',
-    ),
+    'mmcv': (('onedl-mmcv', 'mmcv', 'mmcv-lite'), '>=2.0,<2.4', True, 'onedl-mmcv'),
     'mmpretrain': (('onedl-mmpretrain', 'mmpretrain'), '>=1.0,<2.0', True, 'onedl-mmpretrain'),
     'transformers': (('transformers',), '<5', False, "'transformers<5', as mmpretrain cannot be imported with 5"),
     'mmdet': (('onedl-mmdetection', 'mmdet'), '>=3.0,<4.0', False, 'onedl-mmdetection'),
@@ -28,7 +23,7 @@ DEPENDENCIES = {
 
 
 def installed_version(distributions: tuple[str, ...]) -> str | None:
-    """Version of the first of these distributions that is installed, read without importing it."""
+    """The version of the first of these distributions that is installed; None if none is. Nothing is imported."""
     for name in distributions:
         try:
             return version(name)
@@ -38,10 +33,10 @@ def installed_version(distributions: tuple[str, ...]) -> str | None:
 
 
 def check_versions() -> None:
-    """Compare what is installed with ``DEPENDENCIES``.
+    """Compare the installed packages with ``DEPENDENCIES``.
 
     Raises:
-        InputError: naming every package that is missing or of a version that cannot work.
+        InputError: packages are missing or of a version that does not work; the message names them all.
     """
     faults, remedies = [], []
     for package, (distributions, wanted, required, remedy) in DEPENDENCIES.items():

@@ -133,7 +133,7 @@ def test_what_cannot_be_prompted(milan_cfg):
     masking = PromptedMasking(['left'])
     with pytest.raises(InputError, match='needs a teacher with a text tower; give the head an OpenCLIPTeacher'):
         masking.prepare(None)
-    with pytest.raises(InputError, match='is no step of a data pipeline; give it to the model as masking'):
+    with pytest.raises(InputError, match='does not work in a data pipeline; give it to the model as masking'):
         masking.transform(dict(importance=torch.rand(16)))
     teacher = MODELS.build(dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None))
     with pytest.raises(InputError, match="does not give the values of its patches; choose open_clip's own ViT"):

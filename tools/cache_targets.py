@@ -1,8 +1,8 @@
-"""Run the teacher of a config once for all images and E epochs of crops, and keep what it gives in 8 bits.
+"""Run the teacher of a config once for all images and E epochs of crops, and store its outputs in 8 bits.
 
 python tools/cache_targets.py configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py cache --epochs 10
 
-It goes on where it was stopped. docs/efficiency.md says how to train with a cache, and what it takes.
+Run it again to resume. docs/efficiency.md describes how to train with a cache, and its costs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, DictAction
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import CachedTargets, Draw, ImageFolder
-from mmmilan.datasets.target_cache import VERSION, as_plain, encode, names_of
+from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, encode
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import atomic_write, write_text
 from mmmilan.models import MILAN
@@ -41,26 +42,30 @@ def parse_args() -> argparse.Namespace:
 
 
 def describe(cfg: Config, model: MILAN, dataset: ImageFolder) -> dict:
-    """What has to agree between a cache and its use: the manifest, without the number of epochs."""
+    """The manifest without the number of epochs: what must agree between a cache and the training that uses it."""
     teacher = model.head.teacher
     return dict(
         version=VERSION,
-        teacher=as_plain(cfg.model.head.teacher.to_dict()),
-        pipeline=as_plain([step.to_dict() for step in cfg.train_dataloader.dataset.pipeline]),
+        teacher=as_json(cfg.model.head.teacher.to_dict()),
+        pipeline=as_json([step.to_dict() for step in cfg.train_dataloader.dataset.pipeline]),
         images=len(dataset),
-        names=names_of(dataset),
+        names=checksum_of_names(dataset),
         seed=cfg.get('randomness', {}).get('seed') or 0,
         feature_dim=model.head.feature_dim,
         num_patches=teacher.num_patches,
         width=teacher.width,
         patch_size=teacher.patch_size,
         grid=list(teacher.grid),
-        input_size=as_plain(teacher.input_size),
+        input_size=as_json(teacher.input_size),
     )
 
 
 def finished_epochs(folder: Path, wanted: dict) -> int:
-    """How many epochs of this cache are in the folder already."""
+    """The number of epochs of this cache that are in the folder already.
+
+    Raises:
+        InputError: the folder holds another cache.
+    """
     path = folder / 'manifest.json'
     if not path.exists():
         return 0
@@ -73,27 +78,31 @@ def finished_epochs(folder: Path, wanted: dict) -> int:
 
 @torch.no_grad()
 def run_teacher(model: MILAN, batch: dict) -> tuple[Tensor, Tensor]:
-    """Features [B, 1 + N, C] and importance [B, N] of a batch."""
+    """Features [B, 1 + N, C] and importance [B, N] of a batch.
+
+    Raises:
+        InputError: the target of the head is not the features of a single teacher.
+    """
     features, importance = model.head.run_teacher(model.data_preprocessor(batch)['inputs'])
     if not isinstance(features, Tensor):
         raise InputError('Only a head with one teacher as its target can be cached; take CLIPTarget or LayerAlignment.')
     return features, importance
 
 
-def loss_of_rounding(features: Tensor, records: object) -> float:
-    """2 - 2 cos between features and their 8 bits, mean over tokens: the loss where the features are predicted."""
+def rounding_loss(features: Tensor, records: np.ndarray) -> float:
+    """2 - 2 cos between features and their 8-bit codes, mean over tokens: the loss of a perfect prediction."""
     codes = torch.from_numpy(records['codes']).to(features)
     return float((2 - 2 * F.cosine_similarity(codes, features.float(), dim=-1)).mean())
 
 
 def write_epoch(path: Path, model: MILAN, loader: DataLoader, epoch: int) -> float:
-    """Write the records of an epoch; the loss that rounding causes in its last batch."""
+    """Write the records of an epoch; returns the loss that rounding alone causes, on the last batch."""
     with atomic_write(path) as temporary, open(temporary, 'wb') as file:
         for batch in track(loader, f'Epoch {epoch}'):
             features, importance = run_teacher(model, batch)
             records = encode(batch['inputs'], features, importance)
             file.write(records.tobytes())
-    return loss_of_rounding(features, records)
+    return rounding_loss(features, records)
 
 
 def main() -> None:
@@ -105,11 +114,11 @@ def main() -> None:
     if not cfg.model.head.get('teacher'):
         raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')
     if cfg.model.masking.type == 'mmmilan.PromptedMasking':
-        raise InputError('A cache keeps the attention, and not what words make of it; set masking to another.')
+        raise InputError('A cache cannot store the importance of PromptedMasking; choose another model.masking.')
     model = MODELS.build(cfg.model).to(get_device()).eval()
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if isinstance(dataset, CachedTargets):
-        raise InputError(f'{args.config} trains with a cache already; take the config that it was made with.')
+        raise InputError(f'{args.config} trains with a cache already; take the config that the cache was made with.')
     manifest = describe(cfg, model, dataset)
     for epoch in range(finished_epochs(args.folder, manifest), args.epochs):
         loader = DataLoader(
@@ -121,9 +130,9 @@ def main() -> None:
         )
         loss = write_epoch(args.folder / f'epoch_{epoch}.bin', model, loader, epoch)
         write_text(args.folder / 'manifest.json', json.dumps(manifest | dict(epochs=epoch + 1), indent=2) + '\n')
-        print(f'Epoch {epoch}: rounding to 8 bits alone is a loss of {loss:.2e} (2 - 2 cos).')
+        print(f'Epoch {epoch}: rounding to 8 bits alone causes a loss of {loss:.2e} (2 - 2 cos).')
     size = (args.folder / 'epoch_0.bin').stat().st_size
-    print(f'{args.folder}: {args.epochs} epochs, {size / len(dataset) / 1e3:.1f} KB an image and epoch.')
+    print(f'{args.folder}: {args.epochs} epochs, {size / len(dataset) / 1e3:.1f} KB per image and epoch.')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Convert a checkpoint between layouts: ``mmmilan convert``, for a checkout that is not installed."""
+"""Convert a checkpoint between layouts: the command ``mmmilan convert`` for a checkout that is not installed."""
 
 import sys
 

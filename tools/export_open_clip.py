@@ -1,4 +1,4 @@
-"""Make an open_clip model of a MaskCLIP checkpoint, which open_clip loads by the name local-dir:FOLDER."""
+"""Export a MaskCLIP checkpoint to a folder that open_clip loads by the name local-dir:FOLDER."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', type=Path, help='checkpoint of MMEngine')
-    parser.add_argument('folder', type=Path, help='folder to write open_clip_config.json and the weights to')
+    parser.add_argument('folder', type=Path, help='folder for open_clip_config.json and the weights')
     return parser.parse_args()
 
 

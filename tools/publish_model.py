@@ -1,6 +1,6 @@
-"""Make a checkpoint ready to publish: weights alone, hash in the name, safetensors twin, metafile entry, model card.
+"""Prepare a checkpoint for publication: weights only, hash in the name, safetensors copy, metafile entry, model card.
 
-With --hub-dir also a folder for the Hugging Face Hub, from which timm and transformers load the model.
+With --hub-dir it also writes a folder for the Hugging Face Hub, from which timm and transformers load the model.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mmmilan.export.open_clip import write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import write_text
 
-META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the rest names the machine it was trained on
+META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the other entries reveal the training machine
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', type=Path, help='config that the checkpoint was trained with; its name is the model')
+    parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint of MMEngine')
     parser.add_argument('out_dir', type=Path, help='folder to write to')
     parser.add_argument('--name', help='name of the model, by default that of the config')
-    parser.add_argument('--url', default='', help='address that the files will be below, for the metafile')
-    parser.add_argument('--training-data', help='name of the data set, where the config has none of the public ones')
-    parser.add_argument('--dataset', help='of the metrics, e.g. ImageNet-1k')
+    parser.add_argument('--url', default='', help='address of the folder where the files will be, for the metafile')
+    parser.add_argument('--training-data', help='name of the training data, if the config does not name a public one')
+    parser.add_argument('--dataset', help='data set of the metrics, e.g. ImageNet-1k')
     parser.add_argument(
         '--metric',
         action='append',
@@ -73,12 +73,12 @@ def main() -> None:
 
 
 def gather_facts(args: argparse.Namespace, config: Config, checkpoint: dict[str, Any], weights: dict) -> Facts:
-    """What arguments, config and checkpoint say; the checkpoint's own config knows the data it was trained on."""
+    """Collect the facts from arguments, config and checkpoint, whose own config names the training data."""
     meta = checkpoint.get('meta') or {}
     trained_with = own_config(args.checkpoint) if isinstance(meta.get('cfg'), str) else config
     data, hub_dataset = training_data(trained_with)
     if args.metric and not args.dataset:
-        raise InputError('--metric says nothing without its data set; name it with --dataset.')
+        raise InputError('--metric needs its data set; name it with --dataset.')
     layout = detect_layout(weights)
     kind = 'image-text model' if layout.content == 'MaskCLIP' else 'encoder'
     if config.model.get('head') and 'masking' not in config.model:
@@ -98,7 +98,7 @@ def gather_facts(args: argparse.Namespace, config: Config, checkpoint: dict[str,
 
 
 def public_config(config: Config) -> Config:
-    """What a model needs of its config, without the folders of the machine that it was trained on."""
+    """The part of a config that the model needs, without folders of the training machine."""
     model = config.model.to_dict()
     model['backbone'].pop('init_cfg', None)
     teacher = (model.get('head') or {}).get('teacher') or {}
@@ -110,14 +110,14 @@ def public_config(config: Config) -> Config:
 
 
 def entry_config(config: Path, path: Path) -> str:
-    """A config of the zoo by its place there; another one by the file that is published with the weights."""
+    """The config for the metafile: the path in the zoo if it is there, else the file published with the weights."""
     root = zoo_root().resolve()
     inside = [base for base in (root, root.parents[1]) if config.resolve().is_relative_to(base / 'configs')]
     return str(config.resolve().relative_to(inside[0])) if inside else path.with_suffix('.py').name
 
 
 def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
-    """The folder for the Hub; returns the libraries that can load it."""
+    """Write the folder for the Hub; returns the libraries that can load it."""
     if facts.kind == 'image-text model':
         model = get_model(path, encoder_only=False)
         write_open_clip(model, read_preprocessing(model._config, model), folder)
@@ -126,6 +126,7 @@ def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
 
 
 def read_metric(text: str) -> tuple[str, float]:
+    """Name and value from NAME=VALUE."""
     name, _, value = text.rpartition('=')
     try:
         return name, float(value)
@@ -134,7 +135,7 @@ def read_metric(text: str) -> tuple[str, float]:
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write ``NAME-HASH.pth`` and its safetensors twin; returns the path of the first."""
+    """Write ``NAME-HASH.pth`` and the same weights as ``.safetensors``; returns the path of the first."""
     meta = {key: value for key, value in meta.items() if key in META}
     save_checkpoint_file({'state_dict': weights, 'meta': meta}, path)
     final = path.with_name(f'{path.stem}-{file_sha256(path)[:8]}.pth')
@@ -144,7 +145,8 @@ def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) 
 
 
 def count_parameters(weights: dict[str, Tensor]) -> int:
-    return sum(value.numel() for key, value in weights.items() if '.bn.' not in key)  # its statistics are not learned
+    """The number of parameters, without the statistics of batch norm."""
+    return sum(value.numel() for key, value in weights.items() if '.bn.' not in key)
 
 
 if __name__ == '__main__':

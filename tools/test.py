@@ -14,7 +14,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shared_arguments(parser)
     parser.add_argument(
-        'checkpoint', nargs='?', help='checkpoint: file, URL or name of a model of the zoo; not after a checkpoint'
+        'checkpoint', nargs='?', help='file, URL or name of a model of the zoo; leave it out after a checkpoint'
     )
     parser.add_argument('--out', help='write all predictions to this .pkl file')
     args = parser.parse_args()

@@ -19,31 +19,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--resume', nargs='?', const='auto', help='resume from this checkpoint, or from the last one in the work dir'
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 where a GPU lacks it')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the real batch')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 if the GPU lacks it')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the real batch size')
     return parser.parse_args()
 
 
 def enable_amp(cfg: Config) -> None:
-    """Switch on mixed precision, unless the config has it already."""
+    """Turn on mixed precision, unless the config has it already."""
     if cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
         bfloat16 = not torch.cuda.is_available() or computes_in_bfloat16('cuda')
         cfg.optim_wrapper.type = 'mmmilan.BFloat16OptimWrapper' if bfloat16 else 'AmpOptimWrapper'
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate by the real batch over the one that the config's rate is for.
+    """Scale the learning rate by the ratio of the real batch size to that of the config's learning rate.
 
-    MMEngine counts batch and processes; accumulation is counted here.
+    MMEngine multiplies the batch size by the number of processes, and this function by the accumulated steps.
+
+    Raises:
+        InputError: the config lacks the batch size of its learning rate.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise InputError('The config does not name the batch of its learning rate; set auto_scale_lr.base_batch_size.')
+        raise InputError('The config lacks the batch size of its learning rate; set auto_scale_lr.base_batch_size.')
     cfg.auto_scale_lr.enable = True
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
 
 
 def check_not_empty(runner: Runner) -> None:
-    """MMEngine would fail on an epoch without steps, and not say why."""
+    """Raise an :class:`InputError` if an epoch has no step, where MMEngine would fail with an unrelated error."""
     loader = runner.train_dataloader
     if len(loader) == 0:
         raise InputError(

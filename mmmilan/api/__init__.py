@@ -1,1 +1,1 @@
-"""What a person calls; :mod:`mmmilan` itself gives all of it."""
+"""The public functions, which :mod:`mmmilan` itself exports."""

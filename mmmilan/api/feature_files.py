@@ -20,10 +20,10 @@ def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool
 
 
 def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
-    """Paths and columns of a file of ``mmmilan.embed``, of the images that could be read.
+    """Paths of the images in a file of ``mmmilan.embed`` that could be read, and the columns [M, ...] of the file.
 
     Raises:
-        InputError: there is no such file, or a column is not in it.
+        InputError: there is no such file, or it lacks a column.
     """
     import numpy as np
 
@@ -41,19 +41,55 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
 
 
 def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
-    """Paths and embeddings [M, C] of length 1 of a file of ``mmmilan.embed``."""
+    """Paths and embeddings [M, C] of length 1 in a file of ``mmmilan.embed``.
+
+    Raises:
+        InputError: there is no such file, or it has no embeddings.
+    """
     import torch
 
     paths, [embeddings] = read_features(path, ['embedding'])
     return paths, torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=1)
 
 
-def write_npz(path: Path, **columns: np.ndarray) -> Path:
-    """Write arrays, whole or not at all."""
+def check_extension(path: Path) -> None:
+    """Refuse a path that :func:`write_features` could not write, before the features are computed.
+
+    Raises:
+        InputError: the file is neither ``.npz`` nor ``.parquet``, or pyarrow is missing.
+    """
+    if path.suffix not in ('.npz', '.parquet'):
+        raise InputError(f'{path} ends in neither .npz nor .parquet; choose one of them.')
+    if path.suffix == '.parquet':
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise InputError(f'{path} needs pyarrow; pip install pyarrow, or write .npz.') from error
+
+
+def write_features(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """Write columns of equal length as ``.npz`` or as Parquet (each row a flat list), whole or not at all."""
+    from mmmilan.files import atomic_write
+
+    if path.suffix == '.npz':
+        write_npz(path, **columns)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    arrays = {
+        name: pa.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows) for name, rows in columns.items()
+    }
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+        pyarrow.parquet.write_table(pa.table(arrays), file)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> Path:
+    """Write arrays as ``.npz``, whole or not at all; returns the path."""
     import numpy as np
 
     from mmmilan.files import atomic_write
 
     with atomic_write(path) as temporary, open(temporary, 'wb') as file:
-        np.savez(file, **columns)
+        np.savez(file, **arrays)
     return path

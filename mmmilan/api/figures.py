@@ -1,4 +1,4 @@
-"""The paper's figures from one's own checkpoints and images."""
+"""The paper's figures for a user's own checkpoints and images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
-    from torch import Tensor
 
+    from mmmilan.api.compared_models import ComparedModel
     from mmmilan.api.inference import _Inferencer
-    from mmmilan.api.sources import Source
     from mmmilan.visualization.page import Page
 
-NUM_SMALL, NUM_LARGE = 4, 12  # images of figure 3 (and 5), and of figure 4
+NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
 
 
 def figures(
@@ -30,25 +29,25 @@ def figures(
     seed: int = 0,
     device: str | None = None,
 ) -> Path:
-    """Draw figures 2 to 5 of the paper: t-SNE, attention of several models side by side, mask and loss by patch.
+    """Draw figures 2 to 5 of the paper: t-SNE, attention of several models side by side, mask and loss per patch.
 
-    Each is written as PNG and as PDF, and all of them stand on ``index.html`` with what they show. The same inputs and
-    the same seed give the same files. Figure 2 needs images in two or more folders, which name their classes; figure 5
-    needs a checkpoint with its decoder.
+    Each figure is written as PNG and PDF, and ``index.html`` shows and explains them. The same inputs and the same seed
+    give the same files. Figure 2 needs images in two or more folders, which name the classes; figure 5 needs a
+    checkpoint with its decoder.
 
     Args:
-        config: the config, or a model of the zoo, that says how the encoder is built and how images are prepared.
+        config: a config or a model of the zoo, from which the encoder is built and the images are preprocessed.
         checkpoints: models to compare: a checkpoint in any layout (of this project, MAE, mmpretrain, timm: file, URL or
             name of the zoo), ``teacher`` for the config's own, ``timm:MODEL``, or ``open_clip:MODEL:TAG``.
         images: folder of images.
         out: folder to write.
-        num_classes: the most classes of figure 2; more are sampled.
-        images_per_class: the most images of a class in figure 2.
-        seed: of the sample of images, of t-SNE, and of the masks of figure 5.
+        num_classes: maximum number of classes in figure 2; if there are more, they are sampled.
+        images_per_class: maximum number of images per class in figure 2.
+        seed: seed of the sample of images, of t-SNE, and of the masks in figure 5.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         InputError: there is no image or no checkpoint, or a checkpoint does not fit the config.
@@ -56,32 +55,32 @@ def figures(
     import numpy as np
     import torch
 
-    from mmmilan.api.inference import _Inferencer
+    from mmmilan.api.compared_models import load_compared_model, title_of
+    from mmmilan.api.inference import _Inferencer, choose_device
     from mmmilan.api.models import get_model
-    from mmmilan.api.sources import load_source, title_of
     from mmmilan.visualization.page import Page
 
     if not checkpoints:
         raise InputError('No checkpoint was given; name at least one model to compare.')
     folder = Path(out)
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = choose_device(device)
     reader = _Inferencer(get_model(config), device=device)
     files, labels, classes = list_labelled(images)
-    sources = {title_of(name): load_source(config, name, device) for name in checkpoints}
-    if len(sources) < len(checkpoints):
+    models = {title_of(name): load_compared_model(config, name, device) for name in checkpoints}
+    if len(models) < len(checkpoints):
         raise InputError(f'Two of {", ".join(checkpoints)} have the same name; rename a file.')
     random = np.random.default_rng(seed)
-    page = Page('Figures', f'{", ".join(sources)} on images of {images}, seed {seed}.')
+    page = Page('Figures', f'{", ".join(models)} on images of {images}, seed {seed}.')
 
     if len(classes) > 1:
         chosen = sample_classes(labels, num_classes, images_per_class, random)
-        add_tsne(page, folder, reader, sources, [files[i] for i in chosen], labels[chosen], classes, seed)
+        add_tsne(page, folder, reader, models, [files[i] for i in chosen], labels[chosen], classes, seed)
     else:
         warn(page, f'Figure 2 is left out: {images} has no folders that name two or more classes.')
     pictures = [files[i] for i in random.permutation(len(files))[: NUM_SMALL + NUM_LARGE]]
     for number, part in (3, pictures[:NUM_SMALL]), (4, pictures[NUM_SMALL:]):
         if part:
-            add_attention(page, folder, number, reader, sources, part)
+            add_attention(page, folder, number, reader, models, part)
     add_reconstruction(page, folder, reader, config, checkpoints, pictures[:NUM_SMALL], seed, device)
     path = folder / 'index.html'
     page.write(path, f'Written by mmmilan figures with seed {seed}, PyTorch {torch.__version__}.')
@@ -89,7 +88,7 @@ def figures(
 
 
 def list_labelled(images: str) -> tuple[list[str], np.ndarray, Sequence[str]]:
-    """Paths, labels [M] and names of classes of a folder: its first level of folders."""
+    """Paths of the images of a folder, labels [M] and class names, which are the folder's own folders if it has any."""
     import numpy as np
 
     from mmmilan.datasets.sources import class_folders, is_image, list_images
@@ -103,7 +102,7 @@ def list_labelled(images: str) -> tuple[list[str], np.ndarray, Sequence[str]]:
 
 
 def sample_classes(labels: np.ndarray, num_classes: int, per_class: int, random: np.random.Generator) -> np.ndarray:
-    """Indices of the images of up to so many classes, up to so many of each, sorted."""
+    """Sample at most ``num_classes`` classes and ``per_class`` images of each; returns sorted indices of the images."""
     import numpy as np
 
     chosen = random.permutation(np.unique(labels))[:num_classes]
@@ -111,7 +110,7 @@ def sample_classes(labels: np.ndarray, num_classes: int, per_class: int, random:
 
 
 def warn(page: Page, text: str) -> None:
-    """Say on the page and in the log what is missing."""
+    """Say on the page and in the log what is left out, and why."""
     from mmengine.logging import print_log
 
     page.heading('Left out', text)
@@ -122,52 +121,52 @@ def add_tsne(
     page: Page,
     folder: Path,
     reader: _Inferencer,
-    sources: dict[str, Source],
+    models: dict[str, ComparedModel],
     files: list[str],
     labels: np.ndarray,
     classes: Sequence[str],
     seed: int,
 ) -> None:
-    """Figure 2."""
+    """Figure 2: t-SNE of the features."""
     import numpy as np
 
     from mmmilan.visualization.paper import draw_tsne, save_figure
 
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in sources}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for batch in reader.batches(files, 32):
-        for name, source in sources.items():
-            parts[name].append(source(batch)[0].float().cpu().numpy())
+        for name, model in models.items():
+            parts[name].append(model(batch)[0].float().cpu().numpy())
     features = {name: np.concatenate(part) for name, part in parts.items()}
     present, labels = np.unique(labels, return_inverse=True)
     figure = draw_tsne(features, labels, [classes[i] for i in present], seed)
     page.heading(
-        'Figure 2: what the encoders tell apart',
-        f'Features of {len(files)} images of {len(present)} classes in two dimensions (t-SNE), a colour a class. The '
-        'silhouette is that of the features themselves: 1 where each class is a cluster, 0 where classes overlap.',
+        'Figure 2: which classes the encoders separate',
+        f'Features of {len(files)} images of {len(present)} classes in two dimensions (t-SNE), one colour per class. '
+        'The silhouette is computed from the features themselves: 1 if each class is a cluster, 0 if classes overlap.',
     )
-    page.figure(save_figure(figure, folder / 'figure2'), f't-SNE of the features of {", ".join(sources)}')
+    page.figure(save_figure(figure, folder / 'figure2'), f't-SNE of the features of {", ".join(models)}')
 
 
 def add_attention(
-    page: Page, folder: Path, number: int, reader: _Inferencer, sources: dict[str, Source], files: list[str]
+    page: Page, folder: Path, number: int, reader: _Inferencer, models: dict[str, ComparedModel], files: list[str]
 ) -> None:
-    """Figure 3 or 4."""
+    """Figure 3 or 4: attention maps."""
     import torch
 
-    from mmmilan.visualization.figures import draw_heat
+    from mmmilan.visualization.figures import draw_heat, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
 
     batch = torch.cat(list(reader.batches(files, 32)))
-    originals = as_images(reader, batch)
+    originals = to_images(batch, reader.model.data_preprocessor)
     columns = {'image': originals}
-    for name, source in sources.items():
-        columns[name] = [draw_heat(*pair, 'inferno') for pair in zip(originals, source(batch)[1], strict=True)]
+    for name, model in models.items():
+        columns[name] = [draw_heat(*pair, 'inferno') for pair in zip(originals, model(batch)[1], strict=True)]
     page.heading(
         f'Figure {number}: where the class token looks',
-        'Attention of the class token to each patch in the last block, averaged over heads; bright is high. Each '
-        'picture is scaled from its least to its greatest value.',
+        'Attention of the class token to each patch in the last block, averaged over heads; bright is high. Each map '
+        'is scaled from its minimum to its maximum.',
     )
-    page.figure(save_figure(draw_pictures(columns), folder / f'figure{number}'), f'Attention of {", ".join(sources)}')
+    page.figure(save_figure(draw_pictures(columns), folder / f'figure{number}'), f'Attention of {", ".join(models)}')
 
 
 def add_reconstruction(
@@ -180,12 +179,12 @@ def add_reconstruction(
     seed: int,
     device: str,
 ) -> None:
-    """Figure 5, of the first checkpoint that has its decoder."""
+    """Figure 5: mask and loss per patch, of the first checkpoint that has its decoder."""
     import torch
 
+    from mmmilan.api.compared_models import title_of
     from mmmilan.api.models import get_model
-    from mmmilan.api.sources import title_of
-    from mmmilan.visualization.figures import draw_heat, draw_mask
+    from mmmilan.visualization.figures import draw_heat, draw_mask, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
 
     reasons = []
@@ -196,10 +195,10 @@ def add_reconstruction(
             reasons.append(str(error))
             continue
         if not hasattr(model, 'masking'):
-            reasons.append(f'{config} is no config of pretraining.')
+            reasons.append(f'{config} is not a pretraining config.')
             continue
         batch = torch.cat(list(reader.batches(files, 32)))
-        originals = as_images(reader, batch)
+        originals = to_images(batch, reader.model.data_preprocessor)
         torch.manual_seed(seed)
         predicted = list(zip(originals, model.predict(batch), strict=True))
         columns = {
@@ -209,16 +208,8 @@ def add_reconstruction(
         }
         page.heading(
             f'Figure 5: what {title_of(name)} sees and misses',
-            'The image; the patches that the encoder sees; and the loss of each patch, dark green where it is high.',
+            'The image; the patches that the encoder sees; and the loss of each patch: dark green is high.',
         )
         page.figure(save_figure(draw_pictures(columns), folder / 'figure5'), f'Mask and loss of {title_of(name)}')
         return
     warn(page, f'Figure 5 is left out: no checkpoint has the decoder of {config} ({reasons[0]})')
-
-
-def as_images(reader: _Inferencer, batch: Tensor) -> list[np.ndarray]:
-    """Normalised images [B, 3, H, W] as RGB uint8 [H, W, 3]."""
-    from mmmilan.visualization.figures import to_image
-
-    normalisation = reader.model.data_preprocessor
-    return [to_image(image, normalisation.mean, normalisation.std) for image in batch]

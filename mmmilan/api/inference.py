@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmmilan.api.models import get_model
+from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -17,14 +18,14 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 
 
 class _Inferencer:
-    """Images in, batches of normalised tensors through a model.
+    """A model, and the reading of images for it.
 
-    mmpretrain's own inferencers take the models of :func:`get_model` too. These are for what they cannot: PIL images,
+    mmpretrain's inferencers accept the models of :func:`get_model` too. The subclasses add what those lack: PIL images,
     arrays of several images, any of the encoder's tokens (``out_type``), and errors in one sentence.
 
     Args:
-        model: a model, or what ``get_model`` takes as its name.
-        pretrained: as for ``get_model``.
+        model: a model, or the ``name`` that :func:`get_model` takes.
+        pretrained: as for :func:`get_model`.
         device: where to run, by default on the GPU if there is one.
     """
 
@@ -34,14 +35,12 @@ class _Inferencer:
         pretrained: bool | str | os.PathLike = True,
         device: str | None = None,
     ) -> None:
-        import torch
         from mmengine.dataset import Compose
         from mmengine.registry import DefaultScope
         from mmpretrain.registry import TRANSFORMS
 
-        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.model = get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model
-        self.model.to(device)
+        self.model.to(choose_device(device))
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             steps = self.model._config.test_dataloader.dataset.pipeline
             self.load, *steps = [TRANSFORMS.build(step) for step in steps]
@@ -50,17 +49,18 @@ class _Inferencer:
     def batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
         """Normalised batches [B, 3, H, W] on the model's device, with a progress bar."""
         from mmengine.dataset import default_collate
-        from rich.console import Console
-        from rich.progress import track
 
         images = _as_list(images)
-        starts = range(0, len(images), batch_size)
-        for start in track(starts, type(self).__name__, console=Console(stderr=True), disable=len(starts) < 2):
+        for start in progress(range(0, len(images), batch_size), type(self).__name__):
             batch = [self.prepare(self.read(image)) for image in images[start : start + batch_size]]
             yield self.model.data_preprocessor(default_collate(batch), False)['inputs']
 
     def read(self, image: str | os.PathLike | np.ndarray | Image) -> dict:
-        """An image as the first step of the pipeline leaves it."""
+        """Load an image as the first step of the pipeline does.
+
+        Raises:
+            InputError: there is no such file, it does not decode, or the array is not uint8 [H, W, 3].
+        """
         import numpy as np
 
         if isinstance(image, (str, os.PathLike)):
@@ -71,20 +71,23 @@ class _Inferencer:
             image = from_pil(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(
-                f'An array of {image.dtype} {list(image.shape)} is no image; give uint8 [H, W, 3] in BGR order.'
+                f'An array of {image.dtype} {list(image.shape)} is not an image; give uint8 [H, W, 3] in BGR order.'
             )
         return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
 
 
 class FeatureExtractor(_Inferencer):
-    """Features of images, by a model of the zoo.
+    """Extract features of images with a model of the zoo or of your own.
 
     Args:
-        model: a model, a name, or a config file.
+        model: a model, the name of a model of the zoo, a config file or a checkpoint of your own.
         pretrained: True for the published weights, or a checkpoint in any layout.
         device: where to run, by default on the GPU if there is one.
         out_type: ``'cls_token'`` [D], ``'avg_featmap'`` (mean of the patch tokens) [D], ``'featmap'`` [D, H/16, W/16]
             or ``'raw'`` (all tokens) [1 + N, D]; by default what the model was trained with.
+
+    Raises:
+        InputError: the model, its weights or ``out_type`` is unknown.
 
     Examples:
         >>> features = FeatureExtractor('milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')(['cat.jpg', 'dog.jpg'])
@@ -117,10 +120,13 @@ class FeatureExtractor(_Inferencer):
         Args:
             images: one image or a sequence of them: paths, uint8 arrays [H, W, 3] in BGR order (OpenCV's, as in
                 mmpretrain) or PIL images; or one array [B, H, W, 3].
-            batch_size: how many images the model sees at once.
+            batch_size: number of images that the model sees at once.
 
         Returns:
-            Float tensor [B, ...] on the CPU, its shape as ``out_type`` says.
+            Float tensor [B, ...] on the CPU; ``out_type`` determines its shape.
+
+        Raises:
+            InputError: there is no image, or one is missing, does not decode or is not uint8 [H, W, 3].
         """
         import torch
 
@@ -134,7 +140,7 @@ class FeatureExtractor(_Inferencer):
 
 
 class ImageClassificationInferencer(_Inferencer):
-    """Classes of images, by a fine-tuned model of the zoo; arguments and results are those of mmpretrain's.
+    """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
 
     Examples:
         >>> ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k')('cat.jpg')[0]['pred_class']
@@ -146,11 +152,14 @@ class ImageClassificationInferencer(_Inferencer):
 
         Args:
             images: as for :class:`FeatureExtractor`.
-            batch_size: how many images the model sees at once.
+            batch_size: number of images that the model sees at once.
 
         Returns:
             For each image ``pred_scores`` (probabilities, float32 [classes]), ``pred_label`` and ``pred_score`` (the
             best), and ``pred_class`` if the names of the classes are known.
+
+        Raises:
+            InputError: the model has no head, or an image cannot be read.
         """
         import torch
 
@@ -168,20 +177,27 @@ class ImageClassificationInferencer(_Inferencer):
 
 
 def from_pil(image: Image) -> np.ndarray:
-    """BGR uint8 [H, W, 3]; 16 bits are scaled from 0 to 65535.
+    """Convert an image of Pillow -> BGR uint8 [H, W, 3]; 16-bit values are scaled from [0, 65535].
 
     Raises:
-        InputError: its numbers are no pixels.
+        InputError: the image holds 32-bit or floating-point numbers.
     """
     import numpy as np
 
-    from mmmilan.datasets.depth import to_8_bits
+    from mmmilan.datasets.bit_depth import to_8_bits
 
     if image.mode.startswith('I;16'):
         return to_8_bits(np.asarray(image), 65535)
     if image.mode in ('I', 'F'):
         raise InputError(f'An image of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
     return np.asarray(image.convert('RGB'))[..., ::-1]
+
+
+def choose_device(device: str | None) -> str:
+    """The device that the user chose; by default 'cuda' if there is a GPU, else 'cpu'."""
+    import torch
+
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def _as_list(images: Any) -> Sequence:

@@ -1,4 +1,4 @@
-"""Texts and images in one space: what a MILAN checkpoint knows of words through its teacher."""
+"""Search, heat maps and zero-shot classification by texts, in the joint space of a MILAN checkpoint's teacher."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan.api.feature_files import is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import _Inferencer
+from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -30,11 +31,11 @@ class JointSpace(_Inferencer):
     """Embeddings of images, of their patches and of texts, by a checkpoint of :class:`MILAN` or :class:`MaskCLIP`.
 
     Args:
-        checkpoint: your own, or a model of the zoo; with its decoder. Its teacher is a CLIP with a text tower.
+        checkpoint: a checkpoint of your own or a model of the zoo, with its decoder and a CLIP as teacher.
         device: where to run, by default on the GPU if there is one.
 
     Raises:
-        InputError: it has no decoder, or the teacher no text tower.
+        InputError: the checkpoint has no decoder, or its teacher has no text tower.
     """
 
     def __init__(self, checkpoint: str | os.PathLike, device: str | None = None) -> None:
@@ -47,7 +48,11 @@ class JointSpace(_Inferencer):
         self.texts = model.text_tower().to(next(model.parameters()).device)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [T, C] of length 1."""
+        """Embeddings [T, C] of length 1, float32.
+
+        Raises:
+            InputError: there is no text, or an empty one.
+        """
         if not texts or not all(texts):
             raise InputError('There is an empty text; say what to look for.')
         return self.texts(texts)
@@ -55,24 +60,20 @@ class JointSpace(_Inferencer):
     def embed_images(self, images: Sequence[str], batch_size: int = 32) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Paths, normalised images [B, 3, H, W] and their embeddings [B, 1 + N, C], batch by batch.
 
-        Images that do not decode are named in the log and left out.
+        Images that do not decode are left out and named in the log.
         """
         import torch
         from mmengine.dataset import default_collate
-        from rich.console import Console
-        from rich.progress import track
 
-        files = list(images)
-        starts = range(0, len(files), batch_size)
-        for start in track(starts, 'Embeddings', console=Console(stderr=True), disable=len(starts) < 2):
-            read = {path: sample for path in files[start : start + batch_size] if (sample := self.try_to_read(path))}
+        for start in progress(range(0, len(images), batch_size), 'Embeddings'):
+            read = {path: sample for path in images[start : start + batch_size] if (sample := self.try_to_read(path))}
             if read:
                 batch = self.model.data_preprocessor(default_collate(list(read.values())), False)['inputs']
                 with torch.no_grad():
                     yield list(read), batch, self.model.embed_joint(batch)
 
     def try_to_read(self, path: str) -> dict | None:
-        """The packed image, or None, with a warning, where it does not decode."""
+        """The packed image; None, with a warning in the log, if it does not decode."""
         from mmengine.logging import print_log
 
         from mmmilan.datasets import CorruptImageError
@@ -81,14 +82,6 @@ class JointSpace(_Inferencer):
             return self.prepare(self.load(dict(img_path=path)))
         except CorruptImageError as error:
             print_log(f'Left out: {error}', logger='current', level=logging.WARNING)
-
-
-def list_files(images: Images) -> list[str]:
-    """Paths of all images of a folder, a tar shard or an image, or of several of them."""
-    from mmmilan.datasets.sources import list_images
-
-    sources = [images] if isinstance(images, (str, os.PathLike)) else images
-    return [path for source in sources for path in list_images(source)]
 
 
 def search(
@@ -103,20 +96,20 @@ def search(
     """Find the images that a text describes, best first.
 
     Args:
-        images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz); then its column ``embedding``
-            is searched and no image is read.
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz), whose column ``embedding`` is
+            searched without reading an image.
         text: what to look for, such as 'a red boat'.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo; for a file, the one that wrote
             it.
-        top: how many images to give.
-        batch_size: images that the model sees at once.
+        top: number of images to return.
+        batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
         Paths and cosines.
 
     Raises:
-        InputError: there is no image, the file has no embeddings, or the checkpoint knows no texts.
+        InputError: there is no image, the file has no embeddings, or the checkpoint has no decoder or no text tower.
 
     Examples:
         >>> mmmilan.search('photos', 'a red boat', 'runs/photos/milan.pth', top=1)
@@ -124,13 +117,15 @@ def search(
     """
     import torch
 
-    paths, embeddings = read_embeddings(images) if is_features(images) else (list_files(images), None)
+    from mmmilan.datasets.sources import list_images
+
+    paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
     space = JointSpace(checkpoint, device)
     wanted = space.embed_texts([text])[0]
     if embeddings is not None:
         if embeddings.shape[1] != len(wanted):
             raise InputError(
-                f'{images} has embeddings of {embeddings.shape[1]} dimensions and {checkpoint} of {len(wanted)}; give '
+                f'{images} has embeddings of {embeddings.shape[1]} dimensions but {checkpoint} of {len(wanted)}; give '
                 'the checkpoint that wrote the file.'
             )
         cosines = embeddings.to(wanted.device) @ wanted
@@ -152,36 +147,39 @@ def heat_maps(
     batch_size: int = 32,
     device: str | None = None,
 ) -> Path:
-    """Show where in images a text is meant: the cosine of each patch with each text, an open vocabulary.
+    """Show where texts apply in images: the cosine of each patch with each text, with an open vocabulary.
 
-    Writes ``heat_maps.npz`` (``paths``, ``texts`` and ``cosine`` [M, T, rows, columns], float32) and for each image a
-    picture, the image and a map a text.
+    Writes ``heat_maps.npz`` (``paths``, ``texts`` and ``cosine`` [M, T, rows, columns], float32) and a figure for each
+    image, with one map per text.
 
     Args:
-        images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz); then no image is
-            read and no picture is drawn.
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz), for which no
+            image is read and no figure is drawn.
         texts: what to look for.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo.
         out: folder to write.
-        batch_size: images that the model sees at once.
+        batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
         The file of cosines.
 
     Raises:
-        InputError: there is no image, the file has no patches, or the checkpoint knows no texts.
+        InputError: there is no image, the file has no patches, or the checkpoint has no decoder or no text tower.
     """
     import numpy as np
     import torch
 
-    of_file = is_features(images)
-    rows = read_features(images, ['class_token', 'patch_tokens']) if of_file else list_files(images)
+    from mmmilan.datasets.sources import list_images
+
+    from_file = is_features(images)
+    found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
     space, folder = JointSpace(checkpoint, device), Path(out)
     texts = [texts] if isinstance(texts, str) else list(texts)
     wanted = space.embed_texts(texts)
+    batches = project_tokens(space, *found) if from_file else space.embed_images(found, batch_size)
     paths, parts = [], []
-    for names, pixels, embeddings in project_rows(space, *rows) if of_file else space.embed_images(rows, batch_size):
+    for names, pixels, embeddings in batches:
         cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)  # [B, T, N]
         if pixels is not None:
             draw_maps(space, folder, len(paths), names, pixels, cosine, texts)
@@ -192,18 +190,22 @@ def heat_maps(
     return write_npz(folder / 'heat_maps.npz', paths=np.array(paths), texts=np.array(texts), cosine=torch.cat(parts))
 
 
-def project_rows(
-    space: JointSpace, paths: list[str], columns: list[np.ndarray]
+def project_tokens(
+    space: JointSpace, paths: list[str], tokens: list[np.ndarray]
 ) -> Iterator[tuple[list[str], None, Tensor]]:
-    """Paths and embeddings [B, 1 + N, C] from class tokens [M, D] and patch tokens [M, N, D] of the encoder."""
+    """Project class tokens [M, D] and patch tokens [M, N, D] of the encoder, as :meth:`JointSpace.embed_images` does.
+
+    Yields:
+        Paths, None in place of the images, and embeddings [B, 1 + N, C].
+    """
+    import numpy as np
     import torch
 
-    class_token, patches = columns
+    class_tokens, patch_tokens = tokens
     device = next(space.model.parameters()).device
     for start in range(0, len(paths), 32):
         rows = slice(start, start + 32)
-        latent = torch.from_numpy(class_token[rows]), torch.from_numpy(patches[rows])
-        latent = torch.cat([latent[0][:, None], latent[1]], dim=1).to(device)
+        latent = torch.from_numpy(np.concatenate([class_tokens[rows, None], patch_tokens[rows]], axis=1)).to(device)
         with torch.no_grad():
             yield paths[rows], None, space.model.project_joint(latent)
 
@@ -211,16 +213,15 @@ def project_rows(
 def draw_maps(
     space: JointSpace, folder: Path, first: int, names: list[str], pixels: Tensor, cosine: Tensor, texts: list[str]
 ) -> None:
-    """A picture for each image of a batch, of which the first is number ``first`` of all."""
-    from mmmilan.visualization.figures import draw_heat, to_image
+    """Draw a figure for each image of a batch; ``first`` is the number of its first image among all images."""
+    from mmmilan.visualization.figures import draw_heat, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
 
-    normalisation = space.model.data_preprocessor
-    for i, (name, maps) in enumerate(zip(names, cosine, strict=True)):
-        image = to_image(pixels[i], normalisation.mean, normalisation.std)
+    images = to_images(pixels, space.model.data_preprocessor)
+    for number, (name, image, maps) in enumerate(zip(names, images, cosine, strict=True), start=first):
         columns = {'image': [image]}
         columns |= {text: [draw_heat(image, values, 'inferno')] for text, values in zip(texts, maps, strict=True)}
-        save_figure(draw_pictures(columns), folder / f'{first + i:04}-{Path(name).stem}')
+        save_figure(draw_pictures(columns), folder / f'{number:04}-{Path(name).stem}')
 
 
 def zero_shot(
@@ -232,21 +233,23 @@ def zero_shot(
     batch_size: int = 32,
     device: str | None = None,
 ) -> float:
-    """Classify a labelled folder by the names of its classes alone; nothing is trained.
+    """Classify the images of a labelled folder by the names of its classes, without training (zero-shot).
 
     Args:
         data: folder with a folder of images for each class.
         checkpoint: checkpoint of MILAN with its decoder, or of MaskCLIP: your own or a model of the zoo.
-        class_names: what the texts call the classes, in the order of their folders' names; by default these names.
-        templates: prompts with ``{}`` for the name of a class; of several, the mean embedding counts.
-        batch_size: images that the model sees at once.
+        class_names: the class names for the prompts, in the alphabetical order of the folders; by default the names of
+            the folders.
+        templates: prompts with ``{}`` for the name of a class; the embeddings of several are averaged.
+        batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
-        Top-1 accuracy in percent, of the images that decode.
+        Top-1 accuracy in percent, over the images that decode.
 
     Raises:
-        InputError: there are not two classes, names are not as many as classes, or the checkpoint knows no texts.
+        InputError: there are fewer than two classes, the number of names is not the number of classes, or the
+            checkpoint has no decoder or no text tower.
     """
     from mmmilan.api.figures import list_labelled
     from mmmilan.evaluation.zero_shot import embed_classes, read_templates
@@ -255,8 +258,8 @@ def zero_shot(
     names = list(class_names or classes)
     if len(classes) < 2 or len(names) != len(classes):
         raise InputError(
-            f'{data} has {len(classes)} folders of classes and there are {len(names)} names; give two or more folders '
-            'and as many names.'
+            f'{data} has {len(classes)} folders of classes but {len(names)} names were given; give two or more folders '
+            'and a name for each.'
         )
     space = JointSpace(checkpoint, device)
     classifier = embed_classes(space.texts, names, read_templates(templates))

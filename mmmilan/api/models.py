@@ -1,4 +1,4 @@
-"""Models of the zoo, and of one's own checkpoints."""
+"""Models of the zoo and of a user's own checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 
 
 def list_models(pattern: str = '') -> list[str]:
-    """Names of the models of the zoo that begin with a pattern, e.g. ``'milan*large'``."""
+    """Names of the models of the zoo that start with a pattern, e.g. ``'milan*large'``, sorted."""
     return sorted(fnmatch.filter(zoo_models(), f'{pattern}*'))
 
 
@@ -30,22 +30,22 @@ def get_model(
     encoder_only: bool = True,
     **kwargs: Any,
 ) -> BaseModel:
-    """A model in evaluation mode.
+    """Build a model, in evaluation mode.
 
     Args:
-        name: a model of the zoo, a config file, or a checkpoint of your own, whose config is in it or beside it.
-        pretrained: True for the published weights, or a checkpoint in any layout: file, URL or name. A checkpoint that
-            is given as ``name`` is loaded in any case.
-        device: where to put the model.
-        encoder_only: of a pretraining config, build the encoder alone, as an mmpretrain ``ImageClassifier`` without
-            head; False builds decoder, target and teacher too.
-        kwargs: what to change in the config's ``model``, e.g. ``backbone=dict(out_type='featmap')``.
+        name: a model of the zoo, a config file, or a checkpoint of your own with its config in it or beside it.
+        pretrained: True for the published weights, or a checkpoint in any layout: file, URL or name. If ``name`` is a
+            checkpoint, its weights are always loaded.
+        device: where to put the model; by default on the CPU.
+        encoder_only: from a pretraining config, build only the encoder, as an mmpretrain ``ImageClassifier`` without
+            head; False also builds decoder, target and teacher.
+        kwargs: changes of the config's ``model``, e.g. ``backbone=dict(out_type='featmap')``.
 
     Returns:
-        The model, which mmpretrain's inferencers take as well.
+        The model. mmpretrain's inferencers accept it too.
 
     Raises:
-        InputError: the name is unknown, or the weights are not all there.
+        InputError: the name is unknown, or weights are missing or do not fit.
     """
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
@@ -55,8 +55,8 @@ def get_model(
     if pretrained is True and not own and str(name) not in zoo_models():
         raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
     source = name if isinstance(pretrained, bool) else pretrained
-    weights = resolve_checkpoint(source) if pretrained or own else None  # before a model is built in vain
-    config.merge_from_dict({'model': copy.deepcopy(kwargs)})  # MMEngine takes `_delete_` out of what it is given
+    weights = resolve_checkpoint(source) if pretrained or own else None  # fails before the model is built
+    config.merge_from_dict({'model': copy.deepcopy(kwargs)})  # MMEngine removes `_delete_` from its argument
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = MODELS.build(config.model)
         model._dataset_meta = _dataset_meta(config)
@@ -68,17 +68,17 @@ def get_model(
 
 
 def is_checkpoint(name: str | os.PathLike) -> bool:
-    """Whether this names a checkpoint file, and not a config or a model of the zoo."""
+    """Whether a name is that of a checkpoint file, not of a config or a model of the zoo."""
     return Path(name).suffix in ('.pth', '.pt', '.bin', '.safetensors') or (
         Path(name).is_file() and Path(name).suffix != '.py'
     )
 
 
 def read_config(name: str | os.PathLike) -> Config:
-    """The config of a model of the zoo, of a config file, or of a checkpoint of one's own.
+    """Read the config of a model of the zoo, of a config file, or of a user's own checkpoint.
 
     Raises:
-        InputError: there is none.
+        InputError: the file or the model does not exist, or the checkpoint has no config.
     """
     from mmengine.config import Config
 
@@ -102,14 +102,14 @@ def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:
 
 
 def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
-    """The encoder of a model, with its decoder where the checkpoint has one that predicts a CLIP's features.
+    """Build the encoder of a model, with its decoder if the checkpoint has one that predicts CLIP features.
 
     Args:
-        model: what ``get_model(checkpoint)`` gives; its backbone is used, not copied.
-        checkpoint: a model of the zoo or a checkpoint of one's own.
+        model: what ``get_model(checkpoint)`` returns; its backbone is used, not copied.
+        checkpoint: a model of the zoo or a user's own checkpoint.
 
     Returns:
-        The embedder in evaluation mode, on the model's device.
+        The embedder, in evaluation mode and on the model's device.
     """
     from mmengine.registry import DefaultScope
 
@@ -131,14 +131,14 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
 
 
 def _dataset_meta(config: Config) -> dict:
-    """Names of the classes that the config's dataset knows by itself."""
+    """The metainfo of the type of the config's data set, such as the names of its classes."""
     from mmpretrain.registry import DATASETS
 
     return getattr(DATASETS.get(config.test_dataloader.dataset.type), 'METAINFO', {})
 
 
 def _load_weights(model: BaseModel, path: Path) -> dict:
-    """Load all weights of a model from a file; returns what the file says about its dataset."""
+    """Load all weights of a model from a file; returns the metainfo of the data set that it was trained on."""
     from mmmilan.checkpoints.io import load_checkpoint_file
     from mmmilan.checkpoints.loading import load_weights
 

@@ -1,4 +1,4 @@
-"""MILAN pretraining on one's own images, in one line."""
+"""MILAN pretraining on a user's own images, in one call."""
 
 from __future__ import annotations
 
@@ -30,59 +30,54 @@ def pretrain(
     resume: bool = False,
     **changes: Any,
 ) -> Path:
-    """Pretrain a ViT with MILAN on your own images; no label is used.
+    """Pretrain a ViT with MILAN on your own images, without labels.
 
-    The decoder's and the target's widths follow from encoder and teacher, the schedule from the number of images: about
-    10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate that follows the square root of
-    the batch, with ``start`` and without. Every tenth of the run the encoder is evaluated, see
+    The widths of decoder and target follow from encoder and teacher, the schedule from the number of images: about
+    10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate proportional to the square root of
+    the batch size, with or without ``start``. The encoder is evaluated ten times in the run, see
     ``mmmilan.OnlineEvaluationHook``.
 
-    The config that comes of all this is written to ``out/config.py``; ``tools/train.py out/config.py`` trains the same,
-    and ``tools/dist_train.sh out/config.py 8`` does on eight GPUs.
+    The resulting config is written to ``out/config.py``; ``tools/train.py out/config.py`` runs the same training, and
+    ``tools/dist_train.sh out/config.py 8`` runs it on eight GPUs.
 
     Args:
-        data: one or more folders of images, flat or nested, and tar shards. Of a folder that is divided into ``train``
-            and ``val`` or ``test``, the latter are left for evaluation and report.
-        out: folder of config, log, checkpoints and report.
+        data: one or more folders of images, flat or nested, and tar shards. If a folder is divided into splits, ``val``
+            and ``test`` are kept for evaluation and report.
+        out: folder for config, log, checkpoints and report.
         arch: 'tiny', 'small', 'base', 'large', another name of mmpretrain's ViT, or a dict of ``embed_dims``,
-            ``num_layers``, ``num_heads`` and ``feedforward_channels``. A decoder is no wider than its encoder, and has
-            eight blocks, or four for an encoder of fewer than 512 dimensions.
+            ``num_layers``, ``num_heads`` and ``feedforward_channels``. The decoder is no wider than the encoder, and
+            has eight blocks, or four if the encoder has fewer than 512 dimensions.
         teacher: MODEL:TAG of open_clip, the name of a timm ViT, a file of weights, or the config of a teacher.
-        start: where the encoder starts: a model of the zoo, a file or a URL in any layout; by default, random weights.
-        epochs: how often each image is seen.
-        batch_size: images in a step; by default at most 128 on a GPU and 32 without, fewer for a small folder.
+        start: initial weights of the encoder: a model of the zoo, a file or a URL in any layout; by default random.
+        epochs: number of epochs; by default it follows from the number of images.
+        batch_size: number of images per step; by default at most 128 on a GPU and 32 on a CPU, fewer for a small
+            folder.
         img_size: side of the images that the encoder sees, or their height and width, in pixels. For a rectangle, crops
-            have its proportions, and whole images are resized to it, whatever theirs.
+            have its aspect ratio, and whole images are resized to it, whatever their aspect ratio.
         patch_size: side of a patch, in pixels.
-        labelled: folder with one folder of images a class, for evaluation and report alone; by default ``data`` itself
-            if it has such folders.
-        seed: of all random numbers.
-        resume: go on with the last checkpoint in ``out``.
+        labelled: folder with a folder of images for each class, used only for evaluation and report; by default
+            ``data`` itself if it has such folders.
+        seed: seed of all random numbers.
+        resume: resume from the last checkpoint in ``out``.
         changes: anything else in the config, e.g. ``model=dict(masking=dict(mask_ratio=0.6))`` in Python or
             ``--model.masking.mask_ratio 0.6`` on the command line.
 
     Returns:
-        Where the weights of encoder and decoder are, with their config: ``out/milan.pth``. Every function of mmmilan
-        and every downstream config takes this file. Beside it is ``report.html``, see :func:`mmmilan.report`.
+        The path of the weights of encoder and decoder with their config, ``out/milan.pth``. Every function of mmmilan
+        and every downstream config accepts this file. ``report.html`` is beside it, see :func:`mmmilan.report`.
 
     Raises:
-        InputError: before anything is trained, if images, teacher or start are missing or do not fit.
+        InputError: images, teacher or start are missing or do not fit; it is raised before training starts.
 
     Examples:
         >>> mmmilan.pretrain('photos', 'runs/photos', start='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import (
-        add_evaluation,
-        read_base,
-        set_image_size,
-        set_model,
-        set_schedule,
-        set_start,
-    )
+    from mmmilan.api.recipe import add_evaluation, read_base, set_image_size, set_model, set_schedule, set_start
+    from mmmilan.datasets.sources import as_list
 
-    sources = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    sources = as_list(data)
     folder = Path(out)
     check_out(folder, resume)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -102,21 +97,29 @@ def pretrain(
 
 
 def check_out(folder: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to go on with none."""
+    """Refuse to overwrite a run, or to resume where there is none.
+
+    Raises:
+        InputError: the folder holds a run and ``resume`` is False, or the other way round.
+    """
     from mmmilan.checkpoints.newest import checkpoints_in
 
     has_run = bool(checkpoints_in(folder))
     if has_run and not resume:
-        raise InputError(f'{folder} holds a run already; choose another folder, or go on with it by resume (--resume).')
+        raise InputError(f'{folder} holds a run already; choose another folder, or resume the run (--resume).')
     if resume and not has_run:
-        raise InputError(f'{folder} holds no checkpoint to go on with; leave out resume, or correct the folder.')
+        raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
 
 
 def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -> int:
-    """How many images there are to train on, which must fill a batch."""
-    from mmmilan.datasets.sources import list_images, training_images
+    """The number of images to train on.
 
-    num_images = sum(len(list_images(part)) for source in sources for part in training_images(source))
+    Raises:
+        InputError: they do not fill a batch.
+    """
+    from mmmilan.datasets.sources import list_images, training_sources
+
+    num_images = len(list_images(training_sources(sources)))
     if batch_size is not None and batch_size > num_images:
         raise InputError(f'The {num_images} images do not fill one batch of {batch_size}; lower batch_size.')
     return num_images
@@ -132,7 +135,7 @@ def write_config(config: Config, folder: Path) -> Path:
 
 
 def train(path: Path, resume: bool) -> Path:
-    """Train as ``tools/train.py`` does; returns the weights without what training alone needs."""
+    """Train as ``tools/train.py`` does; returns the path of the weights, saved without the state of the optimizer."""
     import time
 
     import torch
@@ -151,7 +154,7 @@ def train(path: Path, resume: bool) -> Path:
     with launched(config, 'train') as runner:
         runner.train()
     checkpoint = load_checkpoint_file(find_newest(checkpoint_folder(config)))
-    if not resume:  # or it would be the time of a part
+    if not resume:  # a resumed run knows only the time of its last part
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'
         checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=device)
     weights = path.parent / 'milan.pth'
@@ -160,7 +163,7 @@ def train(path: Path, resume: bool) -> Path:
 
 
 def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:
-    """The page beside the weights. Where there can be none, a warning says why: the training is not lost for it."""
+    """Write the report beside the weights; if that fails, only warn, so that the training is not lost."""
     from mmengine.logging import print_log
 
     from mmmilan.api.report import report

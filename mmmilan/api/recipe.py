@@ -1,4 +1,4 @@
-"""The config of a pretraining on one's own images: the recipe, fitted to images, encoder and teacher."""
+"""The config of pretraining on a user's own images: the recipe, fitted to images, encoder and teacher."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
-ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and less deep
+ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
 BATCH_SIZE = {'cuda': 128, 'cpu': 32}
-EVALUATIONS = 10  # in a run
-CHECKPOINTS = 20
+EVALUATIONS = 10  # per run
+CHECKPOINTS = 20  # per run
 
 
 def read_base(sources: Sequence[str | os.PathLike], num_images: int, batch_size: int | None, seed: int) -> Config:
@@ -24,14 +24,14 @@ def read_base(sources: Sequence[str | os.PathLike], num_images: int, batch_size:
     from mmengine.config import Config
 
     from mmmilan.checkpoints.zoo import zoo_root
-    from mmmilan.datasets.sources import evaluation_images, training_images
+    from mmmilan.datasets.sources import evaluation_source, training_sources
 
     config = Config.fromfile(zoo_root() / BASE)
     config.runner_type = 'mmmilan.ConsoleRunner'
     batch_size = batch_size or default_batch_size(num_images)
     images = (
-        (config.train_dataloader, [part for source in sources for part in training_images(source)]),
-        (config.test_dataloader, [evaluation_images(source) for source in sources]),
+        (config.train_dataloader, training_sources(sources)),
+        (config.test_dataloader, [evaluation_source(source) for source in sources]),
     )
     for loader, chosen in images:
         loader.update(batch_size=batch_size, num_workers=min(loader.num_workers, os.cpu_count()))
@@ -42,7 +42,7 @@ def read_base(sources: Sequence[str | os.PathLike], num_images: int, batch_size:
 
 
 def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
-    """What the data pipelines make of an image: crops in training, whole images to evaluate."""
+    """Set the size of the crops in training and of the whole images in evaluation."""
     from mmmilan.models.teachers.base import pair
 
     load, *_, pack = config.test_dataloader.dataset.pipeline
@@ -58,15 +58,19 @@ def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
 
 
 def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelled: str | os.PathLike | None) -> None:
-    """Evaluate the encoder while it is trained, on labelled images where there are some."""
-    from mmmilan.datasets.sources import class_folders, evaluation_images, list_images
+    """Evaluate the encoder during training, on labelled images if there are any.
+
+    Raises:
+        InputError: ``labelled`` has no folders that name classes.
+    """
+    from mmmilan.datasets.sources import class_folders, evaluation_source, list_images
 
     if labelled is not None and not class_folders(labelled):
         raise InputError(
-            f'{labelled} has no folders that name classes; give a folder with one folder of images a class.'
+            f'{labelled} has no folders that name classes; give a folder with one folder of images per class.'
         )
     if labelled is None and len(sources) == 1:
-        folder = evaluation_images(sources[0])
+        folder = evaluation_source(sources[0])
         classes = class_folders(folder)
         labelled = folder if classes and len(list_images(folder)) >= 5 * len(classes) else None
     dataset = dict(config.test_dataloader.dataset)
@@ -77,7 +81,7 @@ def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelle
 
 
 def default_batch_size(num_images: int) -> int:
-    """Images in a step, if the user does not say."""
+    """The number of images per step, if the user does not set it."""
     from mmengine.device import get_device
 
     from mmmilan.engine.schedule import fit_batch_size
@@ -86,7 +90,11 @@ def default_batch_size(num_images: int) -> int:
 
 
 def set_start(config: Config, start: str | None) -> None:
-    """Where the encoder starts, which is looked for at once."""
+    """Set the initial weights of the encoder; they are found or downloaded at once.
+
+    Raises:
+        InputError: there are no such weights.
+    """
     from mmmilan.checkpoints.zoo import resolve_checkpoint
 
     if start is not None:
@@ -95,7 +103,11 @@ def set_start(config: Config, start: str | None) -> None:
 
 
 def teacher_config(teacher: str | dict[str, Any]) -> dict[str, Any]:
-    """The config of a teacher that is named by MODEL:TAG of open_clip, by a timm model, a file or a URL."""
+    """The config of a teacher from MODEL:TAG of open_clip, the name of a timm ViT, a file or a URL.
+
+    Raises:
+        InputError: it is none of these.
+    """
     import timm
 
     from mmmilan.checkpoints.zoo import resolve_checkpoint
@@ -117,7 +129,11 @@ def teacher_config(teacher: str | dict[str, Any]) -> dict[str, Any]:
 def set_model(
     config: Config, arch: str | dict, teacher: str | dict, img_size: tuple[int, int] | int, patch_size: int
 ) -> None:
-    """Encoder, teacher, and what follows from them."""
+    """Set encoder and teacher, and the sizes of decoder and target that follow from them.
+
+    Raises:
+        InputError: the image is not a whole number of patches, or the encoder or the teacher is unknown.
+    """
     from mmmilan.models.fitting import as_num_patches
     from mmmilan.models.teachers.base import pair
     from mmmilan.registry import MODELS
@@ -132,17 +148,17 @@ def set_model(
     if width < model.neck.decoder_embed_dim:
         model.neck.update(decoder_embed_dim=width, decoder_depth=4, decoder_num_heads=max(1, width // 32))
     model.head.teacher = teacher_config(teacher)
-    built = MODELS.build(dict(model.head.teacher))  # which downloads it, if need be
+    built = MODELS.build(dict(model.head.teacher))  # downloads it if necessary
     if built.grid != grid:
         model.head.teacher.input_size = tuple(side * built.patch_size for side in grid)
     model.neck.predict_feature_dim = built.feature_dim
 
 
 def encoder_width(arch: str | dict[str, Any]) -> int:
-    """Width D of a ViT.
+    """The width D of a ViT.
 
     Raises:
-        InputError: mmpretrain's ViT has no such name.
+        InputError: mmpretrain has no ViT of this name, or a dict lacks a size.
     """
     from mmpretrain.models import VisionTransformer
 
@@ -158,7 +174,7 @@ def encoder_width(arch: str | dict[str, Any]) -> int:
 
 
 def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
-    """Length, warm-up and learning rate for this number of images; evaluation and checkpoints some times in the run."""
+    """Set length, warm-up and learning rate for this number of images, and how often to evaluate and save."""
     from mmengine.logging import print_log
 
     from mmmilan.engine.schedule import fit_schedule
@@ -170,7 +186,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.train_cfg.max_epochs = schedule.epochs
     config.default_hooks.checkpoint.interval = max(1, schedule.epochs // CHECKPOINTS)
     config.custom_hooks[-1]['interval'] = max(1, schedule.epochs // EVALUATIONS)
-    config.auto_scale_lr.enable = False  # the rate is for this batch already
+    config.auto_scale_lr.enable = False  # the rate is already that of this batch size
     print_log(
         f'{num_images} images in batches of {batch_size}: {schedule.epochs} epochs of {schedule.steps_per_epoch} '
         f'steps, the first {schedule.warmup} for warm-up, learning rate {schedule.lr:g}.',

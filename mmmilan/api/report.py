@@ -1,4 +1,4 @@
-"""Is it worth it? A page that compares an encoder with where it came from."""
+"""A page that compares a pretrained encoder with its starting point, and says whether pretraining helped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -34,23 +35,24 @@ def report(
 ) -> Path:
     """Write a page that says whether pretraining helped on your images.
 
-    It compares the class token of the pretrained encoder, of where it started, of random weights and of the teacher.
-    Where folders name classes: the 20 nearest neighbours and linear probes with 1 %, 10 % and all labels, with
-    intervals of 95 %, and one sentence that says whether it helped. Where they do not: RankMe, and neighbours to see.
+    The page compares the class token of four encoders: the pretrained one, its starting point, random weights and the
+    teacher. If folders name classes, it gives the accuracy of 20 nearest neighbours and of linear probes with 1 %, 10 %
+    and all labels, with 95 % confidence intervals, and one sentence that says whether pretraining helped. Without
+    classes, it gives RankMe and shows nearest neighbours.
 
     Args:
-        checkpoint: what ``mmmilan.pretrain`` wrote (or ``tools/train.py``), with its decoder.
-        data: folders of images and tar shards, best one folder with a folder a class, of images that were not trained
-            on. Of a folder that is divided into ``train`` and ``val`` or ``test``, ``val`` is taken, or else ``test``.
-        out: the page to write, one file with everything in it.
-        max_images: at most so many of the images, evenly spaced.
+        checkpoint: a checkpoint of ``mmmilan.pretrain`` or ``tools/train.py``, with its decoder.
+        data: folders of images and tar shards that were not trained on, best one folder with a folder for each class.
+            If a folder is divided into splits, ``val`` is taken, or else ``test``.
+        out: the page to write, a single self-contained file.
+        max_images: maximum number of images; if there are more, evenly spaced ones are taken.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: there are too few images, or the checkpoint is not one of pretraining.
+        InputError: there are too few images, or the checkpoint was not pretrained by MILAN.
 
     Examples:
         >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
@@ -58,22 +60,24 @@ def report(
     import torch
     from mmengine.registry import DefaultScope
 
+    from mmmilan.api.inference import choose_device
     from mmmilan.api.models import get_model, read_config
+    from mmmilan.datasets.sources import as_list
     from mmmilan.visualization import report as sections
-    from mmmilan.visualization.page import Page
+    from mmmilan.visualization.page import PAPER_LINK, Page
 
     begin = time.monotonic()
-    sources = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    sources = as_list(data)
     config = read_config(checkpoint)
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = choose_device(device)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         images = read_images(config, sources, max_images)
         milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device)
         encoders = build_encoders(milan, config, device)
         features = extract(images, milan.data_preprocessor, encoders)
-    page = Page('What pretraining did', sections.introduction(images), sections.LINKS)
+    page = Page('What pretraining did', sections.introduction(images), PAPER_LINK)
     sections.add_scores(page, features, images)
     sections.add_training(page, checkpoint, config)
     sections.add_neighbours(page, features, images)
@@ -85,17 +89,20 @@ def report(
 
 
 def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images: int) -> Images:
-    """Some of the images, with their classes where the folders of a single source name them."""
+    """At most ``max_images`` images of the sources, with labels if the folders of a single source name classes.
+
+    Raises:
+        InputError: there are too few images.
+    """
     import numpy as np
     import torch
     from mmengine.registry import DATASETS
-    from rich.console import Console
-    from rich.progress import track
 
-    from mmmilan.datasets.sources import class_folders, evaluation_images
+    from mmmilan.datasets.sources import class_folders, evaluation_source
+    from mmmilan.visualization.pictures import evenly_spaced
     from mmmilan.visualization.report import QUERIES, Images
 
-    sources = [os.fspath(evaluation_images(source)) for source in sources]
+    sources = [os.fspath(evaluation_source(source)) for source in sources]
     names, classes = ', '.join(sources), class_folders(sources[0]) if len(sources) == 1 else []
     dataset = dict(type='mmmilan.ImageSources', sources=sources)
     if classes:
@@ -103,19 +110,16 @@ def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images
     dataset = DATASETS.build(dataset | dict(pipeline=config.test_dataloader.dataset.pipeline))
     if len(dataset) < 2 * QUERIES:
         raise InputError(f'{names} holds {len(dataset)} images; give at least {2 * QUERIES}.')
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), max_images)).astype(int))
-    samples = [
-        dataset[int(i)]
-        for i in track(chosen, 'Reading images', console=Console(stderr=True), disable=len(chosen) < 500)
-    ]
+    chosen = evenly_spaced(len(dataset), max_images)
+    samples = [dataset[i] for i in progress(chosen, 'Reading images', hide_below=500)]
     labels = np.array([int(sample['data_samples'].gt_label) for sample in samples]) if classes else None
     if labels is not None and np.bincount(labels, minlength=len(classes)).min() < 4:
-        labels = None  # three tenths of a class would be no image
+        labels = None  # the probes test on three tenths of each class, which would be less than one image
     return Images(names, torch.stack([sample['inputs'] for sample in samples]), labels, classes)
 
 
 def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What turns normalised images [B, 3, H, W] into class tokens [B, D], by its name on the page."""
+    """The encoders, from normalised images [B, 3, H, W] to class tokens [B, D], by their names on the page."""
     import torch
 
     from mmmilan.visualization.report import OURS, RANDOM, START, TEACHER
@@ -133,14 +137,14 @@ def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, C
 
 
 def fresh_backbone(config: Config, start: str | None, device: str) -> nn.Module:
-    """The encoder as it was before training."""
+    """The encoder before pretraining: from the checkpoint ``start``, or with random weights if that is None."""
     from mmmilan.checkpoints.loading import use_safe_loading
     from mmmilan.registry import MODELS
 
     use_safe_loading()
     init_cfg = dict(type='Pretrained', checkpoint=start) if start else None
     backbone = MODELS.build({**config.model.backbone, 'init_cfg': init_cfg})
-    logging.disable(logging.INFO)  # a line for every parameter
+    logging.disable(logging.INFO)  # MMEngine logs a line for every parameter
     backbone.init_weights()
     logging.disable(logging.NOTSET)
     backbone.eval()  # mmpretrain's backbones return None from it
@@ -148,7 +152,7 @@ def fresh_backbone(config: Config, start: str | None, device: str) -> nn.Module:
 
 
 def class_token(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The class token of whole images; the backbone can be had as ``.backbone``."""
+    """The class token of whole images, as a function; its attribute ``backbone`` is the backbone."""
 
     def encode(images: Tensor) -> Tensor:
         return backbone(images)[-1]
@@ -160,14 +164,12 @@ def class_token(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
 def extract(
     images: Images, normalise: nn.Module, encoders: dict[str, Callable[[Tensor], Tensor]]
 ) -> dict[str, np.ndarray]:
-    """Features [M, D] of all images, by encoder."""
+    """Features [M, D], float32, of all images, by encoder."""
     import numpy as np
     import torch
-    from rich.console import Console
-    from rich.progress import track
 
     features: dict[str, list] = {name: [] for name in encoders}
-    for batch in track(images.pixels.split(BATCH_SIZE), 'Encoding images', console=Console(stderr=True)):
+    for batch in progress(images.pixels.split(BATCH_SIZE), 'Encoding images'):
         with torch.no_grad():
             inputs = normalise(dict(inputs=batch), False)['inputs']
             for name, encode in encoders.items():
@@ -176,7 +178,7 @@ def extract(
 
 
 def device_name(device: str) -> str:
-    """The name of a GPU, or how many cores a CPU gives."""
+    """The name of the GPU, or the number of threads on a CPU."""
     import torch
 
     return torch.cuda.get_device_name() if device.startswith('cuda') else f'a CPU ({torch.get_num_threads()} threads)'

@@ -1,4 +1,4 @@
-"""Annotations of COCO's kind and label maps: what mmdet and mmseg would drop, wrap round or stumble over is named."""
+"""Check COCO annotations and label maps, and name the faults that mmdet and mmseg would drop, misread or crash on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from torch.utils.data import Dataset
 
-from mmmilan.datasets.decoding import header_of, read_bytes
+from mmmilan.datasets.decoding import open_header, read_bytes
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 from mmmilan.registry import DATASETS, TRANSFORMS
@@ -22,14 +22,13 @@ IGNORE = 255  # label of pixels without one
 
 @DATASETS.register_module(name='CocoDataset')
 def coco_dataset(**kwargs) -> Dataset:
-    """mmdet's ``CocoDataset`` whose annotations were checked. Same arguments; mmdet is imported when this is called.
+    """mmdet's ``CocoDataset`` with checked annotations; same arguments. It imports mmdet only when it is called.
 
-    mmdet drops boxes of negative size and those of unknown images and categories, trains on NaN, and gives the classes
-    other numbers where the file lacks one of them.
+    mmdet itself drops boxes of negative size or of unknown images and categories, trains on NaN, and renumbers the
+    classes if the file lacks one.
 
     Raises:
-        InputError: naming the file and its first entry that is wrong, see :func:`check_coco`; or the file, if it lacks
-            a class.
+        InputError: an entry of the file is wrong, see :func:`check_coco`, or the file lacks a class.
     """
     from mmmilan.datasets.coco import CocoDataset
 
@@ -40,22 +39,22 @@ def check_coco(content: dict[str, Any], path: Path) -> None:
     """Check boxes and masks in COCO's format.
 
     Args:
-        content: What the file holds.
+        content: The parsed file.
         path: Its name, for the error.
 
     Raises:
-        InputError: naming the file and its first entry that is wrong.
+        InputError: an entry is wrong; the message names the file and its first wrong entry.
     """
     lists = [content.get(name, []) for name in PARTS]
     if not all(isinstance(each, list) for each in lists):
-        raise InputError(f"{path} is not in COCO's format: {', '.join(PARTS)} are lists in it; convert it.")
-    fault = next(faults_of(*lists), None)
+        raise InputError(f"{path} is not in COCO's format: {', '.join(PARTS)} must be lists; convert it.")
+    fault = next(find_faults(*lists), None)
     if fault:
         raise InputError(f'{path}, {fault}; correct or remove this entry.')
 
 
-def faults_of(images: list, categories: list, annotations: list) -> Iterator[str]:
-    """What is wrong in COCO's three lists, each entry by its place in the file."""
+def find_faults(images: list, categories: list, annotations: list) -> Iterator[str]:
+    """Yield what is wrong in COCO's three lists, each fault with the position of its entry in the file."""
     known: dict[str, set] = {}
     required = dict(images=(images, 'file_name'), categories=(categories, 'name'), annotations=(annotations, ''))
     for part, (entries, text) in required.items():
@@ -75,13 +74,19 @@ def faults_of(images: list, categories: list, annotations: list) -> Iterator[str
                 yield f'images[{index}] ({image["file_name"]}) has the {side} {image.get(side)!r}'
     sizes = {image['id']: [image['height'], image['width']] for image in images}
     for index, annotation in enumerate(annotations):
-        fault = fault_of(annotation, sizes, known['categories'])
+        fault = annotation_fault(annotation, sizes, known['categories'])
         if fault:
             yield f'annotations[{index}] (id {annotation["id"]}) has {fault}'
 
 
-def fault_of(annotation: dict[str, Any], sizes: dict[int | str, list[int]], categories: set) -> str:
-    """What is wrong with one annotation, '' if nothing is; ``sizes`` are the images', [height, width], by their ids."""
+def annotation_fault(annotation: dict[str, Any], sizes: dict[int | str, list[int]], categories: set) -> str:
+    """What is wrong with an annotation; '' if nothing is.
+
+    Args:
+        annotation: The annotation.
+        sizes: Id of each image -> [height, width].
+        categories: Ids of the categories.
+    """
     for name, known in (('image_id', sizes), ('category_id', categories)):
         value = annotation.get(name)
         if not isinstance(value, (int, str)) or value not in known:
@@ -110,18 +115,19 @@ def is_numbers(values: Any) -> bool:
 
 @TRANSFORMS.register_module()
 class LoadLabelMap(BaseTransform):
-    """Read ``results['seg_map_path']`` into ``results['gt_seg_map']``, uint8 [H, W], as mmseg's ``LoadAnnotations``.
+    """Read ``results['seg_map_path']`` into ``results['gt_seg_map']``, uint8 [H, W]: a strict ``LoadAnnotations``.
 
-    That one lets 16 bits wrap round, and finds colours, other sizes and labels out of range in the loss, if at all.
+    mmseg's ``LoadAnnotations`` lets 16-bit labels wrap around, and with colour images, maps of another size or labels
+    out of range the loss fails later or is silently wrong.
 
     Args:
-        num_classes: Labels are 0 to ``num_classes - 1``, and 255 where there is none. With the data set's
-            ``reduce_zero_label``, the file has 1 to ``num_classes``, and 0 where there is none.
+        num_classes: Labels are 0 to ``num_classes - 1``; 255 marks unlabelled pixels. With the data set's
+            ``reduce_zero_label``, the file has 1 to ``num_classes``; 0 marks unlabelled pixels.
         backend_args: MMEngine's file backend that holds the maps.
 
     Raises:
-        InputError: naming the map if it is missing, does not decode, is no image of one channel of 8 bits, is not of
-            the size of its image, or has another label.
+        InputError: the map is missing, does not decode, is not an 8-bit image of one channel, differs from its image in
+            size, or has a label out of range.
     """
 
     def __init__(self, num_classes: int, backend_args: dict | None = None) -> None:
@@ -147,6 +153,7 @@ class LoadLabelMap(BaseTransform):
         return results
 
     def check_labels(self, labels: np.ndarray, path: str, first: int) -> None:
+        """Raise an :class:`InputError` for labels out of range; ``first`` is the file's number of the first class."""
         wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
         if wrong.size:
             raise InputError(
@@ -157,12 +164,16 @@ class LoadLabelMap(BaseTransform):
 
 
 def read_label_map(content: bytes, path: str) -> np.ndarray:
-    """An image file of one channel of 8 bits, or of a palette, as uint8 [H, W]."""
+    """Decode an 8-bit image of one channel or with a palette -> uint8 [H, W].
+
+    Raises:
+        InputError: the file does not decode, or holds another kind of image.
+    """
     try:
-        with header_of(content) as image:
+        with open_header(content) as image:
             mode, labels = image.mode, np.array(image)
     except Exception as error:  # of any type, as the file may hold anything
         raise InputError(f'{path} does not decode ({first_line(error)}); replace it.') from error
     if mode not in ('L', 'P', '1'):
-        raise InputError(f'{path} is an image of mode {mode}; give label maps of one channel of 8 bits.')
+        raise InputError(f'{path} is an image of mode {mode}; give label maps with one 8-bit channel.')
     return labels.astype(np.uint8)

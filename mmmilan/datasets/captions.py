@@ -1,4 +1,4 @@
-"""Captioned images: in folders with a table of captions, COCO's JSON or text files, and in tar shards."""
+"""Captioned images: in folders with a table, a COCO JSON file or text files of captions, and in tar shards."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class CaptionedImages(ImageFolder):
         data_root: Folder of the images.
         captions: A ``.csv`` or ``.tsv`` file with columns ``image`` (path below ``data_root``) and ``caption``, in
             which an image may have several rows; or a ``.json`` file in COCO's format of captions. None reads the text
-            file of the same name beside each image, one caption a line.
-        on_corrupt: What to do with an image that is missing or does not decode, or has no caption: 'skip' goes on
-            without it and names it in the log; 'raise' stops.
+            file of the same name beside each image, one caption per line.
+        on_corrupt: What to do with an image that is missing, does not decode or has no caption: 'skip' leaves it out
+            and names it in the log; 'raise' stops.
         kwargs: Other arguments of :class:`ImageFolder`.
 
     Raises:
-        InputError: if a file is missing or in no known format, or no image is left.
+        InputError: a file is missing or in no known format, or no image is left.
     """
 
     def __init__(self, data_root: str, captions: str | None = None, **kwargs) -> None:
@@ -59,14 +59,16 @@ class CaptionedImages(ImageFolder):
         return [dict(img_path=str(Path(self.img_prefix, image)), captions=texts[image]) for image in texts]
 
     def read_rows(self) -> Iterable[tuple[str, str | None, str | None]]:
-        """Where each caption stands, its image (below the folder) and its text."""
+        """The place of each caption in its file (for messages), its image (path below the folder) and its text."""
         if self.captions is None:
             return self.read_text_files()
         if not self.captions.is_file():
             raise InputError(f'The captions file {self.captions} does not exist; correct captions=.')
         readers = {'.csv': read_table, '.tsv': read_table, '.json': read_coco}
         if self.captions.suffix not in readers:
-            raise InputError(f'{self.captions} ends in none of {", ".join(readers)}; the ending tells its format.')
+            raise InputError(
+                f'The captions file {self.captions} is in no known format; give one that ends in {", ".join(readers)}.'
+            )
         return readers[self.captions.suffix](self.captions)
 
     def read_text_files(self) -> Iterator[tuple[str, str, str]]:
@@ -82,16 +84,17 @@ class CaptionedImages(ImageFolder):
                 yield str(path), str(image.relative_to(self.img_prefix)), line
 
     def reject(self, fault: str) -> None:
+        """Leave out an entry, with a warning in the log; or stop, if ``on_corrupt`` says so."""
         if self.on_corrupt == 'raise':
             raise InputError(fault)
         print_log(f'Skipped: {fault}', logger='current', level=logging.WARNING)
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8 or UTF-16, with or without the mark that says which.
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
-        InputError: it is neither.
+        InputError: the file is in another encoding.
     """
     content = path.read_bytes()
     try:
@@ -101,6 +104,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes) -> str:
+    """Text from UTF-8, or from UTF-16 with a byte order mark."""
     return content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')
 
 
@@ -114,12 +118,12 @@ def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
             raise InputError(f'{path} lacks a column named image or caption; name them in its first row.')
         for row in rows:
             yield f'{path}, line {rows.line_num},', row['image'], row['caption']
-    except csv.Error as error:  # such as a quotation mark without its end, which would swallow the rows after it
+    except csv.Error as error:  # such as an unclosed quotation mark, which would swallow the rows after it
         raise InputError(f'{path}, line {rows.line_num}: {error}; correct the quotation marks there.') from error
 
 
 def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
-    """Captions in COCO's format: ``images`` and ``annotations``, which name each other by the image's id."""
+    """Captions in COCO's format: ``images`` and ``annotations``, matched by the image's id."""
     try:
         content = json.loads(read_text(path))
         images = {image['id']: image['file_name'] for image in content['images']}
@@ -139,16 +143,16 @@ class CaptionedShards(CaptionedImages):
     """Captioned images in tar files, as WebDataset packs them.
 
     Files of a tar with the same name up to the first dot are one sample: an image, and a ``.txt`` file with one caption
-    a line or a ``.json`` file with ``caption`` (one text or a list). The first use of a tar reads all its headers and
-    writes where its images are to ``NAME.tar.index.json``; images are then read by their place. With ``ShardSampler``
-    one shard is read after the other.
+    per line or a ``.json`` file with ``caption`` (one text or a list). On the first use of a tar, all its headers are
+    read and the offsets of its images are written to ``NAME.tar.index.json``; images are then read by offset. With
+    ``ShardSampler`` one shard is read after the other.
 
     Args:
         data_root: Folder of the tar files.
-        kwargs: Other arguments of :class:`CaptionedImages`, but for ``captions``.
+        kwargs: Other arguments of :class:`CaptionedImages`, except ``captions``.
 
     Raises:
-        InputError: if there is no tar file, or one is damaged.
+        InputError: there is no tar file, or one is damaged.
     """
 
     def __init__(self, data_root: str, **kwargs) -> None:
@@ -158,7 +162,7 @@ class CaptionedShards(CaptionedImages):
     def load_data_list(self) -> list[dict]:
         shards = sorted(path for path in Path(self.data_root).glob('*.tar') if path.is_file())
         if not shards:
-            raise InputError(f'The folder {self.data_root} holds no .tar file; set data_root to that of the shards.')
+            raise InputError(f'The folder {self.data_root} holds no .tar file; set data_root to the shards.')
         samples = []
         for shard in track(shards, 'Tar shards', transient=True):
             count = len(samples)
@@ -174,7 +178,11 @@ class CaptionedShards(CaptionedImages):
 
 
 def load_index(shard: Path) -> list[tuple[str, list[str]]]:
-    """Path (for :class:`TarBackend`) and captions of each image of a tar, whose index is kept beside it."""
+    """Path (for :class:`TarBackend`) and captions of each image of a tar; an index beside the tar is read or written.
+
+    Raises:
+        InputError: the tar is damaged.
+    """
     path = shard.with_name(f'{shard.name}.index.json')
     stamp = [shard.stat().st_size, shard.stat().st_mtime_ns]
     index = stored_index(path)
@@ -188,7 +196,7 @@ def load_index(shard: Path) -> list[tuple[str, list[str]]]:
 
 
 def stored_index(path: Path) -> dict:
-    """The index of a tar; {} if there is none, or it is damaged and has to be made again."""
+    """The stored index of a tar; {} if it is missing or damaged, and must be made again."""
     try:
         index = json.loads(path.read_text(encoding='utf-8'))
         for name, offset, size, texts in index['samples']:
@@ -199,7 +207,11 @@ def stored_index(path: Path) -> dict:
 
 
 def read_index(shard: Path) -> list[tuple[str, int, int, list[str]]]:
-    """Name, offset, size and captions of each image of a tar."""
+    """Name, offset, size and captions of each image of a tar, from the tar itself.
+
+    Raises:
+        InputError: the tar is damaged.
+    """
     images: dict[str, tuple[str, int, int]] = {}
     captions: dict[str, list[str]] = {}
     try:
@@ -218,7 +230,7 @@ def read_index(shard: Path) -> list[tuple[str, int, int, list[str]]]:
 
 
 def read_captions(content: bytes, extension: str) -> list[str]:
-    """The captions in a ``.txt`` or ``.json`` file of a sample; none if it is no such file."""
+    """The captions in a ``.txt`` or ``.json`` file of a sample; [] if the file is malformed."""
     try:
         texts = decode_text(content)
         texts = texts.split('\n') if extension == 'txt' else json.loads(texts).get('caption') or []
@@ -251,8 +263,8 @@ class TarBackend(BaseStorageBackend):
 class ShardSampler(ReproducibleSampler):
     """Shards of a :class:`CaptionedShards` in random order, and the samples of each in random order.
 
-    All processes read the same shard at a time, so a disk is read nearly in sequence. Arguments of MMEngine's
-    ``DefaultSampler``, but for ``shuffle``.
+    All processes read the same shard at the same time, so that a disk is read nearly sequentially. The arguments are
+    those of MMEngine's ``DefaultSampler``, except ``shuffle``.
     """
 
     def __iter__(self) -> Iterator[Draw]:
@@ -269,11 +281,11 @@ class ShardSampler(ReproducibleSampler):
 
 @TRANSFORMS.register_module()
 class TokenizeCaption(BaseTransform):
-    """``results['captions']`` as token ids ``results['text']``, int64.
+    """Tokenize ``results['captions']`` into ``results['text']``, int64.
 
     Args:
-        context_length: Number of tokens L; longer texts are cut.
-        all_captions: Give all texts of the image [T, L] for evaluation; by default one [L], drawn at random.
+        context_length: Number of tokens L; longer texts are truncated.
+        all_captions: Give all texts of the image [T, L], for evaluation; by default one [L], drawn at random.
     """
 
     def __init__(self, context_length: int = 77, all_captions: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""mmdet's data set in COCO's format, with annotations that were checked. Imports mmdet."""
+"""mmdet's COCO data set with checked annotations. This file imports mmdet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmmilan.files import first_line
 
 
 class CheckedCOCO(COCO):
-    """mmdet's index of a file of annotations, which are checked before they are sorted into it."""
+    """mmdet's index of an annotation file, which checks the annotations before it indexes them."""
 
     def __init__(self, annotation_file: str) -> None:
         self.path = Path(annotation_file)
@@ -39,7 +39,7 @@ class CocoDataset(MMDetCocoDataset):
     def load_data_list(self) -> list[dict]:
         data = super().load_data_list()
         missing = len(self.metainfo['classes']) - len(self.cat_ids)
-        if missing:  # mmdet would number the others without a gap
+        if missing:  # mmdet would renumber the others without a gap
             raise InputError(
                 f"{self.ann_file} lacks {missing} of the {len(self.metainfo['classes'])} classes; give the data set's "
                 'metainfo.classes the names of that file.'

@@ -24,10 +24,11 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', 
 MAX_CORRUPT_IN_A_ROW = 100
 
 
-def list_images(folder: str, prefix: str = '', above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Paths below a folder of all images in it, however nested, in no order; hidden ones are left out.
+def walk_images(folder: str, prefix: str = '', parents: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Yield the paths, relative to a folder, of all images in it, however nested, unsorted; hidden files are skipped.
 
-    A folder that cannot be read is named in the log. A link to a folder above it (``above``) is not followed.
+    A folder that cannot be read is named in the log. A link back to one of the ``parents`` (device and inode of the
+    folders on the way here) is not followed.
     """
     try:
         state = os.stat(folder)
@@ -36,14 +37,14 @@ def list_images(folder: str, prefix: str = '', above: tuple[tuple[int, int], ...
         print_log(f'Skipped: {folder} cannot be read ({error.strerror}).', logger='current', level=logging.WARNING)
         return
     here = (state.st_dev, state.st_ino)
-    if here in above:
+    if here in parents:
         return
     for entry in entries:
         with suppress(OSError):  # a link to itself
             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith('.') and entry.is_file():
                 yield prefix + entry.name
             elif entry.is_dir():
-                yield from list_images(entry.path, f'{prefix}{entry.name}/', (*above, here))
+                yield from walk_images(entry.path, f'{prefix}{entry.name}/', (*parents, here))
 
 
 @DATASETS.register_module()
@@ -53,15 +54,15 @@ class ImageFolder(CustomDataset):
     Args:
         data_root: The folder.
         with_label: Take the names of the first level of folders as classes.
-        on_corrupt: What to do with an image that does not decode: 'skip' takes another one in its place, names
-            it in the log and counts it in ``num_corrupt``; 'raise' stops.
+        on_corrupt: What to do with an image that does not decode: 'skip' replaces it by another image, names it
+            in the log and counts it in ``num_corrupt``; 'raise' stops.
         backend_args: MMEngine's file backend that holds the images; the transform that loads them needs the same.
             With ``dict(backend='lmdb', db_path=...)`` the images are the keys of that database, which
             ``tools/pack_images.py`` makes of a folder.
         kwargs: Other arguments of mmpretrain's ``CustomDataset``.
 
     Raises:
-        InputError: if the folder is missing or holds no image.
+        InputError: the folder is missing or holds no image, or its folders are not the classes that were given.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ImageFolder(CustomDataset):
 
     @property
     def num_corrupt(self) -> int:
-        """Number of times that an image did not decode, in all data workers."""
+        """How many times an image did not decode, in all data workers together."""
         return self._num_corrupt.value
 
     def load_data_list(self) -> list[dict]:
@@ -101,11 +102,11 @@ class ImageFolder(CustomDataset):
             ) from error
 
     def _find_samples(self) -> list:
-        """As mmpretrain's, which takes five times as long to list a folder."""
+        """As mmpretrain's, but five times as fast."""
         if not isinstance(get_file_backend(self.img_prefix, enable_singleton=True), LocalBackend):
             return super()._find_samples()
         if not self.with_label:
-            samples = sorted(list_images(self.img_prefix))
+            samples = sorted(walk_images(self.img_prefix))
         else:
             classes, self.folder_to_idx = find_folders(self.img_prefix)
             if self.CLASSES is None:
@@ -114,7 +115,7 @@ class ImageFolder(CustomDataset):
                 raise InputError(
                     f'{self.img_prefix} has {len(classes)} folders for {len(self.CLASSES)} classes; make them equal.'
                 )
-            paths = {name: sorted(list_images(os.path.join(self.img_prefix, name))) for name in classes}
+            paths = {name: sorted(walk_images(os.path.join(self.img_prefix, name))) for name in classes}
             samples = [(f'{name}/{path}', self.folder_to_idx[name]) for name in classes for path in paths[name]]
             empty = [name for name in classes if not paths[name]]
             if empty:
@@ -136,7 +137,7 @@ class ImageFolder(CustomDataset):
         return [dict(img_path=path, gt_label=label[path.split('/')[0]]) for path in paths]
 
     def __getitem__(self, index: int | Draw) -> dict:
-        """Sample ``index`` after the pipeline, its augmentations fixed by a :class:`Draw` if it is one."""
+        """Sample ``index`` after the pipeline; a :class:`Draw` in place of a number also fixes the augmentations."""
         if not self._fully_initialized:
             self.full_init()
         draw = index if isinstance(index, Draw) else None
@@ -144,7 +145,7 @@ class ImageFolder(CustomDataset):
             return self.load_or_replace(draw.index if draw else index)
 
     def prepare_data(self, index: int) -> dict:
-        """Sample ``index`` after the pipeline; an image that is gone since is treated as one that does not decode."""
+        """Sample ``index`` after the pipeline; a file deleted since the start counts as one that does not decode."""
         try:
             return super().prepare_data(index)
         except InputError as error:
@@ -154,6 +155,7 @@ class ImageFolder(CustomDataset):
             raise CorruptImageError(str(error)) from error
 
     def load_or_replace(self, index: int) -> dict:
+        """Sample ``index``, or a random other one if the image does not decode."""
         for _ in range(MAX_CORRUPT_IN_A_ROW):
             try:
                 return self.prepare_data(index)
@@ -165,5 +167,5 @@ class ImageFolder(CustomDataset):
                 print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
                 index = np.random.randint(len(self))
         raise InputError(
-            f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode; remove what is no image.'
+            f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode; remove the broken files.'
         )

@@ -1,7 +1,7 @@
-"""A folder of images as one LMDB file, for disks and networks that do not like millions of small files.
+"""Pack a folder of images into one LMDB, for disks and networks on which millions of small files are slow.
 
 MMEngine's LMDB backend reads it: ``backend_args=dict(backend='lmdb', db_path=...)``. The keys are the paths of the
-images below the folder, the values their files, untouched.
+images relative to the folder, the values their files, unchanged.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def list_lmdb(db_path: str) -> list[str]:
     """The keys of a database, sorted.
 
     Raises:
-        InputError: if there is no such database, or the package lmdb is missing.
+        InputError: there is no such database, it cannot be read, or the package lmdb is missing.
     """
     lmdb = import_lmdb()
     if not os.path.isdir(db_path):
         raise InputError(f'The database {db_path} does not exist; make it with tools/pack_images.py.')
     try:
         with lmdb.open(db_path, readonly=True, lock=False) as database:
-            # reading beyond the end of a file that is mapped into memory ends the process without a word
+            # reading past the end of a memory-mapped file would kill the process without a message
             needed = (database.info()['last_pgno'] + 1) * database.stat()['psize']
             if os.path.getsize(os.path.join(db_path, 'data.mdb')) < needed:
                 raise InputError(f'The database {db_path} is incomplete; copy it again, or make it again.')
@@ -48,16 +48,16 @@ def list_lmdb(db_path: str) -> list[str]:
 
 
 def pack_images(folder: Path, paths: Iterable[Path], db_path: Path) -> None:
-    """Write the images at ``paths``, below ``folder``, into a new database; it is there whole or not at all.
+    """Write the images at ``paths``, all below ``folder``, into a new database, whole or not at all.
 
     Raises:
-        InputError: if the database exists, a name is not ASCII (MMEngine's backend asks for it) or is too long.
+        InputError: the database exists, or a name is too long or not ASCII (which MMEngine's backend requires).
     """
     lmdb = import_lmdb()
     if db_path.exists():
         raise InputError(f'{db_path} exists; remove it or choose another name.')
     unfinished = db_path.with_name(f'{db_path.name}.{os.getpid()}.tmp')
-    # the map's size is a limit of the file, not memory
+    # map_size limits the size of the file; no memory is taken up
     database = lmdb.open(str(unfinished), map_size=1 << 42)
     try:
         transaction = database.begin(write=True)

@@ -1,4 +1,4 @@
-"""Loading, cropping and flipping for training in one transform, which is faster than one after the other."""
+"""Loading, cropping and flipping for training in one transform, which is faster than three."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
 
-from mmmilan.datasets.decoding import MAX_PIXELS, decode, header_of, is_truncated_jpeg, orientation_of, read_bytes
+from mmmilan.datasets.decoding import MAX_PIXELS, decode, exif_orientation, is_truncated_jpeg, open_header, read_bytes
 from mmmilan.registry import TRANSFORMS
 
-# After a reduced decoding there must remain this many times the output's pixels, in each direction, to be filtered.
+# A JPEG decoded at reduced size must have at least this many times the pixels of the output along each axis.
 GAP = 2
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
@@ -23,19 +23,22 @@ REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.
 class LoadRandomResizedCrop(RandomResizedCrop):
     """Read ``results['img_path']``, crop, resize, flip: ``results['img']``, BGR uint8 [scale, scale, 3].
 
-    In place of ``LoadImage``, mmpretrain's ``RandomResizedCrop(backend='pillow', interpolation='bicubic')`` and
-    ``RandomFlip``. The same random numbers give the same crop and flip. PyTorch resizes by Pillow's antialiased
-    bicubic filter, in vectorised integer arithmetic. The crop is drawn on the size in the file's header, so a large
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is then still twice the output (Pillow's own
-    ``reducing_gap`` for thumbnails).
+    Replaces ``LoadImage``, mmpretrain's ``RandomResizedCrop(backend='pillow', interpolation='bicubic')`` and
+    ``RandomFlip``; the same random numbers give the same crop and flip. PyTorch resizes with Pillow's antialiased
+    bicubic filter, in vectorised integer arithmetic. The crop is drawn from the size in the file's header, so a large
+    JPEG can be decoded at 1/2, 1/4 or 1/8 of its size if the crop is then still twice the size of the output (as
+    Pillow's ``reducing_gap`` does for thumbnails).
 
     Args:
         scale: Size of the output, a number or (height, width).
         crop_ratio_range: Area of the crop over that of the image.
         aspect_ratio_range: Width over height of the crop.
         flip_prob: Probability of a horizontal flip.
-        backend_args: See :class:`mmmilan.LoadImage`; the errors are the same too.
+        backend_args: See :class:`LoadImage`.
         max_pixels: Larger images are treated as corrupt.
+
+    Raises:
+        CorruptImageError, InputError: as :class:`LoadImage`.
     """
 
     def __init__(
@@ -74,21 +77,21 @@ class LoadRandomResizedCrop(RandomResizedCrop):
 
     def draw_crop(self, shape: tuple[int, int]) -> tuple[int, int, int, int]:
         """Top, left, height and width of a crop of an image of this (height, width)."""
-        return self.rand_crop_params(np.broadcast_to(np.uint8(0), shape))  # it reads nothing but the shape
+        return self.rand_crop_params(np.broadcast_to(np.uint8(0), shape))  # it reads only the shape
 
     def reduction(self, box: tuple[int, int, int, int]) -> int:
-        """By how much the image may be reduced such that the crop is still large enough to be filtered well."""
+        """The largest factor by which decoding may reduce the image with the crop still ``GAP`` times the output."""
         spare = min(box[2] / self.scale[0], box[3] / self.scale[1]) / GAP
         return next((factor for factor in REDUCED if factor <= spare), 1)
 
 
 @TRANSFORMS.register_module()
 class LoadEncodedCrop(LoadRandomResizedCrop):
-    """Read ``results['img_path']`` and draw its crop and flip, for :class:`DecodingDataPreprocessor` to carry out.
+    """Read ``results['img_path']`` and draw its crop and flip, which :class:`DecodingDataPreprocessor` carries out.
 
-    ``results['img']`` is the file itself, uint8 [length], where it is a JPEG of one or three channels that EXIF does
-    not turn; anything else is decoded, cropped and flipped at once, as by the base class. ``PackInputs`` must pass
-    on ``META_KEYS``. Same arguments and the same random numbers as :class:`LoadRandomResizedCrop`.
+    ``results['img']`` is the file itself, uint8 [length], if it is a JPEG of one or three channels without EXIF
+    rotation; anything else is decoded, cropped and flipped here, as by the base class. ``PackInputs`` must pass on
+    ``META_KEYS``. Same arguments and the same random numbers as :class:`LoadRandomResizedCrop`.
     """
 
     META_KEYS = ('img_path', 'img_shape', 'ori_shape', 'crop', 'flip')
@@ -106,9 +109,11 @@ class LoadEncodedCrop(LoadRandomResizedCrop):
 
 
 class JPEGHeader(NamedTuple):
-    """What the header of a JPEG says: (height, width) after the EXIF rotation, and whether decoding alone gives it.
+    """What the header of a JPEG says.
 
-    ``plain`` images are complete, grey or in three colours, and not turned by EXIF.
+    Attributes:
+        shape: Height and width after the EXIF rotation.
+        plain: Whether the image is complete, grey or RGB, and not rotated by EXIF.
     """
 
     shape: tuple[int, int]
@@ -120,22 +125,28 @@ def read_jpeg_header(content: bytes) -> JPEGHeader | None:
     if content[:2] != b'\xff\xd8':
         return None
     try:
-        with header_of(content) as image:
-            orientation = orientation_of(image)
+        with open_header(content) as image:
+            orientation = exif_orientation(image)
             plain = image.mode in ('L', 'RGB') and orientation == 1 and not is_truncated_jpeg(content)
             return JPEGHeader(image.size if orientation >= 5 else image.size[::-1], plain)
     except Exception:  # of any type, also from its EXIF
-        return None  # decoding it will say what is wrong
+        return None  # decoding the image will say what is wrong
 
 
 def crop(image: np.ndarray, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
-    """The part of an image, reduced by ``factor``, that ``box`` is of the whole one."""
+    """Crop an image that was decoded at 1 / ``factor`` of its size.
+
+    Args:
+        image: [H, W, 3].
+        box: Top, left, height and width, in pixels of the full size.
+        factor: The reduction.
+    """
     top, left, height, width = (round(side / factor) for side in box)
     return image[top : top + height, left : left + width]
 
 
 def resize(image: np.ndarray, size: tuple[int, int], flip: bool = False) -> np.ndarray:
-    """uint8 [H, W, 3] -> [*size, 3], flipped if asked for: antialiased bicubic, Pillow's but for rounding.
+    """Resize uint8 [H, W, 3] -> uint8 [*size, 3] by antialiased bicubic interpolation, Pillow's up to rounding.
 
     The result is stored channel by channel, so that packing it as [3, H, W] copies nothing.
     """

@@ -1,8 +1,8 @@
-"""Augmentations that are a function of (seed, epoch, sample), and of nothing else.
+"""Augmentations that depend only on (seed, epoch, sample).
 
-MMEngine seeds data workers once, or the same way at every epoch. What a sample looks like then depends on the
-number of workers, and a resumed run sees other images than an uninterrupted one. Here the sampler gives the dataset
-a random seed for each sample along with its index.
+MMEngine seeds data workers once, or the same way at every epoch. Augmentations then depend on the number of workers,
+and a resumed run sees other images than an uninterrupted one. Here the sampler gives the dataset a random seed for each
+sample along with its index.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One's own images wherever they are: several folders, tar shards, single files; and what their folders say of them."""
+"""A user's own images in folders, tar shards and single files, with the classes and splits that folder names give."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
+Source = str | os.PathLike  # a folder of images and tar shards, however nested; a tar shard; or an image
+
 HELD_OUT = ('val', 'test', 'minival')
-PARTS = ('train', 'unlabel', *HELD_OUT)
+SPLITS = ('train', 'unlabel', *HELD_OUT)
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name ends like an image's."""
+    """Whether the name of a file ends like an image's."""
     return path.suffix.lower() in EXTENSIONS
 
 
-def list_images(source: str | os.PathLike) -> list[str]:
-    """All images of a source, sorted by path.
+def as_list(sources: Source | Sequence[Source]) -> list[Source]:
+    """A single source as a list of one, and several as a list."""
+    return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
 
-    Args:
-        source: a folder of images and tar shards, however nested; a tar shard; or an image.
+
+def list_images(sources: Source | Sequence[Source]) -> list[str]:
+    """All images of one or several sources, sorted by path within each source.
 
     Returns:
-        Paths; of an image in a shard, ``tar://...`` as :class:`mmmilan.datasets.captions.TarBackend` reads it.
+        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.captions.TarBackend`.
 
     Raises:
-        InputError: there is no such source, or no image in it.
+        InputError: a source does not exist, or holds no image.
     """
+    return [image for source in as_list(sources) for image in _images_in(source)]
+
+
+def _images_in(source: Source) -> list[str]:
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f'{source} does not exist; give a folder of images, a tar file or an image.')
@@ -47,39 +55,39 @@ def list_images(source: str | os.PathLike) -> list[str]:
     return images
 
 
-def class_folders(source: str | os.PathLike) -> list[str]:
-    """Names of the folders that say what is on the images in them: two or more, and no image beside them.
-
-    Folders such as ``train`` and ``val`` are parts of a data set and no classes.
-    """
-    folders = folders_of_images(source)
-    return [folder.name for folder in folders] if len(folders) > 1 and not parts_of(source) else []
+def class_folders(source: Source) -> list[str]:
+    """The names of the folders of a source, if they name classes: two or more, no image beside them, and no splits."""
+    folders = _folders_of_images(source)
+    return [folder.name for folder in folders] if len(folders) > 1 and not splits_of(source) else []
 
 
-def folders_of_images(source: str | os.PathLike) -> list[Path]:
-    """The folders in a folder that hold images, however nested, sorted; none where an image lies beside them."""
+def splits_of(source: Source) -> list[Path]:
+    """The folders ``train``, ``val`` and the like of a data set with splits; [] for any other source."""
+    folders = _folders_of_images(source)
+    return folders if all(folder.name.startswith(SPLITS) for folder in folders) else []
+
+
+def _folders_of_images(source: Source) -> list[Path]:
+    """The folders directly in a source that hold images, however nested, sorted; [] if an image lies beside them."""
     path = Path(source).expanduser()
     if not path.is_dir() or any(is_image(each) for each in path.iterdir()):
         return []
     return sorted(each for each in path.iterdir() if each.is_dir() and any(map(is_image, each.rglob('*'))))
 
 
-def parts_of(source: str | os.PathLike) -> list[Path]:
-    """The folders ``train``, ``val`` and the like of a data set that is divided into them; none of any other source."""
-    folders = folders_of_images(source)
-    return folders if all(folder.name.startswith(PARTS) for folder in folders) else []
+def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
+    """What to train on: the splits of each source except ``val`` and ``test``, or the source itself if it has none."""
+    chosen: list[Source] = []
+    for source in as_list(sources):
+        chosen += [split for split in splits_of(source) if not split.name.startswith(HELD_OUT)] or [source]
+    return chosen
 
 
-def training_images(source: str | os.PathLike) -> list[str | os.PathLike]:
-    """What of a source to train on: of a data set that is divided into parts, all but ``val`` and ``test``."""
-    return [part for part in parts_of(source) if not part.name.startswith(HELD_OUT)] or [source]
-
-
-def evaluation_images(source: str | os.PathLike) -> str | os.PathLike:
-    """What of a source to evaluate on: of a data set that is divided into parts, ``val``, or else ``test``."""
-    parts = parts_of(source)
-    held_out = [part for name in HELD_OUT for part in parts if part.name.startswith(name)]
-    return (held_out or parts or [source])[0]
+def evaluation_source(source: Source) -> Source:
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
+    splits = splits_of(source)
+    held_out = [split for name in HELD_OUT for split in splits if split.name.startswith(name)]
+    return (held_out or splits or [source])[0]
 
 
 @DATASETS.register_module()
@@ -87,11 +95,11 @@ class ImageSources(ImageFolder):
     """The images of several sources, without labels.
 
     Args:
-        sources: Folders (however nested), tar shards and images, see :func:`list_images`.
-        kwargs: Other arguments of :class:`ImageFolder`, but for ``data_root`` and ``with_label``.
+        sources: Folders (however nested), tar shards and images.
+        kwargs: Other arguments of :class:`ImageFolder`, except ``data_root`` and ``with_label``.
 
     Raises:
-        InputError: a source is missing or holds no image.
+        InputError: a source does not exist or holds no image.
     """
 
     def __init__(self, sources: Sequence[str], **kwargs) -> None:
@@ -99,4 +107,4 @@ class ImageSources(ImageFolder):
         super().__init__(data_root=str(sources[0]), **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        return [dict(img_path=path) for source in self.sources for path in list_images(source)]
+        return [dict(img_path=path) for path in list_images(self.sources)]

@@ -1,8 +1,9 @@
-"""What a teacher gave for every image and crop of some epochs, in 8 bits: training then needs no teacher.
+"""A cache of a teacher's outputs for every image and crop of some epochs, in 8 bits, to train without the teacher.
 
-A crop and its flip are a function of (seed, epoch, image), see :mod:`mmmilan.datasets.reproducible`. A cache does not
-store them: it keeps the seed, and they are drawn again. Epoch e of the training sees what the cache's epoch e modulo E
-saw. A cache is a folder with ``manifest.json`` and, for each epoch, ``epoch_E.bin``: one record an image.
+A crop and its flip are a function of (seed, epoch, image), see :mod:`mmmilan.datasets.reproducible`. A cache stores
+only the seed, and they are drawn again. With a cache of E epochs, epoch e of the training has the crops of the cache's
+epoch e modulo E. A cache is a folder with ``manifest.json`` and a file ``epoch_e.bin`` for each epoch e, with one
+record per image.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
 VERSION = 1
-COLOUR_TOLERANCE = 2  # of 255: decoders differ by rounding, another crop or image by more
+COLOUR_TOLERANCE = 2  # of 255: other decoders differ by rounding, other crops or images differ by more
 
 
 def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
-    """A record: features in 8 bits with a scale a token, importance in 8 bits, mean colour of the crop, checksum."""
+    """A record: 8-bit features with a scale per token, 8-bit importance, mean colour of the crop, checksum."""
     return np.dtype(
         [
             ('codes', 'i1', (1 + num_patches, feature_dim)),
@@ -40,15 +41,15 @@ def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
 
 
 def checksum(record: np.void) -> int:
-    """CRC-32 of all of a record but its last four bytes."""
+    """CRC-32 of a record without its last four bytes, which hold the checksum."""
     return zlib.crc32(record.tobytes()[:-4])
 
 
 def encode(images: Tensor, features: Tensor, importance: Tensor) -> np.ndarray:
     """Records [B] of crops [B, 3, H, W], uint8, their features [B, 1 + N, C] and importance [B, N].
 
-    A feature is scale · code with codes of -127 to 127; the largest of a token is exact. The importance of a patch is
-    never rounded to zero.
+    A feature is scale · code, with codes from -127 to 127; the largest feature of a token is exact. The importance of a
+    patch is never rounded to zero.
     """
     features, importance = features.float().cpu(), importance.float().cpu()
     scales = features.abs().amax(-1).clamp(min=1e-30) / 127
@@ -69,13 +70,13 @@ def mean_colour(images: Tensor) -> np.ndarray:
     return images.float().mean((-2, -1)).round().numpy()
 
 
-def as_plain(value: object) -> object:
-    """A config as JSON has it: tuples are lists."""
+def as_json(value: object) -> object:
+    """A config value as JSON stores it: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
-def names_of(dataset: ImageFolder) -> int:
-    """CRC-32 of the images' names below their folder, in their order."""
+def checksum_of_names(dataset: ImageFolder) -> int:
+    """CRC-32 of the paths of the images relative to their folder, in order."""
     names = [dataset.get_data_info(i)['img_path'].removeprefix(dataset.img_prefix) for i in range(len(dataset))]
     return zlib.crc32('\n'.join(names).encode())
 
@@ -87,7 +88,7 @@ class TargetCache:
         folder: The folder that ``tools/cache_targets.py`` wrote.
 
     Raises:
-        InputError: it is not a cache, or a file of it is missing or has another size than it should.
+        InputError: the folder is not a cache, or one of its files is missing or has the wrong size.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -112,10 +113,10 @@ class TargetCache:
         return self.folder / f'epoch_{epoch}.bin'
 
     def read(self, epoch: int, index: int) -> np.void:
-        """The record of an image.
+        """The record of an image, of type ``self.dtype``.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the record is damaged.
         """
         record = np.fromfile(self.path(epoch), self.dtype, count=1, offset=index * self.dtype.itemsize)[0]
         if checksum(record) != record['checksum']:
@@ -125,38 +126,42 @@ class TargetCache:
 
 @DATASETS.register_module()
 class CachedTargets(ImageFolder):
-    """Images of a folder with what a teacher gave for their crops, for a head with a :class:`CachedTeacher`.
+    """Images of a folder with a teacher's cached outputs for their crops, for a head with a :class:`CachedTeacher`.
 
     Each data sample has ``cached_codes`` [1 + N, C], int8, ``cached_scales`` [1 + N] and ``cached_importance`` [N],
-    float32. The sampler has to be a ``ReproducibleSampler``, which says the epoch.
+    float32. The sampler must be a ``ReproducibleSampler``, which gives the epoch.
 
     Args:
         data_root: The folder of the images.
         cache: The folder of the cache.
-        pipeline: As it was when the cache was made.
+        pipeline: The pipeline that the cache was made with.
         kwargs: Other arguments of :class:`ImageFolder`.
 
     Raises:
-        InputError: the cache is damaged, or of other images or other crops.
+        InputError: the cache is damaged, or was made from other images or with other crops.
     """
 
     def __init__(self, data_root: str, cache: str, pipeline: Sequence[dict] = (), **kwargs) -> None:
         self.cache = TargetCache(cache)
         super().__init__(data_root=data_root, pipeline=pipeline, **kwargs)
         made_with = self.cache.manifest['pipeline']
-        if as_plain(pipeline) != made_with:
+        if as_json(pipeline) != made_with:
             raise InputError(
                 f'The cache {cache} was made with the pipeline {json.dumps(made_with)}, which is not that of the data '
                 'set; make them equal, or make the cache again.'
             )
-        if len(self) != self.cache.manifest['images'] or names_of(self) != self.cache.manifest['names']:
+        if len(self) != self.cache.manifest['images'] or checksum_of_names(self) != self.cache.manifest['names']:
             raise InputError(
-                f'The cache {cache} is of {self.cache.manifest["images"]} images, and not of the {len(self)} in '
-                f'{data_root}; set data_root to those, or make the cache again.'
+                f'The cache {cache} was made of {self.cache.manifest["images"]} images, not of the {len(self)} in '
+                f'{data_root}; set data_root to the folder that it was made of, or make the cache again.'
             )
 
     def __getitem__(self, index: Draw) -> dict:
-        """The sample of the cache's own draw, with its targets."""
+        """A sample with the cache's crop and its targets.
+
+        Raises:
+            InputError: the sampler is not a ``ReproducibleSampler``, or the image or its record has changed.
+        """
         if not isinstance(index, Draw):
             raise InputError(
                 'CachedTargets has to know the epoch; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
@@ -167,8 +172,8 @@ class CachedTargets(ImageFolder):
         difference = np.abs(mean_colour(sample['inputs']) - record['colour'].astype(float)).max()
         if difference > COLOUR_TOLERANCE:
             raise InputError(
-                f'{self.get_data_info(index.index)["img_path"]} is not what it was when {self.cache.folder} was made; '
-                'bring it back, or make the cache again.'
+                f'{self.get_data_info(index.index)["img_path"]} has changed since {self.cache.folder} was made; '
+                'restore the image, or make the cache again.'
             )
         importance = record['importance'] * record['importance_scale']
         for name, value in dict(codes=record['codes'], scales=record['scales'], importance=importance).items():

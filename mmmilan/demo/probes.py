@@ -1,4 +1,4 @@
-"""What the demo's frozen encoders know."""
+"""Probes of the demo's frozen encoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 
 class TeacherEncoder(nn.Module):
-    """The teacher of a MILAN, with its class token as the feature."""
+    """The teacher of a MILAN as an encoder, with its class token as the feature."""
 
     def __init__(self, milan: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class TeacherEncoder(nn.Module):
 
 
 def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
-    """Labelled data: train and test, or one data set to be split; none where folders do not name classes."""
+    """Labelled data: train and test set, or a single data set to split; [] if folders do not name classes."""
     if args.data and not class_folders(args.data):
         return []
     folders = [args.data] if args.data else [args.out / 'scenes' / split for split in ('train', 'val')]
@@ -38,7 +38,7 @@ def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
 
 
 def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, float]:
-    """Top-1 accuracy in percent of the model's frozen class token, by the probes of ``PROBES``."""
+    """Top-1 accuracy in percent of each of ``PROBES`` on the model's frozen class token."""
     parts = [extract_features(model, dataset, f'Features of {name}') for dataset in datasets]
     if len(parts) == 1:
         features, labels = parts[0]

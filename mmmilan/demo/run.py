@@ -1,4 +1,4 @@
-"""The demo from captions to a page of pictures."""
+"""The stages of the demo: teacher, pretraining, evaluation, transfer, and the page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import find_latest_checkpoint, set_random_seed
 from rich.table import Table
 from torch import nn
+from torch.utils.data import Dataset
 
+from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.datasets.sources import list_images
 from mmmilan.demo.language import add_heat_maps, zero_shot
-from mmmilan.demo.page import LINKS, add_curves, add_pictures, add_scores, add_transfer
+from mmmilan.demo.page import add_curves, add_pictures, add_scores, add_transfer
 from mmmilan.demo.probes import PROBES, TeacherEncoder, probe, probing_datasets
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.demo.training import console, train
@@ -30,17 +32,18 @@ from mmmilan.errors import InputError
 from mmmilan.files import write_text
 from mmmilan.models import MILAN
 from mmmilan.models.text_tower import TextTower
-from mmmilan.visualization.page import Page
+from mmmilan.visualization.page import PAPER_LINK, Page
 
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
 
 
 def work_dir(args: argparse.Namespace, stage: str) -> Path:
+    """The work dir of a stage."""
     return args.out / f'{stage}-seed{args.seed}'
 
 
 def read_config(name: str, args: argparse.Namespace, stage: str) -> Config:
-    """A config of the demo, with the output folder, the seed and the length that the user asked for."""
+    """Read a config of the demo and set the work dir, the seed and the number of epochs."""
     cfg = Config.fromfile(zoo_root() / 'configs' / 'demo' / name)
     cfg.work_dir = str(work_dir(args, stage))
     cfg.randomness = dict(seed=args.seed)
@@ -50,18 +53,8 @@ def read_config(name: str, args: argparse.Namespace, stage: str) -> Config:
     return cfg
 
 
-def given_teacher(name: str) -> dict:
-    """The teacher's config for what the user gave as --teacher."""
-    if Path(name).exists():
-        return dict(type='mmmilan.OpenCLIPTeacher', pretrained=name)
-    model, separator, tag = name.partition(':')
-    if not separator:
-        raise InputError(f'--teacher {name} is unknown; give a file, or MODEL:TAG of open_clip.')
-    return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
-
-
 def train_maskclip(args: argparse.Namespace) -> tuple[str, float]:
-    """Train the small MaskCLIP on captions; its checkpoint and its zero-shot accuracy in percent."""
+    """Train a small MaskCLIP on captions; returns its checkpoint and its zero-shot accuracy in percent."""
     cfg = read_config('maskclip_vit-tiny-p8_scenes.py', args, 'maskclip')
     scenes = args.out / 'scenes'
     cfg.train_dataloader.dataset.update(data_root=str(scenes / 'train'), captions=str(scenes / 'captions_train.csv'))
@@ -71,18 +64,18 @@ def train_maskclip(args: argparse.Namespace) -> tuple[str, float]:
 
 
 def make_teacher(args: argparse.Namespace) -> tuple[dict, dict[str, dict[str, float]]]:
-    """The teacher's config; and the scores of the one that is trained here, if it is, by its name."""
+    """The config of the teacher; and, by its name, the scores of the MaskCLIP if it is trained here."""
     if not args.data:
         write_scenes(args.out / 'scenes', args.num_images, args.num_images // 3)
     if args.data or args.teacher:
-        return given_teacher(args.teacher or 'ViT-B-16-quickgelu:openai'), {}
+        return teacher_config(args.teacher or 'ViT-B-16-quickgelu:openai'), {}
     checkpoint, accuracy = train_maskclip(args)
-    console.print(f'MaskCLIP tells {accuracy:.1f} % of the test images by the names of the classes alone (zero-shot).')
-    return given_teacher(checkpoint), {'MaskCLIP': {'zero-shot': accuracy}}
+    console.print(f'MaskCLIP: zero-shot accuracy {accuracy:.1f} % on the test images.')
+    return teacher_config(checkpoint), {'MaskCLIP': {'zero-shot': accuracy}}
 
 
 def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace) -> Config:
-    """The config of a method with the demo's or the user's images and teacher."""
+    """The config of a method, with the images and the teacher of the demo or of the user."""
     cfg = read_config(METHODS[method], args, method.lower())
     cfg.train_dataloader.dataset.data_root = str(args.data or args.out / 'scenes' / 'train')
     cfg.test_dataloader.dataset.data_root = str(args.data or args.out / 'scenes' / 'val')
@@ -94,7 +87,7 @@ def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace)
 
 
 def fit_to_teacher(cfg: Config, teacher_cfg: dict) -> None:
-    """Give the demo's student the image size, the patch size and the target of a real teacher."""
+    """Set image size, patch size and width of the target to those of a real teacher."""
     teacher = MODELS.build(teacher_cfg)
     size, patch = teacher.input_size[0], teacher.patch_size
     cfg.model.backbone.update(img_size=size, patch_size=patch)
@@ -108,12 +101,8 @@ def fit_to_teacher(cfg: Config, teacher_cfg: dict) -> None:
     cfg.test_dataloader.dataset.pipeline[1].scale = (size, size)
 
 
-def score_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
-    return [[name, *(f'{score[probe]:.1f}' for probe in PROBES)] for name, score in scores.items()]
-
-
 def text_tower(milan: MILAN) -> TextTower | None:
-    """The text tower of MILAN's teacher; None, with the reason on the screen, where there is none."""
+    """The text tower of MILAN's teacher; None if it has none, which is printed with the reason."""
     try:
         return milan.text_tower().to(get_device())
     except InputError as error:
@@ -121,15 +110,8 @@ def text_tower(milan: MILAN) -> TextTower | None:
         return None
 
 
-def shown(score: float | None) -> str:
-    return '–' if score is None else f'{score:.1f}'
-
-
-def transfer_rows(result: Transfer) -> list[list[str]]:
-    return [[task, *(f'{score:.1f}' for score in scores.values())] for task, scores in result.scores.items()]
-
-
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
@@ -145,7 +127,7 @@ def run_transfer(args: argparse.Namespace, random: nn.Module) -> Transfer:
 
 
 def pretrain(args: argparse.Namespace, cfgs: dict[str, Config]) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The encoder of each method and a random one, ready for evaluation, and the seconds that pretraining took."""
+    """Pretrain by each method; returns the models and a random one, in evaluation mode, and the seconds of training."""
     encoders, seconds = {}, {}
     for method, cfg in cfgs.items():
         runner, seconds[method] = train(cfg, f'{method} pretraining')
@@ -158,13 +140,46 @@ def pretrain(args: argparse.Namespace, cfgs: dict[str, Config]) -> tuple[dict[st
     return encoders, seconds
 
 
+def evaluate(
+    page: Page, encoders: dict[str, nn.Module], datasets: list[Dataset], seconds: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Add accuracies of the frozen encoders and heat maps of texts to the page; returns the scores of each encoder."""
+    milan = encoders['MILAN']
+    models = encoders | {'teacher': TeacherEncoder(milan)}
+    scores = {name: probe(name, model, datasets) for name, model in models.items()}
+    rows = [[name, *(f'{score[key]:.1f}' for key in PROBES)] for name, score in scores.items()]
+    print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
+    values = [[score[key] for key in PROBES] for score in scores.values()]
+    tower = text_tower(milan)
+    zero_shot_scores = zero_shot(milan, tower, datasets[-1]) if tower else {}
+    for name, row, numbers in zip(scores, rows, values, strict=True):
+        accuracy = zero_shot_scores.get(name)
+        row += ['–' if accuracy is None else f'{accuracy:.1f}', f'{seconds[name]:.0f} s' if name in seconds else '–']
+        numbers += [accuracy, None]
+    add_scores(page, ['encoder', *PROBES, 'zero-shot', 'pretraining'], rows, values)
+    if tower:
+        console.print(
+            'Zero-shot accuracy: {MILAN:.1f} % by MILAN, {teacher:.1f} % by its teacher.'.format(**zero_shot_scores)
+        )
+        scores['MILAN']['zero-shot'] = zero_shot_scores['MILAN']
+        add_heat_maps(page, milan, tower, datasets[-1])
+    return scores
+
+
 def run_demo(args: argparse.Namespace) -> None:
-    """The demo, as ``tools/demo.py`` describes it; ``args`` are its options."""
+    """Run the demo that ``tools/demo.py`` describes.
+
+    Args:
+        args: The options of ``tools/demo.py``.
+
+    Raises:
+        InputError: the images or the teacher are missing or cannot be used.
+    """
     start = time.time()
     use_safe_loading()
     init_default_scope('mmpretrain')
     if args.data:
-        list_images(args.data)  # before anything is trained or downloaded
+        list_images(args.data)  # fails before anything is trained or downloaded
     teacher_cfg, results = make_teacher(args)
     cfgs = {method: pretraining_config(method, teacher_cfg, args) for method in METHODS}
     encoders, seconds = pretrain(args, cfgs)
@@ -172,37 +187,21 @@ def run_demo(args: argparse.Namespace) -> None:
 
     page = Page(
         'MILAN at work',
-        'A ViT sees a quarter of the patches of an image, picked by the attention of a CLIP, and learns to predict '
-        "the CLIP's features of all of them. No label was used before the table.",
-        LINKS,
+        'A ViT sees a quarter of the patches of an image, sampled by the attention of a CLIP model, and learns to '
+        "predict CLIP's features of all patches. Labels are used only for the evaluation below.",
+        PAPER_LINK,
     )
     datasets = probing_datasets(cfgs['MILAN'], args)
     if datasets:
-        judged = encoders | {'teacher': TeacherEncoder(encoders['MILAN'])}
-        scores = {name: probe(name, model, datasets) for name, model in judged.items()}
-        rows = score_rows(scores)
-        print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
-        tower = text_tower(encoders['MILAN'])
-        known = zero_shot(encoders['MILAN'], tower, datasets[-1]) if tower else {}
-        if known:
-            console.print(
-                f'MILAN tells {known["MILAN"]:.1f} % by the names of the classes, its teacher '
-                f'{known["teacher"]:.1f} % (zero-shot).'
-            )
-            scores['MILAN']['zero-shot'] = known['MILAN']
-        times = {name: f'{seconds[name]:.0f} s' if name in seconds else '–' for name in scores}
-        values = [[*(score[probe] for probe in PROBES), known.get(name), None] for name, score in scores.items()]
-        rows = [[*row, shown(known.get(row[0])), times[row[0]]] for row in rows]
-        add_scores(page, ['encoder', *PROBES, 'zero-shot', 'pretraining'], rows, values)
-        results |= scores
-        if tower:
-            add_heat_maps(page, encoders['MILAN'], tower, datasets[-1])
+        results |= evaluate(page, encoders, datasets, seconds)
     pictured = {**cfgs['MILAN'].test_dataloader.dataset, 'with_label': bool(datasets)}
     add_pictures(page, encoders, DATASETS.build(pictured))
     add_curves(page, curves)
     if args.full:
         transferred = run_transfer(args, encoders['random'])
-        rows = transfer_rows(transferred)
+        rows = [
+            [task, *(f'{score:.1f}' for score in by_start.values())] for task, by_start in transferred.scores.items()
+        ]
         classes = test_set(transferred.runners['segmentation']).metainfo['classes']
         print_table('After fine-tuning, %', ['task', 'random', 'MILAN'], rows)
         add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred), classes)

@@ -15,7 +15,7 @@ console = Console()
 
 
 class ProgressHook(Hook):
-    """A progress bar in place of MMEngine's log lines, which go to the stage's folder."""
+    """A progress bar in place of MMEngine's log lines, which are only written to the work dir."""
 
     def __init__(self, description: str) -> None:
         columns = [TextColumn('{task.description:18}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -44,9 +44,9 @@ class ProgressHook(Hook):
 
 
 def train(cfg: Config, description: str) -> tuple[Runner, float]:
-    """Train from a config; the runner and the seconds it took."""
+    """Train from a config; returns the runner and the seconds that training took."""
     cfg.log_level = 'ERROR'
-    cfg.default_hooks.checkpoint.interval = -1  # the last one only
+    cfg.default_hooks.checkpoint.interval = -1  # only the last one
     cfg.experiment_name = f'{Path(cfg.work_dir).name}-{time.time_ns()}'
     runner = Runner.from_cfg(cfg)
     runner.register_hook(ProgressHook(description))

@@ -1,4 +1,4 @@
-"""The last part of the demo, --full: what MILAN's encoder is worth in classification, detection and segmentation."""
+"""The last part of the demo, ``--full``: transfer to classification, detection and segmentation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from mmengine.structures import BaseDataElement
 from torch.utils.data import Dataset
 
 from mmmilan.visualization.figures import draw_labels, draw_objects
+from mmmilan.visualization.pictures import evenly_spaced
 
 NUM_PICTURES = 6
-MIN_SCORE = 0.5  # of the boxes in the pictures
+MIN_SCORE = 0.5  # boxes of lower scores are not drawn
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the demo: its name, its config and what it measures (name and MMEngine's key), in percent."""
+    """A task of the demo.
+
+    Attributes:
+        name: Name of the task.
+        config: File name of its config.
+        metrics: Name of each metric, in percent -> key in MMEngine's results.
+    """
 
     name: str
     config: str
@@ -31,25 +38,26 @@ class Task:
 
 TASKS = (
     Task('classification', 'vit-tiny-p8_finetune_scenes.py', {'top-1': 'accuracy/top1'}),
-    Task(
-        'detection',
-        'mask-rcnn_vit-tiny-p8_scenes.py',
-        {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
-    ),
+    Task('detection', 'mask-rcnn_vit-tiny-p8_scenes.py', {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}),
     Task('segmentation', 'upernet_vit-tiny-p8_scenes.py', {'mIoU': 'mIoU'}),
 )
 
 
 @dataclass
 class Transfer:
-    """Scores in percent, by task and metric, then by encoder; and what trained them, by task, then by encoder."""
+    """Results of fine-tuning.
+
+    Attributes:
+        scores: 'task, metric' -> name of the encoder -> score in percent.
+        runners: Task -> name of the encoder -> runner with the fine-tuned model.
+    """
 
     scores: dict[str, dict[str, float]]
     runners: dict[str, dict[str, Runner]]
 
 
 def fill_in(cfg: Config, scenes: Path, start: Path) -> Config:
-    """Give a task's config the data set and the checkpoint that it starts from."""
+    """Set the data set of a task's config and the checkpoint that the encoder starts from."""
     cfg.model.backbone.init_cfg.checkpoint = str(start)
     train, num_images = cfg.train_dataloader, len(list((scenes / 'train').glob('*/*.jpg')))
     train.dataset.indices = [i for i in train.dataset.indices if i < num_images]
@@ -68,13 +76,13 @@ def transfer(
     read_config: Callable[[str, str], Config],
     train: Callable[[Config, str], tuple[Runner, float]],
 ) -> Transfer:
-    """Train each task from each checkpoint of ``starts``, with the same schedule, and evaluate it.
+    """Fine-tune each of ``TASKS`` from each checkpoint, with the same schedule, and evaluate it.
 
     Args:
-        starts: Name and checkpoint of the encoders.
-        scenes: The data set.
-        read_config: The demo's reader of configs: file name and stage to config.
-        train: The demo's trainer: config and description to runner and seconds.
+        starts: Name of the encoder -> its checkpoint.
+        scenes: Folder of the data set.
+        read_config: Function from file name and stage to config.
+        train: Function from config and description to runner and seconds.
     """
     result = Transfer({}, {})
     for task in TASKS:
@@ -84,7 +92,7 @@ def transfer(
             runner, _ = train(cfg, f'{task.name}, {name}')
             metrics = runner.test()
             for label, key in task.metrics.items():
-                # no AP at all is what MMDetection gives where nothing was detected
+                # MMDetection reports no AP if nothing was detected
                 score = float(metrics.get(key, 0)) * (100 if key.startswith('coco') else 1)
                 result.scores.setdefault(f'{task.name}, {label}', {})[name] = score
             result.runners[task.name][name] = runner
@@ -94,10 +102,10 @@ def transfer(
 def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray]]]:
     """Header and rows of the page's gallery: images, annotated and predicted objects, annotated and predicted maps."""
     dataset = test_set(result.runners['detection'])
-    paths = [dataset[i]['data_samples'].img_path for i in np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)]
+    paths = [dataset[i]['data_samples'].img_path for i in evenly_spaced(len(dataset), NUM_PICTURES)]
     images = [mmcv.imread(path, channel_order='rgb') for path in paths]
     header, columns = ['image'], [images]
-    for title, task, drawn in (('objects', 'detection', drawn_objects), ('classes', 'segmentation', drawn_map)):
+    for title, task, draw in (('objects', 'detection', draw_instances), ('classes', 'segmentation', draw_map)):
         runners = result.runners[task]
         dataset = test_set(runners)
         index = {dataset.get_data_info(i)['img_path']: i for i in range(len(dataset))}
@@ -105,25 +113,26 @@ def transfer_pictures(result: Transfer) -> tuple[list[str], list[list[np.ndarray
         classes = dataset.metainfo['classes']
         header += [f'{title}: annotated', *(f'{title}: {name}' for name in runners)]
         pairs = list(zip(images, samples, strict=True))
-        columns.append([drawn(image, sample['data_samples'], 'gt', classes) for image, sample in pairs])
+        columns.append([draw(image, sample['data_samples'], 'gt', classes) for image, sample in pairs])
         for runner in runners.values():
-            columns.append([drawn(image, predict(runner, sample), 'pred', classes) for image, sample in pairs])
+            columns.append([draw(image, predict(runner, sample), 'pred', classes) for image, sample in pairs])
     return header, [list(row) for row in zip(*columns, strict=True)]
 
 
 def test_set(runners: dict[str, Runner]) -> Dataset:
+    """The test set of a task, which is the same for all its encoders."""
     return next(iter(runners.values())).test_dataloader.dataset
 
 
 @torch.no_grad()
 def predict(runner: Runner, sample: dict) -> BaseDataElement:
-    """The data sample of one image, with predictions in pixels of the file."""
+    """The data sample of an image with predictions, in pixels of the original image."""
     runner.model.eval()
     return runner.model.test_step(dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]))[0].cpu()
 
 
-def drawn_objects(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
-    """The image with the annotated (kind 'gt') or the predicted ('pred') objects of MMDetection's data sample."""
+def draw_instances(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
+    """Draw the annotated (kind 'gt') or predicted ('pred') objects of MMDetection's data sample on the image."""
     objects = sample.get(f'{kind}_instances')
     if kind == 'gt':
         boxes, masks = objects.bboxes.tensor, torch.from_numpy(objects.masks.masks).bool()
@@ -133,6 +142,6 @@ def drawn_objects(image: np.ndarray, sample: BaseDataElement, kind: str, classes
     return draw_objects(image, boxes, masks, objects.labels, classes)
 
 
-def drawn_map(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
-    """The image with the annotated (kind 'gt') or the predicted ('pred') label map of MMSegmentation's data sample."""
+def draw_map(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
+    """Draw the annotated (kind 'gt') or predicted ('pred') label map of MMSegmentation's data sample on the image."""
     return draw_labels(image, sample.get(f'{kind}_sem_seg').data[0].numpy(), len(classes))

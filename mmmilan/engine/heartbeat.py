@@ -28,7 +28,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmmilan.errors import told_to_launcher
+from mmmilan.errors import send_to_torchrun
 from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
@@ -194,6 +194,6 @@ class HeartbeatHook(Hook):
         for process in multiprocessing.active_children():  # a data worker that was stopped would stay
             process.kill()
         message = f'error: {fault}; look at the output and the machine of that process, and go on by --resume.'
-        if not told_to_launcher(message):
+        if not send_to_torchrun(message):
             print(message, file=sys.stderr, flush=True)
         os._exit(1)

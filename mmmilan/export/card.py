@@ -1,4 +1,4 @@
-"""What is said about a published model: its metafile entry and its cards."""
+"""The description of a published model: its metafile entry and its model cards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAPERS = {
     'MaskCLIP': ('MaskCLIP: Masked Self-Distillation Advances Contrastive Language-Image Pretraining', '2208.12262'),
     'MAE': ('Masked Autoencoders Are Scalable Vision Learners', '2111.06377'),
 }
-# The folders in which configs expect public data sets: (name, identifier on the Hugging Face Hub).
+# Folder in which configs expect a public data set -> (name, identifier on the Hugging Face Hub).
 DATA_SETS = {
     'data/imagenet': ('ImageNet-1k', 'imagenet-1k'),
     'data/yfcc15m': ('YFCC15M', None),
@@ -27,18 +27,19 @@ DATA_SETS = {
 
 @dataclass
 class Facts:
-    """What is known of a model. None is unknown, and then nothing is said.
+    """What is known about a model. What is None is unknown and is left out of the cards.
 
     Attributes:
-        name: what the model is called.
-        layout: what its checkpoint holds.
-        method: a key of ``PAPERS``: how it, or the encoder that it started from, was pretrained.
+        name: name of the model.
+        layout: layout and content of its checkpoint.
+        method: a key of ``PAPERS``: how the model, or the encoder that it was initialised from, was pretrained.
         training_data: name of the data set.
-        hub_dataset: its identifier on the Hugging Face Hub.
+        hub_dataset: identifier of the data set on the Hugging Face Hub.
         kind: 'classifier', 'encoder' or 'image-text model'.
-        parameters: how many it has.
-        epochs: of its training.
-        metrics: results and the data set that they are of.
+        parameters: number of parameters.
+        epochs: number of epochs of training.
+        metrics: name -> value of each result.
+        metrics_dataset: name of the data set on which they were measured.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Facts:
 
 
 def pretraining_method(config: Config) -> str | None:
-    """The method of a pretraining config, or that of the zoo's model that a config starts from."""
+    """The method of a pretraining config, or of the zoo's model that a downstream config starts from; None: unknown."""
     model = config.model
     kind = model.type.rpartition('.')[2]
     if kind == 'MaskCLIP':
@@ -67,7 +68,7 @@ def pretraining_method(config: Config) -> str | None:
 
 
 def training_data(config: Config) -> tuple[str | None, str | None]:
-    """Name and Hub identifier of the data set that a config trains on; None where its folder is one's own."""
+    """Name and Hub identifier of the data set that a config trains on; None for a user's own data."""
     dataset = (config.get('train_dataloader') or {}).get('dataset') or {}
     root = str(dataset.get('data_root') or '')
     found = (names for folder, names in DATA_SETS.items() if root == folder or root.startswith(f'{folder}/'))
@@ -88,14 +89,14 @@ def metafile_entry(facts: Facts, weights: str, config: str, sha256: str) -> dict
 
 
 def model_card(facts: Facts, path: Path) -> str:
-    """A description for people, in Markdown, of the files beside ``path``."""
-    said = [f'{facts.layout}, {facts.parameters:,} parameters, trained with mmmilan.']
+    """The model card of the weights at ``path``, in Markdown."""
+    lines = [f'{facts.layout}, {facts.parameters:,} parameters, trained with mmmilan.']
     if facts.method:
         title, arxiv = PAPERS[facts.method]
         by = 'Pretrained by' if facts.kind != 'classifier' else 'Its encoder was pretrained by'
-        said.append(f'{by} {facts.method}: [{title}](https://arxiv.org/abs/{arxiv}).')
-    said.append(f'Training data: {facts.training_data or "not stated"}.')
-    results = 'No result was given.\n'
+        lines.append(f'{by} {facts.method}: [{title}](https://arxiv.org/abs/{arxiv}).')
+    lines.append(f'Training data: {facts.training_data or "not stated"}.')
+    results = 'No results are given.\n'
     if facts.metrics:
         rows = [f'| {metric} ({facts.metrics_dataset}) | {value:g} |\n' for metric, value in facts.metrics.items()]
         results = f'| result | value |\n|---|---|\n{"".join(rows)}'
@@ -104,7 +105,7 @@ def model_card(facts: Facts, path: Path) -> str:
     if facts.kind == 'image-text model':
         code = f"import mmmilan\n\nfeatures = mmmilan.FeatureExtractor('{path.name}')(['image.jpg'])"
     return (
-        f'# {facts.name}\n\n' + '\n'.join(said) + f'\n\n{results}\n| file | SHA-256 |\n|---|---|\n{files}\n'
+        f'# {facts.name}\n\n' + '\n'.join(lines) + f'\n\n{results}\n| file | SHA-256 |\n|---|---|\n{files}\n'
         f'```python\n{code}\n```\n'
     )
 
@@ -126,7 +127,7 @@ TAGS = {
 
 
 def hub_card(facts: Facts, card: str, libraries: list[str]) -> str:
-    """The model card with the header that the Hub reads, and how each library loads the folder."""
+    """The model card with the Hub's metadata header, and the code by which each library loads the folder."""
     header = [f'library_name: {libraries[0]}', f'pipeline_tag: {TAGS[facts.kind]}']
     header += [f'tags: [{facts.method.lower()}]'] if facts.method else []
     header += [f'datasets: [{facts.hub_dataset}]'] if facts.hub_dataset else []

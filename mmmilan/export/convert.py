@@ -1,4 +1,4 @@
-"""A checkpoint in another layout."""
+"""Convert checkpoints between layouts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def convert_checkpoint(
         src: file, URL, or name of a model of the zoo; its layout is recognised.
         dst: file to write, .pth or .safetensors.
         to: layout to write.
-        encoder_only: leave decoder, head and detector parts.
-        allow_pickle: read a file that runs code when it is read: only if you trust it.
+        encoder_only: leave out decoder, head and detector parts.
+        allow_pickle: read a pickle that can run any code while it is read; use it only for files that you trust.
 
     Raises:
-        InputError: the file cannot be read or written, its layout is unknown, or the other has no place for a part.
+        InputError: the file cannot be read or written, its layout is unknown, or the new layout has no place for some
+            weights.
     """
     path = resolve_checkpoint(src)
     checkpoint = load_checkpoint_file(path, allow_pickle)

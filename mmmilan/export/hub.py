@@ -1,4 +1,4 @@
-"""A folder for the Hugging Face Hub, from which timm and transformers both load a model by its address."""
+"""A folder for the Hugging Face Hub, from which both timm and transformers can load a model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mmmilan.files import write_text
 
 
 def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
-    """Write weights and configs for timm and, unless the classifier looks at the mean token, for transformers.
+    """Write weights and configs for timm and, unless the model is a classifier on the mean token, for transformers.
 
     Args:
-        folder: where to write. ``model.safetensors`` is in timm's layout, ``transformers.safetensors`` in that of
-            transformers (>= 4.53, which reads its name in ``config.json``).
+        folder: folder to write. ``model.safetensors`` is in timm's layout, ``transformers.safetensors`` in that of
+            transformers (>= 4.53, which finds the name of this file in ``config.json``).
         model: an encoder or classifier as ``mmmilan.get_model`` returns it.
-        name: what to call it in the configs.
+        name: name of the model in the configs.
 
     Returns:
         The libraries that can load the folder.
 
     Raises:
-        InputError: timm has no place for a part of the model, as for the batch norm of a linear probe, or its images
-            are prepared in a way that timm and transformers cannot be told.
+        InputError: timm lacks a part of the model, such as the batch norm of a linear probe, or the preprocessing
+            cannot be expressed in timm or transformers.
     """
     preprocessing = read_preprocessing(model._config, model)
     weights = model.state_dict()
@@ -36,8 +36,8 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
     config, libraries = _timm_config(model, name, preprocessing), ['timm']
     if detect_layout(weights).content != 'classifier on the mean token':
         save_checkpoint_file(convert(weights, 'huggingface'), folder / 'transformers.safetensors')
-        # of a folder that timm can load too, transformers reads the processor from config.json, of a repository of the
-        # Hub from its own file
+        # transformers reads the preprocessing from config.json if the folder is local and timm can load it too, and
+        # from preprocessor_config.json if it is a repository of the Hub
         config |= _transformers_config(model) | preprocessing.transformers()
         write_text(folder / 'preprocessor_config.json', json.dumps(preprocessing.transformers(), indent=2))
         libraries.append('transformers')
@@ -50,7 +50,7 @@ def _timm_config(model: ImageClassifier, name: str, preprocessing: Preprocessing
     classes = model.head.num_classes if model.with_head else 0
     labels = {'label_names': class_names(model)} if model.with_head else {}
     return labels | {
-        'architecture': 'vit_base_patch16_224',  # any size of it: ``model_args`` says which
+        'architecture': 'vit_base_patch16_224',  # for all sizes, which ``model_args`` sets
         'num_classes': classes,
         'num_features': vit.embed_dims,
         'model_args': {
@@ -98,7 +98,7 @@ def _transformers_config(model: ImageClassifier) -> dict[str, Any]:
 
 
 def class_names(model: ImageClassifier) -> list[str]:
-    """The names of a classifier's classes; numbers where nobody named them."""
+    """The names of a classifier's classes, or numbered labels if they have no names."""
     names = list(model._dataset_meta.get('classes') or ())
     count = model.head.num_classes
     return names if len(names) == count else [f'LABEL_{i}' for i in range(count)]

@@ -1,4 +1,4 @@
-"""An encoder as an ONNX file."""
+"""Export an encoder as ONNX."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from torch import Tensor, nn
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-BOUND = 1e-4  # of the length of a feature; both compute in float32
+BOUND = 1e-4  # of a relative error in float32
 
 
 def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Write an encoder as ONNX, and compare it with PyTorch by onnxruntime.
+    """Write an encoder as ONNX, and compare its outputs in onnxruntime with those of PyTorch.
 
-    The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the normalisation is part of the file. The
-    outputs are ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, where the checkpoint has its
-    decoder and the target was a CLIP, ``embedding`` [B, C], of length 1 in the joint space of image and text.
+    The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the model includes the normalisation. The
+    outputs, float32, are ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, if the checkpoint
+    has a decoder that predicts CLIP features, ``embedding`` [B, C], of length 1 in the joint space of image and text.
 
-    On batches of one and of three random images no output may differ by more than 1e-4 of its length.
+    The relative error of every feature must be at most 1e-4, on batches of one and of three random images.
 
     Args:
         checkpoint: a model of the zoo, or a checkpoint of your own.
@@ -36,7 +36,7 @@ def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
 
     Raises:
         InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, or the outputs
-            differ. Nothing is written then.
+            differ. In these cases nothing is written.
 
     Examples:
         >>> mmmilan.export_onnx('runs/photos/milan.pth', 'photos.onnx')
@@ -64,7 +64,7 @@ def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 
 def build_encoder(model: nn.Module, checkpoint: str | os.PathLike) -> nn.Module:
-    """Images from 0 to 1 in, features out as a dictionary."""
+    """A module from images [B, 3, H, W], RGB from 0 to 1, to a dictionary of features."""
     from torch import nn
 
     from mmmilan.api.models import build_embedder
@@ -83,11 +83,11 @@ def build_encoder(model: nn.Module, checkpoint: str | os.PathLike) -> nn.Module:
 
 
 def write(encoder: nn.Module, images: Tensor, path: str) -> None:
-    """Export with a free batch size."""
+    """Export for any batch size."""
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # of the exporter about itself
+        warnings.simplefilter('ignore')  # the exporter warns about its own code
         logging.getLogger('torch.onnx').setLevel(logging.ERROR)
         torch.onnx.export(
             encoder,
@@ -103,7 +103,7 @@ def write(encoder: nn.Module, images: Tensor, path: str) -> None:
 
 
 def compare(encoder: nn.Module, images: Tensor, written: str, path: Path) -> None:
-    """Refuse a file whose outputs are not PyTorch's."""
+    """Raise an :class:`InputError` if the outputs of the file ``written`` differ from those of PyTorch."""
     import onnxruntime
     import torch
 

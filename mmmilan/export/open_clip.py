@@ -1,4 +1,4 @@
-"""MaskCLIP as a folder that open_clip loads."""
+"""Export MaskCLIP as a folder that open_clip loads."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def write_open_clip(model: MaskCLIP, preprocessing: Preprocessing, folder: str |
     """Write a model so that ``open_clip.create_model_and_transforms('local-dir:FOLDER')`` loads it.
 
     Args:
-        model: The model; ``open_clip`` then gives the same embeddings.
-        preprocessing: How its images are prepared.
-        folder: Where ``open_clip_config.json`` and ``open_clip_model.safetensors`` are written.
+        model: The model; in ``open_clip`` it gives the same embeddings.
+        preprocessing: The preprocessing of its images.
+        folder: Folder to write ``open_clip_config.json`` and ``open_clip_model.safetensors`` to.
 
     Raises:
-        InputError: the encoder is no plain ViT, or its images are prepared in a way that open_clip cannot be told.
+        InputError: the encoder is not a plain ViT, or its preprocessing cannot be expressed in open_clip.
     """
     config = dict(model_cfg=open_clip_config(model), preprocess_cfg=preprocessing.open_clip())
     save_checkpoint_file(to_open_clip(model.state_dict()), Path(folder, 'open_clip_model.safetensors'))
@@ -32,7 +32,7 @@ def write_open_clip(model: MaskCLIP, preprocessing: Preprocessing, folder: str |
 
 
 def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
-    """open_clip's config of the architecture of a model."""
+    """The architecture of a model as a config of open_clip."""
     arch = model.backbone.arch_settings
     height, width = model.backbone.img_size
     vision = dict(

@@ -1,4 +1,4 @@
-"""How a config prepares images for evaluation, in the terms of other libraries."""
+"""The preprocessing of images for evaluation, in the configs of other libraries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Preprocessing:
     """Resize, centre crop, normalise.
 
     Attributes:
-        resize: the length in pixels of the short side before the crop; None if the image is resized to ``size``
-            whatever its proportions.
-        size: height and width of what the encoder sees.
+        resize: short side of the image in pixels before the crop; None if the image is not cropped but resized to
+            ``size``, whatever its aspect ratio.
+        size: height and width of the encoder's input.
         interpolation: 'bicubic', 'bilinear' or 'nearest'.
-        mean: of images in [0, 1], RGB.
-        std: likewise.
+        mean: mean of RGB images in [0, 1].
+        std: standard deviation of RGB images in [0, 1].
     """
 
     resize: int | None
@@ -37,7 +37,7 @@ class Preprocessing:
         """The entries of timm's ``pretrained_cfg``.
 
         Raises:
-            InputError: a rectangle is cropped; timm then resizes the image to cover it, and not to a short side.
+            InputError: the crop is not square; timm then resizes the image to cover the crop, not by its short side.
         """
         settings = dict(interpolation=self.interpolation, mean=self.mean, std=self.std, input_size=[3, *self.size])
         if self.resize is None:
@@ -52,8 +52,8 @@ class Preprocessing:
         """The entries of open_clip's ``preprocess_cfg``.
 
         Raises:
-            InputError: more than the long side is cropped, or a rectangle, or pixels are copied ('nearest'); open_clip
-                does none of it.
+            InputError: the short side is cropped too, the crop is not square, or the interpolation is 'nearest', none
+                of which open_clip supports.
         """
         if self.interpolation == 'nearest':
             raise InputError("open_clip has no interpolation 'nearest'; give the test pipeline 'bicubic'.")
@@ -69,7 +69,7 @@ class Preprocessing:
         return settings | dict(resize_mode='shortest')
 
     def check_square(self, library: str) -> None:
-        """Raise an :class:`InputError` where the crop is a rectangle."""
+        """Raise an :class:`InputError` if the crop is not square."""
         if self.size[0] != self.size[1]:
             raise InputError(
                 f'{library} cannot be told to resize the short side and crop {self.size[0]} x {self.size[1]} pixels; '
@@ -99,10 +99,11 @@ class Preprocessing:
 
 
 def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
-    """What the test pipeline and the data preprocessor of a model do.
+    """The preprocessing by the test pipeline of a config and the data preprocessor of a model.
 
     Raises:
-        InputError: the pipeline does something that other libraries cannot be told, or its size is not the encoder's.
+        InputError: the pipeline does something that other libraries cannot express, or its output is not of the
+            encoder's input size.
     """
     steps = {}
     for step in config.test_dataloader.dataset.pipeline:
@@ -124,7 +125,7 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
             f'The test pipeline gives images of {size} but img_size={tuple(model.backbone.img_size)}; make them equal.'
         )
     interpolation = step.get('interpolation', 'bilinear')
-    if interpolation == 'area':  # OpenCV's alone; the antialiased bilinear filter of the others averages pixels too
+    if interpolation == 'area':  # only OpenCV has it; the antialiased bilinear filter of the others averages pixels too
         interpolation = 'bilinear'
     if interpolation not in _INTERPOLATION:
         raise InputError(

@@ -11,23 +11,21 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-from mmmilan.models.attention import class_attention
-from mmmilan.models.vit import MILANViT
 
 MASKED_GREY = 225
 
 
-def to_image(normalised: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
-    """Undo the normalisation of one image [3, H, W]."""
-    pixels = (normalised.cpu() * std.cpu().view(3, 1, 1) + mean.cpu().view(3, 1, 1)).round().clamp(0, 255)
-    return pixels.permute(1, 2, 0).byte().numpy()
+def to_images(normalised: Tensor, data_preprocessor: nn.Module) -> list[np.ndarray]:
+    """Undo the normalisation of images [B, 3, H, W] by MMEngine's data preprocessor; RGB uint8 [H, W, 3] each."""
+    mean, std = (each.cpu().view(3, 1, 1) for each in (data_preprocessor.mean, data_preprocessor.std))
+    pixels = (normalised.cpu() * std + mean).round().clamp(0, 255)
+    return list(pixels.permute(0, 2, 3, 1).byte().numpy())
 
 
 def patch_map(values: Tensor, image: np.ndarray) -> np.ndarray:
-    """Values of square patches [N] as an array [H, W] of the image's size, one value to a patch."""
+    """Values of square patches [N] as a float32 array [H, W] of the image's size, constant within each patch."""
     height, width = image.shape[:2]
     rows = round((len(values) * height / width) ** 0.5)
     grid = values.float().cpu().numpy().reshape(rows, -1)
@@ -35,7 +33,7 @@ def patch_map(values: Tensor, image: np.ndarray) -> np.ndarray:
 
 
 def draw_mask(image: np.ndarray, mask: Tensor) -> np.ndarray:
-    """The image with its masked patches (mask [N], True = masked) in grey."""
+    """The image with its masked patches in grey; ``mask`` is bool [N], True = masked."""
     masked = patch_map(mask, image)[..., None] > 0.5
     return np.where(masked, MASKED_GREY, image).astype(np.uint8)
 
@@ -47,10 +45,14 @@ def draw_heat(
     opacity: float = 0.75,
     limits: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Values of patches [N] laid over the grey image.
+    """Draw a heat map over the grey image.
 
-    They are scaled from the least to the greatest of ``limits``, by default their own. Patches of value NaN are left as
-    they are.
+    Args:
+        image: RGB uint8 [H, W, 3].
+        values: Value of each patch [N]; a patch of value NaN keeps its colours.
+        colormap: Name of one of matplotlib's.
+        opacity: Of the heat map, 0 to 1.
+        limits: The values at the two ends of the colormap, by default the minimum and the maximum of ``values``.
     """
     heat = patch_map(values, image)
     low, high = limits or (np.nanmin(heat), np.nanmax(heat))
@@ -61,22 +63,8 @@ def draw_heat(
     return np.where(np.isnan(heat)[..., None], image, blended).astype(np.uint8)
 
 
-@torch.no_grad()
-def last_attention(backbone: MILANViT, images: Tensor) -> Tensor:
-    """Attention of the class token in the encoder's last block: images [B, 3, H, W] -> [B, N]."""
-    inputs: list[Tensor] = []
-    last = backbone.layers[-1]
-    handle = last.ln1.register_forward_hook(lambda module, args, output: inputs.append(output))
-    try:
-        backbone(images, torch.arange(backbone.num_patches, device=images.device).expand(len(images), -1))
-    finally:
-        handle.remove()
-    qkv = last.attn.qkv
-    return class_attention(inputs[0], qkv.weight, qkv.bias, last.attn.num_heads)
-
-
 def draw_curve(epochs: list[float], values: list[float], title: str) -> str:
-    """A curve over the epochs as an SVG element."""
+    """Draw values over epochs as an SVG element."""
     figure = Figure(figsize=(3.4, 2.4), layout='constrained')
     axes = figure.subplots()
     axes.plot(epochs, values, color='#2563eb', linewidth=1.2, marker='o' if len(values) < 30 else None, markersize=3)
@@ -98,7 +86,7 @@ def draw_labels(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.n
 def draw_objects(
     image: np.ndarray, boxes: Tensor, masks: Tensor, labels: Tensor, classes: Sequence[str], zoom: int = 3
 ) -> np.ndarray:
-    """The image, enlarged ``zoom`` times, with the box, the mask and the name of each object.
+    """The image, enlarged ``zoom`` times, with the box, the mask and the class name of each object.
 
     Args:
         image: RGB uint8 [H, W, 3].
@@ -112,13 +100,13 @@ def draw_objects(
         masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
         enlarged = draw_segmentation_masks(enlarged, masks, alpha=0.5, colors=colours)
         names = [classes[label] for label in labels]
-        font = dict(font=findfont('DejaVu Sans'), font_size=8 * zoom)  # matplotlib brings it
+        font = dict(font=findfont('DejaVu Sans'), font_size=8 * zoom)  # this font is part of matplotlib
         enlarged = draw_bounding_boxes(enlarged, zoom * boxes, names, colors=colours, width=2, **font)
     return _to_array(enlarged)
 
 
 def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
-    """One RGB colour a class, of evenly spaced hues."""
+    """One RGB colour (0 to 255) per class, with evenly spaced hues."""
     hues = matplotlib.colormaps['hsv'](np.linspace(0, 1, num_classes, endpoint=False))
     return [tuple(int(255 * channel) for channel in colour[:3]) for colour in hues]
 

@@ -1,4 +1,4 @@
-"""A report: one HTML file with everything in it, for light and dark screens, desks and phones."""
+"""A page as one self-contained HTML file, for light and dark mode, large and small screens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from mmmilan.files import write_text
 from mmmilan.visualization.figures import draw_curve
 
+PAPER_LINK = {'The paper (MILAN, arXiv 2208.06049)': 'https://arxiv.org/abs/2208.06049'}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #d9dde3; --paper: #fff; --link: #1d4ed8 }
 @media (prefers-color-scheme: dark) {
@@ -41,18 +42,16 @@ td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums;
 .legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em }
 @media (max-width: 640px) { th, td { padding: .3rem .5rem } }
 """
-
-
-SHARP = 96  # images that are enlarged on the page keep each pixel
+SMALL = 96  # pixels; images up to this side are stored without loss, as PNG
 
 
 class Page:
-    """Collects sections, then writes them as one HTML file that loads nothing.
+    """Collects sections, then writes them as one HTML file that loads no other file.
 
     Args:
-        title: Of the page.
+        title: Title of the page.
         lead: A sentence or two below the title.
-        links: Texts and addresses of further reading.
+        links: Text -> address of further reading.
     """
 
     def __init__(self, title: str, lead: str, links: dict[str, str] | None = None) -> None:
@@ -63,22 +62,22 @@ class Page:
             self.parts.append(f'<p>{" · ".join(anchors)}</p>')
 
     def heading(self, text: str, explanation: str) -> None:
-        """A section's title and what is to be seen in it."""
+        """Start a section with a title and an explanation of what it shows."""
         self.parts.append(f'<h2>{html.escape(text)}</h2><p>{html.escape(explanation)}</p>')
 
     def paragraph(self, text: str, kind: str = 'note') -> None:
-        """A paragraph; of kind 'verdict' it stands out, 'note' is quiet, 'code' is a command."""
+        """Add a paragraph of kind 'verdict' (emphasised), 'note' (in a softer colour) or 'code' (a command)."""
         text = html.escape(text)
         self.parts.append(f'<p><code>{text}</code></p>' if kind == 'code' else f'<p class="{kind}">{text}</p>')
 
     def table(self, header: list[str], rows: list[list[str]], values: list[list[float | None]] | None = None) -> None:
-        """A table of texts.
+        """Add a table of texts.
 
         Args:
             header: Names of the columns; the first column names the rows.
-            rows: The cells; what stands after a line break is set small, below.
-            values: The numbers behind the cells after the first of each row, None for what does not compete. The
-                greatest of a column is set in bold, whichever row it is in, and all of them if they are equal.
+            rows: The cells; in each cell, lines after the first are set small.
+            values: The numbers of the cells after the first of each row, None for cells that do not compete. The
+                maximum of a column is set in bold, in every row that reaches it.
         """
         best = best_cells(values or [])
         head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
@@ -92,12 +91,12 @@ class Page:
     def gallery(
         self, header: list[str], rows: list[list[np.ndarray]], names: list[str], notes: list[list[str]] | None = None
     ) -> None:
-        """A table of pictures, which scrolls sideways on a narrow screen.
+        """Add a table of pictures, which scrolls sideways on a narrow screen.
 
         Args:
             header: What each column shows.
             rows: RGB uint8 images [H, W, 3].
-            names: What each row is about; with the column's name, it describes a picture to who does not see it.
+            names: What each row shows; with the column's name it is the alternative text of a picture.
             notes: A few words below each picture.
         """
         head = ''.join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
@@ -113,7 +112,7 @@ class Page:
         self.parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
 
     def legend(self, names: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
-        """Which colour (RGB, 0 to 255) stands for what."""
+        """Add a legend of names and their colours (RGB, 0 to 255)."""
         entries = [
             f'<li><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</li>'
             for name, colour in zip(names, colours, strict=True)
@@ -121,7 +120,7 @@ class Page:
         self.parts.append(f'<ul class="legend">{"".join(entries)}</ul>')
 
     def curves(self, curves: dict[str, tuple[list[float], list[float]]]) -> None:
-        """A chart for each curve (epochs, values) by its name, described for those who do not see it."""
+        """Add a chart for each curve (epochs, values) by its name, with a description for screen readers."""
         charts = ''
         for name, (epochs, values) in curves.items():
             description = html.escape(f'{name}: from {values[0]:.3g} to {values[-1]:.3g} over the epochs')
@@ -130,7 +129,7 @@ class Page:
         self.parts.append(f'<div class="chart curves">{charts}</div>')
 
     def figure(self, png: bytes, description: str) -> None:
-        """A picture as wide as it is, described for those who do not see it."""
+        """Add a picture at its own width, with a description for screen readers."""
         data = base64.b64encode(png).decode()
         image = f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
         self.parts.append(f'<div class="chart" tabindex="0">{image}</div>')
@@ -147,14 +146,14 @@ class Page:
 
 
 def table_cell(text: str, best: bool) -> str:
-    """A cell, its first line in bold if it is the best, the others small."""
+    """A table cell: its first line, in bold if it is the best, then the other lines, small."""
     first, *others = html.escape(text).split('\n')
     first = f'<b>{first}</b>' if best else first
     return f'<td>{first}{"".join(f"<small>{line}</small>" for line in others)}</td>'
 
 
 def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
-    """Row and column (the first is 1, after the row's name) of the greatest value of each column."""
+    """Row and column of each column's maximum; columns are counted from 1, as column 0 holds the names of the rows."""
     best = set()
     for column in range(max(map(len, values), default=0)):
         scores = {row: cells[column] for row, cells in enumerate(values) if cells[column] is not None}
@@ -164,8 +163,8 @@ def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
 
 
 def _img(image: np.ndarray, alt: str) -> str:
-    """An image element with the image in it; photographs of more than ``SHARP`` pixels a side as JPEG."""
-    kind, options = ('png', []) if max(image.shape[:2]) <= SHARP else ('jpeg', [cv2.IMWRITE_JPEG_QUALITY, 90])
+    """An image element that contains the image, as JPEG if a side has more than ``SMALL`` pixels, else as PNG."""
+    kind, options = ('png', []) if max(image.shape[:2]) <= SMALL else ('jpeg', [cv2.IMWRITE_JPEG_QUALITY, 90])
     encoded = cv2.imencode(f'.{kind}', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
     data = base64.b64encode(encoded.tobytes()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'

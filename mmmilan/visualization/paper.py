@@ -1,4 +1,4 @@
-"""Figures 2 to 5 of the paper, from any models and images. Everything is fixed by the inputs and the seed."""
+"""Figures 2 to 5 of the paper, for any models and images. The same inputs and seed give the same files."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from matplotlib.figure import Figure
 from mmmilan.files import atomic_write
 
 DPI = 150
-WIDTH, TITLE = 1.5, 0.25  # inches: an image, and the line above
+WIDTH, TITLE = 1.5, 0.25  # inches: width of an image, height of the titles
 
 
 def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> Figure:
-    """Features in two dimensions by t-SNE, a panel a model, with the silhouette of the classes (paper, figure 2).
+    """Features in two dimensions by t-SNE, one panel per model, with the silhouette of the classes (paper, figure 2).
 
-    The silhouette (Rousseeuw, 1987) is that of the features themselves by their cosine, not that of the picture: 1
-    where each class is a cluster of its own, 0 where classes overlap.
+    The silhouette score (Rousseeuw, 1987) is computed from the features, with cosine distance, not from the
+    two-dimensional points: 1 if each class is a cluster of its own, 0 if classes overlap.
 
     Args:
         features: Name of the model -> features [M, D].
         labels: Class of each image [M], an index into ``classes``.
         classes: Names of the classes, two or more.
-        seed: Of t-SNE.
+        seed: Seed of t-SNE.
     """
     from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
@@ -47,7 +47,7 @@ def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequ
 
 
 def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
-    """A row an image, a column a way to look at it (paper, figures 3 to 5).
+    """A grid of images: one row per image, one column per view of it (paper, figures 3 to 5).
 
     Args:
         columns: Title -> RGB uint8 images [H, W, 3], as many in each column.
@@ -68,7 +68,7 @@ def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> bytes:
-    """Write ``path`` as .png and .pdf, each whole or not at all, and the same bytes each time; returns the PNG."""
+    """Write a figure as .png and .pdf, each whole or not at all, with the same bytes each time; returns the PNG."""
     for ending, metadata in (('.pdf', dict(CreationDate=None)), ('.png', dict(Software=None))):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=ending[1:], dpi=DPI, metadata=metadata)

@@ -16,28 +16,26 @@ from mmmilan.evaluation.comparison import PROBES, score_encoders, verdict
 from mmmilan.evaluation.representation import rankme
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
-    SEEN,
-    SEEN_EXPLAINED,
+    add_predictions,
     evaluation_curves,
+    evenly_spaced,
     loss_curve,
     nearest_neighbours,
-    seen_and_predicted,
 )
 
 OURS, START, RANDOM, TEACHER = 'pretrained', 'starting point', 'random weights', 'teacher'
-LINKS = {'The paper (MILAN, arXiv 2208.06049)': 'https://arxiv.org/abs/2208.06049'}
 QUERIES, NEIGHBOURS, PICTURES = 6, 4, 6
 
 
 @dataclass
 class Images:
-    """Images as the test pipeline gives them.
+    """Images after the test pipeline.
 
     Attributes:
-        names: Of the folders that they are from.
+        names: Names of the folders that they are from.
         pixels: uint8 [M, 3, H, W], BGR.
-        labels: Classes [M], or None where folders name none, or too few images a class.
-        classes: Their names.
+        labels: Classes [M]; None if folders do not name classes, or a class has too few images.
+        classes: Names of the classes.
     """
 
     names: str
@@ -51,7 +49,7 @@ class Images:
 
 
 def introduction(images: Images) -> str:
-    """What the page is about."""
+    """The sentences at the top of the page."""
     labels = (
         f'the names of its {len(images.classes)} folders are the classes' if images.labels is not None else 'no labels'
     )
@@ -62,16 +60,18 @@ def introduction(images: Images) -> str:
 
 
 def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> None:
-    """Accuracies with labels, RankMe in any case, and the sentence that counts."""
+    """Add RankMe, with labels also accuracies, and the sentence that says whether pretraining helped."""
     before = START if START in features else RANDOM
     ranks = {name: rankme(rows) for name, rows in features.items()}
     if images.labels is None:
         page.paragraph(
-            'There are no labels, so no figure here can say whether pretraining helped; the neighbours below can be '
-            f'looked at. RankMe went from {ranks[before]:.1f} ({before}) to {ranks[OURS]:.1f}.',
+            'There are no labels, so no figure here can say whether pretraining helped; the nearest neighbours below '
+            f'may give an impression. RankMe went from {ranks[before]:.1f} ({before}) to {ranks[OURS]:.1f}.',
             'verdict',
         )
-        page.heading('RankMe', 'How many directions the features use (arXiv 2210.02885): more is no proof of better.')
+        page.heading(
+            'RankMe', 'The effective rank of the features (arXiv 2210.02885); higher does not have to be better.'
+        )
         page.table(['encoder', 'RankMe'], [[name, f'{rank:.1f}'] for name, rank in ranks.items()])
         return
     scores = score_encoders(features, images.labels)
@@ -79,8 +79,8 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> N
     page.heading(
         'What the frozen encoders know',
         'Top-1 accuracy in percent of the 20 nearest neighbours, and of linear probes with some of the labels, on '
-        'three tenths of the images, with intervals of 95 %. Bold is the best of a column, whichever row it is in. '
-        'RankMe says how many directions the features use.',
+        'three tenths of the images, with 95 % confidence intervals. The best of each column is in bold. RankMe is '
+        'the effective rank of the features.',
     )
     rows = [[name, *map(str, row.values()), f'{ranks[name]:.1f}'] for name, row in scores.items()]
     values = [[*(accuracy.value for accuracy in row.values()), None] for row in scores.values()]
@@ -88,7 +88,7 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> N
 
 
 def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> None:
-    """Length, time and curves of the training, from its folder."""
+    """Add length, time and curves of the training, from the folder of the checkpoint."""
     meta = load_checkpoint_file(checkpoint).get('meta') or {}
     folder = Path(checkpoint).parent
     teacher = config.model.head.get('teacher') or {}
@@ -99,7 +99,7 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> N
     )
     if 'training_seconds' in meta:
         text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta["training_device"]}.'
-    page.heading('How it was learned', text + ' Against epochs: the training loss, and the evaluations in between.')
+    page.heading('How it was trained', text + ' Over the epochs: the training loss, and evaluations during training.')
     curves = {'training loss': loss_curve(folder)} | evaluation_curves(folder)
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if curves:
@@ -107,14 +107,13 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> N
 
 
 def add_neighbours(page: Page, features: dict[str, np.ndarray], images: Images) -> None:
-    """For some images, the most similar ones by each encoder."""
+    """Add the nearest neighbours of some images by each encoder."""
     captions = ' The captions name the classes.' if images.labels is not None else ''
     page.heading(
-        'Which images are alike',
-        f'An image, then the {NEIGHBOURS} of the others whose features are most like its own, by each encoder.'
-        f'{captions}',
+        'Nearest neighbours',
+        f'An image, then its {NEIGHBOURS} nearest neighbours among the other images, by each encoder.{captions}',
     )
-    queries = np.linspace(0, len(images.pixels) - 1, QUERIES).astype(int)
+    queries = np.array(evenly_spaced(len(images.pixels), QUERIES))
     for name, rows in features.items():
         indices = np.concatenate([queries[:, None], nearest_neighbours(rows, queries, NEIGHBOURS)], axis=1)
         page.paragraph(name)
@@ -127,14 +126,11 @@ def add_neighbours(page: Page, features: dict[str, np.ndarray], images: Images) 
 
 
 def add_pictures(page: Page, milan: BaseModel, encoders: dict, images: Images) -> None:
-    """What the model sees and predicts."""
+    """Add what the model sees and predicts for some images."""
     backbones = {name: encode.backbone for name, encode in encoders.items() if hasattr(encode, 'backbone')}
-    chosen = np.linspace(0, len(images.pixels) - 1, PICTURES).astype(int)
+    chosen = evenly_spaced(len(images.pixels), PICTURES)
     inputs = milan.data_preprocessor(dict(inputs=images.pixels[chosen]), False)['inputs']
-    page.heading('What MILAN sees and predicts', SEEN_EXPLAINED)
-    header = [*SEEN, *(f'attention: {name}' for name in backbones)]
-    names = [images.note(i) or f'image {i + 1}' for i in chosen]
-    page.gallery(header, seen_and_predicted(milan, backbones, inputs), names)
+    add_predictions(page, milan, backbones, inputs, [images.note(i) or f'image {i + 1}' for i in chosen])
 
 
 def as_rgb(pixels: Tensor) -> np.ndarray:

@@ -14,13 +14,13 @@ import torch
 from mmengine.config import Config
 from mmpretrain.models import VisionTransformer
 
+from mmmilan.api.compared_models import load_compared_model
 from mmmilan.api.figures import figures, sample_classes
-from mmmilan.api.sources import load_source
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
-from mmmilan.visualization.figures import last_attention
+from mmmilan.visualization.attention import last_attention
 from mmmilan.visualization.paper import draw_tsne
 
 
@@ -69,7 +69,7 @@ def test_what_is_drawn_of_an_encoder(models):
     """The class token, and the attention that an independent ViT of timm computes with the same weights."""
     config, files = models
     images = torch.randn(2, 3, 64, 64)
-    features, attention = load_source(config, str(files['timm']), 'cpu')(images)
+    features, attention = load_compared_model(config, str(files['timm']), 'cpu')(images)
     vit = timm.create_model(
         'vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=0
     ).eval()
@@ -80,7 +80,7 @@ def test_what_is_drawn_of_an_encoder(models):
     tokens = vit.forward_features(images)
     assert torch.allclose(features, tokens[:, 0], atol=1e-4)
     assert torch.allclose(attention, seen[0].mean(1)[:, 0, 1:], atol=1e-5)
-    own = load_source(config, str(files['milan']), 'cpu')
+    own = load_compared_model(config, str(files['milan']), 'cpu')
     assert torch.allclose(own(images)[1], last_attention(own.backbone, images), atol=1e-6)
 
 
@@ -88,14 +88,14 @@ def test_what_is_drawn_of_an_encoder(models):
 def test_layouts_are_the_same_model(models):
     """What MAE's, mmpretrain's and timm's files say of an encoder differs in names alone."""
     config, files = models
-    weights = load_source(config, str(files['timm']), 'cpu').backbone.state_dict()
+    weights = load_compared_model(config, str(files['timm']), 'cpu').backbone.state_dict()
     weights = {f'backbone.{key}': value for key, value in weights.items()}
     images = torch.randn(2, 3, 64, 64)
-    expected = load_source(config, str(files['timm']), 'cpu')(images)
+    expected = load_compared_model(config, str(files['timm']), 'cpu')(images)
     for name, to in (('mae', 'official'), ('openmmlab', 'openmmlab')):
-        assert not torch.equal(load_source(config, str(files[name]), 'cpu')(images)[0], expected[0])
+        assert not torch.equal(load_compared_model(config, str(files[name]), 'cpu')(images)[0], expected[0])
         torch.save(dict(model=convert(weights, to, encoder_only=True)), files[name])
-        features, attention = load_source(config, str(files[name]), 'cpu')(images)
+        features, attention = load_compared_model(config, str(files[name]), 'cpu')(images)
         assert torch.equal(features, expected[0]) and torch.equal(attention, expected[1])
 
 
@@ -105,12 +105,12 @@ def test_other_sources(models, clip_file):
     images = torch.randn(2, 3, 64, 64)
     teacher = MODELS.build(Config.fromfile(config).model.head.teacher)
     features, importance = teacher(images)
-    drawn = load_source(config, 'teacher', 'cpu')(images)
+    drawn = load_compared_model(config, 'teacher', 'cpu')(images)
     assert torch.equal(drawn[0], features[:, 0]) and torch.equal(drawn[1], importance)
     with pytest.raises(InputError, match='timm has no model'):
-        load_source(config, 'timm:vit_of_nobody', 'cpu')
+        load_compared_model(config, 'timm:vit_of_nobody', 'cpu')
     with pytest.raises(InputError, match="open_clip has no model 'ViT-Z'"):
-        load_source(config, 'open_clip:ViT-Z:openai', 'cpu')
+        load_compared_model(config, 'open_clip:ViT-Z:openai', 'cpu')
 
 
 def test_mean_of_patch_tokens_where_it_was_trained(tiny_config, tmp_path):
@@ -126,7 +126,7 @@ def test_mean_of_patch_tokens_where_it_was_trained(tiny_config, tmp_path):
     torch.save(dict(state_dict={f'backbone.{k}': v for k, v in vit.state_dict().items()}), tmp_path / 'finetuned.pth')
     vit.eval()
     images = torch.randn(2, 3, 64, 64)
-    source = load_source(str(tmp_path / 'finetuned.py'), str(tmp_path / 'finetuned.pth'), 'cpu')
+    source = load_compared_model(str(tmp_path / 'finetuned.py'), str(tmp_path / 'finetuned.pth'), 'cpu')
     assert torch.allclose(source(images)[0], vit(images)[-1], atol=1e-5)
 
 

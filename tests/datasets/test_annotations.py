@@ -127,7 +127,7 @@ SMALL = np.ones((3, 4), np.uint8)
 @pytest.mark.parametrize(
     'labels, message',
     [
-        (SMALL.astype(np.uint16) * 300, r'map\.png is an image of mode I;16; give label maps of one channel of 8 bits'),
+        (SMALL.astype(np.uint16) * 300, r'map\.png is an image of mode I;16; give label maps with one 8-bit channel'),
         (np.ones((3, 4, 3), np.uint8), r'map\.png is an image of mode RGB; give'),
         (np.ones((3, 4, 4), np.uint8), r'map\.png is an image of mode RGBA; give'),
         (np.ones((4, 3), np.uint8), r'map\.png is 3 x 4, but its image 4 x 3 \(width x height\); make them equal'),

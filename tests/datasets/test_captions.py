@@ -78,7 +78,7 @@ def test_every_format_gives_the_same_images_and_texts(images, write: Callable, m
     ('captions.csv', 'image,caption\n', 'has no image with a caption'),
     ('captions.json', '{"images": []}', "is not in COCO's format of captions .KeyError: 'annotations'"),
     ('captions.json', 'a', "is not in COCO's format of captions"),
-    ('captions.parquet', '', 'ends in none of .csv, .tsv, .json'),
+    ('captions.parquet', '', 'is in no known format; give one that ends in .csv, .tsv, .json'),
     (None, None, 'captions.csv does not exist'),
 ])  # fmt: skip
 def test_bad_files(images, name, content, message):

@@ -60,7 +60,8 @@ def test_training_is_that_with_the_teacher(cached):
     assert torch.equal(loss_of(cached_config(config, folder), 2)[1], loss_of(cached_config(config, folder), 0)[1])
     record = record_dtype(16, 24).itemsize
     assert (folder / 'epoch_1.bin').stat().st_size == 24 * record
-    assert f'{record / 1e3:.1f} KB an image and epoch' in printed and 'rounding to 8 bits alone is a loss of' in printed
+    assert f'{record / 1e3:.1f} KB per image and epoch' in printed
+    assert 'rounding to 8 bits alone causes a loss of' in printed
 
 
 def test_features_and_importance_in_8_bits():
@@ -119,7 +120,7 @@ def test_other_images_are_refused(cached, image_folder):
     config, folder, _ = cached
     cfg = cached_config(config, folder)
     cfg.train_dataloader.dataset.data_root = str(image_folder / 'class0')
-    with pytest.raises(InputError, match='The cache .* is of 24 images, and not of the 8 in .*class0'):
+    with pytest.raises(InputError, match='The cache .* was made of 24 images, not of the 8 in .*class0'):
         DATASETS.build(cfg.train_dataloader.dataset)
 
 
@@ -130,7 +131,7 @@ def test_an_image_that_changed_is_refused(cached):
     records = np.fromfile(path, dataset.cache.dtype)
     records[0], records[5] = records[5].copy(), records[0].copy()  # each whole, but of another image
     records.tofile(path)
-    with pytest.raises(InputError, match='0.jpg is not what it was when .*cache was made; bring it back'):
+    with pytest.raises(InputError, match='0.jpg has changed since .*cache was made; restore the image'):
         for i in (0, 5):
             dataset[Draw(0, 0, i)]
 

@@ -245,7 +245,7 @@ def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_metric_without_data_set(run_tool, trained, tmp_path):
-    with pytest.raises(SystemExit, match='error: --metric says nothing without its data set; name it with --dataset.'):
+    with pytest.raises(SystemExit, match='error: --metric needs its data set; name it with --dataset.'):
         run_tool('publish_model.py', *trained('milan'), tmp_path / 'out', '--metric', 'Top 1=81.5')
 
 

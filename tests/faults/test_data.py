@@ -26,7 +26,7 @@ from mmmilan.datasets import (
 )
 from mmmilan.datasets.captions import read_index, read_table
 from mmmilan.datasets.decoding import ORIENTATION, decode
-from mmmilan.datasets.image_folder import list_images
+from mmmilan.datasets.image_folder import walk_images
 from mmmilan.datasets.packed import list_lmdb, pack_images
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
@@ -100,7 +100,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / 'up').symlink_to('..')
     (tmp_path / 'here').symlink_to('.')
     (tmp_path / 'a.jpg').write_bytes(photo('JPEG'))
-    assert sorted(list_images(str(tmp_path))) == ['a.jpg', 'hole.jpg']
+    assert sorted(walk_images(str(tmp_path))) == ['a.jpg', 'hole.jpg']
 
 
 def test_an_image_that_is_deleted_while_training(tmp_path):

@@ -124,7 +124,7 @@ def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
     import steps
 
     _, arms, _ = study
-    steps.random_teacher(str(tmp_path / 'teacher.pth'))
+    steps.save_random_teacher(str(tmp_path / 'teacher.pth'))
     for arm in arms.ARMS:
         cfg = arms.read_arm(arm)
         if cfg.model.head.get('teacher'):
@@ -139,7 +139,7 @@ def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
 
 
 def test_arm_that_does_not_exist(run_tool, photographs, tmp_path):
-    with pytest.raises(SystemExit, match="The study has no arm 'MILLAN'; choose among 'MAE', "):
+    with pytest.raises(SystemExit, match="The study has no arm 'MILLAN'; choose one of 'MAE', "):
         run_tool('study/study.py', 'run', '--data', photographs, '--work-dir', tmp_path, '--arms', 'MILLAN')
 
 
@@ -147,13 +147,13 @@ def test_results_of_another_study(study, run_tool, photographs, tmp_path):
     _, arms, _ = study
     path = tmp_path / 'results.jsonl'
     path.write_text(json.dumps(line(arms, 'MAE', 0, 1.0) | dict(study='0123')) + '\n')
-    with pytest.raises(SystemExit, match='line 1, is of study 0123 and this is .*; name another file'):
+    with pytest.raises(SystemExit, match='line 1, is of study 0123, not of .*; name another file'):
         run_tool('study/study.py', 'run', '--data', photographs, '--work-dir', tmp_path)
     path.write_text('{"arm": "MA')
-    with pytest.raises(SystemExit, match='line 1, is not whole JSON; remove the line'):
+    with pytest.raises(SystemExit, match='line 1, is not complete JSON; remove the line'):
         run_tool('study/study.py', 'report', '--results', path, '--out', tmp_path)
     path.write_text('')
-    with pytest.raises(SystemExit, match='holds no run of an arm yet; run the study first'):
+    with pytest.raises(SystemExit, match='holds no run of an arm; run the study first'):
         run_tool('study/study.py', 'report', '--results', path, '--out', tmp_path)
 
 

@@ -55,7 +55,7 @@ def test_auto_scale_lr_needs_to_know_the_batch(tiny_config, run_tool):
     config = tiny_config(dict(auto_scale_lr=None))
     with pytest.raises(
         SystemExit,
-        match='error: The config does not name the batch of its learning rate; set auto_scale_lr.base_batch_size',
+        match='error: The config lacks the batch size of its learning rate; set auto_scale_lr.base_batch_size',
     ):
         run_tool('train.py', config, '--auto-scale-lr')
 

@@ -1,4 +1,4 @@
-"""Time mmmilan against the OpenMMLab code in whose place it stands, in one process and in turns.
+"""Time mmmilan and the OpenMMLab code that it replaces, in turns in one process.
 
 python tools/speed/benchmark.py step                      # the pretraining step, ViT-B/16 at 224, on the GPU if any
 python tools/speed/benchmark.py data --data-root images   # the input pipeline, on one core
@@ -37,7 +37,7 @@ DEFAULTS = dict(
     detection=(1024, 2, 1),
     segmentation=(512, 2, 2),
 )
-# what the table calls a figure of the JSON file
+# Row of the table -> key of the figure in the JSON file.
 ROWS = {
     'precision': 'precision',
     'GFLOP/image': 'gflops_per_image',
@@ -61,18 +61,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16' if cuda else 'float32')
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads; the data pipeline always has one')
-    parser.add_argument('--compile', action='store_true', help="compile mmmilan's step as one")
+    parser.add_argument('--compile', action='store_true', help="compile mmmilan's step as a whole")
     parser.add_argument(
         '--options',
         nargs='+',
         choices=OPTIONS,
         default=[],
-        help='step: also mmmilan with these (docs/efficiency.md)',
+        help='step: also time mmmilan with these options (docs/efficiency.md)',
     )
     parser.add_argument('--data-root', help='folder of images, for the data command')
-    parser.add_argument('--warmup', type=int, default=2, help='rounds that do not count')
-    parser.add_argument('--rounds', type=int, default=10, help='rounds that do')
-    parser.add_argument('--peak-tflops', type=float, help='of the device, in dense products, where it is not known')
+    parser.add_argument('--warmup', type=int, default=2, help='rounds before timing starts')
+    parser.add_argument('--rounds', type=int, default=10, help='timed rounds')
+    parser.add_argument('--peak-tflops', type=float, help='dense TFLOP/s of the device, if it is not in the list')
     parser.add_argument('--json', type=Path, help='write all figures to this file')
     args = parser.parse_args()
     img_size, *batch_sizes = DEFAULTS[args.command]
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """MMEngine logs every weight that it initialises and every parameter that it optimises; not here."""
+    """Silence MMEngine, which logs every weight that it initialises and every parameter that it optimises."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -95,6 +95,7 @@ def quiet() -> Iterator[None]:
 
 
 def describe_machine(args: argparse.Namespace) -> dict:
+    """Names of the device and versions of the software."""
     if args.device.type == 'cuda':
         name = torch.cuda.get_device_name(args.device)
     else:
@@ -104,7 +105,7 @@ def describe_machine(args: argparse.Namespace) -> dict:
 
 
 def summarise(result: Result, peak: float | None) -> dict:
-    """The figures of one contestant, as they stand in the JSON file."""
+    """The figures of one contestant for the JSON file; ``peak`` is in TFLOP/s."""
     median = statistics.median(result.seconds)
     quartiles = statistics.quantiles(result.seconds, n=4) if len(result.seconds) > 1 else [median] * 3
     rate = result.images / median
@@ -123,10 +124,12 @@ def summarise(result: Result, peak: float | None) -> dict:
 
 
 def as_text(cell: str | float | None) -> str:
+    """A cell of the table; numbers have four digits."""
     return cell if isinstance(cell, str) else '' if cell is None else f'{cell:,.4g}'
 
 
 def print_table(title: str, figures: dict[str, dict]) -> None:
+    """Print the figures, one column per contestant."""
     table = Table(title=title, title_justify='left')
     table.add_column()
     for name in figures:

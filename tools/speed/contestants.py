@@ -1,4 +1,4 @@
-"""The contestants of benchmark.py: mmmilan, always the first, and the OpenMMLab code in whose place it stands."""
+"""The contestants of benchmark.py: mmmilan, always the first, and the OpenMMLab code that it replaces."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ SIZES = dict(
 
 
 def autocast(args: argparse.Namespace) -> AbstractContextManager:
+    """The precision that ``args.dtype`` names."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
 
 
@@ -46,7 +47,7 @@ def autocast(args: argparse.Namespace) -> AbstractContextManager:
 
 
 def random_clip(args: argparse.Namespace) -> dict[str, Tensor]:
-    """A CLIP in OpenAI's layout with random weights; of the text tower just enough for mmpretrain to read it."""
+    """A CLIP in OpenAI's layout with random weights, with only the parts of a text tower that mmpretrain requires."""
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     width, layers, output_dim = SIZES[args.arch][2]
@@ -59,9 +60,15 @@ def random_clip(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def milan_models(args: argparse.Namespace, ours: bool, option: str | None = None) -> tuple[BaseModel, Config]:
-    """MILAN by its config, in the size asked for, and the config; mmpretrain's with the width of its neck corrected.
+    """Build MILAN from its config in the size of ``args``; the width of mmpretrain's neck is corrected.
 
-    ``option`` is one of ``OPTIONS``, which changes our config.
+    Args:
+        args: The options of benchmark.py.
+        ours: Build mmmilan's model, not mmpretrain's.
+        option: A key of ``OPTIONS``, which changes our config.
+
+    Returns:
+        The model, on the device and in training mode, and its config.
     """
     arch, (width, depth, heads), (_, _, output_dim) = SIZES[args.arch]
     cfg = Config.fromfile(OURS if ours else THEIRS)
@@ -89,6 +96,7 @@ def milan_models(args: argparse.Namespace, ours: bool, option: str | None = None
 
 
 def teacher_of(model: BaseModel) -> nn.Module:
+    """The teacher of our model or of mmpretrain's."""
     return model.head.teacher if hasattr(model.head, 'teacher') else model.target_generator
 
 
@@ -96,7 +104,7 @@ def training_step(
     model: BaseModel, wrapper: OptimWrapper, images: Tensor, data_samples: list[DataSample] | None, lap: Lap
 ) -> None:
     """MMEngine's ``train_step``, with laps."""
-    whole = 'mean_loss' in vars(model)  # compiled as one, the teacher included
+    whole = 'mean_loss' in vars(model)  # compiled as a whole, with the teacher
     hook = nullcontext() if whole else teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
     with hook, wrapper.optim_context(model):
         data = model.data_preprocessor(dict(inputs=images, data_samples=data_samples), training=True)
@@ -117,7 +125,7 @@ def random_images(args: argparse.Namespace) -> Tensor:
 
 
 def step(args: argparse.Namespace) -> Iterator[Contestant]:
-    """The training step: ours, mmpretrain's in the same precision and, if that is not float32, as its config has it.
+    """The training step: ours, mmpretrain's in the same precision, mmpretrain's in float32 as in its config.
 
     Then ours with each of ``args.options``.
     """
@@ -134,14 +142,14 @@ def step(args: argparse.Namespace) -> Iterator[Contestant]:
         cfg.optim_wrapper.type = wrapper_of[dtype]
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         if dtype == torch.bfloat16 and not ours:
-            wrapper.enabled = True  # also on a CPU without bfloat16, where mmmilan's takes float32
+            wrapper.enabled = True  # even on a CPU without bfloat16, where mmmilan falls back to float32
         extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
         extra['masks_per_image'] = getattr(model, 'masks_per_image', 1)
         yield Contestant(name, partial(training_step, model, wrapper, images, samples), args.batch_size, extra=extra)
 
 
 def teacher(args: argparse.Namespace) -> Iterator[Contestant]:
-    """Target and importance of images, without gradients."""
+    """Features and importance of images by the teacher, without gradients."""
     images = random_images(args).float() / 128 - 1
 
     def run(model: nn.Module, lap: Lap) -> None:
@@ -154,7 +162,7 @@ def teacher(args: argparse.Namespace) -> Iterator[Contestant]:
 
 
 def decoder(args: argparse.Namespace) -> Iterator[Contestant]:
-    """The decoder forward and backward, from a quarter of the patches."""
+    """Forward and backward pass of the decoder, with a quarter of the patches visible."""
     width = SIZES[args.arch][0]['embed_dims']
     num_patches = (args.img_size // args.patch_size) ** 2
     order = torch.rand(args.batch_size, num_patches, device=args.device).argsort(dim=1)
@@ -180,7 +188,7 @@ def decoder(args: argparse.Namespace) -> Iterator[Contestant]:
 
 
 def data(args: argparse.Namespace) -> Iterator[Contestant]:
-    """Images from files to packed tensors, on one core, and how far their pixels are from mmpretrain's default."""
+    """Images from files to packed tensors, on one core, and the distance of their pixels to mmpretrain's default."""
     cv2.setNumThreads(0)
     init_default_scope('mmpretrain')
     default = Config.fromfile(THEIRS).train_dataloader.dataset.pipeline
@@ -215,7 +223,7 @@ def data(args: argparse.Namespace) -> Iterator[Contestant]:
 
 
 def draw_sample(dataset: torch.utils.data.Dataset, index: int) -> np.ndarray:
-    """Pixels of a sample with the random numbers of its index: the same crop and flip in every pipeline."""
+    """Pixels of a sample; the random numbers follow from its index, so crop and flip are the same in every pipeline."""
     with seeded(Draw(0, 0, index)):
         return dataset[index]['inputs'].numpy().astype(np.float32)
 
@@ -224,7 +232,7 @@ def draw_sample(dataset: torch.utils.data.Dataset, index: int) -> np.ndarray:
 
 
 def dense_encoder(name: str, cfg: dict, args: argparse.Namespace) -> nn.Module:
-    """An encoder that gives four maps. Theirs get mmseg's pyramid for what ours has built in."""
+    """An encoder that gives four feature maps; the others get mmseg's pyramid, which ours contains."""
     import mmseg.models  # noqa: F401  registers mmseg's
 
     init_default_scope('mmpretrain')
@@ -235,12 +243,12 @@ def dense_encoder(name: str, cfg: dict, args: argparse.Namespace) -> nn.Module:
         model = nn.Sequential(model, MODELS.build(pyramid))
     elif args.compile:
         model.forward = torch.compile(model.forward, dynamic=False)
-    model.to(args.device).train()  # whose value is None for mmpretrain's
+    model.to(args.device).train()  # mmpretrain's backbones return None from it
     return model
 
 
 def dense(backbones: Callable[[argparse.Namespace], dict[str, dict]], args: argparse.Namespace) -> Iterator[Contestant]:
-    """Encoders that give four maps, forward and backward."""
+    """Forward and backward pass of encoders that give four feature maps."""
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
 
     def run(model: nn.Module, lap: Lap) -> None:

@@ -1,11 +1,11 @@
-"""What a training step would take on a GPU, computed from the step's operations and the GPU's data sheet.
+"""Estimate time and memory of a training step on a GPU, from the step's operations and the GPU's data sheet.
 
 python tools/speed/estimate.py step detection segmentation --device A100 H100
 python tools/speed/estimate.py configs/maskclip/maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py
 
-Names are those of the benchmark's commands, ours beside the incumbents, or config files: of MILAN, MaskCLIP,
-fine-tuning and probing. Of detection and segmentation the encoder alone is taken, forward and backward. All is in
-bfloat16.
+A name is a command of benchmark.py, which gives mmmilan and the code that it replaces, or a config file of MILAN,
+MaskCLIP, fine-tuning or probing. For detection and segmentation only the encoder is estimated, forward and backward.
+Everything is in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.models.frozen import Frozen
 from mmmilan.registry import MODELS
 
-# TB/s and GB of the memory, by the makers' data sheets.
+# Bandwidth (TB/s) and size (GB) of the memory, from the data sheets.
 MEMORY = {
     'B200': (8.0, 180),
     'H200': (4.8, 141),
@@ -46,9 +46,9 @@ MEMORY = {
     'RTX 5090': (1.79, 32),
     'RTX 4090': (1.01, 24),
 }
-# Assumptions: the shares of the data sheet that products and memory reach, and the seconds that any kernel takes.
+# Assumptions: the fractions of the data sheet that matrix products and memory reach; minimum seconds of a kernel.
 PRODUCTS, BANDWIDTH, KERNEL = 0.7, 0.8, 2e-6
-# What keeps its memory traffic when it is compiled; all else is fused with what comes before or after it.
+# Operations that a compiler does not fuse with their neighbours; it fuses all others.
 APART = (
     'mm',
     'addmm',
@@ -66,12 +66,12 @@ APART += ('sort', 'topk', 'embedding', 'max_pool2d', 'upsample', 'copy_')
 
 @dataclass
 class Step:
-    """A step, as it would run on a GPU.
+    """A training step as it would run on a GPU, without compilation.
 
     Attributes:
-        batch_size: Images in it.
-        peak: Bytes that tensors take up at most, not compiled.
-        operations: What runs on the device, not compiled.
+        batch_size: Number of images.
+        peak: Peak memory of the tensors in bytes.
+        operations: The operations on the device.
     """
 
     batch_size: int
@@ -86,12 +86,12 @@ class Step:
         return milliseconds(fuse(self.operations) if compiled else self.operations, device)
 
     def mfu(self, device: str, compiled: bool = False) -> float:
-        """Operations a second, as a share of the data sheet's."""
+        """Model FLOPs utilisation: FLOP/s as a fraction of the data sheet's."""
         return self.flops / (self.milliseconds(device, compiled) / 1e3) / (PEAK_TFLOPS[device] * 1e12)
 
 
 def milliseconds(operations: list[Operation], device: str) -> float:
-    """An operation takes as long as its products, or its memory traffic, whichever takes longer (the roofline)."""
+    """The roofline model: an operation takes as long as its computation or its memory traffic, whichever is longer."""
     rate, bandwidth = PEAK_TFLOPS[device] * 1e12 * PRODUCTS, MEMORY[device][0] * 1e12 * BANDWIDTH
     total = 0.0
     for operation in operations:
@@ -101,9 +101,12 @@ def milliseconds(operations: list[Operation], device: str) -> float:
 
 
 def fuse(operations: list[Operation]) -> list[Operation]:
-    """As a compiler does: between two that stand APART, one operation, which reads and writes what those do."""
+    """Fuse operations as a compiler does: all those between two of ``APART`` become one.
+
+    A fused operation does not read what earlier fused operations wrote, and writes only what one of ``APART`` reads.
+    """
     needed = {key for operation in operations if operation.name.startswith(APART) for key in operation.reads}
-    inner: set[int] = set()  # made by what is fused, and so not read again
+    inner: set[int] = set()  # written and read only by fused operations
     fused: list[Operation] = []
     group = None
     for operation in operations:
@@ -121,9 +124,9 @@ def fuse(operations: list[Operation]) -> list[Operation]:
 
 
 def trace(model: nn.Module, cfg: Config | None, batch_size: int, img_size: int) -> Step:
-    """A step of training by a config, the second one, in which the optimizer has its states.
+    """Trace the second training step of a config, in which the optimizer has its states.
 
-    Without a config, forward and backward pass of an encoder of four maps.
+    Without a config, trace forward and backward pass of an encoder that gives four feature maps.
     """
     with fake_cuda():
         to_fake(model).train()
@@ -143,12 +146,15 @@ def trace(model: nn.Module, cfg: Config | None, batch_size: int, img_size: int) 
 
 
 def steps_of(name: str, arch: str = 'base', batch_size: int | None = None) -> Iterator[tuple[str, Step]]:
-    """The steps of a name, as the command line takes it, at the batch and image size of the recipe.
+    """Trace the steps of a name on the command line, at the image size of the recipe.
 
     Args:
-        name: A command of the benchmark, whose contestants all follow, or a config file.
+        name: A command of benchmark.py, for all its contestants, or a config file.
         arch: Size of the contestants.
-        batch_size: In place of the recipe's.
+        batch_size: Batch size; by default that of the recipe.
+
+    Yields:
+        Names of the contestants and their steps.
 
     Raises:
         InputError: there is no such file.
@@ -174,7 +180,11 @@ def steps_of(name: str, arch: str = 'base', batch_size: int | None = None) -> It
 
 
 def build(name: str) -> tuple[nn.Module, Config]:
-    """The model of a config, on the CPU with random weights."""
+    """The model of a config, on the CPU with random weights, and the config.
+
+    Raises:
+        InputError: there is no such file.
+    """
     if not Path(name).is_file():
         raise InputError(f'The config {name} does not exist; correct its path.')
     cfg = Config.fromfile(name)
@@ -187,7 +197,7 @@ def build(name: str) -> tuple[nn.Module, Config]:
 
 
 def samples(cfg: Config, size: int) -> list[DataSample]:
-    """Data samples with a label and, for a model of texts, a caption."""
+    """Data samples with a label and, for a model with a text tower, a caption."""
     made = [DataSample().set_gt_label(0) for _ in range(size)]
     if 'text' in cfg.model:
         for sample in made:
@@ -196,7 +206,7 @@ def samples(cfg: Config, size: int) -> list[DataSample]:
 
 
 def encode(model: nn.Module, images: torch.Tensor) -> None:
-    """Forward and backward pass of an encoder of four maps."""
+    """Forward and backward pass of an encoder that gives four feature maps."""
     with torch.autocast('cuda', torch.bfloat16):
         maps = model(images.to(CUDA).float())
     losses = [sum(each.float().sum() for each in maps)]
@@ -232,10 +242,10 @@ def main() -> None:
         bandwidth, size = MEMORY[device]
         console.print(f'{device}: {PEAK_TFLOPS[device]:g} TFLOP/s in bfloat16, {bandwidth:g} TB/s, {size} GB.')
     console.print(
-        f'Assumed: products reach {PRODUCTS:.0%} of the data sheet, in float32 an eighth of that, and memory '
-        f'{BANDWIDTH:.0%}; a kernel takes {1e6 * KERNEL:g} µs at least. Compiled: what stands between two products, '
-        'calls of attention or gathers is one kernel. The peak is that of tensors, not compiled, without the gaps of '
-        'the allocator, cuBLAS and the context (about 1 GB).',
+        f'Assumed: matrix products reach {PRODUCTS:.0%} of the data sheet, in float32 an eighth of that, and memory '
+        f'{BANDWIDTH:.0%}; a kernel takes at least {1e6 * KERNEL:g} µs. Compiled: all operations between two products, '
+        'calls of attention or gathers are one kernel. The peak is that of the tensors, not compiled, without '
+        'fragmentation, cuBLAS and the context (about 1 GB).',
         soft_wrap=True,
     )
 

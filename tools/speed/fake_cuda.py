@@ -1,7 +1,7 @@
-"""A CUDA device that is not there: what a training step would do on one, by PyTorch's fake tensors.
+"""Simulate a CUDA device with PyTorch's fake tensors, to see what a training step would do on one.
 
-Fake tensors have a shape, a type and a device but no memory and no numbers, so a step of the real size runs in seconds
-on a CPU. :class:`Watch` sees each operation of it.
+Fake tensors have a shape, a dtype and a device but no memory and no values, so a step of real size runs in seconds on a
+CPU. :class:`Watch` records each of its operations.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
-# For these the host waits until the device has computed a number or a shape.
+# Operations for which the host waits until the device has computed a value or a shape.
 WAITING = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', '_unique2', 'repeat_interleave'}
 PACKAGES = ('/mmmilan/', '/mmpretrain/', '/mmengine/', '/mmcv/', '/mmseg/', '/mmdet/', '/open_clip/', '/timm/')
 
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Within this context tensors are fake, and there seems to be a CUDA device with bfloat16, such as an A100."""
+    """Within this context tensors are fake, and PyTorch seems to have a CUDA device with bfloat16, such as an A100."""
     patches = {
         'torch.cuda.amp.common.amp_definitely_not_available': lambda: False,
         'torch.cuda.is_bf16_supported': lambda including_emulation=True: True,
@@ -53,7 +53,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention by the fused kernels of a GPU: without one to ask, PyTorch falls back to plain products."""
+    """Attention by the fused kernels of a GPU; without a GPU, PyTorch would choose plain matrix products."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -71,7 +71,7 @@ def fused_attention(
     is_causal: bool = False,
     **kwargs,
 ) -> Tensor:
-    """Flash attention, or with a mask or in float32 memory-efficient attention."""
+    """Flash attention; with a mask or in float32, memory-efficient attention."""
     if torch.is_autocast_enabled('cuda'):
         query, key, value = (each.to(torch.get_autocast_dtype('cuda')) for each in (query, key, value))
     if attn_mask is None and query.dtype != torch.float32:
@@ -84,7 +84,7 @@ def fused_attention(
 
 
 def apply(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
-    """``nn.Module._apply`` with new parameters and buffers: fake ones cannot be changed in place, as PyTorch's does."""
+    """``nn.Module._apply`` that makes new parameters and buffers, as fake ones cannot be changed in place."""
     for child in module.children():
         child._apply(function)
     for name, parameter in module._parameters.items():
@@ -97,7 +97,7 @@ def apply(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Mod
 
 
 def to_fake(model: nn.Module) -> nn.Module:
-    """A model that was built on the CPU, now on the device that is not there."""
+    """Move a model from the CPU to the simulated device."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=CUDA))
     for module in model.modules():
         if isinstance(module, BaseDataPreprocessor):
@@ -110,11 +110,11 @@ class Operation:
     """One operation on the device.
 
     Attributes:
-        name: As PyTorch calls it.
-        reads: Bytes that it reads, by the number of the memory that they are in.
-        writes: Bytes that it writes, by the same.
-        flops: Its floating-point operations, if it is a product, a convolution or attention.
-        dtype: Of its first tensor.
+        name: PyTorch's name.
+        reads: Number of each storage that it reads -> bytes.
+        writes: Number of each storage that it writes -> bytes.
+        flops: Floating-point operations of a matrix product, a convolution or attention; else 0.
+        dtype: The dtype of its first tensor.
     """
 
     name: str
@@ -129,13 +129,13 @@ class Operation:
 
 
 class Watch(TorchDispatchMode):
-    """Within this context, and that of :func:`fake_cuda`, each operation is looked at.
+    """Within this context, inside that of :func:`fake_cuda`, each operation is recorded.
 
     Attributes:
-        waits: Where the host would wait for the device, and how often.
-        operations: What would run on the device.
-        allocated: Bytes that tensors on the device take up.
-        peak: Bytes that they took up at most.
+        waits: Place where the host would wait for the device -> how often it would.
+        operations: The operations that would run on the device.
+        allocated: Bytes of the tensors on the device now.
+        peak: The maximum of ``allocated``.
     """
 
     def __init__(self) -> None:
@@ -144,24 +144,24 @@ class Watch(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.pinned: weakref.WeakSet = weakref.WeakSet()
         self.numbers: weakref.WeakSet = weakref.WeakSet()
-        self.alive: dict[int, int] = {}  # the number of each storage
+        self.alive: dict[int, int] = {}  # address of each storage on the device -> its number
         self.allocated = self.peak = self.number = 0
 
     def hold(self, tree: Any) -> None:
-        """Count the memory of tensors that are there already."""
+        """Count the memory of tensors that exist already."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor) and tensor.device == CUDA:
                 self.count(tensor)
 
     def pin(self, tensor: Tensor) -> Tensor:
-        """Take a tensor of the host for one in pinned memory, as the data loader gives."""
+        """Treat a tensor on the host as one in pinned memory, as a data loader returns."""
         self.pinned.add(tensor.untyped_storage())
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition('::')
-        if namespace == 'prim':  # which asks for a property
+        if namespace == 'prim':  # it reads a property
             return func(*args, **kwargs)
         if name == '_pin_memory':
             return self.pin(args[0].clone())
@@ -184,13 +184,13 @@ class Watch(TorchDispatchMode):
         return result
 
     def look_for_wait(self, name: str, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
-        """Note a wait, and give an answer where fake tensors have none."""
+        """Record a wait; return a value for operations that need one, as fake tensors have no values."""
         on_device = any(each.device == CUDA for each in inputs)
         if name in WAITING and on_device:
             self.wait(name)
         if name in ('is_nonzero', 'equal'):
             return True
-        if name == '_local_scalar_dense':  # on the host as well: fake tensors have no numbers
+        if name == '_local_scalar_dense':  # also on the host
             return 1.0 if inputs[0].is_floating_point() else 1
         if name in ('index', 'index_put', 'index_put_') and on_device:
             indices = [index for index in args[1] if index is not None]
@@ -198,7 +198,7 @@ class Watch(TorchDispatchMode):
                 self.wait(f'{name} by a mask')
             if any(index.device == CPU for index in indices):
                 self.wait(f'{name} by a list or by indices on the host')
-        # a number that is assigned, as in x[0] = 1, is a tensor on the host with fake tensors alone
+        # only with fake tensors, a number that is assigned, as in x[0] = 1, is a tensor on the host
         if name == '_to_copy' or (name == 'copy_' and args[1].untyped_storage() not in self.numbers):
             target = args[0].device if name == 'copy_' else kwargs.get('device') or args[0].device
             source = args[1] if name == 'copy_' else args[0]
@@ -210,9 +210,11 @@ class Watch(TorchDispatchMode):
         return None
 
     def wait(self, what: str) -> None:
+        """Record a wait at the current line of the model's code."""
         self.waits[f'{what}: {place()}'] += 1
 
     def count(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor on the device until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.device == CUDA and key not in self.alive:
@@ -224,18 +226,19 @@ class Watch(TorchDispatchMode):
             weakref.finalize(storage, self.free, key, size)
 
     def free(self, key: int, size: int) -> None:
+        """Called when a storage is freed."""
         del self.alive[key]
         self.allocated -= size
 
     def sizes(self, tensors: list[Tensor]) -> dict[int, int]:
-        """Bytes of tensors, by the number of their memory; 0 stands for what was there before."""
+        """Number of each tensor's storage -> bytes of the tensor; storages that are not counted have number 0."""
         return {
             self.alive.get(each.untyped_storage()._cdata, 0): each.numel() * each.element_size() for each in tensors
         }
 
 
 def place() -> str:
-    """The innermost line of the project, of OpenMMLab or of a library of models."""
+    """The innermost line on the stack that is in ``PACKAGES``."""
     for frame in reversed(traceback.extract_stack()):
         for package in PACKAGES:
             if package in frame.filename:
@@ -244,13 +247,14 @@ def place() -> str:
 
 
 def backward(losses: list[Tensor]) -> None:
-    """What ``losses.pop().backward()`` does, in Python: PyTorch's own engine asks the device for a context."""
+    """``losses.pop().backward()`` in Python, as PyTorch's own engine needs a context of the device."""
     loss = losses.pop()
     gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     gradients[loss.grad_fn][0] = torch.ones_like(loss)
     order = topological(loss.grad_fn)
     del loss
-    one_pass = mock.patch('torch._C._current_graph_task_id', lambda: 0)  # checkpointing computes a block once a pass
+    # activation checkpointing recomputes a block once per backward pass, which it recognises by this id
+    one_pass = mock.patch('torch._C._current_graph_task_id', lambda: 0)
     with torch.no_grad(), one_pass:
         while order:
             node = order.pop()
@@ -266,14 +270,14 @@ def backward(losses: list[Tensor]) -> None:
             for (following, index), gradient in zip(node.next_functions, given, strict=True):
                 if following is not None and gradient is not None:
                     wanted = following._input_metadata[index]
-                    gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)  # of what was broadcast
+                    gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)  # reverses broadcasting
                     slots = gradients[following]
                     slots[index] = gradient if index not in slots else slots[index] + gradient
-            del node, received, given, gradient  # and with it what it has kept for the backward pass
+            del node, received, given, gradient  # frees the tensors that were saved for the backward pass
 
 
 def topological(root: Any) -> list:
-    """The nodes of a graph of autograd, each before those from which it gets gradients; the root is last."""
+    """The nodes of an autograd graph, each before the nodes that it gets gradients from; the root is last."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, finished = stack.pop()
@@ -287,7 +291,7 @@ def topological(root: Any) -> list:
 
 
 def train_step(model: nn.Module, wrapper: OptimWrapper, data: dict) -> dict[str, Tensor]:
-    """MMEngine's ``train_step`` with the backward pass above; the losses to log."""
+    """MMEngine's ``train_step`` with :func:`backward`; returns the losses to log."""
     with wrapper.optim_context(model):
         losses = model(**model.data_preprocessor(data, training=True), mode='loss')
     loss, log = model.parse_losses(losses)

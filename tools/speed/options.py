@@ -1,4 +1,4 @@
-"""The ways to spend less on a masked view, as contestants of the step: what each changes in MILAN's config."""
+"""The options that reduce the cost of a masked view, as changes of MILAN's config."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OPTIONS = {
 
 
 def cached_samples(model: ConfigDict, count: int) -> list[DataSample]:
-    """What a cache brings with so many images."""
+    """Data samples with random cached targets for ``count`` images."""
     side = model.backbone.img_size // model.backbone.patch_size
     samples = [DataSample() for _ in range(count)]
     for sample in samples:

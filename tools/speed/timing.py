@@ -1,4 +1,4 @@
-"""Timing of contestants that take turns."""
+"""Time several implementations of the same work (contestants) in turns."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Lap = Callable[[str], None]
 
 @dataclass
 class Contestant:
-    """One way to do the work.
+    """One implementation of the work.
 
     Attributes:
-        name: What it is called in tables.
-        run: One round. It calls its argument with the name of each part when that part has ended.
-        images: Images of a round.
-        counted: Whether the work is floating-point operations, to be counted.
+        name: Name in tables.
+        run: Runs one round. It calls its argument with the name of each part at the end of the part.
+        images: Number of images per round.
+        counted: Whether to count floating-point operations.
         extra: More figures for the JSON file.
     """
 
@@ -36,7 +36,17 @@ class Contestant:
 
 @dataclass
 class Result:
-    """Seconds of each round and of its parts; FLOPs of a round; bytes on a GPU."""
+    """The figures of a contestant.
+
+    Attributes:
+        images: Number of images per round.
+        extra: More figures for the JSON file.
+        resident: Bytes on the GPU between rounds.
+        flops: Floating-point operations per round.
+        seconds: Time of each round.
+        parts: Name of each part of a round -> time in each round.
+        peak_memory: Peak bytes on the GPU, without those of the other contestants.
+    """
 
     images: int
     extra: dict
@@ -48,7 +58,7 @@ class Result:
 
 
 class Stopwatch:
-    """Seconds since the last lap; on a GPU it waits for the work to end."""
+    """Measures the seconds since the last lap; on a GPU it waits for the work to end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +77,7 @@ class Stopwatch:
 
 
 def no_lap(part: str) -> None:
-    """Let a round run through."""
+    """Measure no part of a round."""
 
 
 def compete(contestants: Iterable[Contestant], args: argparse.Namespace) -> dict[str, Result]:
@@ -75,9 +85,9 @@ def compete(contestants: Iterable[Contestant], args: argparse.Namespace) -> dict
     lined_up: list[Contestant] = []
     results: dict[str, Result] = {}
     before = allocated(args.device)
-    for contestant in contestants:  # a generator: what is allocated meanwhile belongs to this contestant
+    for contestant in contestants:  # a generator, so that memory allocated in an iteration belongs to its contestant
         result = results[contestant.name] = Result(contestant.images, contestant.extra)
-        contestant.run(no_lap)  # what is to be compiled is compiled now; while operations are counted, nothing is
+        contestant.run(no_lap)  # compiles what is to be compiled, as the counting of operations below prevents it
         if contestant.counted:
             with counted_flops() as counter:
                 contestant.run(no_lap)
@@ -94,7 +104,7 @@ def compete(contestants: Iterable[Contestant], args: argparse.Namespace) -> dict
 
 
 def time_round(contestant: Contestant, result: Result, device: torch.device) -> None:
-    """Time one round. On a GPU its parts get a round of their own, as its queue has to be waited for after each."""
+    """Time one round. On a GPU a second round times the parts, as each part needs a synchronisation."""
     on_gpu = device.type == 'cuda'
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -112,4 +122,5 @@ def time_round(contestant: Contestant, result: Result, device: torch.device) -> 
 
 
 def allocated(device: torch.device) -> int:
+    """Bytes of tensors on a GPU; 0 for a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0

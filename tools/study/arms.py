@@ -1,4 +1,4 @@
-"""What the study compares, fixed before its first run: arms, seeds, data and measures."""
+"""The design of the study, fixed before its first run: arms, seeds, data and measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmmilan.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'study'
 TEACHER = 'clip_vit-tiny-p4_cifar10.py'
-# The name of each arm and its config; the paper's arms first, then those that are to cost less.
+# Name of each arm -> its config; the paper's arms first, then the ones with less computation.
 ARMS = {
     'MAE': 'mae_vit-tiny-p4_cifar10.py',
     'MAE + CLIP target': 'milan-mae-decoder-random-masking_vit-tiny-p4_cifar10.py',
@@ -27,8 +27,8 @@ ARMS = {
     'combined: 2 masks, a third, half the epochs': 'milan-fast_vit-tiny-p4_cifar10.py',
 }
 SEEDS = (0, 1, 2)
-# Of the images in the order of their paths: the teacher learns from the even ones; the student from a sixth of the odd
-# ones, which have the labels of the probes too; every second test image tests.
+# With the images sorted by path, the teacher is trained on the even ones, the student on a sixth of the odd ones. The
+# probes are trained on the student's images and tested on every second test image.
 TEACHER_IMAGES = slice(0, None, 2)
 STUDENT_IMAGES = slice(1, None, 12)
 TEST_IMAGES = slice(0, None, 2)
@@ -39,8 +39,8 @@ TEMPLATES = (
     'a small photo of one {}.',
     'a {}.',
 )
-# Percentages of the test images. The last two are semantic-aware probing of MILAN (class token, the half of the patches
-# that the teacher looks at) and the decoder's class token against the teacher's texts.
+# Top-1 accuracies in percent. The last two are semantic-aware probing of MILAN (class token of the half of the patches
+# that are most important to the teacher) and zero-shot accuracy of the class token that the decoder predicts.
 MEASURES = (
     'linear probe',
     'linear probe, 10 % of the labels',
@@ -53,7 +53,7 @@ MEASURES = (
     'linear probe, semantic-aware',
     'zero-shot',
 )
-# What of a config makes a run another one.
+# The parts of a config that determine the result of a run.
 SETTINGS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg')
 
 
@@ -64,12 +64,12 @@ def read_arm(name: str) -> Config:
         InputError: there is no such arm.
     """
     if name not in ARMS and name != 'teacher':
-        raise InputError(f'The study has no arm {name!r}; choose among {", ".join(map(repr, ARMS))}.')
+        raise InputError(f'The study has no arm {name!r}; choose one of {", ".join(map(repr, ARMS))}.')
     return Config.fromfile(CONFIGS / ARMS.get(name, TEACHER))
 
 
 def study_id() -> str:
-    """A fingerprint of what is fixed here and by the configs: results of different studies are not mixed."""
+    """A hash of the design and of the configs, by which results of different studies are told apart."""
     configs = [read_arm(arm).to_dict() for arm in ('teacher', *ARMS)]
     fixed = [{key: config[key] for key in SETTINGS} for config in configs]
     fixed += [str(value) for value in (ARMS, TEACHER_IMAGES, STUDENT_IMAGES, TEST_IMAGES, TEMPLATES, MEASURES)]

@@ -1,4 +1,4 @@
-"""The study's table and figure, from its lines."""
+"""The table and the figure of the study, from the lines of its results file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SHOWN = ('linear probe', 'k-NN')
 
 
 def values_of(lines: list[dict], arm: str, measure: str) -> dict[int, float]:
-    """A measure of an arm by seed."""
+    """A measure of an arm, by seed."""
     lines = [line for line in lines if line['arm'] == arm and measure in line['measures']]
     return {line['seed']: line['measures'][measure] for line in lines}
 
 
-def differs(values: dict[int, float], reference: dict[int, float]) -> str:
-    """'+' or '-' where the 95 % interval (Student's t) of the paired differences of seeds excludes zero, else ''."""
+def significance(values: dict[int, float], reference: dict[int, float]) -> str:
+    """' +' or ' -' if the 95 % interval (Student's t) of the paired differences over seeds excludes zero, else ''."""
     differences = [values[seed] - reference[seed] for seed in values if seed in reference]
     if len(differences) < 2:
         return ''
@@ -32,21 +32,21 @@ def differs(values: dict[int, float], reference: dict[int, float]) -> str:
 
 
 def cell(values: dict[int, float], reference: dict[int, float]) -> str:
-    """Mean ± standard deviation over seeds, marked where it differs from the reference."""
+    """Mean ± standard deviation over seeds, with a mark if it differs from the reference."""
     numbers = list(values.values())
     if not numbers:
         return ''
     deviation = f' ± {statistics.stdev(numbers):.1f}' if len(numbers) > 1 else ''
-    return f'{statistics.mean(numbers):.1f}{deviation}{differs(values, reference)}'
+    return f'{statistics.mean(numbers):.1f}{deviation}{significance(values, reference)}'
 
 
 def tflop(line: dict) -> float:
-    """Floating-point operations of a run's training, 10¹²."""
+    """TFLOP of the training of a run."""
     return line['gflop_per_image'] * line['images'] / 1e3
 
 
 def markdown(lines: list[dict]) -> str:
-    """The table, a row an arm."""
+    """The table in Markdown, one row per arm."""
     rows = [['', 'seeds', 'TFLOP', *MEASURES], ['---'] * (3 + len(MEASURES))]
     for arm in ('teacher', *ARMS):
         runs = [line for line in lines if line['arm'] == arm]
@@ -58,7 +58,7 @@ def markdown(lines: list[dict]) -> str:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Accuracy against compute, every run a dot."""
+    """Plot accuracy over compute, one dot per run."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -86,6 +86,6 @@ def write_report(lines: list[dict], folder: Path) -> None:
         InputError: there is no run yet.
     """
     if not any(line['arm'] in ARMS for line in lines):
-        raise InputError('The results file holds no run of an arm yet; run the study first.')
+        raise InputError('The results file holds no run of an arm; run the study first.')
     write_text(folder / 'table.md', markdown(lines))
     draw(lines, folder / 'accuracy.png')

@@ -25,13 +25,13 @@ from mmmilan.files import write_text
 from mmmilan.models import CLIPTarget, LinearProjection, MaskCLIP, PromptingDecoder
 
 
-def every(images: slice, folder: Path) -> list[int]:
-    """Numbers of the chosen images of a folder."""
+def indices_of(images: slice, folder: Path) -> list[int]:
+    """Indices of the chosen images of a folder."""
     return list(range(len(ImageFolder(str(folder)))))[images]
 
 
 def configure(arm: str, seed: int, data: Path, work_dir: Path) -> Config:
-    """The config of a run with the user's folders; it goes on where it was stopped."""
+    """The config of a run in the user's folders; it resumes if the run was stopped."""
     cfg = read_arm(arm)
     cfg.work_dir = str(
         work_dir / ('teacher' if arm == 'teacher' else f'{arm.replace(" ", "-").replace(",", "")}-{seed}')
@@ -45,7 +45,7 @@ def configure(arm: str, seed: int, data: Path, work_dir: Path) -> Config:
     if arm == 'teacher':
         cfg.train_dataloader.dataset.captions = str(work_dir / 'captions.csv')
     else:
-        cfg.train_dataloader.dataset.indices = every(STUDENT_IMAGES, data / 'train')
+        cfg.train_dataloader.dataset.indices = indices_of(STUDENT_IMAGES, data / 'train')
         if cfg.model.head.get('teacher'):
             cfg.model.head.teacher.pretrained = find_latest_checkpoint(str(work_dir / 'teacher'))
     cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
@@ -53,7 +53,7 @@ def configure(arm: str, seed: int, data: Path, work_dir: Path) -> Config:
 
 
 def write_captions(data: Path, path: Path) -> None:
-    """Captions of the teacher's images: the templates in turn, with the name of the image's class."""
+    """Write captions of the teacher's images: the templates in turn, filled with the class of the image."""
     folder = data / 'train'
     paths = [Path(info['img_path']).relative_to(folder) for info in ImageFolder(str(folder)).load_data_list()]
     rows = [['image', 'caption']]
@@ -64,18 +64,22 @@ def write_captions(data: Path, path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def labelled(cfg: Config, folder: Path, images: slice) -> Dataset:
-    """Whole images with labels."""
-    dataset = dict(type='mmmilan.ImageFolder', data_root=str(folder), with_label=True, indices=every(images, folder))
-    return DATASETS.build(dataset | dict(pipeline=cfg.test_dataloader.dataset.pipeline))
+def labelled_images(cfg: Config, folder: Path, images: slice) -> Dataset:
+    """The chosen images of a folder with labels, without augmentation."""
+    dataset = dict(type='mmmilan.ImageFolder', data_root=str(folder), with_label=True)
+    dataset |= dict(indices=indices_of(images, folder), pipeline=cfg.test_dataloader.dataset.pipeline)
+    return DATASETS.build(dataset)
 
 
-class Probed(nn.Module):
-    """All features of an encoder that the study measures, from one pass: columns as ``widths`` says.
+class ProbedEncoder(nn.Module):
+    """All features of an encoder that the study measures, from one pass, concatenated.
 
     Args:
         model: A MILAN, or the teacher, in evaluation mode.
-        semantic: Also give the class token of the half of the patches that the teacher looks at.
+        semantic: Also give the class token of the half of the patches that are most important to the teacher.
+
+    Attributes:
+        widths: Name -> width of each feature, in the order of concatenation.
     """
 
     def __init__(self, model: nn.Module, semantic: bool) -> None:
@@ -88,10 +92,11 @@ class Probed(nn.Module):
         self.widths = dict(cls=width, mean=width)
         if semantic:
             self.widths['semantic'] = width
-        if speaks(model):
+        if has_joint_space(model):
             self.widths['joint'] = model.encode_image(torch.zeros(1, 3, *model.backbone.img_size)).shape[1]
 
     def extract_feat(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] -> one tensor [B, sum of widths]."""
         tokens = self.model.backbone(images)[-1]
         columns = [tokens[:, 0], tokens[:, 1:].mean(1)]
         if self.semantic:
@@ -103,20 +108,28 @@ class Probed(nn.Module):
         return [torch.cat(columns, dim=1)]
 
 
-def speaks(model: nn.Module) -> bool:
-    """Whether an unmasked image goes straight into the joint space of image and text, without a decoder's blocks."""
+def has_joint_space(model: nn.Module) -> bool:
+    """Whether unmasked images are projected to the joint space of image and text without the blocks of a decoder."""
     if isinstance(model, MaskCLIP):
         return True
     return isinstance(model.neck, (LinearProjection, PromptingDecoder)) and isinstance(model.head, CLIPTarget)
 
 
 def measure(model: nn.Module, classes: Tensor, cfg: Config, data: Path, semantic: bool) -> dict[str, float]:
-    """Percentages by the names of ``MEASURES``."""
-    probed = Probed(model.eval(), semantic)
-    train = extract_features(probed, labelled(cfg, data / 'train', STUDENT_IMAGES), 'Features')
-    test = extract_features(probed, labelled(cfg, data / 'test', TEST_IMAGES), 'Features')
-    ends = np.cumsum(list(probed.widths.values()))[:-1]
-    parts = [dict(zip(probed.widths, np.split(features, ends, axis=1), strict=True)) for features, _ in (train, test)]
+    """Top-1 accuracies in percent, by the names of ``MEASURES``.
+
+    Args:
+        model: A MILAN, or the teacher.
+        classes: Text embeddings of the classes [K, C].
+        cfg: The config of the run.
+        data: Folder with ``train`` and ``test``.
+        semantic: Also measure semantic-aware probing.
+    """
+    encoder = ProbedEncoder(model.eval(), semantic)
+    train = extract_features(encoder, labelled_images(cfg, data / 'train', STUDENT_IMAGES), 'Features')
+    test = extract_features(encoder, labelled_images(cfg, data / 'test', TEST_IMAGES), 'Features')
+    ends = np.cumsum(list(encoder.widths.values()))[:-1]
+    parts = [dict(zip(encoder.widths, np.split(features, ends, axis=1), strict=True)) for features, _ in (train, test)]
 
     def split(name: str, step: int = 1) -> tuple[Split, Split]:
         """Every ``step``-th training image of each class, and all test images."""
@@ -131,14 +144,14 @@ def measure(model: nn.Module, classes: Tensor, cfg: Config, data: Path, semantic
         measures[f'k-NN{suffix}'] = knn_accuracy(*split(token))
     if semantic:
         measures['linear probe, semantic-aware'] = linear_probe_accuracy(*split('semantic'))
-    if 'joint' in probed.widths:
+    if 'joint' in encoder.widths:
         scores = parts[1]['joint'] @ classes.numpy().T
         measures['zero-shot'] = float((scores.argmax(1) == test[1]).mean())
     return {name: round(100 * value, 2) for name, value in measures.items()}
 
 
 def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
-    """Train and measure; the line of the results file, without the study's name."""
+    """Train and measure; returns the line of the results file, without the id of the study."""
     torch.set_num_threads(1)
     if arm == 'teacher':
         write_captions(data, work_dir / 'captions.csv')
@@ -160,7 +173,7 @@ def run(arm: str, seed: int, data: Path, work_dir: Path) -> dict:
 
 
 def count_gflops(model: nn.Module, cfg: Config) -> float:
-    """GFLOP of a training step, forward and backward, for one image."""
+    """GFLOP per image of a training step, forward and backward."""
     size = cfg.model.backbone.img_size
     with counted_flops() as counter:
         model.loss(torch.randn(4, 3, size, size))['loss'].backward()

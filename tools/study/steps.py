@@ -1,4 +1,4 @@
-"""Training steps of all arms, timed in turns in one process."""
+"""Time the training steps of all arms in turns, in one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from arms import read_arm
@@ -21,22 +22,22 @@ from rich.table import Table
 from mmmilan.files import write_text
 
 
-def random_teacher(path: str) -> None:
-    """A teacher of the study's size; time does not depend on its weights."""
+def save_random_teacher(path: str) -> None:
+    """Save a teacher of the study's size with random weights, which do not affect the time."""
     cfg = read_arm('teacher')
     torch.save(MODELS.build(cfg.model).state_dict(), path)
 
 
 def time_steps(args: argparse.Namespace) -> None:
-    """Print, and write to ``args.json``, the milliseconds of an image of each arm: median of rounds with quartiles.
+    """Print, and write to ``args.json``, the milliseconds per image of each arm: median and quartiles over rounds.
 
-    A round is the step of each arm on a batch as its config has it; images are on the device already.
+    In a round, each arm takes one step on a batch of its config's size; the images are on the device already.
     """
     torch.set_num_threads(1)
     init_default_scope('mmpretrain')
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     with tempfile.NamedTemporaryFile(suffix='.pth') as file:
-        random_teacher(file.name)
+        save_random_teacher(file.name)
         steps = {arm: training_step(arm, file.name) for arm in args.arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in steps}
     for i in track(range(args.rounds + 1), 'Rounds', transient=True):
@@ -50,7 +51,7 @@ def time_steps(args: argparse.Namespace) -> None:
         quartiles = statistics.quantiles(values, n=4)
         epochs = read_arm(arm).train_cfg.max_epochs
         figures[arm] = dict(ms_per_image=1e3 * quartiles[1], quartiles=[1e3 * q for q in quartiles], epochs=epochs)
-    table = Table('arm', 'ms an image', 'quartiles', 'epochs', title='CPU time of a training step, one thread')
+    table = Table('arm', 'ms per image', 'quartiles', 'epochs', title='CPU time of a training step, one thread')
     for arm, row in figures.items():
         low, _, high = row['quartiles']
         table.add_row(arm, f'{row["ms_per_image"]:.2f}', f'{low:.2f} to {high:.2f}', str(row['epochs']))
@@ -59,8 +60,8 @@ def time_steps(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(figures, indent=2) + '\n')
 
 
-def training_step(arm: str, teacher: str) -> tuple:
-    """A step of an arm, to be called, and its number of images."""
+def training_step(arm: str, teacher: str) -> tuple[Callable, int]:
+    """A function that takes a training step of an arm, and the number of images in the step."""
     cfg = read_arm(arm)
     if cfg.model.head.get('teacher'):
         cfg.model.head.teacher.pretrained = teacher

@@ -1,10 +1,10 @@
-"""A small reproduction of the paper on real photographs: arms times seeds, measured, as a table and a figure.
+"""A small reproduction of the paper on real photographs: several arms and seeds, with a table and a figure.
 
-python tools/study/study.py run --data data/cifar10 --work-dir work_dirs/study    # goes on where it was stopped
+python tools/study/study.py run --data data/cifar10 --work-dir work_dirs/study    # run it again to resume
 python tools/study/study.py report --results work_dirs/study/results.jsonl --out work_dirs/study
-python tools/study/study.py time --json work_dirs/study/time.json                 # training steps of all arms, in turns
+python tools/study/study.py time --json work_dirs/study/time.json                 # time training steps of all arms
 
---data is a folder of images, train/CLASS/* and test/CLASS/*. arms.py says what is compared.
+--data is a folder of images, train/CLASS/* and test/CLASS/*. arms.py defines the arms.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         '--data', type=Path, default=Path('data/cifar10'), help='folder with train/CLASS and test/CLASS'
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='folder of the runs')
-    parser.add_argument('--results', type=Path, help='JSON lines, one a run; default: results.jsonl in the work dir')
+    parser.add_argument('--results', type=Path, help='JSON lines, one per run; default: results.jsonl in the work dir')
     parser.add_argument('--arms', nargs='+', metavar='ARM', help='only these (default: all)')
     parser.add_argument('--seeds', nargs='+', type=int, default=list(SEEDS))
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
@@ -48,40 +48,41 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; none if there is no file.
+    """The lines of a results file; [] if there is no file.
 
     Raises:
-        InputError: a line is not whole, or of another study.
+        InputError: a line is not complete JSON, or belongs to another study.
     """
     lines, this_study = [], study_id()
     for number, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            raise InputError(f'{path}, line {number}, is not whole JSON; remove the line.') from error
+            raise InputError(f'{path}, line {number}, is not complete JSON; remove the line.') from error
         if lines[-1].get('study') != this_study:
             raise InputError(
-                f'{path}, line {number}, is of study {lines[-1].get("study")} and this is {this_study} (other arms '
-                'or other configs); name another file.'
+                f'{path}, line {number}, is of study {lines[-1].get("study")}, not of {this_study} (other arms or '
+                'other configs); name another file.'
             )
     return lines
 
 
 def start(arm: str, seed: int, args: argparse.Namespace) -> subprocess.Popen:
-    """A run in a process of its own, of one thread; it writes its line to a file of its own."""
+    """Start a run in its own process with one thread; it writes its line to its own file."""
     command = [sys.executable, __file__, 'one', '--data', args.data, '--work-dir', args.work_dir]
     command += ['--arms', arm, '--seeds', seed, '--results', line_path(arm, seed, args)]
-    log = open(args.work_dir / 'log.txt', 'a', encoding='utf-8')  # noqa: SIM115 (the process's own)
+    log = open(args.work_dir / 'log.txt', 'a', encoding='utf-8')  # noqa: SIM115 (the process keeps it open)
     environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
 
 
 def line_path(arm: str, seed: int, args: argparse.Namespace) -> Path:
+    """The file to which a run writes its line."""
     return args.work_dir / 'lines' / f'{arm}-{seed}.json'
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """All runs that have no line yet, in the order of seeds; the teacher first, alone."""
+    """Run everything that has no line yet: the teacher first, alone, then the arms seed by seed."""
     for name in ('train', 'test'):
         if not (args.data / name).is_dir():
             raise InputError(f'The folder {args.data / name} does not exist; --data needs train/CLASS and test/CLASS.')
@@ -110,11 +111,15 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def finish(run: tuple[str, int], process: subprocess.Popen, args: argparse.Namespace) -> dict:
-    """The line of a run that has ended."""
+    """The line of a run that has ended.
+
+    Raises:
+        InputError: the run failed.
+    """
     if process.returncode:
         raise InputError(
-            f'The run {run[0]}, seed {run[1]}, failed (status {process.returncode}); {args.work_dir / "log.txt"} says '
-            'why, and the same command goes on from there.'
+            f'The run {run[0]}, seed {run[1]}, failed (status {process.returncode}); read {args.work_dir / "log.txt"}, '
+            'then run the same command to resume.'
         )
     return json.loads(line_path(*run, args).read_text(encoding='utf-8'))
 

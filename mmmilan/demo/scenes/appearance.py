@@ -1,4 +1,4 @@
-"""What things look like: outlines, patterns, colours and backgrounds."""
+"""The appearance of objects and backgrounds: outlines, patterns, colours and textures."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ CREAM: Colour = (0.98, 0.96, 0.90)  # the second colour of a pattern
 
 
 def polar(radius: float | list[float], angle: Array) -> Array:
+    """Points [K, 2] at these radii and angles."""
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 def regular(corners: int, radius: float = 1.0) -> Array:
+    """The corners [corners, 2] of a regular polygon."""
     return polar(radius, np.arange(corners) * 2 * np.pi / corners)
 
 
 def repeated(radii: list[float], angles: list[float], times: int) -> Array:
-    """The corners (radii, angles) repeated ``times`` around the centre."""
+    """The corners at (radii, angles), repeated ``times`` around the centre: [times * len(radii), 2]."""
     turns = np.arange(times)[:, None] * 2 * np.pi / times
     return polar(np.tile(radii, times), (turns + angles).ravel())
 
 
 def crescent() -> Array:
-    """The unit disc less the disc of radius 0.8 around (0.5, 0)."""
+    """The unit disc without the disc of radius 0.8 around (0.5, 0)."""
     x = (1 - 0.8**2 + 0.5**2) / (2 * 0.5)  # where the circles meet
     outer, inner = np.arccos(x), np.arccos((x - 0.5) / 0.8)
     bite = polar(0.8, np.linspace(2 * np.pi - inner, inner, 40)) + (0.5, 0)
@@ -111,7 +113,7 @@ def wooden(u: Array, v: Array, rgb: Colour, rng: Rng) -> Array:
 
 
 PATTERNS: dict[str, Callable] = {f.__name__: f for f in (checkered, dotted, metallic, striped, wooden)}
-# Colour and pattern; in alphabetical order, as readers of image folders number the classes.
+# Kind -> colour and pattern; in alphabetical order, in which readers of image folders number the classes.
 KINDS = {
     'candy': ('red', 'striped'),
     'frog': ('green', 'dotted'),
@@ -129,7 +131,7 @@ KINDS = {
 
 
 def noise(size: int, columns: int, rows: int, rng: Rng) -> Array:
-    """Smooth noise in about [0, 1] with the given number of cells across and down."""
+    """Smooth noise [size, size] in about [0, 1], with this number of columns and rows of random cells."""
     cells = rng.random((rows, columns), dtype=np.float32)
     return cv2.resize(cells, (size, size), interpolation=cv2.INTER_CUBIC)
 

@@ -1,4 +1,4 @@
-"""The files of the data set: images, COCO instances, label maps, captions."""
+"""Write the data set: images, COCO instances, label maps and captions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mmmilan.demo.scenes.appearance import KINDS, SEMANTIC_CLASSES, Array
 from mmmilan.demo.scenes.drawing import Scene, make_scene
 from mmmilan.errors import InputError
 
-VERSION = 2  # raise it whenever the same seed no longer gives the same files
+VERSION = 2  # increase it whenever the same seed no longer gives the same files
 
 
 def polygons(mask: Array) -> list[list[float]]:
-    """COCO polygons that decode to exactly this mask (bool [H, W]), one for each part.
+    """COCO polygons that decode to exactly this mask (bool [H, W]), one per connected part.
 
-    Outlines are traced on the mask at twice its size, a quarter of a pixel inside its edge. COCO
-    polygons have no holes: a mask with a hole is cut in two along a column through it.
+    Outlines are traced on the mask at twice its size, a quarter of a pixel inside its edge. COCO polygons have no
+    holes, so a mask with a hole is cut in two along a column through the hole.
     """
     doubled = mask.repeat(2, axis=0).repeat(2, axis=1).astype(np.uint8)
     outlines, links = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -56,28 +56,23 @@ def coco_annotations(scene: Scene, instances: Array) -> list[dict]:
 
 
 def semantic_map(scene: Scene, instances: Array) -> Array:
-    """Index into ``SEMANTIC_CLASSES`` of each pixel, uint8 [H, W]."""
+    """The label map of a scene: an index into ``SEMANTIC_CLASSES`` for each pixel, uint8 [H, W]."""
     names = [scene.background, *(item.kind for item in scene.objects)]
     return np.array([SEMANTIC_CLASSES.index(name) for name in names], np.uint8)[instances]
 
 
 def write_image(path: Path, image: Array) -> None:
-    """Writes a BGR image as JPEG (colour at full resolution) or a label map as PNG."""
+    """Write a BGR image as JPEG without chroma subsampling, or a label map as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = (
-        []
-        if path.suffix == '.png'
-        else [
-            cv2.IMWRITE_JPEG_QUALITY,
-            92,
-            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-        ]
-    )
+    options = []
+    if path.suffix != '.png':
+        options = [cv2.IMWRITE_JPEG_QUALITY, 92]
+        options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     path.write_bytes(cv2.imencode(path.suffix, image, options)[1])
 
 
 def write_split(pool: Executor, folder: Path, split: str, num_images: int, image_size: int, seed: int) -> None:
+    """Draw and write the scenes of a split."""
     coco = {
         'info': {'description': f'Scenes drawn by mmmilan, {split} split'},
         'images': [],
@@ -104,7 +99,11 @@ def write_split(pool: Executor, folder: Path, split: str, num_images: int, image
 
 
 def is_written(root: Path, meta: dict) -> bool:
-    """Whether ``root`` already is the set that ``meta`` describes."""
+    """Whether ``root`` already holds the data set with the parameters ``meta``.
+
+    Raises:
+        InputError: it holds something else.
+    """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
@@ -123,12 +122,12 @@ def is_written(root: Path, meta: dict) -> bool:
 
 
 def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96, seed: int = 0) -> None:
-    """Writes a data set of scenes, whole or not at all, or reuses the same one.
+    """Write a data set of scenes, whole or not at all; reuse it if it is there already.
 
-    Under ``root``: ``{train,val}/<class>/<id>.jpg``, ``annotations/instances_{train,val}.json``
-    (COCO), ``semantic/{train,val}/<class>/<id>.png`` with ``semantic/classes.json`` (index =
-    label), ``captions_{train,val}.csv`` (columns image, caption; two rows an image) and
-    ``meta.json`` (the parameters). File names are relative to the folder of the split.
+    The files below ``root`` are ``{train,val}/<class>/<id>.jpg``, ``annotations/instances_{train,val}.json`` (COCO),
+    ``semantic/{train,val}/<class>/<id>.png`` with ``semantic/classes.json`` (index = label),
+    ``captions_{train,val}.csv`` (columns image, caption; two rows per image) and ``meta.json`` (the parameters). File
+    names in them are relative to the folder of the split.
 
     Args:
         root: folder to write; it may exist if it is empty or holds the same set.
@@ -138,8 +137,7 @@ def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96,
         seed: image i of a split depends only on the seed, the split, i and the image size.
 
     Raises:
-        InputError: on parameters out of range, a folder with something else in it, or a folder
-            that cannot be written.
+        InputError: a parameter is out of range, or the folder holds something else or cannot be written.
     """
     root = Path(root)
     meta = {'version': VERSION, 'num_train': num_train, 'num_val': num_val, 'image_size': image_size, 'seed': seed}

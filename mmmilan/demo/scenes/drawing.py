@@ -1,4 +1,4 @@
-"""A scene: what is in it, what its captions say, and its picture."""
+"""A scene: its objects, its captions and its image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class SceneObject:
     """One object; lengths and positions are fractions of the image side.
 
     Attributes:
-        kind, shape: keys of ``KINDS`` and ``SHAPES``.
+        kind: a key of ``KINDS``.
+        shape: a key of ``SHAPES``.
         rgb: the colour after jitter.
         centre: x and y of the centre of the circumscribed circle.
         radius: radius of that circle.
@@ -49,8 +50,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A key of ``BACKGROUNDS``, the direction of the light in radians, and the objects from back
-    to front, the main object first."""
+    """The content of a scene.
+
+    Attributes:
+        background: a key of ``BACKGROUNDS``.
+        light: direction of the light in radians.
+        objects: the objects from back to front, the main object first.
+    """
 
     background: str
     light: float
@@ -61,7 +67,7 @@ class Scene:
 
 
 def sample_place(rng: Rng, radius: float, others: tuple[SceneObject, ...]) -> tuple[float, float] | None:
-    """A centre wholly inside the image that hides little of the others; None if 100 tries find no room."""
+    """Sample a centre for an object that lies inside the image and hides little of others; None after 100 failures."""
     for centre in rng.uniform(radius, 1 - radius, (100, 2)):
         if all(np.hypot(*(centre - other.centre)) >= other.radius + 0.3 * radius for other in others):
             return tuple(map(float, centre))
@@ -69,6 +75,7 @@ def sample_place(rng: Rng, radius: float, others: tuple[SceneObject, ...]) -> tu
 
 
 def sample_object(rng: Rng, kind: str, radius: float, centre: tuple[float, float]) -> SceneObject:
+    """Sample shape, colour and angle of an object."""
     hue, saturation, value = COLOURS[KINDS[kind][0]] + rng.uniform(-1, 1, 3) * (0.012, 0.03, 0.05)
     rgb = colorsys.hsv_to_rgb(hue % 1, saturation, min(value, 1.0))
     angle = rng.uniform(-1, 1) * np.pi / 4
@@ -76,7 +83,7 @@ def sample_object(rng: Rng, kind: str, radius: float, centre: tuple[float, float
 
 
 def sample_scene(rng: Rng, kind: str) -> Scene:
-    """Draws everything but the kind of the main object."""
+    """Sample everything except the kind of the main object."""
     background = str(rng.choice(list(BACKGROUNDS)))
     radius = rng.uniform(0.2, 0.32)
     objects = (sample_object(rng, kind, radius, sample_place(rng, radius, ())),)
@@ -90,7 +97,7 @@ def sample_scene(rng: Rng, kind: str) -> Scene:
 
 
 def captions(scene: Scene, rng: Rng) -> list[str]:
-    """Two captions: a short one of the main object, and one of all objects and where they are."""
+    """Two captions: a short one of the main object, and one of all objects and the background."""
 
     def phrase(item: SceneObject, size: str = '') -> str:
         words = ' '.join(filter(None, [size, item.kind, rng.choice(['', item.shape])]))
@@ -112,14 +119,14 @@ def captions(scene: Scene, rng: Rng) -> list[str]:
 
 
 def fixed_point(loops: list[Array]) -> list[Array]:
-    """OpenCV's outlines: in 1/16 pixels, with pixel centres at whole numbers."""
+    """Outlines in OpenCV's fixed-point coordinates: 1/16 pixels, with pixel centres at whole numbers."""
     return [np.rint(16 * (loop - 0.5)).astype(np.int32) for loop in loops]
 
 
 def coverage(loops: list[Array], shape: tuple[int, int]) -> Array:
-    """How much of each pixel lies inside the outlines, float32 [H, W], in [0, 1].
+    """The fraction of each pixel that lies inside the outlines, float32 [H, W], in [0, 1].
 
-    ``fillPoly`` fills every pixel that an outline touches, so the filling is done four times finer.
+    ``fillPoly`` fills every pixel that an outline touches, so the outlines are filled at four times the resolution.
     """
     fine = np.zeros((4 * shape[0], 4 * shape[1]), np.uint8)
     cv2.fillPoly(fine, fixed_point([4 * loop for loop in loops]), 255, shift=4)
@@ -127,16 +134,16 @@ def coverage(loops: list[Array], shape: tuple[int, int]) -> Array:
 
 
 def paint(canvas: Array, item: SceneObject, light: float, rng: Rng) -> Array:
-    """Draws one object and its shadow onto the canvas, in place.
+    """Draw an object and its shadow onto the canvas, in place.
 
     Args:
         canvas: RGB, float32 [size, size, 3].
         item: the object.
-        light: direction the light comes from, in radians.
-        rng: source of the pattern's chance.
+        light: direction of the light in radians.
+        rng: random numbers for the pattern.
 
     Returns:
-        How much of each pixel it covers, float32 [size, size], in [0, 1].
+        The fraction of each pixel that the object covers, float32 [size, size], in [0, 1].
     """
     size = len(canvas)
     centre, radius = size * np.array(item.centre), size * item.radius
@@ -165,11 +172,11 @@ def paint(canvas: Array, item: SceneObject, light: float, rng: Rng) -> Array:
 
 
 def render(scene: Scene, image_size: int, rng: Rng) -> tuple[Array, Array]:
-    """Draws a scene.
+    """Draw a scene.
 
     Returns:
-        The RGB image, uint8 [image_size, image_size, 3], and which object each pixel shows, uint8
-        [image_size, image_size]: 0 for the background, k for ``scene.objects[k - 1]``.
+        The RGB image, uint8 [image_size, image_size, 3], and its instance map, uint8 [image_size, image_size]: 0 for
+        the background, k for ``scene.objects[k - 1]``.
     """
     shape = (image_size, image_size)
     canvas = BACKGROUNDS[scene.background](SUPERSAMPLING * image_size, rng)
@@ -188,10 +195,9 @@ def render(scene: Scene, image_size: int, rng: Rng) -> tuple[Array, Array]:
 
 
 def make_scene(seed: int, split: str, index: int, image_size: int = 96) -> tuple[Scene, list[str], Array, Array]:
-    """Scene, captions, image and instance map of one entry; see :func:`render`.
+    """Scene, captions, image and instance map of one image of the data set; see :func:`render`.
 
-    The scene and its captions depend on (seed, split, index) only. Classes take turns, so that
-    every split is balanced.
+    The scene and its captions depend only on (seed, split, index). Classes alternate, so that every split is balanced.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, list(KINDS)[index % len(KINDS)])

@@ -9,7 +9,7 @@ import torch
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from mmmilan.datasets.target_cache import TargetCache, as_plain
+from mmmilan.datasets.target_cache import TargetCache, as_json
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 
@@ -34,7 +34,7 @@ class CachedTeacher(nn.Module):
         super().__init__()
         self.folder = cache
         manifest = TargetCache(cache).manifest
-        if of is not None and as_plain(of) != manifest['teacher']:
+        if of is not None and as_json(of) != manifest['teacher']:
             raise InputError(
                 f'The cache {cache} comes from the teacher {json.dumps(manifest["teacher"])}, and head.teacher.of '
                 'names another; make them equal, or make the cache again.'

@@ -1,4 +1,4 @@
-"""What figures compare: encoders of any layout, and teachers; class token and its attention of each image."""
+"""The models that figures compare: encoders in any layout, and teachers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from mmmilan.api.models import get_model, is_checkpoint, read_config
 from mmmilan.errors import InputError
-from mmmilan.models.attention import class_attention
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
+from mmmilan.visualization.attention import record_attention
 
 # Normalised images [B, 3, H, W] -> features [B, D] and attention of the class token in the last block [B, N].
-Source = Callable[[Tensor], tuple[Tensor, Tensor]]
+ComparedModel = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def load_source(config: str | os.PathLike, name: str, device: str) -> Source:
-    """A model to compare.
+def load_compared_model(config: str | os.PathLike, name: str, device: str) -> ComparedModel:
+    """Load a model to compare.
 
     Args:
-        config: the config that says how encoders are built; its teacher is meant by 'teacher'.
+        config: the config that says how encoders are built; 'teacher' is the teacher of this config.
         name: a checkpoint in any layout (file, URL or name of the zoo), ``teacher``, ``timm:MODEL`` or
             ``open_clip:MODEL:TAG``.
         device: where to put it.
@@ -33,53 +33,52 @@ def load_source(config: str | os.PathLike, name: str, device: str) -> Source:
     """
     kind, _, rest = name.partition(':')
     if kind == 'timm':
-        return as_source(MODELS.build(dict(type='mmmilan.TimmTeacher', model=rest)), device)
+        return compare_teacher(MODELS.build(dict(type='mmmilan.TimmTeacher', model=rest)), device)
     if kind == 'open_clip':
         model, _, tag = rest.partition(':')
-        return as_source(MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)), device)
+        teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag))
+        return compare_teacher(teacher, device)
     if name == 'teacher':
         teacher = read_config(config).model.get('head', {}).get('teacher')
         if teacher is None:
             raise InputError(f'{config} has no teacher to compare; leave teacher out, or give a config that has one.')
-        return as_source(MODELS.build(teacher), device)
-    return EncoderSource(get_model(config, name, device=device).backbone)
+        return compare_teacher(MODELS.build(teacher), device)
+    return ComparedEncoder(get_model(config, name, device=device).backbone)
 
 
 def title_of(name: str) -> str:
-    """What a figure calls a model: the name without folders and ending."""
+    """What a figure calls a model: its name without folders and file extension."""
     if is_checkpoint(name):
         return Path(name).stem
     return name.partition(':')[2] or name
 
 
-def as_source(teacher: Teacher, device: str) -> Source:
-    """A teacher, whose importance is the attention that is asked for."""
+def compare_teacher(teacher: Teacher, device: str) -> ComparedModel:
+    """A teacher as a model to compare; its importance is the attention of its class token."""
     teacher = teacher.to(device).eval()
 
-    def source(images: Tensor) -> tuple[Tensor, Tensor]:
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
         features, importance = teacher(images)
         return features[:, 0], importance
 
-    return source
+    return run
 
 
-class EncoderSource:
-    """A ViT of mmpretrain's kind, such as :class:`MILANViT`.
+class ComparedEncoder:
+    """A ViT of mmpretrain's kind, such as :class:`MILANViT`, as a model to compare.
 
-    Features are what stands before a linear head: the class token, or the mean of the patch tokens where the encoder
-    was trained with it.
+    The features are the input of a linear head: the class token, or the mean of the patch tokens if the encoder was
+    trained with it.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         self.mean = backbone.out_type == 'avg_featmap'
         backbone.out_type = 'raw'
-        self.inputs: list[Tensor] = []
-        backbone.layers[-1].ln1.register_forward_hook(lambda module, args, output: self.inputs.append(output))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.backbone(images)[-1]
+        with record_attention(self.backbone) as attention:
+            tokens = self.backbone(images)[-1]
         features = self.backbone.ln2(tokens[:, 1:].mean(1)) if self.mean else tokens[:, 0]
-        attn = self.backbone.layers[-1].attn
-        return features, class_attention(self.inputs.pop(), attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+        return features, attention[0]

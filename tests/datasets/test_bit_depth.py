@@ -1,4 +1,4 @@
-"""Grey images, images of 16 bits, and those that are none of ours."""
+"""Grey images, 16-bit images, and images that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmmilan.api.inference import from_pil
 from mmmilan.datasets import CorruptImageError, LoadRandomResizedCrop
+from mmmilan.datasets.bit_depth import warn_dark
 from mmmilan.datasets.decoding import decode
-from mmmilan.datasets.depth import warn_dark
 from mmmilan.errors import InputError
 
 
@@ -111,7 +111,8 @@ def test_other_channels(channels, dtype):
 
 def test_numbers_that_are_no_pixels():
     for image, kind in ((random_image(9, 7, 1).astype(np.float32), 3), (random_image(9, 7, 1).astype(np.int16), 2)):
-        with pytest.raises(InputError, match='depth.tif holds no unsigned numbers of 8 or 16 bits; convert it to them'):
+        message = 'depth.tif does not hold unsigned integers of 8 or 16 bits; convert it to them'
+        with pytest.raises(InputError, match=message):
             decode(tiff(image, kind), 'depth.tif')
 
 
