@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import runpy
@@ -9,6 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,16 +24,22 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from helpers import ROOT, TINY_ARCH
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 
 torch.set_num_threads(1)  # the models here are too small for more
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for a GPU are skipped without one."""
+    """Skip tests for a GPU on a machine without one."""
     for item in items:
         if item.get_closest_marker('gpu') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
+
+def pytest_collection_finish() -> None:
+    """Leave imported modules out of garbage collections, of which MMEngine starts one for each data set."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -164,6 +172,14 @@ def image_folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    """Ten drawn scenes of 48 pixels for training and ten for validation, with annotations for every task."""
+    root = tmp_path_factory.mktemp('data') / 'scenes'
+    write_scenes(root, 10, 10, image_size=48)
+    return root
+
+
 @pytest.fixture
 def tiny_config(milan_cfg, image_folder, tmp_path):
     """Writes a config file: the base config in the sizes of the recorded run, 2 epochs of 6 steps on the 24 images.
@@ -176,7 +192,7 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
         cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
         cfg.model = milan_cfg | dict(data_preprocessor=cfg.model.data_preprocessor)
         for loader in ('train_dataloader', 'test_dataloader'):
-            # workers that persist take 5 s each to end when the garbage collector meets them in this process
+            # persistent workers take 5 s each to end when the garbage collector frees them in this process
             cfg[loader].update(batch_size=4, num_workers=2, persistent_workers=False)
             cfg[loader].dataset.data_root = str(image_folder)
         cfg.train_dataloader.dataset.pipeline[0].scale = 64
@@ -192,7 +208,7 @@ def tiny_config(milan_cfg, image_folder, tmp_path):
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
         cfg.work_dir = str(tmp_path / 'work')
         cfg.merge_from_dict(changes or {})
-        # MMEngine keeps loggers by the name of the experiment, which is that of the file
+        # MMEngine keeps one logger for each name of a config file
         path = tmp_path / f'{tmp_path.name}_{next(numbers)}.py'
         cfg.dump(path)
         return path
@@ -254,17 +270,17 @@ def labelled_images(tmp_path) -> Path:
 
 @pytest.fixture
 def run_tool(monkeypatch):
-    """Runs a script of tools/ in this process, as the command line would.
+    """Run a script of tools/ in this process, as the command line would.
 
     MMEngine names logs by the second of the start, so each run starts in a second of its own.
     """
-    last_start = 0
+    second = 0
 
     def run(script: str, *args: object) -> None:
-        nonlocal last_start
-        while int(time.time()) == last_start:
-            time.sleep(0.02)
-        last_start = int(time.time())
+        nonlocal second
+        second = max(second + 1, int(time.time()))
+        clock = SimpleNamespace(time=lambda: second, localtime=time.localtime, strftime=time.strftime)
+        monkeypatch.setattr('mmengine.runner.runner.time', clock)
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # undone after the test, unlike what the script would set

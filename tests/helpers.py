@@ -46,12 +46,15 @@ def real_data(name: str) -> Path:
 # -- tools and runs
 
 
-def run_script(script: str, *args: object) -> str:
-    """Run a shell script of tools/, which must succeed. Returns what it printed."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port))
+        return free.getsockname()[1]
+
+
+def run_script(script: str, *args: object) -> str:
+    """Run a shell script of tools/, which must succeed. Returns what it printed."""
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(free_port()))
     environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
     command = ['bash', ROOT / 'tools' / script, *map(str, args)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -85,20 +88,27 @@ def _be_rank(environment: dict[str, object], target: Callable, args: tuple) -> N
     target(*args)
 
 
-def exit_codes(ranks: list[Process], seconds: float = 60) -> list[int | None]:
-    """Exit codes of ranks; None for a rank that still ran after ``seconds`` and was killed."""
+def exit_codes(processes: list[Process], seconds: float = 240) -> list[int | None]:
+    """Wait for processes to end; the exit code is None for one that had to be killed after some seconds."""
     try:
-        for rank in ranks:
-            rank.join(seconds)
-        return [rank.exitcode for rank in ranks]
+        for process in processes:
+            process.join(seconds)
+        return [process.exitcode for process in processes]
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in processes:
+            process.kill()
+
+
+def exit_code(target: Callable, *args: object, seconds: float = 240, **kwargs: object) -> int | None:
+    """Call ``target`` in a fork of this process and wait for it to end, see :func:`exit_codes`."""
+    process = multiprocessing.get_context('fork').Process(target=target, args=args, kwargs=kwargs)
+    process.start()
+    return exit_codes([process], seconds)[0]
 
 
 def run_group(step: Callable, *args: object) -> None:
     """Two ranks call ``step(*args)`` in a gloo process group; both must succeed."""
-    assert exit_codes(start_ranks(_in_group, step, args), 240) == [0, 0]
+    assert exit_codes(start_ranks(_in_group, step, args)) == [0, 0]
 
 
 def _in_group(step: Callable, args: tuple) -> None:
@@ -110,7 +120,7 @@ def _in_group(step: Callable, args: tuple) -> None:
 def run_script_on_ranks(script: str, processes: int, *args: object) -> None:
     """Run a script of tools/ on several ranks; all must succeed."""
     ranks = start_ranks(_be_script, script, args, processes=processes)
-    assert exit_codes(ranks, 240) == [0] * processes
+    assert exit_codes(ranks) == [0] * processes
 
 
 def _be_script(script: str, args: tuple) -> None:

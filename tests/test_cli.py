@@ -13,7 +13,7 @@ from mmmilan import cli
 
 @pytest.mark.parametrize('name', cli.COMMANDS)
 def test_help_explains_every_parameter(name, capsys):
-    """The page of help is made of signature and docstring, in which nothing may be missing."""
+    """The help is made of signature and docstring; every parameter has a description."""
     module, _, function = cli.COMMANDS[name].partition(':')
     function = getattr(importlib.import_module(module), function)
     explained = {parameter.arg_name: parameter.description for parameter in parse(function.__doc__).params}

@@ -129,7 +129,7 @@ def pipeline(*transforms: dict) -> Compose:
 
 
 def test_masking_in_a_data_pipeline(official, milan_cfg):
-    """importance -> mask -> data sample -> the loss is the one of this mask, and no other's."""
+    """importance -> mask -> data sample -> the loss of this mask and no other."""
     images, importance = official['input'], official['importance'].view(-1, 4, 4).numpy()
     transform = pipeline(dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75))
     raw = np.zeros((64, 64, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Masks drawn for words."""
+"""Masks drawn by similarity to texts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_in_the_algorithm(milan_cfg, maskclip_file, with_attention):
 
 @torch.no_grad()
 def test_where_a_query_pools():
-    """SigLIP's patches are values of its pool already, and these are compared."""
+    """SigLIP's patch features are values of its pooling already, and are compared as they are."""
     teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-SigLIP', pretrained=None)).eval()
     images, seen = torch.randn(1, 3, 224, 224), []
     features, attention = teacher(images)

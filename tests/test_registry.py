@@ -57,7 +57,7 @@ def run_python(code: str, *args: str) -> list[str]:
 
 
 def test_types_are_found_from_every_scope():
-    """In a fresh process without custom_imports, by type='mmmilan.X' alone."""
+    """In a fresh process, by type='mmmilan.X' and without custom_imports."""
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     found = 'PromptingDecoder RandomMasking StepSeedHook ReconstructionLoss ImageFolder BFloat16OptimWrapper LoadImage'
@@ -123,7 +123,7 @@ def test_versions_that_cannot_work(install):
     assert 'onedl-mmengine' not in message and '\n' not in message
 
 
-def test_candidates_of_a_version_that_cannot_work(install):
+def test_release_candidate_of_a_version_that_cannot_work(install):
     install(WORKING | {'onedl-mmcv': '2.4.0rc1'})
     with pytest.raises(InputError, match='mmcv 2.4.0rc1 is outside'):
         check_versions()

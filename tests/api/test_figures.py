@@ -86,7 +86,7 @@ def test_what_is_drawn_of_an_encoder(models):
 
 @torch.no_grad()
 def test_layouts_are_the_same_model(models):
-    """What MAE's, mmpretrain's and timm's files say of an encoder differs in names alone."""
+    """Files of one encoder in the layouts of MAE, mmpretrain and timm give the same output."""
     config, files = models
     weights = load_compared_model(config, str(files['timm']), 'cpu').backbone.state_dict()
     weights = {f'backbone.{key}': value for key, value in weights.items()}
@@ -114,7 +114,7 @@ def test_other_sources(models, clip_file):
 
 
 def test_mean_of_patch_tokens_where_it_was_trained(tiny_config, tmp_path):
-    """A fine-tuned ViT of mmpretrain: what stands before its linear head is the normed mean of the patch tokens."""
+    """A fine-tuned ViT of mmpretrain: the input of its linear head is the normed mean of the patch tokens."""
     arch = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)
     cfg = Config.fromfile(tiny_config())
     backbone = dict(type='VisionTransformer', arch=arch, img_size=64, out_type='avg_featmap', final_norm=False)
@@ -131,7 +131,7 @@ def test_mean_of_patch_tokens_where_it_was_trained(tiny_config, tmp_path):
 
 
 def test_silhouette():
-    """Of two tight classes and of one cloud, which no t-SNE can change."""
+    """It is near 1 for two tight classes and near 0 for one cloud; t-SNE does not change it."""
     labels = np.arange(40) % 2
     tight = np.eye(8)[labels] + 1e-3 * np.random.default_rng(0).normal(size=(40, 8))
     figure = draw_tsne({'tight': tight, 'cloud': np.random.default_rng(1).normal(size=(40, 8))}, labels, ['a', 'b'])

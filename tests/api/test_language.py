@@ -1,4 +1,4 @@
-"""Search, heat maps and zero-shot classification by a checkpoint of one's own, against loops over images."""
+"""Search, heat maps and zero-shot classification by a checkpoint, against the same steps by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def by_hand(checkpoint: Path, files: list[Path], texts: list[str]) -> tuple[Tens
 
 @pytest.fixture
 def photos(image_folder, tmp_path) -> Path:
-    """Six images and a file that is none."""
+    """Six images and a file that does not decode."""
     folder = tmp_path / 'photos'
     folder.mkdir()
     for i in range(6):
@@ -128,7 +128,7 @@ def test_heat_maps(checkpoint, photos, tmp_path):
 
 @torch.no_grad()
 def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_tool, tmp_path, capsys):
-    """Of the function, the command and ``ZeroShotLoop``, by the texts' mean over templates."""
+    """The function, the command and ``ZeroShotLoop`` agree with embeddings averaged over templates by hand."""
     files = sorted(image_folder.rglob('*.jpg'))
     names, templates = ['fish', 'a bird', 'cat'], ['a {}', 'a photo of a {}.']
     images, texts, _ = by_hand(checkpoint, files, [t.format(name) for name in names for t in templates])
@@ -169,7 +169,8 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
             function(*args, **kwargs)
         return str(caught.value)
 
-    assert 'holds no image' in error(mmmilan.search, tmp_path_without_images(tmp_path), 'a', checkpoint)
+    (tmp_path / 'empty').mkdir()
+    assert 'holds no image' in error(mmmilan.search, tmp_path / 'empty', 'a', checkpoint)
     assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', 'a', checkpoint)
     assert error(mmmilan.search, [photos / 'broken.jpg'], 'a', checkpoint).endswith('decodes; give images.')
     assert 'is an empty text; say what to look for' in error(mmmilan.search, photos, '', checkpoint)
@@ -187,8 +188,3 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
     torch.save(dict(state_dict=encoder.state_dict(), meta=dict(cfg=encoder._config.pretty_text)), tmp_path / 'vit.pth')
     message = error(mmmilan.search, photos, 'a', tmp_path / 'vit.pth')
     assert 'is a ImageClassifier; texts need a checkpoint of MILAN or MaskCLIP' in message
-
-
-def tmp_path_without_images(folder: Path) -> Path:
-    (folder / 'empty').mkdir()
-    return folder / 'empty'

@@ -20,7 +20,7 @@ from mmmilan.checkpoints.io import load_checkpoint_file
 
 GUIDE = (ROOT / 'docs/own_images.md').read_text(encoding='utf-8')
 HERE = ['num_workers=0', 'persistent_workers=False']
-# What makes a command of the guide one of seconds, by its beginning.
+# Options that let a command of the guide run in seconds, by how the command begins.
 SMALLER = {
     'mmmilan pretrain': '--arch tiny --teacher clip.pt --epochs 1 --img-size 64 --batch-size 8 '
     '--model.neck.decoder_depth 1 --train_dataloader.num_workers 0 --test_dataloader.num_workers 0 '

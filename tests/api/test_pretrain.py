@@ -22,19 +22,6 @@ from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
 
-ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
-QUICK = {
-    'train_dataloader.num_workers': 0,
-    'train_dataloader.persistent_workers': False,
-    'test_dataloader.num_workers': 0,
-}
-
-
-@pytest.fixture
-def quick(clip_file):
-    """The arguments of a run of seconds."""
-    return dict(arch=ARCH, teacher=clip_file, img_size=64, batch_size=8, epochs=2, **QUICK)
-
 
 def scores_of(folder) -> list[dict]:
     lines = [line for file in sorted(folder.glob('*/vis_data/scalars.json')) for line in file.read_text().splitlines()]
@@ -173,7 +160,7 @@ def test_rectangles(image_folder, quick, tmp_path):
         (dict(resume=True), 'holds no checkpoint'),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(image_folder, quick, tmp_path, monkeypatch, change, message):
+def test_bad_arguments_are_refused_before_the_run(image_folder, quick, tmp_path, monkeypatch, change, message):
     (tmp_path / 'empty').mkdir()
     monkeypatch.chdir(tmp_path / 'empty')
     arguments = {'data': image_folder, **quick, **change}
@@ -192,9 +179,9 @@ def test_teachers_by_name(tmp_path):
     assert teacher_config(str(tmp_path / 'clip.pt'))['pretrained'] == str(tmp_path / 'clip.pt')
 
 
-def test_command(image_folder, clip_file, tmp_path, capfd):
-    changes = [argument for key, value in QUICK.items() for argument in (f'--{key}', str(value))]
-    command = ['pretrain', image_folder, '--out', tmp_path / 'run', '--arch', 'tiny', '--teacher', clip_file]
+def test_command(image_folder, quick, tmp_path, capfd):
+    changes = [argument for key in quick if '.' in key for argument in (f'--{key}', str(quick[key]))]
+    command = ['pretrain', image_folder, '--out', tmp_path / 'run', '--arch', 'tiny', '--teacher', quick['teacher']]
     options = ['--epochs', 1, '--img-size', 64, 80, '--model.neck.decoder_depth=1', *changes]
     cli.main([*map(str, command), *map(str, options)])
     printed = capfd.readouterr().out

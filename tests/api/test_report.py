@@ -1,4 +1,4 @@
-"""The page that says whether pretraining helped."""
+"""The report page, which says whether pretraining helped."""
 
 from __future__ import annotations
 
@@ -18,18 +18,11 @@ from mmmilan.evaluation.representation import rankme
 from mmmilan.visualization.page import Page, best_cells
 from mmmilan.visualization.pictures import nearest_neighbours, read_scalars
 
-ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
-QUICK = {
-    'train_dataloader.num_workers': 0,
-    'train_dataloader.persistent_workers': False,
-    'test_dataloader.num_workers': 0,
-}
 
-
-def test_from_a_run_to_a_page(image_folder, clip_file, tmp_path):
-    arguments = dict(arch=ARCH, teacher=clip_file, img_size=64, batch_size=8, epochs=1, **QUICK)
-    first = mmmilan.pretrain(image_folder, tmp_path / 'a', **arguments)
-    second = mmmilan.pretrain(image_folder, tmp_path / 'b', start=str(first), **arguments)
+def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
+    quick['epochs'] = 1
+    first = mmmilan.pretrain(image_folder, tmp_path / 'a', **quick)
+    second = mmmilan.pretrain(image_folder, tmp_path / 'b', start=str(first), **quick)
     page = mmmilan.report(second, image_folder, tmp_path / 'report.html').read_text()
     verdicts = re.findall(r'class="verdict">(Pretraining [^<]+)', page)
     assert len(verdicts) == 1 and 'with starting point' in verdicts[0] and '95 % interval' in verdicts[0]
@@ -103,7 +96,7 @@ def test_a_resumed_run_continues_the_curve(tmp_path):
 @pytest.mark.skipif(not shutil.which('chromium'), reason='needs Chromium')
 @pytest.mark.parametrize('width', [500, 1200])
 def test_in_a_browser(tmp_path, width):
-    """Black on white on a light screen; nothing runs out of it to the right."""
+    """In light mode the page is dark on white, and nothing overflows to the right."""
     rng = np.random.default_rng(0)
     page = Page('Title', 'lead ' * 50)
     page.table(['encoder', *'abcdefgh'], [[f'row {i}', *(f'{i}.{j}\n1 to 2' for j in range(8))] for i in range(3)])

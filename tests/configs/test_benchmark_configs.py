@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from torch import nn
 
-from helpers import ROOT, assert_close, check_layer_decay, own_settings, restated
+from helpers import ROOT, check_layer_decay, own_settings, restated
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.registry import MODELS
 
@@ -48,7 +48,7 @@ def test_sibling_states_only_its_difference(name):
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 @pytest.mark.parametrize('name', CONFIGS)
-def test_real_size(name, on_meta):  # noqa: F811
+def test_real_size(name, on_meta):
     """The whole model, on a tensor of the recipe's size, without memory."""
     cfg = read(name)
     model = MODELS.build(cfg.model)
@@ -128,7 +128,7 @@ def test_patches_of_semantic_aware_probing(on_meta):
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 @pytest.mark.parametrize('name', LINEAR)
-def test_linear_probe_recipe(name, on_meta):  # noqa: F811
+def test_linear_probe_recipe(name, on_meta):
     """Appendix A.1: LARS on the linear layer alone, the rest frozen, no augmentation but crop and flip."""
     cfg = read(name)
     size = size_of(name)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -15,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from helpers import real_data, ROOT, own_settings, restated
+from helpers import ROOT, own_settings, real_data, restated
 from mmmilan.masking import RandomMasking, SemanticAwareMasking
 from mmmilan.models import MILAN, CLIPTarget, LinearProjection, MAEDecoder, PixelTarget, PromptingDecoder
 from mmmilan.registry import MODELS

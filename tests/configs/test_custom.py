@@ -1,4 +1,4 @@
-"""One's own images: the config for them, set through the shell as the README says."""
+"""The configs for one's own images, set by environment variables as in the README."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def own_encoder(tmp_path):
 
 
 BENCHMARKS = ROOT / 'configs/milan/benchmarks'
-HERE = 'num_workers=0 persistent_workers=False'.split()
+HERE = ['num_workers=0', 'persistent_workers=False']
 
 
 def test_nearest_neighbours_on_ones_own_folder(labelled, own_encoder, run_tool, tmp_path, monkeypatch):

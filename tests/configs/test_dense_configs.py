@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
 
-from helpers import real_data, ROOT, own_settings, restated
+from helpers import ROOT, own_settings, real_data, restated
 from mmmilan.registry import MODELS
 
 FOLDERS = ('detection', 'segmentation')

@@ -52,7 +52,7 @@ PARTS = {
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 @pytest.mark.parametrize('name', PARTS)
-def test_ablation_at_its_real_size(name, on_meta):  # noqa: F811
+def test_ablation_at_its_real_size(name, on_meta):
     model = build(CONFIGS[f'{name}{SUFFIX}'])
     assert sum(p.numel() for p in model.backbone.parameters()) == 85_798_656
     assert sum(p.numel() for p in model.text.parameters()) == 63_428_096  # as in OpenAI's ViT-B/16
@@ -92,7 +92,7 @@ def test_recipe():
     assert lengths == [text.context_length]
 
 
-def test_weight_decay_on_weights_alone(on_meta):  # noqa: F811
+def test_weight_decay_on_weights_alone(on_meta):
     """None on norms, biases, tokens, positions and temperature; sine-cosine positions are not trained at all."""
     cfg = Config.fromfile(CONFIGS[BASE])
     model = build(CONFIGS[BASE])
@@ -108,7 +108,7 @@ def test_weight_decay_on_weights_alone(on_meta):  # noqa: F811
     assert not decay
 
 
-def test_mean_teacher_is_in_no_parameter_group(on_meta):  # noqa: F811
+def test_mean_teacher_is_in_no_parameter_group(on_meta):
     model = build(CONFIGS[BASE])
     optimizer = build_optim_wrapper(model, Config.fromfile(CONFIGS[BASE]).optim_wrapper).optimizer
     trained = sum(p.numel() for group in optimizer.param_groups for p in group['params'])
@@ -132,7 +132,7 @@ def test_evaluations():
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-def test_a_step_of_the_base_at_its_real_size(on_meta, monkeypatch):  # noqa: F811
+def test_a_step_of_the_base_at_its_real_size(on_meta, monkeypatch):
     """Shapes of all parts fit on images of 224 pixels."""
     model = build(CONFIGS[BASE])
     images = torch.empty(2, 3, 224, 224)

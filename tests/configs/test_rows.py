@@ -1,4 +1,4 @@
-"""configs/milan/README.md has a command for every row of the paper's tables, and each command's config is of the row."""
+"""The commands in configs/milan/README.md: one for each row of the paper's tables, with a config that fits the row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIGURES = {
     9: '86.7 81.6 55.0/47.5 55.3 87.8 84.3¹ 55.9/48.2 57.9',
     10: '84.0 85.4',
 }
-# what a row's start has, as far as its name says: target, decoder, masking, size of teacher and student
+# target, decoder and masking of a row's pretraining, by words in the row's name
 STARTS = {
     '#1': ('PixelTarget', 'MAEDecoder', 'RandomMasking'),
     '#2 CLIP target': ('CLIPTarget', 'MAEDecoder', 'RandomMasking'),

@@ -1,4 +1,4 @@
-"""PRETRAIN in the shell: one variable for where a downstream config starts and where its run is kept."""
+"""PRETRAIN, an environment variable: where a downstream config starts, and the folder of its run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_run_has_a_folder_of_its_own(monkeypatch):
     assert cfg.model.backbone.init_cfg.checkpoint == SLIP
     assert cfg.work_dir == f'work_dirs/{FINE_TUNING.stem}/{SLIP}'
     assert read(FINE_TUNING, work_dir='elsewhere').work_dir == 'elsewhere'
-    pretraining = ROOT / f'configs/milan/ablations/{SLIP}.py'  # which does not start from anything
+    pretraining = ROOT / f'configs/milan/ablations/{SLIP}.py'  # starts from no checkpoint
     assert read(pretraining).work_dir == f'work_dirs/{SLIP}'
     monkeypatch.setenv('PRETRAIN', '/runs/vit/epoch_9.pth')
     assert read(FINE_TUNING).work_dir == f'work_dirs/{FINE_TUNING.stem}/_runs_vit_epoch_9.pth'

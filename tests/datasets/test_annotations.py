@@ -1,4 +1,4 @@
-"""Annotations of detection and segmentation that are wrong: each class of fault ends in a sentence with its entry."""
+"""Wrong annotations of detection and segmentation are refused in one sentence that names the entry."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ SMALL = np.ones((3, 4), np.uint8)
         ),
     ],
 )
-def test_label_maps_that_are_none(tmp_path, labels, message):
+def test_images_that_are_no_label_maps(tmp_path, labels, message):
     with pytest.raises(InputError, match=message):
         load(tmp_path / 'map.png', labels)
 

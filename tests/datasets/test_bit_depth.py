@@ -54,7 +54,7 @@ def test_grey_has_three_equal_channels(ending):
 
 
 @pytest.mark.parametrize('ending', ['.png', '.tiff'])
-def test_colour_of_8_bits_is_as_it_was(ending):
+def test_colour_of_8_bits_is_unchanged(ending):
     image = random_image(9, 7, 3)
     assert np.array_equal(decode(encode(image, ending), 'a'), image)
 
@@ -79,7 +79,7 @@ def test_white_of_a_portable_map_is_in_its_header():
     assert decoded[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_dark_images_are_said_once(log):
+def test_dark_images_are_warned_of_once(log):
     warn_dark.cache_clear()
     for _ in range(2):
         assert decode(encode(random_image(9, 7, dtype=np.uint16, top=4000), '.png'), 'a').max() < 16
@@ -109,14 +109,14 @@ def test_other_channels(channels, dtype):
     assert not isinstance(error.value, CorruptImageError)  # which would be skipped
 
 
-def test_numbers_that_are_no_pixels():
+def test_other_types():
     for image, kind in ((random_image(9, 7, 1).astype(np.float32), 3), (random_image(9, 7, 1).astype(np.int16), 2)):
         message = 'depth.tif does not hold unsigned integers of 8 or 16 bits; convert it to them'
         with pytest.raises(InputError, match=message):
             decode(tiff(image, kind), 'depth.tif')
 
 
-def test_own_tiff_is_read():
+def test_tiff_of_this_test_is_read():
     for dtype in (np.uint8, np.uint16):
         image = random_image(9, 7, 3, dtype=dtype)
         expected = image if dtype == np.uint8 else np.round(image / 257).astype(np.uint8)

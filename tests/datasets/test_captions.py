@@ -123,7 +123,7 @@ def test_missing_and_broken_images_are_named_and_skipped(images, log):
 
 
 def test_faults_of_the_pipeline_are_not_skipped(images):
-    """A transform that complains is no bad row."""
+    """An error of a transform is not taken for a bad row."""
     dataset = CaptionedImages(str(images), as_csv(images), pipeline=[dict(type='mmmilan.RandomMasking')])
     with pytest.raises(InputError, match="finds no results\\['importance'\\]"):
         dataset[0]

@@ -1,4 +1,4 @@
-"""The input pipeline in one transform: mmpretrain's crops, Pillow's pixels; and images from an LMDB."""
+"""The input pipeline in one transform: mmpretrain's crops and Pillow's pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmpretrain.registry import TRANSFORMS as MMPRETRAIN_TRANSFORMS
 from PIL import Image
 
 from helpers import ROOT, read_scalars, real_data
-from mmmilan.datasets import CorruptImageError, Draw, ImageFolder, LoadEncodedCrop, LoadImage, LoadRandomResizedCrop
+from mmmilan.datasets import CorruptImageError, LoadEncodedCrop, LoadImage, LoadRandomResizedCrop
 from mmmilan.datasets.random_resized_crop import crop, decode, read_jpeg_header, resize
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -70,7 +70,7 @@ def test_same_random_numbers_same_pixels(write_jpeg, size):
 
 
 def test_distribution_of_crops():
-    """Area and aspect ratio are spread as asked for, every place of the image is reached, edges included."""
+    """Area and aspect ratio have the distribution asked for; crops reach the whole image, edges included."""
     transform = LoadRandomResizedCrop(224, (0.2, 1.0))
     boxes = np.array([transform.draw_crop((300, 400)) for _ in range(4000)])
     top, left, height, width = boxes.T
@@ -111,7 +111,7 @@ def test_reduction_leaves_twice_the_output(crop_size, factor):
 
 
 def test_large_images_are_decoded_reduced(write_jpeg, monkeypatch):
-    """And look the same: nearer to Pillow's bicubic of the whole image than Pillow's bilinear is."""
+    """They look the same: nearer to Pillow's bicubic of the whole image than Pillow's bilinear is."""
     path = write_jpeg(1100, 900)
     flags = []
     module = 'mmmilan.datasets.random_resized_crop.decode'
@@ -180,7 +180,7 @@ def test_other_formats(tmp_path, mode):
     assert image.shape == (60, 60, 3) and np.array_equal(image, expected)
 
 
-# -- files that are none
+# -- files that do not decode
 
 
 @pytest.mark.parametrize('content', [b'', b'not an image', b'\xff\xd8\xff\xe0 no JPEG'])
@@ -204,54 +204,6 @@ def test_truncated_and_missing(write_jpeg):
     path.unlink()
     with pytest.raises(InputError, match=f'The image {path} is missing'):
         LoadRandomResizedCrop(8)(dict(img_path=str(path)))
-
-
-# -- LMDB
-
-
-def build(folder: Path, with_label: bool, backend_args: dict | None = None) -> ImageFolder:
-    load = dict(type='mmmilan.LoadRandomResizedCrop', scale=32, flip_prob=0.5, backend_args=backend_args)
-    pipeline = [load, dict(type='PackInputs')]
-    return ImageFolder(str(folder), with_label=with_label, backend_args=backend_args, pipeline=pipeline)
-
-
-@pytest.mark.parametrize('with_label', [False, True])
-def test_lmdb(image_folder, run_tool, tmp_path, with_label):
-    """A packed folder gives the samples of the folder, labels too."""
-    pytest.importorskip('lmdb')
-    database = tmp_path / 'images.lmdb'
-    run_tool('pack_images.py', image_folder, database)
-    backend_args = dict(backend='lmdb', db_path=str(database))
-    packed, folder = build(database, with_label, backend_args), build(image_folder, with_label)
-    assert len(packed) == len(folder) == 24
-    assert packed.metainfo.get('classes') == folder.metainfo.get('classes')
-    for i in range(24):
-        sample, expected = packed[Draw(0, 0, i)], folder[Draw(0, 0, i)]
-        assert (sample['inputs'] == expected['inputs']).all()
-        if with_label:
-            assert sample['data_samples'].gt_label == expected['data_samples'].gt_label
-    info = packed.get_data_info(0)
-    image = LoadImage(backend_args)(dict(img_path=info['img_path']))['img']
-    assert np.array_equal(image, LoadImage()(dict(img_path=str(image_folder / info['img_path'])))['img'])
-    with pytest.raises(InputError, match='The image nothing.jpg is missing'):
-        LoadImage(backend_args)(dict(img_path='nothing.jpg'))
-
-
-def test_lmdb_refusals(image_folder, run_tool, tmp_path):
-    pytest.importorskip('lmdb')
-    with pytest.raises(InputError, match='none.lmdb does not exist; make it with tools/pack_images.py'):
-        build(tmp_path, False, dict(backend='lmdb', db_path=str(tmp_path / 'none.lmdb')))
-    with pytest.raises(SystemExit, match='nowhere does not exist'):
-        run_tool('pack_images.py', tmp_path / 'nowhere', tmp_path / 'images.lmdb')
-    folder = tmp_path / 'names'
-    folder.mkdir()
-    (folder / 'ä.jpg').write_bytes(b'x')
-    with pytest.raises(SystemExit, match='The name ä.jpg is not ASCII'):
-        run_tool('pack_images.py', folder, tmp_path / 'images.lmdb')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['names']  # nothing half done
-    run_tool('pack_images.py', image_folder, tmp_path / 'images.lmdb')
-    with pytest.raises(SystemExit, match='images.lmdb exists; remove it'):
-        run_tool('pack_images.py', image_folder, tmp_path / 'images.lmdb')
 
 
 # -- decoding on the device

@@ -1,4 +1,4 @@
-"""A cached teacher is the teacher but for 8 bits, and a cache that does not belong is refused by name."""
+"""A cached teacher is the teacher, rounded to 8 bits; a cache that does not fit is refused with the reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch_of(cfg: Config, epoch: int) -> dict:
 def loss_of(cfg: Config, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and the loss of a model, always of the same weights and draws."""
     model = MODELS.build(cfg.model)
-    torch.manual_seed(0)  # now, as a teacher's weights are drawn before they are read
+    torch.manual_seed(0)  # now, as building a teacher draws random numbers
     model.init_weights()
     data = model.data_preprocessor(batch_of(cfg, epoch), training=True)
     torch.manual_seed(1)
@@ -95,7 +95,7 @@ def test_no_teacher_is_needed(cached):
         model.loss(torch.randn(1, 3, 64, 64))
 
 
-# -- what does not belong
+# -- caches that do not fit
 
 
 def test_another_teacher_is_refused(cached):

@@ -1,4 +1,4 @@
-"""The demo, small: every stage runs and leaves what it promises."""
+"""The demo, small: every stage runs and writes its results."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file
 
 
 def test_demo_on_a_flat_folder(run_tool, clip_file, tmp_path):
-    """Photos in no folders have no classes: a page of pictures without scores."""
+    """Images without folders of classes give a page of pictures without scores."""
     rng = np.random.default_rng(0)
     (tmp_path / 'photos').mkdir()
     for i in range(8):

@@ -31,7 +31,7 @@ def test_training(tiny_config, run_tool, tmp_path):
 
 
 def test_a_copy(tmp_path):
-    """What changes after it was saved does not change what is written."""
+    """Changes after saving do not reach the file, although it is written later."""
     hook, free = CheckpointHook(asynchronous=True), threading.Event()
     weights = torch.zeros(3)
     state = dict(state_dict=dict(weight=weights), message_hub=dict(losses=[1.0]))
@@ -51,7 +51,7 @@ def test_a_copy(tmp_path):
 
 
 def test_a_disk_that_is_full(tiny_config, run_tool, tmp_path, monkeypatch):
-    """The fault is told at the next checkpoint, or at the end."""
+    """The error is raised at the next checkpoint, or at the end."""
 
     def full(*args: object) -> None:
         raise InputError('no space left; free some.')

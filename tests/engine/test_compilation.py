@@ -57,7 +57,7 @@ def test_compiled_gives_the_same(milan_cfg):
 
 @pytest.fixture
 def graphs():
-    """Counts what is compiled: a function that gives the number of graphs so far and the reasons of breaks."""
+    """A function that returns the number of graphs compiled so far and the reasons of graph breaks."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -66,11 +66,11 @@ def graphs():
 
 
 def test_the_loss_is_one_graph(milan_cfg, graphs):
-    """No break, and none is compiled again; evaluation and masks of the pipeline are left to themselves."""
+    """No graph break and no recompilation; evaluation is not compiled."""
     model = compiled(milan_cfg, backend='eager')
     for _ in range(3):
         model.loss(torch.randn(4, 3, 64, 64), [DataSample() for _ in range(4)])['loss'].backward()
-        assert graphs() == (2, [])  # the first is the trial
+        assert graphs() == (2, [])  # the first is of the check for a compiler
     model.eval()
     model.loss(torch.randn(3, 3, 64, 64))
     assert graphs() == (2, [])
@@ -118,7 +118,7 @@ def test_parts_of_maskclip_are_whole_graphs(graphs):
 
 
 def test_blocks_of_a_sharded_model_are_compiled(milan_cfg, monkeypatch, graphs):
-    """The hooks of FSDP stand between them."""
+    """FSDP runs hooks between them."""
     monkeypatch.setattr(compilation, 'DTensor', nn.Parameter)
     model = MODELS.build(milan_cfg)
     compile_model(model, backend='eager')
@@ -133,8 +133,8 @@ def test_compiles_on_a_gpu_alone(milan_cfg):
     assert 'mean_loss' not in vars(model)
 
 
-def test_where_a_step_begins(monkeypatch):
-    """CUDA graphs are told, or a part would overwrite what another one needs."""
+def test_start_of_a_step_is_marked(monkeypatch):
+    """Or a CUDA graph would reuse the memory of outputs that are still needed."""
     calls = []
     monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: calls.append('begin'))
     CompileHook().before_train_iter(None, 0)
@@ -162,7 +162,7 @@ def kept_for_backward(cfg: dict, build: Callable[[dict], MILAN] = MODELS.build) 
 
 
 def test_compiled_keeps_less_for_the_backward_pass(milan_cfg):
-    """Norms and GELUs are computed again, products of matrices are not."""
+    """Norms and GELUs are recomputed, matrix products are not."""
     kept, flops = kept_for_backward(milan_cfg)
     build = partial(compiled, backend='aot_eager_decomp_partition')
     kept_compiled, flops_compiled = kept_for_backward(milan_cfg, build)
@@ -171,7 +171,7 @@ def test_compiled_keeps_less_for_the_backward_pass(milan_cfg):
 
 
 def test_no_compiler(milan_cfg, monkeypatch, log):
-    """A warning, and the run goes on."""
+    """The run goes on uncompiled, with a warning."""
 
     def missing(*args: object, **kwargs: object) -> None:
         raise RuntimeError('No working C++ compiler found\nand more')

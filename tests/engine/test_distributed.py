@@ -1,10 +1,9 @@
-"""Many processes: rates, samples and seeds of sixteen, by PyTorch's fake process group; and two machines in one."""
+"""Rates, samples and seeds of sixteen processes in PyTorch's fake process group; and training on many processes."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers import ROOT, assert_same_weights, load_trusted
+from helpers import ROOT, assert_same_weights, free_port, load_trusted
 from mmmilan.datasets import ReproducibleSampler
 from mmmilan.engine import GradientCompressionHook, StepSeedHook
 from mmmilan.engine.distributed import init_processes
@@ -31,7 +30,7 @@ WORLD = 16
 
 @contextmanager
 def process(rank: int) -> Iterator[None]:
-    """One of sixteen processes, which hears nothing of the others."""
+    """One of sixteen processes, without communication."""
     dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=WORLD)
     try:
         yield
@@ -67,7 +66,7 @@ def test_every_process_has_its_own_random_numbers():
 
 @pytest.mark.parametrize(('batch_size', 'factor'), [(256, 1.0), (128, 0.5)])
 def test_learning_rate(batch_size, factor):
-    """That of the recipe at its 16 x 256 images, in proportion at others."""
+    """The recipe's rate at its 16 x 256 images, in proportion at other numbers."""
     cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
     runner = SimpleNamespace(logger=SimpleNamespace(info=lambda *args: None), param_schedulers=None)
@@ -89,7 +88,7 @@ def test_wrapper():
 
 
 def averaged_gradient(compress: bool) -> Tensor:
-    """Of DDP, which dies here: a process group that a model is the last to hold may hang (PyTorch 2.11)."""
+    """The gradient that DDP averages. The model is freed here: after its process group it may hang (PyTorch 2.11)."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(7, 3), gradient_as_bucket_view=True)
     if compress:
@@ -99,7 +98,7 @@ def averaged_gradient(compress: bool) -> Tensor:
 
 
 def test_compressed_gradients():
-    """What is sent is bfloat16, what arrives float32."""
+    """Gradients are sent in bfloat16 and arrive in float32."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         plain, compressed = averaged_gradient(compress=False), averaged_gradient(compress=True)
@@ -121,10 +120,10 @@ def images(image_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(('machines', 'processes'), [(2, 2), (1, 16)])
 def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machines, processes):
-    """Real ones, by a launcher for each machine: two epochs, and the weights of one process with the whole batch."""
+    """A launcher for each machine; after two epochs the weights are those of one process with the whole batch."""
     mask = dict(type='SimMIMMaskGenerator', input_size=64, mask_patch_size=16, model_patch_size=16, mask_ratio=0.75)
     pipeline = Config.fromfile(tiny_config()).to_dict()['train_dataloader']['dataset']['pipeline']
-    pipeline = [pipeline[0], mask, dict(type='PackInputs')]  # as the mask, too, is the image's
+    pipeline = [pipeline[0], mask, dict(type='PackInputs')]  # whose masks depend on the image alone
     changes = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 16}
     # in bfloat16 each process would round its part of a gradient, and AdamW scales up what rounding leaves
     changes['optim_wrapper.type'] = 'OptimWrapper'
@@ -133,10 +132,7 @@ def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machine
     run_tool('train.py', tiny_config(changes | {'work_dir': str(tmp_path / 'one')}))
 
     config = tiny_config(changes | {'train_dataloader.batch_size': 16 // (machines * processes)})
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(port), NNODES=str(machines))
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(free_port()), NNODES=str(machines))
     environment['PATH'] = f'{os.path.dirname(sys.executable)}:{environment["PATH"]}'
     command = ['bash', ROOT / 'tools/dist_train.sh', config, str(processes)]
     nodes = [subprocess.Popen(command, env=environment | dict(NODE_RANK=str(rank))) for rank in range(machines)]

@@ -1,4 +1,4 @@
-"""What is counted is right, by closed formulas; peaks of devices."""
+"""Counted FLOPs are those of closed formulas; peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_flops_of_the_encoder(milan_cfg):
     def forward_and_backward() -> None:
         backbone(images, visible).sum().backward()
 
-    # of each product two in the backward pass, but for the patches, which have no gradient; attention forms its
-    # scores once more: 5 products for 2
+    # the backward pass has two products for each, but one for the embedding, as images have no gradient; attention
+    # computes its scores again: 5 products for 2
     expected = embedding * 2 + 2 * (3 * block_flops(5, 48, 192) + 2 * 5**2 * 48)
     assert counted(forward_and_backward) == 2 * expected
 

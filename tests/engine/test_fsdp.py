@@ -25,11 +25,11 @@ DDP = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParalle
 
 
 def prepare(strategy: dict, cfg: dict, folder: str) -> BaseStrategy:
-    """A strategy with the model and an optimizer whose gradients are clipped, to less than they are."""
+    """A strategy with the model, and an optimizer that clips gradients to less than their norm."""
     optimizer = dict(type='AdamW', lr=1e-2, weight_decay=0.05, fused=True)
     wrapper = dict(FSDP.optim_wrapper, type='OptimWrapper', optimizer=optimizer, clip_grad=dict(max_norm=0.01))
     strategy = STRATEGIES.build(strategy | dict(work_dir=folder, experiment_name='fsdp', log_kwargs=dict(log_level=40)))
-    torch.manual_seed(dist.get_rank())  # the weights of the first process count
+    torch.manual_seed(dist.get_rank())  # rank 0's weights are sent to all
     strategy.prepare(cfg, optim_wrapper=wrapper)
     return strategy
 
@@ -107,7 +107,7 @@ def test_two_processes(processes, milan_cfg, tmp_path):
         assert state['compiled_norms'] == pytest.approx(state['ddp_norms'], rel=1e-5)
         for key, value in state['uninterrupted'].items():
             assert torch.equal(state['resumed'][key], value), key
-        assert state['momentum'] == 1  # no shard holds on to the whole tensor that it was cut from
+        assert state['momentum'] == 1  # no shard keeps the whole tensor in memory
         assert 'missing neck.mask_token' in state['refused']
 
     ddp, fsdp = (load_checkpoint_file(tmp_path / f'{name}.pth') for name in ('ddp', 'fsdp'))

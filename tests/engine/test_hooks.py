@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import get_priority
 
 from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
 
 
 def test_bad_loss_between_two_lines_of_the_log(tiny_config, run_tool, tmp_path):
-    """Found at the next line, told with the step at which it was, and not saved."""
+    """It is found at the next line, named with its step, and not saved."""
     explosion = dict(type='MultiStepLR', by_epoch=False, milestones=[8], gamma=1e40)
     changes = {'param_scheduler': [explosion], 'default_hooks.logger.interval': 50}
     changes['train_dataloader.num_workers'] = 0
@@ -27,3 +29,18 @@ def test_bad_weights_are_not_saved_between_two_lines_of_the_log(tmp_path):
     hook.before_save_checkpoint(runner, dict(state_dict=dict(weight=torch.zeros(2), steps=torch.tensor(3))))
     with pytest.raises(InputError, match='The weights are not finite after iteration 7'):
         hook.before_save_checkpoint(runner, dict(state_dict=dict(weight=torch.tensor([0.0, torch.nan]))))
+
+
+def test_weights_spoilt_by_the_last_step_of_an_epoch(tmp_path):
+    """No loss has shown them yet, but they are not saved."""
+    runner = SimpleNamespace(model=torch.nn.Linear(2, 2), iter=6, epoch=0, work_dir=str(tmp_path))
+    hook = NonFiniteLossHook()
+    hook.after_train_epoch(runner)
+    runner.model.weight.data[0, 1] = torch.inf
+    with pytest.raises(InputError) as error:
+        hook.after_train_epoch(runner)
+    assert str(error.value) == (
+        'The weights are not finite after iteration 6 (epoch 1); start again (no checkpoint was written yet) '
+        'with a lower learning rate or with optim_wrapper.clip_grad.'
+    )
+    assert get_priority(hook.priority) < get_priority(CheckpointHook.priority)  # a lower number comes first

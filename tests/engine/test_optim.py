@@ -1,4 +1,4 @@
-"""Few groups of parameters and an optimizer shared out over processes train as MMEngine's do; bfloat16 comes close."""
+"""Few groups of parameters and a sharded optimizer train as MMEngine's do; bfloat16 comes close."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_groups_of_parameters(milan_cfg):
 
 @pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zero(tiny_config, tmp_path, processes):
-    """Processes that share out the optimizer's states go on where a plain run was, and end where it ends."""
+    """A run with sharded optimizer states resumes a plain one, and ends with its weights."""
     cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')
     base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 24 // processes}
     run_script_on_ranks('train.py', processes, tiny_config(base))

@@ -1,4 +1,4 @@
-"""Workers that go on over the end of an epoch give the same batches."""
+"""Data workers that continue into the next epoch give the same batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmmilan.engine.prefetching import ContinuousLoader
 
 
 class Draws(Dataset):
-    """Gives what the sampler asks for; the first batch of an epoch takes its time."""
+    """Returns the sampler's draws; each takes 0.05 s."""
 
     def __len__(self) -> int:
         return 12
@@ -53,7 +53,7 @@ def test_from_within_an_epoch():
 
 
 def test_no_wait_at_the_start_of_an_epoch():
-    """A batch takes 0.2 s to load; one that is there already takes none, and so it is from the start."""
+    """A batch takes 0.2 s to load; a prefetched one takes no time, from the first epoch on."""
     waits = []
     for batches in (loader(1), ContinuousLoader(loader(1), 0, 2)):
         for _ in range(2):

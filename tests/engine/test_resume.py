@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +12,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from helpers import assert_identical, load_trusted, read_scalars
+from helpers import assert_identical, exit_code, load_trusted, read_scalars
 
 
 @HOOKS.register_module()
@@ -25,26 +23,19 @@ class KillHook(Hook):
 
 
 def test_killed_and_resumed(tiny_config, run_tool, tmp_path):
-    def exit_code(config: Path, work_dir: Path) -> int:
-        """How a process ends that trains."""
-        args = ('train.py', config, '--work-dir', work_dir)
-        process = multiprocessing.get_context('fork').Process(target=run_tool, args=args)
-        process.start()
-        process.join()
-        return process.exitcode
-
     persistent = {'train_dataloader.persistent_workers': True}
     kill = {'default_hooks.kill': dict(type='KillHook')}
-    assert exit_code(tiny_config(persistent), tmp_path / 'uninterrupted') == 0
+    assert exit_code(run_tool, 'train.py', tiny_config(persistent), '--work-dir', tmp_path / 'uninterrupted') == 0
     expected = load_trusted(tmp_path / 'uninterrupted/epoch_2.pth')
-    assert exit_code(tiny_config(persistent | kill), tmp_path / 'killed') == -signal.SIGKILL
+    killed = exit_code(run_tool, 'train.py', tiny_config(persistent | kill), '--work-dir', tmp_path / 'killed')
+    assert killed == -signal.SIGKILL
     assert (tmp_path / 'killed/last_checkpoint').read_text().endswith('epoch_1.pth')
 
     shutil.copytree(tmp_path / 'killed', tmp_path / 'other')
     run_tool('train.py', tiny_config(), '--work-dir', tmp_path / 'killed', '--resume')
     assert_identical(load_trusted(tmp_path / 'killed/epoch_2.pth'), expected)
 
-    # what a sample looks like does not depend on the worker that reads it; the checkpoint by name this time
+    # samples do not depend on the worker that reads them; the checkpoint is named this time
     config = tiny_config({'train_dataloader.num_workers': 1})
     run_tool('train.py', config, '--work-dir', tmp_path / 'other', '--resume', tmp_path / 'other/epoch_1.pth')
     assert_identical(load_trusted(tmp_path / 'other/epoch_2.pth'), expected)
@@ -53,7 +44,7 @@ def test_killed_and_resumed(tiny_config, run_tool, tmp_path):
 
 
 def test_steps_and_epochs_differ(tiny_config, run_tool, tmp_path):
-    """Equality above is not for want of randomness: with weights that stand still, no two losses are the same."""
+    """The runs above do use randomness: with a learning rate of 0, no two losses are the same."""
     run_tool('train.py', tiny_config({'optim_wrapper.optimizer.lr': 0.0, 'optim_wrapper.type': 'OptimWrapper'}))
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == len(set(losses)) == 12
@@ -94,7 +85,7 @@ def cached_teacher(tiny_config, run_tool, tmp_path):
 
 @pytest.fixture
 def prompted(maskclip_file):
-    """Words, in place of attention, decide on the masks."""
+    """Texts, not attention, decide on the masks."""
     masking = dict(_delete_=True, type='mmmilan.PromptedMasking', texts=['a ship', 'rust'])
     return {'model.masking': masking, 'model.head.teacher.pretrained': maskclip_file}
 
@@ -114,7 +105,7 @@ OTHER_PARTS = [PROMPTS_ONLY, ALIGNMENT, 'prompted', 'several_targets', 'cached_t
 
 @pytest.mark.parametrize('options', OTHER_PARTS)
 def test_resumed_with_other_parts(options, tiny_config, run_tool, tmp_path, request):
-    """An epoch, and the second in a run of its own, are two epochs in one run."""
+    """One epoch and a resumed second one are two epochs in one run."""
     options = request.getfixturevalue(options) if isinstance(options, str) else options
     config = tiny_config({'train_dataloader.num_workers': 0} | options)
     run_tool('train.py', config, '--work-dir', tmp_path / 'whole')

@@ -1,4 +1,4 @@
-"""A schedule for as many images as there are, and the warnings of one that does not fit them."""
+"""A schedule that fits the number of images, and warnings of one that does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_schedule_fits_the_images():
 
 
 def warnings_of(caplog, schedules, steps: int) -> str:
-    """What the hook says of a run of so many steps, ten in an epoch; ``schedules`` as MMEngine's runner has them."""
+    """The hook's warnings in a run with ten steps an epoch; ``schedules`` as MMEngine's runner has them."""
     caplog.clear()
     runner = SimpleNamespace(
         max_iters=steps,

@@ -64,7 +64,7 @@ def test_counting_leaves_the_run_as_it_is(tiny_config, run_tool, tmp_path):
 
 
 def test_losses_are_fetched_together():
-    """When a line of the log is due, or the epoch ends."""
+    """That is when a line of the log is due, or the epoch ends."""
     hub = MessageHub('losses')
     runner = SimpleNamespace(hooks=[LoggerHook(interval=3)], message_hub=hub, train_dataloader=[None] * 7)
     hook, loss = DeferredRuntimeInfoHook(), torch.zeros(())

@@ -1,4 +1,4 @@
-"""Files spoilt at random, by a seed."""
+"""Spoil files at random, by a seed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A crash at any moment of saving leaves a checkpoint that is whole."""
+"""Saving that crashes at any moment leaves a whole checkpoint; resuming from a spoilt one says what is wrong."""
 
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
-from small_runs import runner
+from mutations import spoil_values, write
+from small_runs import Model, runner
 
 
 class Killed(BaseException):
-    """What stands in for a kill."""
+    """Stands in for a kill."""
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
@@ -34,7 +36,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
         return call
 
     def half_of_it(checkpoint, file):
-        file.write(b'PK\x03\x04 the begin of a checkpoint')
+        file.write(b'PK\x03\x04 the start of a checkpoint')
 
     monkeypatch.setattr(torch, 'save', crashing(torch.save, half_of_it))
     monkeypatch.setattr(os, 'fsync', crashing(os.fsync))
@@ -44,7 +46,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
 
 @pytest.mark.parametrize('moment', range(1, 13))
 def test_a_crash_while_saving(tmp_path, monkeypatch, moment):
-    """One checkpoint is kept, so the only one is at stake."""
+    """Only one checkpoint is kept, so a crash could lose all."""
     first = runner(tmp_path, epochs=1, checkpoint=dict(max_keep_ckpts=1))
     first.train()
     second = runner(tmp_path, checkpoint=dict(max_keep_ckpts=1), load_from=str(tmp_path / 'epoch_1.pth'), resume=True)
@@ -98,3 +100,47 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / '.epoch_1.pth.ab12_xyz').write_bytes(b'half')
     runner(tmp_path, epochs=1).train()
     assert not list(tmp_path.glob('.*'))
+
+
+# -- resuming
+
+
+def test_spoilt_training_states(tmp_path, safe_mmengine):
+    """The run resumes or says what is wrong; a spoilt state would crash a fused optimizer and with it the process."""
+    runner(tmp_path / 'first', epochs=1).train()
+    checkpoint = torch.load(tmp_path / 'first/epoch_1.pth', weights_only=False)
+    path, rng, refused = tmp_path / 'spoilt.pth', random.Random(5), 0
+
+    def resume(path):
+        runner(tmp_path / 'work', load_from=str(path), resume=True).train()
+
+    resume(tmp_path / 'first/epoch_1.pth')
+    for turn in range(40):
+        spoilt = spoil_values(checkpoint, rng)
+        if turn % 2:
+            spoilt = checkpoint | {'optimizer': spoil_values(checkpoint['optimizer'], rng)}
+        write(path, spoilt)
+        try:
+            resume(path)
+        except InputError as error:
+            assert 'spoilt.pth' in str(error) and '\n' not in str(error)
+            refused += 1
+    assert refused > 15
+
+
+def test_weights_alone_are_not_resumed(tmp_path, safe_mmengine):
+    torch.save({'state_dict': Model().state_dict()}, tmp_path / 'weights.pth')
+    with pytest.raises(InputError, match='weights.pth holds weights alone .*load_from=FILE'):
+        runner(tmp_path / 'work', load_from=str(tmp_path / 'weights.pth'), resume=True).train()
+
+
+def test_names_of_files_in_a_checkpoint_do_not_lead_out_of_the_work_dir(tmp_path, safe_mmengine):
+    """MMEngine deletes what they name."""
+    first = runner(tmp_path / 'first', epochs=1)
+    first.message_hub.update_info('best_ckpt', str(tmp_path / 'precious.pth'))
+    first.message_hub.update_info('keep_ckpt_ids', ['/../../precious', 1])
+    first.train()
+    second = runner(tmp_path / 'work', load_from=str(tmp_path / 'first/epoch_1.pth'), resume=True)
+    second.train()
+    assert second.message_hub.get_info('best_ckpt') == str(tmp_path / 'work/precious.pth')
+    assert '/../../precious' not in second.message_hub.get_info('keep_ckpt_ids')

@@ -1,4 +1,4 @@
-"""Spoilt images, captions and shards: named and skipped, or one sentence; no trace, no hang."""
+"""Spoilt images, captions and shards are skipped or refused by name, without a crash or a hang."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_exif_turns_every_format(extension, orientation):
 
 
 def test_a_large_image_loads_and_a_limit_is_an_option(tmp_path):
-    """Pillow would call it a bomb."""
+    """Pillow would refuse it as a decompression bomb."""
     path = tmp_path / 'large.jpg'
     cv2.imwrite(str(path), np.zeros((13000, 14000), np.uint8))
     assert LoadRandomResizedCrop(16)(dict(img_path=str(path)))['ori_shape'] == (13000, 14000)
@@ -85,8 +85,8 @@ def test_a_bomb_takes_no_memory(tmp_path):
         LoadImage()(dict(img_path=str(tmp_path / 'bomb.png')))
 
 
-def test_what_is_no_file(tmp_path):
-    """A pipe would be waited for, a file with a hole of a terabyte would be read."""
+def test_special_files(tmp_path):
+    """Reading a pipe would hang; a sparse file of a terabyte would fill the memory."""
     tmp_path = tmp_path / 'alone' / 'images'  # where '..' holds nothing else
     tmp_path.mkdir(parents=True)
     os.mkfifo(tmp_path / 'pipe.jpg')

@@ -1,4 +1,4 @@
-"""Servers and lines that misbehave: the file arrives whole, or a sentence without credentials says why it did not."""
+"""Faulty servers and connections: the file arrives whole, or one sentence without credentials says why not."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Handler(BaseHTTPRequestHandler):
         self.begin(206 if offset else 200, Content_Length=len(content) - offset, **headers)
 
     def reset(self) -> None:
-        """End the connection as a router does that forgot it."""
+        """Reset the connection, as a router does that lost track of it."""
         self.wfile.flush()
-        time.sleep(0.02)  # what was sent arrives
+        time.sleep(0.02)  # until what was sent has arrived
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.connection.close()
 
@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    """Starts a server with this answer; returns it with its ``url``."""
+    """Start a server with this answer; returns it with its ``url``."""
     monkeypatch.setenv('MMMILAN_CACHE', str(tmp_path))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
@@ -83,7 +83,7 @@ def serve(monkeypatch, tmp_path):
 
 
 def test_twenty_resets(serve):
-    """Somewhere in 40 MB each; one call gets the file."""
+    """At random places of 40 MB; one call downloads the file."""
     stops = sorted(random.Random(1).sample(range(1, len(CONTENT)), 20))
 
     def answer(handler: Handler, offset: int) -> None:
@@ -136,7 +136,7 @@ def test_a_server_that_stays_busy(serve, status):
 
 @pytest.mark.parametrize('asked, waited', [('1', 1.0), ('100000', 0.3)])
 def test_the_time_that_a_server_asks_for(serve, monkeypatch, asked, waited):
-    """It is waited for, if it is not too long."""
+    """The download waits for that time, up to a limit."""
     monkeypatch.setattr(transfer, 'LONGEST_WAIT', 1.0 if asked == '1' else 0.3)
 
     def answer(handler: Handler, offset: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from mmengine.hooks import Hook
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
-from helpers import assert_identical, load_trusted
+from helpers import assert_identical, exit_code, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.hooks import StepSeedHook
 from mmmilan.engine.stopping import GO_ON, StopHook
@@ -27,7 +26,7 @@ EPOCHS = 8
 
 
 class AlarmHook(Hook):
-    """Ends this process, or sends it a signal, somewhere in a step: at a part of the time that the step before took.
+    """End this process, or send it a signal, within a step, after ``part`` of the duration of the step before.
 
     Without a handler SIGALRM ends a process between any two instructions, as SIGKILL does.
     """
@@ -77,7 +76,7 @@ def fine_tuning() -> dict:
 
 
 def train(work_dir: Path, task: Callable[[], dict], alarm: AlarmHook | None = None) -> None:
-    """A whole run of 40 steps that saves after every one of them, or the rest of one."""
+    """Start or resume a run of 40 steps that saves after each step."""
     with locked(work_dir):
         newest = find_newest(work_dir)
         start = dict(load_from=str(newest), resume=True) if newest else {}
@@ -95,15 +94,13 @@ def train(work_dir: Path, task: Callable[[], dict], alarm: AlarmHook | None = No
     'number, task', [(signal.SIGALRM, dict), (signal.SIGTERM, dict), (signal.SIGALRM, fine_tuning)]
 )
 def test_ended_at_any_moment(tmp_path, safe_mmengine, number, task, seed):
-    """Most of the time of this run goes into saving, of which one file is kept."""
+    """The run spends most of its time saving, and keeps one checkpoint."""
     rng = random.Random(seed)
     train(tmp_path / 'whole', task)
-    for _ in range(5):  # the last step of the 40 is far from these
+    for _ in range(5):  # which ends long before step 40
         alarm = AlarmHook(rng.randint(2, 5), rng.random(), number)
-        process = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path / 'work', task, alarm))
-        process.start()
-        process.join()
-        assert process.exitcode == (GO_ON if number == signal.SIGTERM else -number)
+        expected = GO_ON if number == signal.SIGTERM else -number
+        assert exit_code(train, tmp_path / 'work', task, alarm) == expected
     train(tmp_path / 'work', task)
     name = f'iter_{5 * EPOCHS}.pth'
     assert_identical(load_trusted(tmp_path / 'work' / name), load_trusted(tmp_path / 'whole' / name))

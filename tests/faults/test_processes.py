@@ -6,11 +6,9 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import exit_codes
+from helpers import exit_code, exit_codes, free_port
 from mmmilan.engine import data_workers
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.heartbeat import HeartbeatHook
@@ -28,11 +26,11 @@ from mmmilan.files import write_text
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
-LIMIT = 1.2  # seconds in silence, and without progress
+LIMIT = 1.2  # seconds, of HeartbeatHook
 
 
 class FaultHook(Hook):
-    """Something that goes wrong in iteration 5 of one process, at a point of it."""
+    """Fail in or before iteration 5, in a way that ``fault`` names."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -56,7 +54,7 @@ class FaultHook(Hook):
 
 
 def train(work_dir: Path, fault: str, at: int, **kwargs) -> None:
-    """A process of a run, of which one goes wrong."""
+    """Train on a rank; rank ``at`` fails."""
     sys.stderr = open(work_dir / f'output_{get_rank()}', 'w', buffering=1)  # noqa: SIM115
     built = runner(work_dir, length=100, train_cfg=dict(LOOP), **kwargs)
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
@@ -77,7 +75,7 @@ FAULTS = {
 
 
 def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) -> str:
-    """The sentence with which the other process ended, in a few times the limit."""
+    """The error message of the other rank, which ends within a few times the limit."""
     begin = time.monotonic()
     ranks[other].join(30)
     seconds, codes = time.monotonic() - begin, exit_codes(ranks, 0)
@@ -97,16 +95,9 @@ def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
 
 @pytest.mark.parametrize('fault', ['SIGKILL', 'SIGSTOP'])
 def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
-    """Without a launcher it goes with process 0, and with it all that was told."""
+    """Without a launcher the store dies with process 0, and with it all that the processes reported."""
     ranks = start_run(train, tmp_path, fault, 0, launcher=False)
     assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
-
-
-def exit_code(target: Callable, *args: object, seconds: float = 60) -> int | None:
-    """How a process of its own ends that calls ``target``; None if it had to be killed after some seconds."""
-    process = multiprocessing.get_context('fork').Process(target=target, args=args)
-    process.start()
-    return exit_codes([process], seconds)[0]
 
 
 class SlowHook(Hook):
@@ -122,7 +113,7 @@ def train_with_pauses(work_dir: Path) -> None:
 
 
 def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
-    """An evaluation of the encoder, for one."""
+    """A slow hook, such as an evaluation, is no fault."""
     assert exit_code(train_with_pauses, tmp_path) == 0
 
 
@@ -130,7 +121,7 @@ def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
 
 
 class WorkerHook(Hook):
-    """Sends all data workers a signal after the second step."""
+    """Send all data workers a signal after the second step."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -167,7 +158,7 @@ def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
     assert re.match(message, line) and line.endswith('go on by --resume.')
 
 
-def test_an_error_of_the_connection_is_a_worker_s_only_where_a_batch_is_read():
+def test_a_connection_error_is_a_workers_only_while_a_batch_is_read():
     def _try_get_data():  # as PyTorch's data loader calls it
         raise ConnectionResetError(104, 'Connection reset by peer')
 
@@ -179,12 +170,12 @@ def test_an_error_of_the_connection_is_a_worker_s_only_where_a_batch_is_read():
 
 
 class GroupHook(Hook):
-    """Sends this process and all in its group a signal, as torchrun and a terminal do."""
+    """Send a signal to the group of this process, as torchrun and a terminal do."""
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == 6:
             subprocess.run(['kill', '-TERM', '--', f'-{os.getpgid(0)}'], check=True, start_new_session=True)
-            time.sleep(0.5)  # the workers have heard it, if they are in the group
+            time.sleep(0.5)  # workers in the group would get it by now
 
 
 def train_in_a_group(work_dir: Path) -> None:
@@ -230,7 +221,7 @@ with exit_on_input_error(), heartbeat.telling():
 
 
 class LaunchedHook(Hook):
-    """Leaves the number of this process in a file once it trains."""
+    """Write the pid of this process to a file once it trains."""
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == 3:
@@ -239,15 +230,12 @@ class LaunchedHook(Hook):
 
 @pytest.fixture
 def launched(tmp_path):
-    """A launcher with two processes that train, and their numbers by rank."""
+    """A launcher with two processes that train, and their pids by rank."""
     folder = Path(__file__).parent
     (tmp_path / 'train.py').write_text(RANK.format(tests=str(folder.parent), faults=str(folder)))
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'mmmilan.torchrun', '--nproc_per_node=2', f'--master_port={port}', 'train.py']
+    launch = [sys.executable, '-m', 'mmmilan.torchrun', '--nproc_per_node=2', f'--master_port={free_port()}']
     environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(folder.parent.parent))
-    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen([*launch, 'train.py'], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     files = [tmp_path / f'rank_{rank}' for rank in (0, 1)]
     deadline = time.monotonic() + 240
     while not all(file.exists() for file in files):
@@ -262,12 +250,10 @@ def launched(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    'number',
-    [signal.SIGUSR1, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher(launched, tmp_path, number):
-    """As a scheduler sends it: all save, and the launcher says that the run can go on."""
+    """As a scheduler sends it: the run saves, and the launcher exits with the status of a run to resume."""
     launcher, _ = launched
     launcher.send_signal(number)
     output = launcher.communicate(timeout=60)[1]
@@ -276,17 +262,16 @@ def test_a_signal_to_the_launcher(launched, tmp_path, number):
     assert 'Traceback' not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'number, message',
     [
         (signal.SIGKILL, 'error: process 1 ended with SIGKILL; its own output says why.'),
-        pytest.param(
-            signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) was not heard of', marks=pytest.mark.slow
-        ),
+        (signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) was not heard of'),
     ],
 )
 def test_a_launched_process_that_is_gone(launched, number, message):
-    """The last line names it, and no trace stands above."""
+    """The last line names it, and there is no traceback."""
     launcher, pids = launched
     os.kill(pids[1], number)
     output = launcher.communicate(timeout=90)[1]

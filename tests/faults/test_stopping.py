@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import assert_identical, exit_codes, load_trusted
+from helpers import assert_identical, exit_code, exit_codes, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.stopping import GO_ON, StopHook
@@ -30,7 +30,7 @@ ACCUMULATING = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=2
 
 
 class SignalHook(Hook):
-    """Sends this process a signal after a step."""
+    """Send this process a signal after a step."""
 
     def __init__(self, number: int, step: int) -> None:
         self.number, self.step = number, step
@@ -65,20 +65,18 @@ def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
 
 
 def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
-    """Nothing is left to go on with: the run ends as one without a signal."""
+    """No step is left, so the run ends as without a signal."""
     run(tmp_path, SignalHook(signal.SIGTERM, 14))
     assert {path.name for path in tmp_path.glob('*.pth')} == {'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'}
 
 
 @pytest.mark.parametrize('hooks', [(), (PrefetchHook,)], ids=['', 'prefetching'])
 def test_a_signal_with_data_workers(tmp_path, safe_mmengine, hooks):
-    """Also where the workers were already at the next epoch."""
+    """Also when the workers have begun the next epoch."""
     run(tmp_path / 'whole')
     args = (tmp_path / 'work', SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks])
-    # in this process, the workers of a stopped run would take 5 s each to end when the garbage collector meets them
-    process = multiprocessing.get_context('fork').Process(target=run, args=args, kwargs=dict(num_workers=2))
-    process.start()
-    assert exit_codes([process]) == [GO_ON]
+    # a fork: in this process the garbage collector would wait 5 s for each worker of the stopped run
+    assert exit_code(run, *args, num_workers=2) == GO_ON
     newest = str(find_newest(tmp_path / 'work'))
     run(tmp_path / 'work', *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
     assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
@@ -98,7 +96,7 @@ def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):
 
 
 def run_rank(work_dir: Path, sender: int | None = None, number: int = 0, step: int = 0, **kwargs) -> None:
-    """A process of a run, in which the sender alone gets a signal."""
+    """Train on a rank; rank ``sender`` gets a signal."""
     run(work_dir, *([SignalHook(number, step)] if get_rank() == sender else []), **kwargs)
 
 
@@ -192,7 +190,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
     newest = find_newest(tmp_path)
     for number in (2, 3):
         path = tmp_path / f'epoch_{number}.pth'
-        # the latter if the fault is where nothing stands
+        # a fault in bytes that nothing reads leaves the checkpoint whole
         assert any(message.startswith(f'{path} is skipped: ') for message in said) or newest == path
     torch.load(newest, weights_only=False)
 

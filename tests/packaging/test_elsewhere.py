@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mmmilan.checkpoints.layouts import convert
-from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 
 pytestmark = pytest.mark.slow
@@ -109,7 +108,7 @@ train_dataloader = dict(
 )
 """,
 }
-# Their tools/train.py on one config after another; the last line of each error is told.
+# Runs their tools/train.py on one config after another and prints each error.
 TRAIN = """
 import runpy, sys
 tool, *configs = sys.argv[1:]
@@ -120,13 +119,6 @@ for config in configs:
     except Exception as error:
         print(f'{config}: {type(error).__name__}: {error}')
 """
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory) -> str:
-    root = tmp_path_factory.mktemp('data') / 'scenes'
-    write_scenes(root, 10, 10, image_size=48)
-    return str(root)
 
 
 @pytest.mark.parametrize('project', CONFIGS)
@@ -143,7 +135,7 @@ def test_weights_are_loaded_whole_or_not_at_all(project, scenes, milan_cfg, tmp_
     for name, checkpoint in checkpoints.items():
         checkpoint = str(tmp_path / checkpoint) if checkpoint.endswith('.pth') else checkpoint
         text = BACKBONE + CONFIGS[project] + RUN
-        for key, value in dict(checkpoint=checkpoint, scenes=scenes, work_dir=str(tmp_path / name)).items():
+        for key, value in dict(checkpoint=checkpoint, scenes=str(scenes), work_dir=str(tmp_path / name)).items():
             text = text.replace(f'{{{key}!r}}', repr(value))
         (tmp_path / f'{name}.py').write_text(text)
 

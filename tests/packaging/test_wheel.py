@@ -1,4 +1,4 @@
-"""The wheel, installed beside what is already there: what is in it, and that other projects find its configs."""
+"""The wheel: its files, and its configs as bases of other projects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(json.dumps(dict(
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory) -> Path:
-    """A folder in which pip installed the wheel, without what it needs."""
+    """A folder in which pip installed the wheel without its dependencies."""
     source, site = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('site')
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -73,4 +73,4 @@ def test_configs_are_bases_of_other_projects(site, tmp_path):
     expected = Config.fromfile(ROOT / 'configs' / config)
     del expected.model.masking['mask_ratio']
     assert seen['ratio'] == 0.6 and seen['scope'] == expected.default_scope
-    assert seen['inherited'] == expected.model.to_dict()  # no `_scope_` in it, by which mmpretrain's types were lost
+    assert seen['inherited'] == expected.model.to_dict()  # no `_scope_` in it, which would hide mmpretrain's types

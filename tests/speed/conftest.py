@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture
 def benchmark(run_tool) -> Callable[..., dict]:
-    """Runs the benchmark with a file for its figures and other arguments; gives the figures."""
+    """Run the benchmark with a file for its figures and other arguments; returns the figures."""
 
     def run(path: Path, *args: object) -> dict:
         threads = torch.get_num_threads()

@@ -1,9 +1,9 @@
-"""The bars of a GPU: what ``tools/speed/estimate.py`` computes for it, less a margin. One command: ``pytest -m gpu``.
+"""Speed and memory on a GPU reach what ``tools/speed/estimate.py`` computes, less a margin: ``pytest -m gpu``.
 
-The figures for docs/performance.md, computed beside measured, are then in work_dirs/speed/figures.md, and all that the
-benchmark measured in work_dirs/speed/*.json.
+Figures for docs/performance.md, computed and measured, are written to work_dirs/speed/figures.md, and all measurements
+of the benchmark to work_dirs/speed/*.json.
 
-Computed for the step of ViT-B/16, batch 256, against mmpretrain's as it is: ratio 1.49 on an A100 and 1.69 on an H100,
+Computed for the step of ViT-B/16, batch 256, against mmpretrain's own: ratio 1.49 on an A100 and 1.69 on an H100,
 compiled 1.99 and 2.58; MFU 0.42 and 0.30, compiled 0.55 and 0.45; memory 0.78, compiled 0.58.
 """
 
@@ -19,8 +19,8 @@ from helpers import ROOT
 from mmmilan.engine.flops import data_sheet_of
 from mmmilan.files import write_text
 
-# Both contestants miss the data sheet in much the same way, so their ratio is surer than the time of either. Of the
-# memory, the gaps of the allocator are not computed.
+# Both contestants miss the data sheet in much the same way, so their ratio is surer than the time of either. Gaps in
+# the allocator's memory are not computed.
 RATIO, MFU, PEAK = 0.9, 0.75, 1.1
 # Bytes an image that the compiled step does not keep for the backward pass (docs/performance.md, Activations).
 NOT_KEPT = 13.8e6
@@ -38,7 +38,7 @@ def sheet() -> str:
 
 @pytest.fixture(scope='module')
 def figures() -> Iterator[list[tuple]]:
-    """Rows of what was measured, written to a file in the end."""
+    """Rows of measured figures, written to a file in the end."""
     rows: list[tuple] = []
     yield rows
     text = f'{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n\n| | computed | measured |\n|---|---|---|\n'
@@ -48,7 +48,7 @@ def figures() -> Iterator[list[tuple]]:
 
 
 def rivals(steps: dict[str, Step]) -> tuple[Step, Step]:
-    """Ours, and the incumbent to which the benchmark's ratio is."""
+    """Our step, and the one to which the benchmark compares it."""
     return steps['mmmilan'], next(step for name, step in steps.items() if not name.startswith('mmmilan'))
 
 

@@ -56,7 +56,7 @@ def test_benchmark_of_less_computation(benchmark, tmp_path):
 
 
 def test_benchmark_of_the_same_work(benchmark, tmp_path):
-    """Decoders of the same size take the same operations; what ours saves in the step is in encoder and teacher."""
+    """Decoders of the same size take the same operations: our step saves in encoder and teacher."""
     decoders = benchmark(tmp_path / 'decoder.json', 'decoder', *TINY)['contestants']
     assert decoders['mmmilan']['gflops_per_image'] == pytest.approx(decoders['mmpretrain']['gflops_per_image'])
 

@@ -1,4 +1,4 @@
-"""What is computed for a GPU that is not there is right where it can be known otherwise."""
+"""Estimates for a GPU agree with what is known without one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_roofline():
 
 
 def test_what_is_fused():
-    """Between two products there is one kernel: what it makes and only it reads never goes to memory."""
+    """All operations between two products become one kernel, whose intermediate results never go to memory."""
     chain = [
         operation('mm', {1: GB}, {2: GB}),
         operation('add', {2: GB}, {3: GB}),
@@ -46,7 +46,7 @@ def test_what_is_fused():
 
 
 def test_peak_memory():
-    """Weights, the activation that the backward pass needs, and what is made of it, to the byte."""
+    """Memory of weights and activations, at its peak and after, to the byte."""
     with fake_cuda():
         weight = nn.Parameter(torch.empty(512, 512, device=CUDA))
         watch = Watch()

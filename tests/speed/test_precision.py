@@ -1,4 +1,4 @@
-"""What is said of 16 bits is measured."""
+"""The rounding errors of a teacher in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def test_float16_is_nearer(tiny_config, run_tool, image_folder, tmp_path, capsys):
-    """Of a trained model's teacher, on images of a folder; float16 has three more bits than bfloat16."""
+    """float16 has three more bits than bfloat16."""
     run_tool('train.py', tiny_config({'train_cfg.max_epochs': 1, 'train_dataloader.num_workers': 0}))
     capsys.readouterr()
     run_tool('speed/precision.py', tmp_path / 'work/epoch_1.pth', image_folder, '--images', 6)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.hooks import CheckpointHook
-from mmengine.runner import get_priority
 from mmpretrain.structures import DataSample
 
-from mmmilan.engine import NonFiniteLossHook
+from helpers import exit_code
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 
 
 @pytest.fixture
 def error_of(run_tool, capfd):
-    """The one line with which a tool ends."""
+    """Run a tool that fails; returns its error message, which is one line."""
 
     def run(*args: object) -> str:
         with pytest.raises(SystemExit) as exit:
@@ -34,7 +30,7 @@ def error_of(run_tool, capfd):
 
 
 def logged(work_dir: Path) -> str:
-    """The last log file."""
+    """The text of the newest log file."""
     return max(work_dir.glob('*/*.log')).read_text()
 
 
@@ -73,23 +69,19 @@ def test_corrupt_images_are_skipped_named_and_counted(tiny_config, run_tool, cor
     run_tool('train.py', tiny_config(changes))
     assert (tmp_path / 'work/epoch_2.pth').exists()
     log = logged(tmp_path / 'work')
-    assert (
-        log.count(f'Skipped: {corrupt_folder}/class0/truncated.jpg is a truncated JPEG') == 1
-    )  # MMEngine drops repeats
+    # MMEngine drops repeats
+    assert log.count(f'Skipped: {corrupt_folder}/class0/truncated.jpg is a truncated JPEG') == 1
     assert log.count(f'Skipped: {corrupt_folder}/class1/empty.jpg does not decode as an image') == 1
     assert log.count(f'Skipped: {corrupt_folder}/class2/text.jpg does not decode as an image') == 1
     assert log.count('Skipped: ') == 3
     assert '6 images did not decode so far' in log
 
 
-def test_corrupt_image_is_fatal_if_so_wished(tiny_config, run_tool, corrupt_folder, capfd):
-    """As the user sees it: one line at the end of a process, for an error in one of its data workers."""
+def test_corrupt_image_ends_the_run_on_request(tiny_config, run_tool, corrupt_folder, capfd):
+    """The error of a data worker is one line, the last one of the process."""
     changes = {'dataset.data_root': str(corrupt_folder), 'dataset.on_corrupt': 'raise', 'drop_last': False}
     config = tiny_config({f'train_dataloader.{key}': value for key, value in changes.items()})
-    process = multiprocessing.get_context('fork').Process(target=run_tool, args=('train.py', config))
-    process.start()
-    process.join()
-    assert process.exitcode == 1
+    assert exit_code(run_tool, 'train.py', config) == 1
     output = capfd.readouterr()
     assert 'Traceback' not in output.out + output.err
     assert output.err.count('error: ') == 1
@@ -123,21 +115,34 @@ def test_images_of_another_size(tiny_config, error_of):
 # -- teachers
 
 
-def test_teacher_whose_grid_cannot_match(tiny_config, error_of):
+def build_error(cfg: dict) -> str:
+    """Build a model, or a part of one, that cannot be built; returns the error message, which is one line."""
+    with pytest.raises(InputError) as error:
+        MODELS.build(cfg)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def test_teacher_whose_grid_cannot_match(milan_cfg):
     """40 pixels are no multiple of its patches; at 96 its grid is not the student's."""
-    message = error_of('train.py', tiny_config({'model.head.teacher.input_size': 40}))
+    milan_cfg['head']['teacher']['input_size'] = 40
+    message = build_error(milan_cfg)
     assert message == "The teacher's input_size=40 is not a multiple of its patch size 16; choose 32 or 48."
-    message = error_of('train.py', tiny_config({'model.head.teacher.input_size': 96}))
+    milan_cfg['head']['teacher']['input_size'] = 96
+    message = build_error(milan_cfg)
     assert message == 'head.teacher sees 36 patches and the encoder 16; set head.teacher.input_size to 64.'
 
 
-def test_teacher_file(tiny_config, error_of, clip_file, tmp_path):
-    def message_for(path: Path) -> str:
-        return error_of('train.py', tiny_config({'model.head.teacher.pretrained': str(path)}))
-
-    assert message_for(tmp_path / 'none.pt') == (
+def test_teacher_file_that_does_not_exist(tiny_config, error_of, tmp_path):
+    config = tiny_config({'model.head.teacher.pretrained': str(tmp_path / 'none.pt')})
+    assert error_of('train.py', config) == (
         f"The teacher's file {tmp_path}/none.pt does not exist; correct pretrained=."
     )
+
+
+def test_teacher_file_of_another_kind(clip_file, tmp_path):
+    def message_for(path: Path) -> str:
+        return build_error(dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path)))
 
     torch.save({'encoder.weight': torch.zeros(2), 'encoder.bias': torch.zeros(2)}, tmp_path / 'unknown.pt')
     message = message_for(tmp_path / 'unknown.pt')
@@ -170,13 +175,6 @@ def test_teacher_file(tiny_config, error_of, clip_file, tmp_path):
 # -- the model
 
 
-def build_error(cfg: dict) -> str:
-    with pytest.raises(InputError) as error:
-        MODELS.build(cfg)
-    assert '\n' not in str(error.value)
-    return str(error.value)
-
-
 def test_widths_that_do_not_fit(milan_cfg):
     milan_cfg['neck']['embed_dim'] = 64
     assert build_error(milan_cfg) == ('neck.embed_dim is 64, but the other parts of the model need 48; set it to that.')
@@ -204,8 +202,8 @@ def test_pixel_target_with_another_patch_size(milan_cfg):
     assert build_error(milan_cfg).startswith('head.patch_size is 8, but the other parts of the model need 16')
 
 
-def test_image_that_is_no_square(milan_cfg):
-    """The decoder and the teacher have to be told of it."""
+def test_rectangular_image_size(milan_cfg):
+    """The decoder and the teacher have to be set to it too."""
     milan_cfg['backbone']['img_size'] = (64, 32)
     assert build_error(milan_cfg).startswith('neck.num_patches is 16, but the other parts of the model need (4, 2)')
     milan_cfg['neck']['num_patches'] = (4, 2)
@@ -244,7 +242,7 @@ def test_config_that_does_not_exist(error_of):
 
 
 def test_non_finite_loss(tiny_config, error_of, run_tool, tmp_path):
-    """It stops, says at which step, and the last good checkpoint is there to resume from."""
+    """The run stops and names the step; the last good checkpoint can be resumed."""
     explosion = dict(type='MultiStepLR', by_epoch=False, milestones=[8], gamma=1e40)  # spoils the weights in step 9
     good = tmp_path / 'work/epoch_1.pth'
     changes = {'param_scheduler': [explosion], 'train_dataloader.num_workers': 0}
@@ -256,18 +254,3 @@ def test_non_finite_loss(tiny_config, error_of, run_tool, tmp_path):
     assert all(value.isfinite().all() for value in torch.load(good, weights_only=False)['state_dict'].values())
     run_tool('train.py', tiny_config(), '--resume')
     assert torch.load(tmp_path / 'work/epoch_2.pth', weights_only=False)['meta']['iter'] == 12
-
-
-def test_weights_spoilt_by_the_last_step_of_an_epoch(tmp_path):
-    """No loss has shown them yet, but they are not saved."""
-    runner = SimpleNamespace(model=torch.nn.Linear(2, 2), iter=6, epoch=0, work_dir=str(tmp_path))
-    hook = NonFiniteLossHook()
-    hook.after_train_epoch(runner)
-    runner.model.weight.data[0, 1] = torch.inf
-    with pytest.raises(InputError) as error:
-        hook.after_train_epoch(runner)
-    assert str(error.value) == (
-        'The weights are not finite after iteration 6 (epoch 1); start again (no checkpoint was written yet) '
-        'with a lower learning rate or with optim_wrapper.clip_grad.'
-    )
-    assert get_priority(hook.priority) < get_priority(CheckpointHook.priority)  # a lower number comes first

@@ -1,4 +1,4 @@
-"""``tools/slurm_train.sh`` with commands in place of Slurm's that write down how they were called."""
+"""``tools/slurm_train.sh`` with stand-ins for Slurm's commands that record how they were called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "$@" > "{folder}/scontrol"\n'
 
 
 def start(folder: Path, status: int, **environment: str) -> tuple[int, list[str], str]:
-    """Exit status of the script, arguments of ``srun``, and of ``scontrol`` ('' if it was not called)."""
+    """Run the script; returns its exit status and the arguments of ``srun`` and ``scontrol`` ('' if not called)."""
     commands = folder / 'bin'
     commands.mkdir()
     for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
@@ -44,7 +44,7 @@ def test_what_srun_is_asked_for(tmp_path):
         (0, dict(SLURM_JOB_ID='17'), ''),
     ],
 )
-def test_a_run_that_is_to_go_on_is_put_back(tmp_path, status, environment, expected):
+def test_a_run_to_be_resumed_is_requeued(tmp_path, status, environment, expected):
     code, _, requeued = start(tmp_path, status, **environment)
     assert (code, requeued) == (status, expected)
 

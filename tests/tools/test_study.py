@@ -1,4 +1,4 @@
-"""The study: it trains, measures, goes on where it was stopped, and renders; its arms differ in what they say."""
+"""The study: it trains, measures, resumes and reports; its arms differ in what their names say."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_configs_state_their_difference(name, study):
 
 
 def test_arms_are_what_their_names_say(study, tmp_path):
-    """As many steps and masked views, but for alignment, which has half."""
+    """Arms have the same steps and masked views; alignment has half the steps."""
     _, arms, _ = study
     views = {}
     for arm in arms.ARMS:

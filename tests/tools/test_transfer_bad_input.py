@@ -1,4 +1,4 @@
-"""What a user can get wrong when a checkpoint is transferred: one sentence each."""
+"""Whatever a user gets wrong in a transfer is answered with one sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from mmengine.config import Config
 
 from helpers import ROOT
-from mmmilan.demo.scenes import write_scenes
 
 TASKS = {
     'classification': ('vit-tiny-p8_finetune_scenes.py', 'model.head', 10),
@@ -17,16 +16,9 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data') / 'scenes'
-    write_scenes(root, 10, 10, image_size=48)
-    return root
-
-
 @pytest.fixture
 def error_of_training(scenes, run_tool, tmp_path):
-    """The message that tools/train.py ends with, for a small config of a task with some changes."""
+    """Run tools/train.py, which fails, on a small config of a task with some changes; returns the error message."""
 
     def train(task: str, changes: dict | None = None) -> str:
         cfg = Config.fromfile(ROOT / 'configs/demo' / TASKS[task][0])

@@ -1,4 +1,4 @@
-"""The training step of every algorithm on a CUDA device that is not there: all on the device, and no wait for it."""
+"""Training steps on a fake CUDA device: ours run on it without a wait, and waits of others are noticed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(config: str) -> Config:
 
 
 def batch(size: int = 4, **fields: Tensor | int) -> dict:
-    """What the data loader gives: images and data samples in the memory of the host."""
+    """A batch of the data loader: images and data samples in the memory of the host."""
     samples = [DataSample() for _ in range(size)]
     for sample in samples:
         for name, value in fields.items():
@@ -73,7 +73,7 @@ def test_milan(milan_cfg):
 
 
 def test_teacher_in_float16(milan_cfg):
-    """On a GPU its weights are float16 from the start, and nothing of it is computed in more."""
+    """On a GPU its weights stay in float16."""
     milan_cfg['head']['teacher']['weight_dtype'] = 'float16'
     model, optim_wrapper = milan(milan_cfg)
     assert not run(model, optim_wrapper, batch()).waits
@@ -127,7 +127,7 @@ def test_probing(semantic, clip_file):
 
 @pytest.mark.parametrize('rel_pos_bias', [False, True])
 def test_dense_encoder(rel_pos_bias):
-    """Forward and backward; the heads, which do wait, are mmdet's and mmseg's."""
+    """Forward and backward pass; the heads of mmdet and mmseg, which do wait, are left out."""
     settings = dict(arch=ARCH | dict(num_layers=4), out_indices=(0, 1, 2, 3), window_size=3, global_indices=(1, 3))
     model = MODELS.build(dict(type='mmmilan.DenseViT', img_size=64, rel_pos_bias=rel_pos_bias, **settings))
     with fake_cuda():
@@ -143,7 +143,7 @@ def test_dense_encoder(rel_pos_bias):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-# -- that it would notice
+# -- waits are noticed
 
 
 def waits_with(milan_cfg: dict, preprocessor: str) -> str:
@@ -193,7 +193,7 @@ def test_it_notices_permutations_and_labels_on_the_host():
 def test_it_notices(function, what):
     with fake_cuda():
         x, watch = torch.randn(4, device=CUDA), Watch()
-        with watch, suppress(RuntimeError):  # of fake tensors, for what depends on numbers
+        with watch, suppress(RuntimeError):  # fake tensors have no numbers to answer with
             function(x)
     assert [where.partition(':')[0] for where in watch.waits] == [what]
 
@@ -219,7 +219,7 @@ def test_backward_pass(milan_cfg):
     torch.manual_seed(1)
     losses = [model.loss(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))['loss']]
     backward(losses)
-    assert len(calls) == 2 * 2  # what is checkpointed is computed once more, and no more than once
+    assert len(calls) == 2 * 2  # a checkpointed block runs once more, not twice more
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, value, rtol=1e-4, atol=1e-6)

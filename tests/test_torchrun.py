@@ -1,0 +1,120 @@
+"""The launcher: how it ends when its processes fail, and signals that it passes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from multiprocessing import Process
+from pathlib import Path
+
+import pytest
+
+from helpers import exit_codes, free_port
+from mmmilan import torchrun
+from mmmilan.engine.stopping import GO_ON
+from mmmilan.errors import InputError, exit_on_input_error
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from mmmilan.errors import InputError, exit_on_input_error
+
+rank = int(os.environ['LOCAL_RANK'])
+with exit_on_input_error():
+    if sys.argv[1] == 'input error':
+        raise InputError('The key a is wrong; correct it.')
+    if sys.argv[1] == 'bug':
+        os._exit(7 * rank)
+    if sys.argv[1] == 'saves at a signal':
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *args: sys.exit(os.EX_TEMPFAIL))
+    Path(f'new_{rank}').write_text(str(os.getpid()))
+    Path(f'new_{rank}').rename(f'pid_{rank}')
+    time.sleep(600)
+"""
+
+
+def launch(folder: Path, kind: str) -> None:
+    """Launch two processes; what they and the launcher print is in ``folder / 'output'``."""
+    os.chdir(folder)
+    Path('rank.py').write_text(RANK)
+    sys.stderr = open('output', 'w', buffering=1)  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
+    with exit_on_input_error():
+        torchrun.main(['--nproc_per_node=2', f'--master_port={free_port()}', 'rank.py', kind])
+
+
+def start(folder: Path, kind: str) -> Process:
+    """A launcher in a fork of this process, which has everything imported."""
+    process = multiprocessing.get_context('fork').Process(target=launch, args=(folder, kind))
+    process.start()
+    return process
+
+
+@pytest.fixture
+def launched(tmp_path, request):
+    """A launcher, and the pids of its processes by rank, once they run."""
+    launcher = start(tmp_path, request.param)
+    files = [tmp_path / f'pid_{rank}' for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert launcher.is_alive() and time.monotonic() < deadline, (tmp_path / 'output').read_text()
+        time.sleep(0.02)
+    pids = [int(file.read_text()) for file in files]
+    yield launcher, pids
+    for pid in (launcher.pid, *pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ['--nnodes=1', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', 'train.py']
+        with pytest.raises(InputError) as error:
+            torchrun.main(arguments)
+    assert str(error.value) == (
+        f'The port {port} cannot be used (Address already in use); choose another one: PORT={port + 1} bash ...'
+    )
+
+
+@pytest.mark.parametrize(
+    ('kind', 'expected'),
+    [
+        ('input error', 'error: The key a is wrong; correct it.'),
+        ('bug', 'error: process 1 ended with status 7; its own output says why.'),
+    ],
+)
+def test_processes_that_fail(kind, expected, tmp_path):
+    """The output ends with one sentence for all processes."""
+    assert exit_codes([start(tmp_path, kind)]) == [1]
+    output = (tmp_path / 'output').read_text()
+    assert output.splitlines()[-1] == expected
+    assert 'Traceback' not in output and output.count('error:') == 1, output
+
+
+@pytest.mark.parametrize('launched', ['saves at a signal'], indirect=True)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_passed_on(launched, tmp_path, number):
+    """The launcher exits with the status of processes that have saved."""
+    launcher, _ = launched
+    os.kill(launcher.pid, number)
+    assert exit_codes([launcher], 60) == [GO_ON]
+    assert 'Traceback' not in (tmp_path / 'output').read_text()
+
+
+@pytest.mark.parametrize('launched', ['ends at a signal'], indirect=True)
+def test_a_killed_process_is_named(launched, tmp_path):
+    launcher, pids = launched
+    os.kill(pids[1], signal.SIGKILL)
+    assert exit_codes([launcher], 60) == [1]
+    output = (tmp_path / 'output').read_text()
+    assert output.splitlines()[-1] == 'error: process 1 ended with SIGKILL; its own output says why.'
+    assert 'Traceback' not in output
