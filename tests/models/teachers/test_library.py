@@ -26,7 +26,7 @@ from mmmilan.models.teachers.timm_tower import patch_size
 from mmmilan.registry import MODELS
 
 README = ROOT / 'configs/milan/teachers/README.md'
-START, END = '<!-- table: written by tests/models/teachers/test_teachers_library.py -->\n', '<!-- end of table -->\n'
+START, END = '<!-- table: written by tests/models/teachers/test_library.py -->\n', '<!-- end of table -->\n'
 # timm's modules with transformers; all others are convolutional
 TRANSFORMERS = (
     'beit', 'cait', 'coat', 'convit', 'crossvit', 'davit', 'deepseek_vit', 'deit', 'efficientformer', 'eva', 'fastvit',
