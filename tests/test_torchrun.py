@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import exit_codes, free_port
 from mmmilan import torchrun
 from mmmilan.engine.stopping import GO_ON
 from mmmilan.errors import InputError, exit_on_input_error
+from processes import exit_codes, free_port
 
 RANK = """
 import os, signal, sys, time

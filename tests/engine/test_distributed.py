@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers import ROOT, assert_same_weights, free_port, load_trusted
+from helpers import ROOT, assert_same_weights, load_trusted
 from mmmilan.datasets import ReproducibleSampler
 from mmmilan.engine import GradientCompressionHook, StepSeedHook
 from mmmilan.engine.distributed import init_processes
+from processes import free_port
 
 WORLD = 16
 

@@ -12,13 +12,14 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from helpers import ROOT, assert_identical, assert_same_weights, read_scalars, run_group, run_script
+from helpers import ROOT, assert_identical, assert_same_weights, read_scalars
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.compilation import compile_model
 from mmmilan.engine.fsdp import transformer_blocks
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
+from processes import run_group, run_script
 
 FSDP = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-fsdp_in1k.py')
 DDP = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel', device_ids=None))

@@ -8,12 +8,13 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
-from helpers import ROOT, build_model, masked_batch, run_script_on_ranks
+from helpers import ROOT, build_model, masked_batch
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import BFloat16OptimWrapper
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
+from processes import run_script_on_ranks
 
 
 def test_groups_of_parameters(milan_cfg):

@@ -12,7 +12,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from helpers import assert_identical, exit_code, load_trusted, read_scalars
+from helpers import assert_identical, load_trusted, read_scalars
+from processes import exit_code
 
 
 @HOOKS.register_module()

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from helpers import labelled_folder, read_metrics, read_scores, run_script_on_ranks
+from helpers import labelled_folder, read_metrics, read_scores
 from mmmilan.evaluation.knn import vote
 from mmmilan.registry import MODELS
+from processes import run_script_on_ranks
 
 KNN_OPTIONS = ['--cfg-options', 'test_evaluator.topk=(1,2,5)']
 

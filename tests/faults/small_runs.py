@@ -13,9 +13,9 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from helpers import start_ranks
 from mmmilan.engine.distributed import end_processes, init_processes
 from mmmilan.engine.hooks import ExactLoadingHook
+from processes import start_ranks
 
 
 class Numbers(Dataset):

@@ -15,11 +15,12 @@ from mmengine.hooks import Hook
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
-from helpers import assert_identical, exit_code, load_trusted
+from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.hooks import StepSeedHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import locked
+from processes import exit_code
 from small_runs import runner
 
 EPOCHS = 8

@@ -16,13 +16,13 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import exit_code, exit_codes, free_port
 from mmmilan.engine import data_workers
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
+from processes import exit_code, exit_codes, free_port
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)

@@ -16,13 +16,14 @@ from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import assert_identical, exit_code, exit_codes, load_trusted
+from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.prefetching import PrefetchHook
 from mmmilan.engine.stopping import GO_ON, StopHook
 from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
+from processes import exit_code, exit_codes
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)

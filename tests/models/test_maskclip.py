@@ -21,7 +21,6 @@ from helpers import (
     captioned_batch,
     encode_words,
     gradients,
-    run_group,
     run_mean_teacher_hook,
     sum_losses,
 )
@@ -31,6 +30,7 @@ from mmmilan.models import MaskCLIP, MeanTeacher, maskclip
 from mmmilan.models.language import is_word
 from mmmilan.models.tokens import gather_tokens
 from mmmilan.registry import MODELS
+from processes import run_group
 
 # -- the contrastive loss
 

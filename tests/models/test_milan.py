@@ -12,10 +12,11 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from helpers import assert_close, build_model, gradients, masked_batch, run_group
+from helpers import assert_close, build_model, gradients, masked_batch
 from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
 from mmmilan.masking import Masking
+from processes import run_group
 
 # -- the teacher
 
@@ -202,7 +203,7 @@ def test_a_figure_has_one_mask(milan_cfg):
 def test_refused_masks_per_image(milan_cfg):
     with pytest.raises(InputError, match='masks_per_image=0 leaves nothing to learn from; choose 1 or more'):
         build_model(milan_cfg | dict(masks_per_image=0))
-    with pytest.raises(InputError, match='one mask an image and model.masks_per_image=2; set that to 1'):
+    with pytest.raises(InputError, match='one mask per image but model.masks_per_image=2; set that to 1'):
         build_model(milan_cfg | dict(masks_per_image=2)).loss(*masked_batch(2))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
-from helpers import exit_code
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
+from processes import exit_code
 
 
 @pytest.fixture

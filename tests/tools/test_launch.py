@@ -8,11 +8,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from helpers import ROOT, run_script
+from helpers import ROOT
 from mmmilan.engine import ImageSizeHook
 from mmmilan.engine.config_check import check_data, unread_options
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
+from processes import run_script
 
 ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
 

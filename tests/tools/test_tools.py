@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, read_scalars, run_script
+from helpers import ROOT, read_scalars
 from mmmilan.engine import MainLoggerHook
+from processes import run_script
 
 
 def used_config(work_dir: Path) -> str:

@@ -10,9 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from helpers import ROOT, read_scalars, real_data, run_script_on_ranks
+from helpers import ROOT, read_scalars, real_data
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
+from processes import run_script_on_ranks
 
 CONFIGS = ROOT / 'configs'
 

@@ -1,0 +1,100 @@
+"""Processes that tests start: shell scripts of tools/, forks, and forks as the ranks of a distributed run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import Process
+from pathlib import Path
+
+import torch.distributed as dist
+
+from helpers import ROOT
+from mmmilan.engine.distributed import end_processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def run_script(script: str, *args: object) -> str:
+    """Run a shell script of tools/, which must succeed. Returns what it printed."""
+    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(free_port()))
+    environment['PATH'] = f'{Path(sys.executable).parent}:{environment["PATH"]}'
+    command = ['bash', ROOT / 'tools' / script, *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: bool = True) -> list[Process]:
+    """Fork this process into ranks that call ``target(*args)``, each with the environment of its rank.
+
+    A fork has everything imported already, which takes a new process seconds. The ranks meet at a store of this
+    process, as under torchrun; with ``launcher=False`` at a store of rank 0, as under Slurm.
+    """
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    if not launcher:
+        del store
+    ranks = []
+    for rank in range(processes):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        environment['TORCHELASTIC_USE_AGENT_STORE'] = launcher
+        process = multiprocessing.get_context('fork').Process(target=_be_rank, args=(environment, target, args))
+        process.start()
+        process.store = store if launcher else None  # kept alive as long as the rank
+        ranks.append(process)
+    return ranks
+
+
+def _be_rank(environment: dict[str, object], target: Callable, args: tuple) -> None:
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    target(*args)
+
+
+def exit_codes(processes: list[Process], seconds: float = 240) -> list[int | None]:
+    """Wait for processes to end; the exit code is None for one that had to be killed after some seconds."""
+    try:
+        for process in processes:
+            process.join(seconds)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def exit_code(target: Callable, *args: object, seconds: float = 240, **kwargs: object) -> int | None:
+    """Call ``target`` in a fork of this process and wait for it to end, see :func:`exit_codes`."""
+    process = multiprocessing.get_context('fork').Process(target=target, args=args, kwargs=kwargs)
+    process.start()
+    return exit_codes([process], seconds)[0]
+
+
+def run_group(step: Callable, *args: object) -> None:
+    """Two ranks call ``step(*args)`` in a gloo process group; both must succeed."""
+    assert exit_codes(start_ranks(_in_group, step, args)) == [0, 0]
+
+
+def _in_group(step: Callable, args: tuple) -> None:
+    dist.init_process_group('gloo')
+    step(*args)
+    end_processes()
+
+
+def run_script_on_ranks(script: str, processes: int, *args: object) -> None:
+    """Run a script of tools/ on several ranks; all must succeed."""
+    ranks = start_ranks(_be_script, script, args, processes=processes)
+    assert exit_codes(ranks) == [0] * processes
+
+
+def _be_script(script: str, args: tuple) -> None:
+    sys.argv = [script, *map(str, args), '--launcher', 'pytorch']
+    runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
