@@ -1,7 +1,7 @@
-"""The config that a checkpoint was trained with, read as data and never as code.
+"""Read the config of a checkpoint as data, never as code.
 
-MMEngine keeps the config in every checkpoint (``meta.cfg``) and in its work dir, as a Python file of assignments. What
-MMEngine writes are literals and ``dict(...)``; nothing else is accepted here, and nothing is executed.
+MMEngine stores the config in every checkpoint (``meta.cfg``) and in the work dir, as Python assignments. They contain
+only literals and ``dict(...)``; nothing else is accepted here, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def own_config(checkpoint: str | os.PathLike) -> Config:
     """The config in a checkpoint file, or else the only one in its folder.
 
     Raises:
-        InputError: the file cannot be read, or there is no such config, or it is not plain data.
+        InputError: the file cannot be read, there is no config, or it is not plain data.
     """
     path = Path(checkpoint)
     meta = load_checkpoint_file(path).get('meta')
@@ -42,10 +42,10 @@ def parse_config(text: str, source: str) -> Config:
 
     Args:
         text: assignments of literals and ``dict(...)`` to names.
-        source: what messages call it.
+        source: name of the config in messages.
 
     Raises:
-        InputError: naming the line that is anything else.
+        InputError: a line is anything else.
     """
     values: dict[str, Any] = {}
     try:
@@ -67,7 +67,7 @@ class _NotData(Exception):
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, or ``dict(...)`` or ``dict({...})`` of such."""
+    """Evaluate a literal, ``dict(...)`` or ``dict({...})``."""
     if isinstance(node, ast.Call):
         named = {keyword.arg: _value(keyword.value) for keyword in node.keywords}
         of_names = isinstance(node.func, ast.Name) and node.func.id == 'dict' and None not in named

@@ -1,7 +1,7 @@
-"""Downloads that can be trusted: checked by hash, resumed, shared by processes, whole or not there.
+"""Download files into a cache: checked by hash, resumed, shared by processes, complete or absent.
 
-``MMMILAN_CACHE`` names the folder (default ``~/.cache/mmmilan``), ``MMMILAN_MIRRORS`` the addresses to try in turn in
-place of OpenMMLab's, separated by commas.
+``MMMILAN_CACHE`` names the folder (default ``~/.cache/mmmilan``), ``MMMILAN_MIRRORS`` a comma-separated list of
+addresses to try in turn in place of OpenMMLab's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import filelock
 from mmmilan.checkpoints.transfer import TransferError, receive, shown
 from mmmilan.errors import InputError
 
-# The same files under the same paths: the original host, and that of the maintained line.
+# Hosts of the same files under the same paths: the original one, and that of the maintained line.
 MIRRORS = ('https://download.openmmlab.com/', 'https://mmassets.onedl.ai/')
 _HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$', re.IGNORECASE)
 _LONGEST_NAME = 200  # bytes; file systems take 255, with a hash and '.part'
@@ -31,7 +31,7 @@ def cache_dir() -> Path:
 
 
 def addresses(url: str) -> list[str]:
-    """Where to look for a file: at each mirror if OpenMMLab publishes it, else at its own address."""
+    """The URLs to try for a file: at each mirror if OpenMMLab publishes it, else its own URL."""
     mirrors = [mirror.strip() for mirror in os.environ.get('MMMILAN_MIRRORS', '').split(',') if mirror.strip()]
     for official in MIRRORS:
         if url.startswith(official):
@@ -43,31 +43,31 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
     """The file at a URL, from the cache or from the network.
 
     Args:
-        url: address of the file; a hash at the end of its name, as in ``-180922e8.pth``, is checked.
-        sha256: the whole hash, where it is known.
-        timeout: seconds without a byte, or with next to none, after which it is tried again, and then given up.
+        url: URL of the file; a hash at the end of its name, as in ``-180922e8.pth``, is checked.
+        sha256: the full hash, if it is known.
+        timeout: an attempt fails after this many seconds without data, or with too little.
 
     Returns:
         Path of the file in the cache.
 
     Raises:
-        InputError: no address gave the file, or it cannot be written. No password in an address is told.
+        InputError: no URL gave the file, or it cannot be written. The message contains no passwords.
     """
     try:
-        name = urlsplit(url).path.rpartition('/')[2]  # a query or fragment is no part of it
+        name = urlsplit(url).path.rpartition('/')[2]  # without query and fragment
     except ValueError:
         name = ''
     if name in ('', '.', '..') or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise InputError(f'{shown(url)[:_LONGEST_NAME]!r} names no file; give the URL of one.')
     in_name = _HASH_IN_NAME.search(name)
     digest = (sha256 or (in_name[1] if in_name else '')).lower() or None
-    if digest is None:  # two files may have this name
+    if digest is None:  # files at different URLs may have this name
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
     target = cache_dir() / name
-    if _is_whole(target, digest):
+    if _is_complete(target, digest):
         return target
     with _locked(target):
-        if _is_whole(target, digest):  # another process was faster
+        if _is_complete(target, digest):  # another process was faster
             return target
         failures = []
         for address in addresses(url):
@@ -78,10 +78,10 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
                 failures.append(f'{shown(address)}: {failure}')
     other = ''
     if target.is_file():
-        other = f' and {target} is another file, its hash is {file_sha256(target)[: len(digest)]} and not {digest}'
+        other = f' and {target} is a different file with hash {file_sha256(target)[: len(digest)]} and not {digest}'
     raise InputError(
         f'{shown(url).rpartition("/")[2]} could not be downloaded ({", ".join(failures)}){other}; put the file at '
-        f'{target}, or name a mirror that can be reached in MMMILAN_MIRRORS.'
+        f'{target}, or name a reachable mirror in MMMILAN_MIRRORS.'
     )
 
 
@@ -94,7 +94,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_whole(target: Path, digest: str | None) -> bool:
+def _is_complete(target: Path, digest: str | None) -> bool:
     if not target.is_file():
         return False
     if digest is None or file_sha256(target).startswith(digest):
@@ -120,7 +120,7 @@ def _cannot_write(target: Path, error: OSError) -> InputError:
 
 
 def _fetch(address: str, target: Path, digest: str | None, timeout: float) -> None:
-    """Receive one file and put it in its place if it is the right one."""
+    """Download a file, check its hash and move it into the cache."""
     part = target.with_name(f'{target.name}.part')
     while True:
         continued = digest is not None and part.exists()

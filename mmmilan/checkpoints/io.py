@@ -1,8 +1,8 @@
-"""Checkpoint files, read as data and never as code.
+"""Read checkpoint files as data, never as code.
 
-Every file of weights comes in through :func:`load_checkpoint_file`. A ``.pth`` file is a pickle, which can call any
-function while it is read; :mod:`mmmilan.checkpoints.unpickling` reads it as data and refuses the rest by name. MMEngine
-itself falls back to the full pickle: ``use_safe_loading`` ends that.
+Every file of weights is read by :func:`load_checkpoint_file`. A ``.pth`` file is a pickle, which can call any function
+while it is read; :mod:`mmmilan.checkpoints.unpickling` reads it as data and refuses anything else. MMEngine itself
+falls back to the full pickle; :func:`mmmilan.checkpoints.loading.use_safe_loading` prevents that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mmmilan.files import atomic_write, first_line
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
 _STATE_DICT_KEYS = ('state_dict', 'model', 'module', 'model_state_dict')
 _CHECKSUM = 'crc32'  # of a safetensors file's numbers, in its metadata; the format itself has none
-# Weights that are whole numbers.
+# Weights that are integers.
 _COUNTS = re.compile(r'num_batches_tracked$|relative_position_index$|position_ids$')
 
 
@@ -39,18 +39,18 @@ def load_checkpoint_file(
     """Read a checkpoint.
 
     Args:
-        path: a file of ``torch.save``, a TorchScript archive (of which it takes the tensors and no code) or a
-            safetensors file; which of them is told by its content.
-        allow_pickle: read a pickle that the safe reader refuses. It can then run any code: only for files that you
-            would also run as a script.
+        path: a file of ``torch.save``, a TorchScript archive (only its tensors are read) or a safetensors file; the
+            format is detected by content.
+        allow_pickle: read a pickle that the safe reader refuses. It can run any code: only for files that you would
+            also run as a script.
         map_location: the device of the tensors.
 
     Returns:
-        What was saved; for a safetensors file ``{'state_dict': ..., 'meta': ...}``. ``meta['config']``, which MMEngine
-        would run, is left out.
+        The content of the file; for a safetensors file ``{'state_dict': ..., 'meta': ...}``. ``meta['config']`` is
+        removed, as MMEngine would execute it.
 
     Raises:
-        InputError: the file is missing, incomplete, damaged (its checksums are compared), of another kind, or would
+        InputError: the file is missing, incomplete, damaged (checksums are compared), of another format, or would
             run code.
     """
     path = Path(path).expanduser()
@@ -60,13 +60,13 @@ def load_checkpoint_file(
         checkpoint = _read(path, allow_pickle)
     except InputError:
         raise
-    except Exception as error:  # what a damaged file raises can be of any type
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(
             f'{path} is incomplete or damaged ({first_line(error)}); copy or download it again.'
         ) from error
     if not isinstance(checkpoint, dict):
         raise InputError(
-            f'{path} holds a {type(checkpoint).__name__} in place of a dictionary of weights; give a checkpoint.'
+            f'{path} holds a {type(checkpoint).__name__} and not a dictionary of weights; give a checkpoint.'
         )
     if isinstance(checkpoint.get('meta'), dict):
         checkpoint['meta'].pop('config', None)
@@ -96,10 +96,10 @@ def _read(path: Path, allow_pickle: bool) -> Any:
 
 
 def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -> dict[str, Tensor]:
-    """The weights in a checkpoint, which may also be the weights themselves; messages call it ``source``.
+    """The state dict in a checkpoint, or the checkpoint itself if it is a state dict; messages call it ``source``.
 
     Raises:
-        InputError: they are not tensors with names.
+        InputError: an entry is not a tensor with a name.
     """
     found = [checkpoint[key] for key in _STATE_DICT_KEYS if isinstance(checkpoint.get(key), dict)]
     weights = found[0] if found else checkpoint
@@ -112,16 +112,16 @@ def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -
 
 
 def check_values(weights: dict[str, Tensor], source: str, model: dict[str, Tensor] | None = None) -> None:
-    """Refuse weights that training never gives.
+    """Refuse weights that are not finite or not floating-point.
 
     Args:
         weights: Weights by name.
-        source: What messages call their file.
-        model: The state dict that they are for, which tells what is a whole number or a boolean; without it, only what
-            batch normalisation counts.
+        source: Name of their file in messages.
+        model: State dict of the model. Weights that are integers or booleans in it are not checked; without it, only
+            those of ``_COUNTS`` are not checked.
 
     Raises:
-        InputError: one is not finite, or not a real number where the model has one.
+        InputError: a weight is not finite, or not floating-point.
     """
     for key, value in weights.items():
         counts = not model[key].is_floating_point() if model and key in model else bool(_COUNTS.search(key))
@@ -134,14 +134,14 @@ def check_values(weights: dict[str, Tensor], source: str, model: dict[str, Tenso
 
 
 def save_checkpoint_file(checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Args:
-        checkpoint: what is to be saved. A safetensors file has room for the weights, and for ``meta`` as JSON.
-        path: ends in ``.pth`` (or ``.pt``, ``.bin``) or ``.safetensors``.
+        checkpoint: the checkpoint. A safetensors file stores only its weights, and ``meta`` as JSON.
+        path: file name that ends in ``.pth`` (or ``.pt``, ``.bin``) or ``.safetensors``.
 
     Raises:
-        InputError: another ending, or the file cannot be written.
+        InputError: the file name ends otherwise, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix == '.safetensors':
@@ -149,13 +149,13 @@ def save_checkpoint_file(checkpoint: dict[str, Any], path: str | os.PathLike) ->
             Path(temporary).write_bytes(_safetensors(get_state_dict(checkpoint), checkpoint.get('meta', {})))
     elif path.suffix in ('.pth', '.pt', '.bin'):
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)  # by name it would write the name into the file, and change its hash
+            torch.save(checkpoint, file)  # given a path, it would store the file name and change the hash
     else:
         raise InputError(f'{path} ends in neither .pth nor .safetensors; choose one of them.')
 
 
 def _safetensors(weights: dict[str, Tensor], meta: Any) -> bytes:
-    """A safetensors file; the library writes the header's metadata in random order, this one always the same bytes."""
+    """The bytes of a safetensors file; deterministic, while the library orders the header's metadata at random."""
     tensors = {key: value.contiguous() for key, value in weights.items()}
     content = safetensors.torch.save(tensors, {'format': 'pt', 'meta': json.dumps(meta, default=_as_json)})
     start = 8 + int.from_bytes(content[:8], 'little')
@@ -171,20 +171,20 @@ def _as_json(value: Any) -> Any:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    with safetensors.safe_open(path, framework='pt') as file:  # compares all sizes with the file's
+    with safetensors.safe_open(path, framework='pt') as file:  # compares all sizes with the file size
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     if _CHECKSUM in metadata and metadata[_CHECKSUM] != f'{_checksum(path):08x}':
         raise ValueError('its checksum is wrong')
     try:
         meta = json.loads(metadata.get('meta', '{}'))
-    except (ValueError, RecursionError):  # another program's
+    except (ValueError, RecursionError):  # another program's metadata
         meta = {}
     return {'state_dict': weights, 'meta': meta if isinstance(meta, dict) else {}}
 
 
 def _checksum(path: Path) -> int:
-    """That of the numbers of a safetensors file, which follow its header."""
+    """Checksum of the tensor data of a safetensors file, which follow the header."""
     checksum = 0
     with path.open('rb') as file:
         file.seek(int.from_bytes(file.read(8), 'little'), os.SEEK_CUR)

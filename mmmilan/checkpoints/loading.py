@@ -24,12 +24,12 @@ from mmmilan.checkpoints.shards import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 
-# What a new encoder may have that pretraining had not: the norm after the mean of the patch tokens, relative positions,
-# layer scale, and the layers of DenseViT that rescale its maps.
+# Weights that an encoder may have and its pretraining did not: the norm after the mean of the patch tokens, relative
+# positions, layer scale, and the layers of DenseViT that rescale its maps.
 _MAY_BE_MISSING = re.compile(
     r'ln2\.\w+|layers\.\d+\.attn\.(rel_pos_\w+|gamma1\.\w+)|layers\.\d+\.ffn\.gamma2\.\w+|rel_pos_shared\.\w+|scales\..+'
 )
-# What an encoder may have no use for: the norms after its last layer, and the class token.
+# Pretrained weights that an encoder may not use: the norms after its last layer, and the class token.
 _MAY_BE_UNUSED = re.compile(r'ln[12]\.\w+|cls_token')
 
 
@@ -41,22 +41,22 @@ def load_weights(
     * Every weight of the module must be in the checkpoint. An encoder on its own (mmpretrain's ``VisionTransformer``,
       ``MILANViT``, ``DenseViT``) may have new parts, see ``_MAY_BE_MISSING``.
     * Every weight of the checkpoint's encoder must have a place in the module's, see ``_MAY_BE_UNUSED``.
-    * What else the checkpoint has (a decoder, a head) is left out and named in the log.
+    * Other weights of the checkpoint (a decoder, a head) are not loaded; the log names them.
 
     Positions of another image size are interpolated by the encoder.
 
     Args:
         module: An encoder, or a whole model such as a classifier or a detector.
-        checkpoint: What the file holds, in any layout.
-        source: What messages call the checkpoint.
-        prefix: The part to take, in this project's layout, such as 'backbone'. By default the module's keys are looked
-            for as they are, and then under ``backbone.``.
+        checkpoint: Content of the file, in any layout.
+        source: Name of the checkpoint in messages.
+        prefix: Load only the weights under this prefix of this project's layout, such as 'backbone'. None: look for the
+            module's keys without a prefix, and then under ``backbone.``.
 
     Returns:
-        The weights that were loaded, and those left over, in this project's layout.
+        All weights of the checkpoint, in this project's layout.
 
     Raises:
-        InputError: no weight fits, one is missing or has another shape, or a layer of the encoder is left over.
+        InputError: no weight fits, a weight is missing or has another shape, or a layer of the encoder is left over.
     """
     weights = as_mmmilan(get_state_dict(checkpoint, source))
     weights = {key.removeprefix('module.'): value for key, value in weights.items()}
@@ -76,12 +76,12 @@ def load_weights(
     check_values({key: found[key] for key in wanted - missing}, source, module.state_dict())
     try:
         module.load_state_dict(shard_weights(module, found), strict=False)
-    except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # those of positions of an odd shape too
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # positions of odd shapes raise the others
         misfits = re.findall(r'size mismatch for (\S+):', str(error))
-        fault = class_count(module, found, misfits) or f'{" ".join(str(error).split())}; give one of such a model.'
+        fault = class_count(module, found, misfits) or f'{" ".join(str(error).split())}; give a matching checkpoint.'
         raise InputError(f'{source} does not fit {name}: {fault}') from error
     print_log(
-        f'{name}: {len(wanted - missing)} of {len(wanted)} weights are those of {source}; as initialised: '
+        f'{name}: {len(wanted - missing)} of {len(wanted)} weights loaded from {source}; newly initialised: '
         f'{some(missing)}; not used: {some(unused)}.',
         logger='current',
     )
@@ -89,10 +89,10 @@ def load_weights(
 
 
 def check_complete(module: nn.Module, missing: set[str], unused: set[str], source: str) -> None:
-    """Refuse a checkpoint that fits in part, see :func:`load_weights`.
+    """Refuse a checkpoint that fits only in part, see :func:`load_weights`.
 
     Raises:
-        InputError: naming what is missing and what is left over.
+        InputError: weights are missing or left over.
     """
     from mmpretrain.models import VisionTransformer
 
@@ -119,7 +119,7 @@ def check_complete(module: nn.Module, missing: set[str], unused: set[str], sourc
 
 
 def class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]) -> str:
-    """What to do, if nothing but heads of another number of classes is in the way; else ''."""
+    """Cause and remedy if only the number of classes differs; else ''."""
     counting = [name for name, module in model.named_modules() if hasattr(module, 'num_classes')]
     heads = {name for name in counting if any(key.startswith(f'{name}.') for key in misfits)}
     if not misfits or not all(key.startswith(tuple(f'{name}.' for name in heads)) for key in misfits):
@@ -132,7 +132,7 @@ def class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]
 
 
 def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a ViT in this project's layout, other weights as they are."""
+    """Convert weights of a ViT to this project's layout; other weights are returned unchanged."""
     try:
         layout = detect_layout(weights)
     except InputError:
@@ -147,7 +147,7 @@ def some(names: set[str]) -> str:
 
 
 def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:
-    """What a checkpoint holds, read as data.
+    """Read a checkpoint as data.
 
     Args:
         name: A file, a URL (its hash is checked), a model of the zoo, or one of MMEngine's, such as
@@ -161,10 +161,10 @@ def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:
     if separator and scheme in ('modelzoo', 'torchvision', 'open-mmlab', 'openmmlab'):
         urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
         if rest not in urls:
-            raise InputError(f'{name} is not a name that MMEngine knows; give the URL or a file.')
+            raise InputError(f'{name} is unknown to MMEngine; give a URL or a file.')
         name = urls[rest]
     elif separator and scheme not in ('file', 'http', 'https'):
-        raise InputError(f'{name} cannot be read safely from there; copy it to a file first.')
+        raise InputError(f'{name} cannot be read safely from a {scheme}:// address; copy it to a file.')
     return load_checkpoint_file(resolve_checkpoint(name), map_location=map_location or 'cpu')
 
 
@@ -174,10 +174,10 @@ class PretrainedWeights(PretrainedInit):
     Args:
         checkpoint: See :func:`read_checkpoint`.
         prefix: See :func:`load_weights`.
-        map_location: Where to put the weights first.
+        map_location: Device of the weights while they are loaded.
 
     Raises:
-        InputError: on the call, see :func:`load_weights`.
+        InputError: when called, see :func:`load_weights`.
     """
 
     def __call__(self, module: nn.Module) -> None:
@@ -190,8 +190,8 @@ class PretrainedWeights(PretrainedInit):
 def exact_initialisation(module: BaseModule) -> Iterator[None]:
     """Initialise an encoder in this context; then load the checkpoint of its ``init_cfg`` by :func:`load_weights`.
 
-    In a process without :func:`use_safe_loading`, such as that of mmdet's own ``tools/train.py``, MMEngine would read
-    the checkpoint as a pickle, load what has the same name and size, and leave the rest random.
+    In a process without :func:`use_safe_loading`, such as mmdet's own ``tools/train.py``, MMEngine would read the
+    checkpoint as a pickle, load the weights whose name and shape fit, and leave the others random.
     """
     init_cfg = module.init_cfg
     every = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
@@ -204,9 +204,9 @@ def exact_initialisation(module: BaseModule) -> Iterator[None]:
 
 
 def use_safe_loading() -> None:
-    """Make MMEngine, in this process, read every checkpoint by :func:`read_checkpoint`: ``load_from``, ``resume``.
+    """Make MMEngine read every checkpoint of this process (``load_from``, ``resume``) by :func:`read_checkpoint`.
 
-    An ``init_cfg`` of type ``Pretrained`` then loads by :func:`load_weights` into every module, not our encoders alone.
+    An ``init_cfg`` of type ``Pretrained`` then loads by :func:`load_weights` into any module.
     """
     schemes = {'', *CheckpointLoader._schemes}
     CheckpointLoader.register_scheme(list(schemes), read_checkpoint, force=True)

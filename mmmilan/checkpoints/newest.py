@@ -1,4 +1,4 @@
-"""The newest whole checkpoint of a run, found by the files themselves."""
+"""Find the newest complete checkpoint of a run by reading the files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mmmilan.checkpoints.archives import check_archive, read_meta
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
-STOPPED = 'stopped_iter_'  # begins the name of a checkpoint between two that were due
+STOPPED = 'stopped_iter_'  # prefix of the checkpoint of a run that was told to stop
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder from which a run can go on, by MMEngine's names for them and ours."""
+    """The checkpoints in a folder that a run can resume, by MMEngine's file names and ``STOPPED``."""
     return sorted(path for kind in ('epoch', 'iter', STOPPED[:-1]) for path in folder.glob(f'{kind}_[0-9]*.pth'))
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The whole checkpoint of the latest iteration, or None where there is none at all.
+    """The complete checkpoint of the latest iteration; None if the folder has no checkpoints.
 
-    It is found by the files themselves, so that a folder can be copied or moved, and ``last_checkpoint`` be lost. What
-    is skipped is named in the log.
+    The files decide, not ``last_checkpoint``, so the folder can be copied or moved. Damaged files are skipped with a
+    warning.
 
     Raises:
-        InputError: there are checkpoints, but none is whole.
+        InputError: there are checkpoints, but none is complete.
     """
     found: list[tuple[int, Path]] = []
     paths = checkpoints_in(folder)
@@ -43,7 +43,7 @@ def find_newest(folder: Path) -> Path | None:
             _say_skipped(path, error)
     if paths:
         raise InputError(
-            f'None of the {len(paths)} checkpoints in {folder} is whole; copy one there, or start anew in another '
+            f'None of the {len(paths)} checkpoints in {folder} is complete; copy one there, or start anew in another '
             '--work-dir.'
         )
     return None

@@ -1,8 +1,8 @@
-"""One file by HTTP, over a bad line and from a server that misbehaves.
+"""Download one file by HTTP over a slow or unreliable connection.
 
-requests and urllib3 retry what fails before the first byte (no connection, status 429 and 5xx, with back-off or after
-the time that the server names). Neither they, nor pooch, nor huggingface_hub go on after a connection was dropped for
-as long as that brings more of the file, or give up a server that sends a byte a second: that is here.
+requests and urllib3 retry errors before the first byte (no connection, status 429 and 5xx), with back-off or after the
+delay that the server asks for. This module adds what they, pooch and huggingface_hub lack: it resumes a dropped
+connection as long as each attempt makes progress, and gives up on a server that sends a byte a second.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from urllib3.exceptions import HTTPError
 
 from mmmilan.files import first_line
 
-ATTEMPTS = 5  # in a row that bring next to nothing
+ATTEMPTS = 5  # in a row without progress
 BACKOFF = 1.0  # seconds before the second attempt, then doubled
-LONGEST_WAIT = 60.0  # seconds that a server may ask for
+LONGEST_WAIT = 60.0  # limit in seconds on the delay that a server asks for
 MINIMUM_RATE = 1 << 10  # bytes a second
 TRY_AGAIN = (429, 500, 502, 503, 504)
 _CHUNK = 1 << 20
 
 
 class TransferError(Exception):
-    """An address did not give the file. The message names no address, which may hold a password."""
+    """A download failed. The message does not contain the address, which may hold a password."""
 
 
 class _Retry(Retry):
-    """urllib3's, which would wait for as long as the server says."""
+    """urllib3's ``Retry``, with a limit on the delay that the server asks for."""
 
     def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
         seconds = super().get_retry_after(response)
@@ -49,7 +49,7 @@ class _Retry(Retry):
 
 
 def shown(url: str) -> str:
-    """A URL without what may be secret: name and password, query, fragment."""
+    """A URL without its possible secrets: user name, password, query, fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -64,14 +64,15 @@ def receive(address: str, part: Path, exact: bool, timeout: float) -> None:
 
     Args:
         address: its URL.
-        part: where it goes; what is there already is continued if ``exact``.
-        exact: whether its hash is known. Only then a wrong mixture of two answers is found out afterwards; else an
-            answer counts if it is whole, of the length that it declares.
-        timeout: seconds without a byte, or with fewer than ``MINIMUM_RATE`` a second, that end an attempt.
+        part: the file to write; a partial file is resumed if ``exact``.
+        exact: whether the caller will check a hash, which detects parts of two different files. Without one, the file
+            is never resumed, and must have the length that the server declares.
+        timeout: an attempt ends after this many seconds without data, or with fewer than ``MINIMUM_RATE`` bytes a
+            second.
 
     Raises:
-        TransferError: the address did not give the file.
-        OSError: it cannot be written.
+        TransferError: the download failed.
+        OSError: the file cannot be written.
     """
     fruitless = 0
     with _session() as session:
@@ -79,7 +80,7 @@ def receive(address: str, part: Path, exact: bool, timeout: float) -> None:
             before = part.stat().st_size if exact and part.exists() else 0
             try:
                 return _receive_once(session, address, part, before, exact, timeout)
-            except HTTPError as error:  # in the body: urllib3 wraps what the network does
+            except HTTPError as error:  # urllib3's wrapper of network errors within the body
                 gained = part.stat().st_size - before
                 fruitless = 0 if exact and gained >= MINIMUM_RATE * timeout else fruitless + 1
                 if fruitless == ATTEMPTS:
@@ -89,7 +90,7 @@ def receive(address: str, part: Path, exact: bool, timeout: float) -> None:
 
 @contextmanager
 def _session() -> Iterator[requests.Session]:
-    """A session that tries again, in silence: urllib3 would log the whole address each time."""
+    """A session that retries. Its log is off, as urllib3 would log the whole address each time."""
     retry = _Retry(
         total=ATTEMPTS, connect=2, read=2, backoff_factor=BACKOFF, status_forcelist=TRY_AGAIN, raise_on_status=False
     )
@@ -108,19 +109,19 @@ def _session() -> Iterator[requests.Session]:
 def _receive_once(
     session: requests.Session, address: str, part: Path, offset: int, exact: bool, timeout: float
 ) -> None:
-    """One request; what it brings is added to ``part``, or replaces it if the server cannot go on at ``offset``."""
+    """One request. Its data are appended to ``part``, or replace it if the server does not resume at ``offset``."""
     headers = {'User-Agent': 'mmmilan', 'Accept-Encoding': 'identity'}
     if offset:
         headers['Range'] = f'bytes={offset}-'
     try:
         response = session.get(address, headers=headers, stream=True, timeout=timeout)
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
-        raise TransferError('no address of HTTP') from None  # the exception would tell the address
+        raise TransferError('not an HTTP address') from None  # the exception holds the address
     except (requests.RequestException, HTTPError, http.client.HTTPException, ValueError) as error:
         raise TransferError(_reason(error)) from None
     with response:
         if offset and response.status_code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # it was there whole
+            return  # the file was already complete
         if response.headers.get('Content-Range', '').startswith(f'bytes {offset}-') and response.status_code == 206:
             pass
         elif response.status_code == 200:
@@ -134,24 +135,24 @@ def _receive_once(
 
 
 def _length(response: requests.Response, offset: int, exact: bool) -> int | None:
-    """Length of the whole file, None if the server does not say and the hash will."""
+    """Length of the complete file; None if the server does not declare it and a hash will be checked."""
     encoding, length = response.headers.get('Content-Encoding', 'identity'), response.headers.get('Content-Length')
     if encoding != 'identity':
-        raise TransferError(f'it is sent packed ({encoding!r:.40})')
+        raise TransferError(f'the server sends it compressed ({encoding!r:.40})')
     if length is None and exact:
         return None
     if length is None or not re.fullmatch(r'\d{1,18}', length, re.ASCII):
         raise TransferError(f'its length is given as {length!r:.40}')
     if not exact and response.status_code != 200:
-        raise TransferError('the server gives a part of it')
+        raise TransferError('the server sends only a part of it')
     return offset + int(length)
 
 
 def _write(body: BaseHTTPResponse, part: Path, offset: int, total: int | None, timeout: float) -> None:
-    """Write what comes, as soon as it comes, at ``offset``.
+    """Append data to the file as they arrive, from ``offset``.
 
     Raises:
-        HTTPError: the connection was dropped, or nothing or too little came for ``timeout`` seconds.
+        HTTPError: the connection was dropped, or too little data arrived for ``timeout`` seconds.
     """
     body.enforce_content_length = False  # the length is compared below
     columns = ['{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
@@ -172,7 +173,7 @@ def _write(body: BaseHTTPResponse, part: Path, offset: int, total: int | None, t
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the bottom of an exception of requests, in a few words and without the address."""
+    """The root cause of an exception of requests, in a few words and without the address."""
     while True:
         parts = (*error.args, getattr(error, 'reason', None), error.__cause__)
         below = next((part for part in parts if isinstance(part, Exception)), None)

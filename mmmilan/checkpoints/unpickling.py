@@ -1,9 +1,9 @@
-"""A reader of pickles that knows data and nothing else.
+"""A restricted unpickler that builds only data.
 
-A pickle is a program: it may call any function by name, set any attribute, and declare any size. This reader knows the
-few names of ``BUILDERS``. What they stand for is built by functions of its own, which check what they are given. Other
-names are refused, and so are the instructions that no checkpoint needs. PyTorch's own ``weights_only`` reader checks no
-sizes and knows no TorchScript.
+A pickle is a program: it may call any function by name, set any attribute, and declare any size. This unpickler accepts
+only the names in ``BUILDERS``, and builds their objects with functions of its own that check their arguments. Other
+names are refused, as are opcodes that checkpoints do not need. PyTorch's ``weights_only`` unpickler does not check
+sizes and does not read TorchScript.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-MAX_DEPTH = 64  # of lists and dicts in each other
-MAX_VALUES = 500_000  # in one file, counted each time that they are reached
+MAX_DEPTH = 64  # of nested lists and dicts
+MAX_VALUES = 500_000  # in one file; shared values count each time
 MAX_SHARED = 4
-# What may be a key: the hash of a tuple of tuples can take for ever.
+# Types of keys. Tuples are not allowed: hashing nested tuples can take forever.
 _KEYS = (str, int, float, bytes, type(None))
 
 
@@ -32,21 +32,21 @@ class ForbiddenName(pickle.UnpicklingError):
 
 
 class Storage(NamedTuple):
-    """Memory of tensors: uint8 [bytes], and the dtype that the file says."""
+    """Memory of tensors: uint8 [bytes], and the dtype in the file."""
 
     memory: Tensor
     dtype: torch.dtype
 
 
 class Builder:
-    """Stands for a name in a pickle, and builds what the pickle calls it for."""
+    """Replaces a callable that a pickle names."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self.build = build
 
 
 class ScriptModule:
-    """A module of a TorchScript archive: its attributes, and none of its code."""
+    """The attributes of a module in a TorchScript archive, without its code."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def tensor_of_dtype(storage: Storage, offset: int, size: tuple, stride: tuple, g
 
 
 def numpy_dtype(name: str, *_: Any) -> np.dtype:
-    """Numbers of a fixed size; never text or objects, whose size or content a file can forge."""
+    """A numeric dtype of fixed size; strings and objects are refused, as a file can forge their size or content."""
     dtype = np.dtype(name) if isinstance(name, str) else None
     if dtype is None or dtype.kind not in 'biufc' or dtype.subdtype or not dtype.isnative:
         raise ForbiddenName(f'numpy.dtype({name!r})')
@@ -87,7 +87,7 @@ def numpy_scalar(dtype: np.dtype, content: bytes) -> np.generic:
 
 
 def history_method(owner: Any, name: Any) -> None:
-    """Stands in for ``getattr``, by which a HistoryBuffer names its statistics; those it has anyway."""
+    """Replaces ``getattr``, with which a pickled HistoryBuffer refers to its own methods; nothing to restore."""
     if owner is not BUILDERS[_HISTORY] or name not in ('min', 'max', 'current', 'mean'):
         raise ForbiddenName(f'builtins.getattr(..., {name!r})')
 

@@ -15,10 +15,10 @@ class ZooModel:
     """An entry of a metafile.
 
     Attributes:
-        name: what ``get_model`` calls it.
-        config: the config file that it was trained with.
-        weights: URL of the checkpoint; None if none has been published.
-        sha256: the whole hash of the checkpoint, if the metafile has it.
+        name: name for ``get_model``.
+        config: path of its config file.
+        weights: URL of the checkpoint; None if it is not published.
+        sha256: full hash of the checkpoint, if the metafile has it.
         collection: name of the method, such as 'MILAN'.
     """
 
@@ -30,7 +30,7 @@ class ZooModel:
 
 
 def zoo_root() -> Path:
-    """The folder of ``model-index.yml``, ``configs`` and ``tools``; in a checkout it holds links to them."""
+    """The folder of ``model-index.yml``, ``configs`` and ``tools``; in a checkout it holds symbolic links."""
     return Path(__file__).parents[1] / '.mim'
 
 
@@ -54,7 +54,7 @@ def find_model(name: str) -> ZooModel:
     """The model of this name.
 
     Raises:
-        InputError: there is none.
+        InputError: the zoo has no such model.
     """
     if name not in zoo_models():
         raise InputError(f'The zoo has no model {name!r}; choose one of {", ".join(zoo_models())}.')
@@ -65,11 +65,11 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     """The local file of a checkpoint.
 
     Args:
-        checkpoint: A file; a URL; the name of a model of the zoo, which is downloaded; or the name of a config that was
-            trained here, for the newest checkpoint in ``work_dirs/NAME``. Published weights come first.
+        checkpoint: A file; a URL; the name of a model of the zoo, which is downloaded if it is published; or the name
+            of a config that was trained here, for the newest checkpoint in ``work_dirs/NAME``.
 
     Raises:
-        InputError: it is none of these, or cannot be had.
+        InputError: there is no such checkpoint, or its download failed.
     """
     from mmmilan.checkpoints.download import download
     from mmmilan.checkpoints.newest import find_newest

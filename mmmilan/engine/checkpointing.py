@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole: the new one first, then the old one goes."""
+"""Write checkpoints atomically, and delete the old one only after the new one is complete."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from mmmilan.registry import HOOKS
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """MMEngine's ``CheckpointHook``, by which no moment of a crash loses a checkpoint.
+    """MMEngine's ``CheckpointHook``; a crash at any moment leaves a complete checkpoint.
 
-    Each file is written beside its place, reaches the disk and is then renamed; ``last_checkpoint`` too. Older
-    checkpoints, and the best one so far, are deleted after that. MMEngine's arguments; ``out_dir`` must be a folder.
-    A checkpoint says how far into its epoch it was saved, and :class:`EpochLoop` goes on from there.
+    Each file, ``last_checkpoint`` too, is written to a temporary file, flushed to disk and then renamed. Only then are
+    older checkpoints, or the previous best one, deleted. MMEngine's arguments; ``out_dir`` must be a folder. A
+    checkpoint holds the step of the epoch at which it was saved, and :class:`EpochLoop` continues from that step.
 
     Args:
-        asynchronous: Write a copy of the state while training goes on; the next checkpoint waits until it is written.
-            The copy takes as much memory of the host as the checkpoint. The best checkpoint is waited for.
+        asynchronous: Write a copy of the state while training continues; the next checkpoint waits until the copy is
+            written. The copy takes as much host memory as the checkpoint. The best checkpoint is written at once.
     """
 
     def __init__(self, *args, asynchronous: bool = False, **kwargs) -> None:
@@ -49,8 +49,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         if not isinstance(self.file_backend, LocalBackend):
-            raise InputError(f'{self.out_dir} is no folder; set default_hooks.checkpoint.out_dir to one.')
-        if is_main_process():  # of a run that was killed while it wrote, or before it deleted
+            raise InputError(f'{self.out_dir} is not a folder; set default_hooks.checkpoint.out_dir to one.')
+        if is_main_process():  # leftovers of a run that was killed while it wrote or deleted
             remove(self._paths(runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])))
             for leftover in Path(self.out_dir).glob('.*.pth.????????'):
                 leftover.unlink(missing_ok=True)
@@ -58,11 +58,11 @@ class CheckpointHook(MMEngineCheckpointHook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         meta, loop = checkpoint['meta'], runner.train_loop
         if isinstance(loop, EpochLoop):
-            within = loop.done if meta['epoch'] == runner.epoch else 0  # else at the end of the epoch
+            within = loop.done if meta['epoch'] == runner.epoch else 0  # 0: saved at the end of the epoch
             meta.update(steps_of_epoch=within, epoch_length=len(loop.dataloader))
 
     def save_now(self, runner: Runner) -> Path:
-        """Save after a step, to go on from there; the next checkpoint takes its place."""
+        """Save within an epoch, to resume from this step; the next regular checkpoint replaces this one."""
         path = Path(self.out_dir, f'{STOPPED}{runner.iter + 1}.pth')
         with self._writing(lambda path: write_text(Path(runner.work_dir, 'last_checkpoint'), str(path))):
             meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
@@ -91,7 +91,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             )
 
     def _count_in(self, runner: Runner, step: int) -> list[Path]:
-        """Count a new checkpoint among those to keep; returns those that go for it."""
+        """Add a new checkpoint to those that are kept; return those to delete for it."""
         if self.max_keep_ckpts <= 0 or step in self.keep_ckpt_ids:
             return []
         outdated = list(self.keep_ckpt_ids)[: len(self.keep_ckpt_ids) + 1 - self.max_keep_ckpts]
@@ -122,7 +122,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         super().after_train(runner)
 
     def finish(self) -> None:
-        """Wait until what is being written is in its place.
+        """Wait until the checkpoint that is being written is complete.
 
         Raises:
             InputError: it could not be written.
@@ -133,7 +133,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     @contextmanager
     def _writing(self, settle: Callable[[Path], None], executor: ThreadPoolExecutor | None = None) -> Iterator[None]:
-        """Within this context MMEngine's runners save by :meth:`write`, by an executor if there is one."""
+        """Within this context MMEngine's runner saves with :meth:`write`, in the executor if there is one."""
 
         def save(checkpoint: dict[str, Any], filename: str, **kwargs) -> None:
             self.finish()
@@ -158,7 +158,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         Args:
             checkpoint: What is saved.
             path: Its file.
-            settle: To be called with ``path`` once the file is in its place; deletes older ones.
+            settle: Called with ``path`` once the file is complete; deletes older checkpoints.
         """
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
@@ -166,19 +166,19 @@ class CheckpointHook(MMEngineCheckpointHook):
 
 
 def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a checkpoint, its tensors on the host, that training does not change any more."""
+    """A copy of a checkpoint, with its tensors on the CPU, that later training steps do not change."""
 
     def copy_leaf(value: Any) -> Any:
         return value.detach().to('cpu', copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
     result = tree_map(copy_leaf, checkpoint)
-    if hasattr(checkpoint['state_dict'], '_metadata'):  # versions of modules, which PyTorch keeps as an attribute
+    if hasattr(checkpoint['state_dict'], '_metadata'):  # module versions, which PyTorch keeps as an attribute
         result['state_dict']._metadata = checkpoint['state_dict']._metadata
     return result
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete files; one that cannot be deleted is named in the log."""
+    """Delete files; warn about those that cannot be deleted."""
     for path in paths:
         try:
             path.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 class _Remembering(LocalBackend):
-    """A file backend that notes what it is to remove."""
+    """A file backend that records the files to remove instead of removing them."""
 
     def __init__(self, outdated: list[Path]) -> None:
         self.outdated = outdated

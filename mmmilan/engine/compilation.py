@@ -1,4 +1,4 @@
-"""``torch.compile`` for any model, by a hook."""
+"""A hook that applies ``torch.compile`` to any model."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mmmilan.engine.fsdp import transformer_blocks
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
-# Share of the activations that are kept for the backward pass, of those that make it fastest. Norms, GELUs and casts,
-# a third of all, are cheap to compute again; a lower share would have products computed twice.
+# Fraction of the activations that the backward pass keeps. Norms, GELUs and casts, a third of all, are cheap to
+# recompute; a smaller fraction would recompute matrix products.
 ACTIVATION_MEMORY_BUDGET = 0.8
 
 
 @HOOKS.register_module()
 class CompileHook(Hook):
-    """Compile the model for training, as a whole or in parts.
+    """Compile the model, or parts of it, for training.
 
-    By default it does so on a GPU. On a CPU compilation takes minutes and gains little. State dicts stay as they are.
-    Evaluation runs uncompiled, as its images differ in size. Without a compiler so does training, with a warning.
+    State dicts do not change. Evaluation runs uncompiled, as its images differ in size. Without a compiler, training
+    runs uncompiled with a warning.
 
     Args:
-        enabled: Whether to compile; by default on a GPU.
-        parts: Dotted names of the modules and methods to compile. By default those of the model's ``compiled_parts``
-            (MILAN: its whole loss), each without a break, or its ``backbone``. Of a model in shards (FSDP) it is the
-            transformer blocks, one by one.
+        enabled: Whether to compile. None: only on a GPU, as on a CPU compilation takes minutes and gains little.
+        parts: Dotted names of the modules and methods to compile. None: the model's ``compiled_parts`` (MILAN: its
+            whole loss), each as one graph, or else its ``backbone``. With FSDP the transformer blocks are compiled one
+            by one.
         options: Options of ``torch.compile``; ``mode='max-autotune'`` searches for fast kernels and uses CUDA graphs.
     """
 
@@ -53,29 +53,29 @@ class CompileHook(Hook):
             compile_model(model, self.parts, **self.options)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        # CUDA graphs take each part for a step of its own and reuse its outputs' memory unless told where a step begins
+        # without this mark, CUDA graphs take each part for a new step and reuse the memory of its outputs
         torch.compiler.cudagraph_mark_step_begin()
 
 
 def compiles(device: torch.device, **options) -> bool:
-    """Whether there is a compiler for a device; a warning if not."""
-    try:  # a missing compiler shows only when something is compiled
+    """Whether ``torch.compile`` works on a device; warn if not."""
+    try:  # only a compilation shows that the compiler is missing
         torch.compile(torch.sin, **options)(torch.ones(8, device=device))
-    except Exception as error:  # what is raised depends on what is missing: Triton, a C++ compiler, its headers
+    except Exception as error:  # its type depends on what is missing: Triton, a C++ compiler, its headers
         reason = str(error).strip().splitlines()[0]
-        print_log(f'Not compiled, the model runs as it is: {reason}', logger='current', level=logging.WARNING)
+        print_log(f'The model runs uncompiled: {reason}', logger='current', level=logging.WARNING)
         return False
     return True
 
 
 def compile_model(model: nn.Module, parts: Sequence[str] | None = None, **options) -> None:
     """Compile parts of a model, in place, for training with fixed shapes; see :class:`CompileHook`."""
-    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # for all that is compiled from now on
+    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET  # a global setting
     for module in model.modules():
         if isinstance(module, DropPath):
-            module.drop_prob = float(module.drop_prob)  # mmpretrain's is NumPy's, at which a graph would break
+            module.drop_prob = float(module.drop_prob)  # mmpretrain's NumPy scalar breaks the graph
     if any(getattr(module, 'with_cp', False) for module in model.modules()):
-        torch._dynamo.config.optimize_ddp = False  # it cannot cut a graph of which a part is computed again
+        torch._dynamo.config.optimize_ddp = False  # it cannot split graphs with activation checkpointing
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         for block in transformer_blocks(model):
             compile_method(block, 'forward', fullgraph=True, **options)
@@ -87,12 +87,12 @@ def compile_model(model: nn.Module, parts: Sequence[str] | None = None, **option
         owner = model.get_submodule(owner) if owner in dict(model.named_modules()) else None
         if isinstance(getattr(owner, name, None), nn.Module):
             owner, name = getattr(owner, name), 'forward'
-        if hasattr(owner, name):  # a part that the model was built without is left out
+        if hasattr(owner, name):  # parts that this model does not have are skipped
             compile_method(owner, name, **options)
 
 
 def compile_method(owner: nn.Module, name: str, **options) -> None:
-    """Have a method compiled in training."""
+    """Replace a method by one that runs compiled in training mode and as it was in evaluation mode."""
     plain: Callable = getattr(owner, name)
     compiled = torch.compile(plain, dynamic=False, **options)
 

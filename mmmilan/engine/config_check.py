@@ -1,4 +1,4 @@
-"""Mistakes in a config that MMEngine would ignore, or report late and with a stack trace."""
+"""Find mistakes in a config that MMEngine ignores, or reports late and with a stack trace."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from mmmilan.files import first_line
 
 LOADERS = dict(
     train=('train_dataloader', 'val_dataloader', 'val_evaluator'),
-    test=('test_dataloader', 'test_evaluator', 'test_cfg'),  # test_cfg has the labelled images of k-NN
+    test=('test_dataloader', 'test_evaluator', 'test_cfg'),  # test_cfg has the training images of k-NN
 )
 # How the errors of an empty data set begin, in MMEngine and in mmpretrain.
 EMPTY = ('need at least one array to concatenate', 'Found 0 files')
 
 
 def unread_options(cfg: Config, options: Iterable[str]) -> Iterator[str]:
-    """A sentence for each option that nothing reads.
+    """Yield a warning for each option that has no effect.
 
-    At the top level, a key must be in the config or an argument of MMEngine's runner. Within a part such as
-    ``optim_wrapper`` new keys are allowed, unless they look like a misspelling of an existing one.
+    A top-level key must be in the config or an argument of MMEngine's runner. Within a part such as ``optim_wrapper``
+    new keys are allowed, unless they look like a misspelling of an existing key.
 
     Args:
         cfg: The config before the options are merged.
@@ -52,14 +52,14 @@ def unread_options(cfg: Config, options: Iterable[str]) -> Iterator[str]:
 
 
 def check_data(cfg: Config, task: str) -> None:
-    """Check that the folders and annotation files of a run's data sets exist.
+    """Check that the folders and annotation files of the data sets exist.
 
     Args:
         cfg: The config.
         task: 'train' or 'test'.
 
     Raises:
-        InputError: naming the first that is missing and the option that sets it.
+        InputError: one is missing; names it and the option that sets it.
     """
     for name in LOADERS[task]:
         for option, part in _parts(cfg.get(name), name):
@@ -71,14 +71,14 @@ def _check_part(option: str, part: Mapping[str, Any]) -> None:
     if not isinstance(root, str) or '://' in root or part.get('backend_args'):
         return  # not on a local disk
     if root and not os.path.isdir(root):
-        raise InputError(f'The data folder {root} does not exist; set {option}.data_root to that of your data.')
+        raise InputError(f'The data folder {root} does not exist; set {option}.data_root to your data.')
     file = part.get('ann_file')
     if isinstance(file, str) and file and '://' not in file and not Path(root, file).is_file():
-        raise InputError(f'The annotations {Path(root, file)} do not exist; set {option}.ann_file to their file.')
+        raise InputError(f'The annotations {Path(root, file)} do not exist; correct {option}.ann_file.')
 
 
 def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every dict in a part of a config, with its dotted name."""
+    """Yield every dict in a part of a config with its dotted name."""
     if isinstance(value, Mapping):
         yield name, value
         for key, inner in value.items():
@@ -89,7 +89,7 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def check_data_sets(runner: Runner) -> None:
-    """Let a runner raise an ``InputError`` for a data set that is empty or does not fit its config."""
+    """Make a runner raise an ``InputError`` for a data set that is empty or cannot be built."""
     build = runner.build_dataloader
 
     def build_checked(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
@@ -106,7 +106,7 @@ def check_data_sets(runner: Runner) -> None:
 
 @contextmanager
 def data_set_errors(dataset: Any) -> Iterator[None]:
-    """Within this context a data set is built from its config ``dataset``."""
+    """Turn errors while a data set is built from its config ``dataset`` into an ``InputError``."""
     try:
         yield
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
@@ -121,7 +121,7 @@ def data_set_errors(dataset: Any) -> Iterator[None]:
 
 
 def _describe(dataset: Any) -> str:
-    """The type of a data set and the options that say where its files are; of a wrapper, those of the one within."""
+    """The type of a data set and the options that locate its files; for a wrapper, those of the wrapped data set."""
     parts = [part for _, part in _parts(dataset, '') if 'data_root' in part or 'ann_file' in part]
     if not parts:
         return 'of the config'

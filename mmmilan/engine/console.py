@@ -1,4 +1,4 @@
-"""What of the log a person at a console wants to read."""
+"""A shorter log on the console than in the log file."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from mmengine.runner import Runner
 
 from mmmilan.registry import RUNNERS
 
-LONG = 5  # lines
+MAX_LINES = 5
 
 
 @RUNNERS.register_module()
 class ConsoleRunner(Runner):
-    """MMEngine's runner; machine, config, hooks and the options of each parameter go to the log file alone."""
+    """MMEngine's runner; environment, config, hooks and per-parameter options go to the log file only."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(is_for_people)
+                handler.addFilter(is_short)
         return logger
 
 
-def is_for_people(record: logging.LogRecord) -> bool:
-    """Whether a record is a warning, or a few lines and none of the many on parameters."""
+def is_short(record: logging.LogRecord) -> bool:
+    """Whether a record is a warning, or a message of few lines that is not about a single parameter's options."""
     message = record.getMessage()
-    return record.levelno > logging.INFO or (message.count('\n') < LONG and not message.startswith('paramwise_options'))
+    short = message.count('\n') < MAX_LINES and not message.startswith('paramwise_options')
+    return short or record.levelno > logging.INFO

@@ -1,4 +1,4 @@
-"""Data workers that cannot hold up a run: one that dies or hangs ends it with a sentence."""
+"""End a run with a clear error when a data worker dies or hangs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PATIENCE = 600.0  # seconds that a batch may take, where a data loader's config 
 
 
 def guard_workers(runner: Runner) -> None:
-    """Let the data loaders that a runner builds wait no longer than ``PATIENCE`` for a batch.
+    """Limit how long the data loaders of a runner wait for a batch, to ``PATIENCE``.
 
-    Their workers are a process group each: torchrun sends its signals to the group of a process, and a worker that
-    ends at SIGTERM would take the run with it before it has saved.
+    Each worker gets a process group of its own: torchrun signals the whole group of a process, and a worker that ends
+    at SIGTERM would end the run before its checkpoint is saved.
     """
     build = runner.build_dataloader
 
@@ -37,7 +37,7 @@ def guard_workers(runner: Runner) -> None:
 
 
 def init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a data worker, in a process group of its own."""
+    """Move a new data worker into a process group of its own, then call the loader's own ``worker_init_fn``."""
     os.setpgid(0, 0)
     if then:
         then(worker)
@@ -45,27 +45,27 @@ def init_worker(then: Callable[[int], None] | None, worker: int) -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn what PyTorch says of a data worker that died or hangs into an ``InputError``, and end all workers."""
+    """Turn PyTorch's errors about a data worker that died or hangs into an ``InputError``, and end all workers."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise once more for the next worker
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again for the next worker
         message = first_line(error).rstrip('. ')
         if was_handing_over(error):
             message = f'DataLoader worker ended while it handed over a batch ({message})'
         if not message.startswith('DataLoader '):
             raise
         for process in multiprocessing.active_children():
-            process.kill()  # one that was stopped would hear nothing else, and be waited for
+            process.kill()  # a suspended worker ignores SIGTERM, and the exit would wait for it
         if 'timed out' in message:
             remedy = 'look at the disk and at the workers, or raise train_dataloader.timeout'
         else:
             remedy = 'if memory ran out, lower train_dataloader.num_workers'
-        raise InputError(f'{message}; {remedy}, and go on by --resume.') from error
+        raise InputError(f'{message}; {remedy}, and continue with --resume.') from error
 
 
 def was_handing_over(error: Exception) -> bool:
-    """Whether a worker died while its batch was read: PyTorch has no words for that, but an error of the connection."""
+    """Whether a worker died while its batch was read. PyTorch then raises a bare connection error."""
     names, trace = [], error.__traceback__
     while trace:
         names.append(trace.tb_frame.f_code.co_name)

@@ -25,9 +25,9 @@ from mmmilan.registry import HOOKS, OPTIMIZERS
 
 @contextmanager
 def processes(cfg: Config) -> Iterator[None]:
-    """What a launcher's process does; at the end of this context all leave together, with the status of a stopped run.
+    """Join the process group for this context; a launcher's processes exit together at its end.
 
-    A process without a launcher goes on.
+    The exit status is 0, or that of a stopped run. A process without a launcher continues after the context.
     """
     init_processes(cfg)
     status = 0
@@ -43,9 +43,9 @@ def processes(cfg: Config) -> Iterator[None]:
 
 
 def init_processes(cfg: Config) -> None:
-    """Let processes share their gradients; where there is no GPU, those of torchrun by gloo.
+    """Configure DistributedDataParallel; on machines without a GPU, torchrun's processes use gloo.
 
-    MMEngine itself takes for granted that each process has a GPU, and keeps gradients twice.
+    MMEngine's own set-up requires a GPU per process and keeps a second copy of the gradients.
     """
     if cfg.launcher == 'none':
         return
@@ -53,7 +53,7 @@ def init_processes(cfg: Config) -> None:
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
-        gradient_as_bucket_view=True,  # what is sent is the gradient itself and not a copy
+        gradient_as_bucket_view=True,  # gradients are sent without a copy
     )
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
@@ -63,10 +63,10 @@ def init_processes(cfg: Config) -> None:
 
 
 def end_processes() -> None:
-    """Let all processes leave together: one that is gone early takes connections with it that others may still use.
+    """Destroy the process group when all processes have arrived: an early exit would close connections in use.
 
-    What nothing refers to any more goes first. A DDP wrapper that is the last owner of a process group waits for the
-    group's threads while they wait for Python's lock, and the process hangs or aborts (PyTorch 2.11).
+    Garbage is collected first. A DDP wrapper that is the last owner of a process group waits for the group's threads
+    while they wait for the GIL, and the process hangs or aborts (PyTorch 2.11).
     """
     if is_distributed():
         barrier()
@@ -75,10 +75,10 @@ def end_processes() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process as ``multiprocessing`` ends its own: what is registered for the exit is done, and no more.
+    """Exit as ``multiprocessing`` does: run the exit handlers, but do not finalize the interpreter.
 
-    A thread of gloo may be about to let go of a tensor, for which it needs the interpreter. If that were taken apart
-    meanwhile, the thread would take the process down ("terminate called without an active exception").
+    A gloo thread may still have to release a tensor, for which it needs the interpreter. During finalization it would
+    abort the process ("terminate called without an active exception").
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -90,17 +90,17 @@ def leave(status: int) -> NoReturn:
 class ZeroRedundancyOptimizer(MMEngineZeroRedundancyOptimizer):
     """MMEngine's ZeRO, stage 1, for checkpoints of :class:`ZeroCheckpointHook`. Same arguments.
 
-    MMEngine's collects the states of all processes whenever it is asked for them, but only one process asks.
+    MMEngine's ``state_dict`` is a collective operation, but only the main process calls it.
     """
 
     def state_dict(self) -> dict:
-        """What ``consolidate_state_dict`` collected."""
+        """The states that ``consolidate_state_dict`` collected."""
         return super(MMEngineZeroRedundancyOptimizer, self).state_dict()
 
 
 @HOOKS.register_module()
 class ZeroCheckpointHook(CheckpointHook):
-    """Our hook, for :class:`ZeroRedundancyOptimizer`: all processes hand in their states before one saves."""
+    """``CheckpointHook`` for :class:`ZeroRedundancyOptimizer`: collect the states of all processes, then save."""
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         runner.optim_wrapper.optimizer.consolidate_state_dict()
@@ -109,9 +109,9 @@ class ZeroCheckpointHook(CheckpointHook):
 
 @HOOKS.register_module()
 class GradientCompressionHook(Hook):
-    """Send gradients in bfloat16, for processes between which there is one slow network card.
+    """Send gradients in bfloat16, for machines with a slow network between them.
 
-    DistributedDataParallel then sends half as much, and adds up gradients of 8 bits of precision.
+    DistributedDataParallel then sends half as many bytes and sums gradients with 8 bits of precision.
     """
 
     def before_train(self, runner: Runner) -> None:

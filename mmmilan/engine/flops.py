@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# Dense bfloat16 TFLOP/s of the makers' data sheets, products accumulated in float32, by words of the name that CUDA
-# gives the device; the first whose words are all in it counts.
+# Dense bfloat16 TFLOP/s with float32 accumulation, from the data sheets. The first key whose words are all in CUDA's
+# name of the device counts.
 PEAK_TFLOPS = {
     'GB300': 2500.0,
     'B300': 2250.0,
@@ -40,20 +40,20 @@ PEAK_TFLOPS = {
     'RTX 3090 Ti': 80.0,
     'RTX 3090': 71.0,
 }
-# Words of names of devices that are less than their namesake: for a notebook, for export, a part of one.
-LESS = {'Laptop', 'Max', 'D', 'MIG'}
+# Words in the names of slower variants: for notebooks, for export, slices of a GPU.
+SLOWER_VARIANTS = {'Laptop', 'Max', 'D', 'MIG'}
 
 
 def data_sheet_of(name: str) -> str | None:
-    """The key in ``PEAK_TFLOPS`` of a device, by the name that CUDA gives it; None if it has none."""
+    """The key of a device in ``PEAK_TFLOPS``, by CUDA's name of the device; None if it is not in the table."""
     words = set(re.split(r'\W+', name))
-    if words & LESS:
+    if words & SLOWER_VARIANTS:
         return None
     return next((key for key in PEAK_TFLOPS if words.issuperset(key.split())), None)
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense matrix product TFLOP/s of a device by its data sheet; None where that is not known here."""
+    """Peak TFLOP/s of a device in dense matrix products; None if it is not in ``PEAK_TFLOPS``."""
     if device.type != 'cuda' or dtype != torch.bfloat16:
         return None
     return PEAK_TFLOPS.get(data_sheet_of(torch.cuda.get_device_name(device)))
@@ -67,7 +67,7 @@ def _attention_backward(grad: torch.Size, query: torch.Size, key: torch.Size, va
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# PyTorch's own table has the attention of GPUs only.
+# PyTorch's own table covers attention on GPUs only.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -76,10 +76,10 @@ _CPU_ATTENTION = {
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
-    """Count what runs in this context; ``get_total_flops()`` of the yielded counter tells.
+    """Count the operations in this context; read them with ``get_total_flops()`` of the yielded counter.
 
-    Matrix products, convolutions and attention are counted, a multiplication with its addition as two. Compiled
-    modules run uncompiled meanwhile. What activation checkpointing computes again is counted again.
+    Matrix products, convolutions and attention are counted; a multiply-add counts as two. Compiled modules run
+    uncompiled meanwhile. Activations that are recomputed are counted again.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     with torch.compiler.set_stance('force_eager'), counter:

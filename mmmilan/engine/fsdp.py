@@ -1,4 +1,4 @@
-"""One model in shards over all processes: PyTorch's FSDP2 as a strategy of MMEngine."""
+"""Shard one model over all processes: PyTorch's FSDP2 as a strategy of MMEngine."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 @STRATEGIES.register_module()
 class FullyShardStrategy(DDPStrategy):
-    """Weights, gradients and the optimizer's states in shards, block by block (FSDP2, ``fully_shard``).
+    """Shard weights, gradients and optimizer states, block by block (FSDP2, ``fully_shard``).
 
-    The results are those of DistributedDataParallel, and so are the checkpoints: a run can be resumed with either, on
-    any number of processes. Gradients are clipped by the norm of the whole model. For pretraining with
-    :class:`mmmilan.MILAN`; the frozen teacher is whole in each process. Use it with
+    Results and checkpoints are those of DistributedDataParallel: a run can be resumed with either, on any number of
+    processes. Gradients are clipped by the norm of the whole model. For pretraining with :class:`mmmilan.MILAN`; each
+    process holds the whole frozen teacher. Use it with
     ``runner_type='FlexibleRunner'``. Arguments of MMEngine's ``DDPStrategy``, but for ``model_wrapper``.
     """
 
@@ -51,7 +51,7 @@ class FullyShardStrategy(DDPStrategy):
         return gather(super().optim_state_dict())
 
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **kwargs) -> None:
-        """The main process writes what all hand in."""
+        """The main process writes the states gathered from all processes."""
         if is_main_process():
             SingleDeviceStrategy.save_checkpoint(self, filename, save_optimizer=save_optimizer, **kwargs)
             return
@@ -60,7 +60,7 @@ class FullyShardStrategy(DDPStrategy):
             self.optim_state_dict()
 
     def load_checkpoint(self, filename: str, *, map_location: Any = 'cpu', **kwargs) -> dict:
-        """As MMEngine's, but the whole states never lie on a device, which may have no room for them."""
+        """As MMEngine's, but on the CPU: the unsharded states may not fit on a device."""
         return super().load_checkpoint(filename, map_location='cpu', **kwargs)
 
     def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:

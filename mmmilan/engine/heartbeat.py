@@ -1,8 +1,8 @@
-"""Processes that hear of each other: where one dies or hangs, the others say which one, and end.
+"""Detect processes that died or hang; the others name the process at fault and end.
 
-Of PyTorch's own means, NCCL's watchdog ends a process ten minutes after a collective began and does not know whom it
-waited for, gloo notices a process that is dead and none that hangs, and ``monitored_barrier`` names the missing process
-but would be a wait of its own in each step.
+PyTorch's own means are not enough: NCCL's watchdog ends a process ten minutes after a collective began, but does not
+know which process was missing. gloo notices dead processes, but not hanging ones. ``monitored_barrier`` names the
+missing process, but adds a synchronization to each step.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PLACES = ('before', 'in the forward pass of', 'in the backward pass of')
 
 
 class State(NamedTuple):
-    """What a process tells the others."""
+    """What a process publishes about itself."""
 
     name: str
-    beat: int  # how often it was told
+    beat: int  # counts the updates
     marks: int  # three for each iteration, see PLACES
-    ended: str  # the error that ends the process
+    error: str  # the error that ends the process, '' for none
     done: bool  # whether it has finished training
 
     @property
@@ -52,15 +52,15 @@ class State(NamedTuple):
 
 @HOOKS.register_module()
 class HeartbeatHook(Hook):
-    """End this process, with a sentence that names the one at fault, when another is gone or nothing goes on.
+    """End this process when another one is gone or training makes no progress, and name the process at fault.
 
-    A thread tells the others how far this process is, through the store at which they all met, and hears how far they
-    are. Alone, a process notices that it makes no step, as when a data worker was stopped. While it evaluates, and
+    A thread publishes the progress of this process in the store of the process group and reads the others' progress.
+    A process that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, and
     while hooks work between epochs, only processes that are gone are noticed.
 
     Args:
-        silent: Seconds after which a process that is not heard of is taken to be gone.
-        stuck: Seconds without progress after which all end; the process that is furthest behind is named. NCCL's own
+        silent: Seconds without an update after which a process counts as gone.
+        stuck: Seconds without progress after which all processes end; the one furthest behind is named. NCCL's own
             limit is 600.
     """
 
@@ -68,7 +68,7 @@ class HeartbeatHook(Hook):
 
     def __init__(self, silent: float = 60.0, stuck: float = 540.0) -> None:
         self.silent, self.stuck = silent, stuck
-        self.moved: float | None = None  # when the last mark was made; None while none is due
+        self.moved: float | None = None  # time of the last progress; None while none is expected
         self.store: dist.Store | None = None
         self.finished = threading.Event()
 
@@ -80,8 +80,8 @@ class HeartbeatHook(Hook):
             address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.silent))
             self.store = dist.PrefixStore('mmmilan/heartbeat', store)
-            self.tell()
-            barrier()  # all have told
+            self.publish()
+            barrier()  # all have published
         runner.model.register_forward_hook(self.after_forward)
         self.thread = threading.Thread(target=self.watch, name='heartbeat', daemon=True)
         self.thread.start()
@@ -116,13 +116,14 @@ class HeartbeatHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self.finished.set()
         self.thread.join()
-        self.tell(done=True)
+        self.publish(done=True)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell the others of an exception in this context. One of a lost connection says only that another is gone.
+    def publish_error(self) -> Iterator[None]:
+        """Publish an exception of this context.
 
-        Then it is waited for the thread to find out which; a launcher that knows it already may end this process.
+        A lost connection only says that some process is gone. The main thread then waits until the heartbeat's thread
+        has found out which one, or until the launcher ends this process.
         """
         try:
             yield
@@ -130,26 +131,28 @@ class HeartbeatHook(Hook):
             if isinstance(error, dist.DistError) or 'gloo' in str(error):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(2 * self.silent if self.store else 0)
-            self.tell(ended=first_line(error))
+            self.publish(error=first_line(error))
             raise
 
     # -- what the thread does
 
-    def tell(self, **changes: Any) -> None:
+    def publish(self, **changes: Any) -> None:
+        """Update the state of this process in the store."""
         if self.store:
             self.state = self.state._replace(beat=self.state.beat + 1, **changes)
             self.store.set(str(get_rank()), json.dumps(self.state))
 
     def exchange(self) -> dict[int, State]:
-        """Tell the others of this process; what each has told last, by its rank."""
+        """Publish the state of this process; return the last state of each process by its rank."""
         if not self.store:
             return {0: self.state}
-        self.tell()
-        told = self.store.multi_get([str(rank) for rank in range(get_world_size())])
-        return {rank: State(*json.loads(text)) for rank, text in enumerate(told)}
+        self.publish()
+        states = self.store.multi_get([str(rank) for rank in range(get_world_size())])
+        return {rank: State(*json.loads(text)) for rank, text in enumerate(states)}
 
     def watch(self) -> None:
-        heard: dict[int, tuple[State, float]] = {}
+        """The thread's loop: exchange states, and end the process at the first fault."""
+        seen: dict[int, tuple[State, float]] = {}
         before = time.monotonic()
         with ThreadPoolExecutor(max_workers=1) as executor:
             while not self.finished.wait(self.silent / 6):
@@ -159,41 +162,43 @@ class HeartbeatHook(Hook):
                     self.end('Process 0, or the launcher of the processes, does not answer')
                 now = time.monotonic()
                 if now - before > self.silent / 2:  # this process itself was stopped
-                    heard, self.moved = {}, self.moved and now
+                    seen, self.moved = {}, self.moved and now
                 for rank, state in states.items():
-                    if rank not in heard or heard[rank][0] != state:
-                        heard[rank] = state, now
-                fault = self.fault(heard, now)
+                    if rank not in seen or seen[rank][0] != state:
+                        seen[rank] = state, now
+                fault = self.fault(seen, now)
                 if fault:
                     self.end(fault)
                 before = now
 
-    def fault(self, heard: dict[int, tuple[State, float]], now: float) -> str:
-        """What is wrong with which process, '' if nothing is.
+    def fault(self, seen: dict[int, tuple[State, float]], now: float) -> str:
+        """The process at fault and its fault; '' if all is well.
 
         Args:
-            heard: What each process told last, and when that was heard first.
+            seen: The last state of each process, and when it was first seen.
             now: The time.
         """
-        for rank, (state, when) in heard.items():
-            if state.ended:
-                return f'Process {rank} ({state.name}) ended {state.place}: {state.ended}'
+        for rank, (state, when) in seen.items():
+            if state.error:
+                return f'Process {rank} ({state.name}) ended {state.place}: {state.error}'
             if self.store and not state.done and now - when > self.silent:
-                return f'Process {rank} ({state.name}) was not heard of for {self.silent:g} s, last {state.place}'
+                return f'Process {rank} ({state.name}) has not answered for {self.silent:g} s, last seen {state.place}'
         if self.moved is None or now - self.moved <= self.stuck:
             return ''
-        states = [state for state, _ in heard.values()]
+        states = [state for state, _ in seen.values()]
         last = min(states, key=lambda state: state.marks)
         if all(state.marks == last.marks for state in states):
-            return f'Nothing went on for {self.stuck:g} s {last.place}'
+            return f'Training made no progress for {self.stuck:g} s {last.place}'
         rank = states.index(last)
-        return f'Nothing went on for {self.stuck:g} s: process {rank} ({last.name}) is behind, {last.place}'
+        return (
+            f'Training made no progress for {self.stuck:g} s: process {rank} ({last.name}) is behind, {last.place}'
+        )
 
     def end(self, fault: str) -> None:
-        """End the process from this thread, as the main one may wait for ever."""
-        for process in multiprocessing.active_children():  # a data worker that was stopped would stay
+        """End the process from this thread, as the main thread may wait forever."""
+        for process in multiprocessing.active_children():  # a suspended data worker would outlive the process
             process.kill()
-        message = f'error: {fault}; look at the output and the machine of that process, and go on by --resume.'
+        message = f'error: {fault}; look at the output and the machine of that process, and continue with --resume.'
         if not send_to_torchrun(message):
             print(message, file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Hooks that keep a run reproducible and its faults visible."""
+"""Hooks that make a run reproducible and report its faults."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mmmilan.registry import HOOKS
 class StepSeedHook(Hook):
     """Seed every training step with (seed, rank, iteration).
 
-    The random numbers of a step (the mask's draw, stochastic depth, mixup) then do not depend on the steps
-    before it, and a run that was killed and resumed ends with the weights of an uninterrupted one.
+    The random numbers of a step (mask, stochastic depth, mixup) then do not depend on earlier steps, and a run that was
+    killed and resumed ends with the weights of an uninterrupted one.
     """
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
@@ -43,9 +43,9 @@ class StepSeedHook(Hook):
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Stop when a loss was not finite, on all processes, before anything is saved.
+    """Stop all processes when a loss is not finite, before a checkpoint is saved.
 
-    The losses stay on the GPU until a line of the log is due, so that no step waits for one.
+    Losses stay on the GPU until a log line is due, so no step waits for them.
 
     Raises:
         InputError: naming the first bad step and the last good checkpoint.
@@ -70,14 +70,14 @@ class NonFiniteLossHook(Hook):
                 self.stop(runner, f'The loss is {loss} at iteration {int(iteration)} (epoch {runner.epoch + 1})')
 
     def after_train_epoch(self, runner: Runner) -> None:
-        # the last step may have spoilt the weights, which no loss has shown yet
+        # the last step may have broken the weights, which only the next loss would show
         finite = all_finite(runner.model.parameters()).float()
-        all_reduce(finite, op='min')  # a process may hold no more than a shard of the weights
+        all_reduce(finite, op='min')  # with FSDP, each process checks its own shard
         if not finite:
             self.stop_for_weights(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        # of a run by iterations, which saves between two lines of the log
+        # a run by iterations may save between two log lines
         if not all_finite(v for v in checkpoint['state_dict'].values() if v.is_floating_point()):
             self.stop_for_weights(runner)
 
@@ -98,7 +98,7 @@ def all_finite(weights: Iterable[Tensor]) -> Tensor:
 
 @HOOKS.register_module()
 class CorruptImageHook(Hook):
-    """Say after each epoch how many images did not decode so far, on all processes together."""
+    """Warn after each epoch of the images that did not decode so far, counted over all processes."""
 
     def after_train_epoch(self, runner: Runner) -> None:
         count = torch.tensor(getattr(runner.train_dataloader.dataset, 'num_corrupt', 0), device=get_device())
@@ -109,9 +109,9 @@ class CorruptImageHook(Hook):
 
 @HOOKS.register_module()
 class ExactLoadingHook(Hook):
-    """Refuse a checkpoint, at ``load_from`` and ``resume``, that lacks a weight of the model; take one in any layout.
+    """Load checkpoints of any layout at ``load_from`` and ``resume``; refuse one that lacks a weight of the model.
 
-    MMEngine itself loads what fits and goes on with random weights for the rest.
+    MMEngine itself loads the weights that fit and leaves the others random.
 
     Raises:
         InputError: see :func:`mmmilan.checkpoints.loading.load_weights` and :func:`check_resumable`.
@@ -123,16 +123,16 @@ class ExactLoadingHook(Hook):
         source = runner._load_from or f'The last checkpoint in {runner.work_dir}'
         if runner._resume:
             check_resumable(runner, checkpoint, source)
-        # MMEngine will load the same once more
+        # MMEngine loads the same weights once more
         checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)
 
 
 @HOOKS.register_module()
 class ImageSizeHook(Hook):
-    """Say once when the images are not of the size that the encoder's positions are for.
+    """Warn once if the size of the images is not the encoder's ``img_size``.
 
-    A ViT takes them all the same, with interpolated positions, another number of patches and often worse results.
-    Detectors and segmentors, whose images are of any size, are left alone.
+    A ViT accepts them, but interpolates its positions and often gives worse results. Detectors and segmentors, which
+    take images of any size, are not checked.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class ImageSizeHook(Hook):
 
 @HOOKS.register_module()
 class ClassCountHook(Hook):
-    """Refuse to train on a data set with another number of classes than the model has.
+    """Refuse to train if data set and model have different numbers of classes.
 
     Raises:
         InputError: naming the options to set.
@@ -176,14 +176,13 @@ class ClassCountHook(Hook):
 
 @HOOKS.register_module()
 class MainLoggerHook(LoggerHook):
-    """MMEngine's ``LoggerHook``, with a line at least every few seconds, however slow the steps are.
+    """MMEngine's ``LoggerHook``, with a line every few seconds even if steps are slow.
 
-    The figures of a test are written by the main process only; MMEngine's every process writes them to the same file,
-    at the same time.
+    Only the main process writes the scores of a test; with MMEngine's hook all processes write the same file at once.
 
     Args:
-        interval: The most steps from one line to the next.
-        seconds: The most time from one line to the next, unless a step takes longer.
+        interval: Maximum number of steps between two lines.
+        seconds: Maximum time between two lines, unless one step takes longer.
         kwargs: Other arguments of ``LoggerHook``.
     """
 
@@ -197,16 +196,16 @@ class MainLoggerHook(LoggerHook):
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         self.last = runner.iter, time.monotonic()
-        self.interval = 1  # until the first step has told how long it takes
+        self.interval = 1  # until the duration of a step is known
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
         due = log_is_due(runner, batch_idx)
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if due:  # every hook has asked already whether it is
+        if due:  # only now, as all hooks must see the same interval
             step, now = runner.iter + 1, time.monotonic()
             pace = (now - self.last[1]) / max(1, step - self.last[0])
             interval = [max(1, min(self.max_interval, int(self.seconds / max(pace, 1e-6))))]
-            broadcast_object_list(interval)  # as hooks exchange losses where a line is due
+            broadcast_object_list(interval)  # hooks exchange losses when a line is due
             self.interval, self.last = interval[0], (step, now)

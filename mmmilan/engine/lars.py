@@ -13,14 +13,14 @@ from mmmilan.registry import OPTIMIZERS
 
 @OPTIMIZERS.register_module()
 class LARS(MMPretrainLARS):
-    """mmpretrain's LARS, which does not fetch norms from the device: mmpretrain's does, twice a parameter and step.
+    """mmpretrain's LARS without copies from the device; mmpretrain's copies two norms per parameter and step.
 
-    Same arguments and results, but for the rounding of the norms' ratio to float32.
+    Same arguments and results, except that the ratio of the norms is rounded to float32.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
-        """One step; ``closure`` computes the loss again and returns it."""
+        """One step; ``closure`` recomputes the loss and returns it."""
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for parameter in group['params']:
@@ -29,7 +29,7 @@ class LARS(MMPretrainLARS):
         return loss
 
     def update(self, parameter: Tensor, group: dict) -> Tensor:
-        """What is subtracted from a parameter, by its gradient and the settings of its group."""
+        """The step that is subtracted from a parameter."""
         gradient = parameter.grad.add(parameter, alpha=group['weight_decay'])
         rate = group['lr'] if group.get('lars_exclude') else group['lr'] * self.trust_ratio(parameter, group)
         step = gradient * rate

@@ -58,29 +58,30 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def default_work_dir(cfg: Config, path: str) -> str:
-    """``work_dirs/CONFIG``; ``work_dirs/CONFIG/NAME`` where the shell's ``PRETRAIN=NAME`` names another start."""
+    """``work_dirs/CONFIG``, or ``work_dirs/CONFIG/NAME`` if the environment sets ``PRETRAIN=NAME``."""
     pretrain = cfg.env_variables.get('PRETRAIN', '')  # '' unless it is set and the config reads it
     return str(Path('work_dirs', Path(path).stem, pretrain.replace('/', '_')))
 
 
 @contextmanager
 def launched(cfg: Config, task: str) -> Iterator[Runner]:
-    """The runner of a config, which loads checkpoints safely and exactly; a launcher's processes end with this context.
+    """Build the runner of a config, which loads checkpoints safely and exactly.
 
-    To train, it is alone in its work dir, and is stopped and resumed without loss.
+    A training run locks its work dir, and can be stopped and resumed without loss. A launcher's processes exit at the
+    end of this context.
 
     Args:
         cfg: The config.
-        task: 'train' or 'test', for which the data have to be there.
+        task: 'train' or 'test'; the data of this task must exist.
 
     Raises:
-        InputError: data are missing, or mmcv's operators, without which mmdet and mmseg cannot be imported; another run
-            is in the work dir, or nothing whole is there to resume from; a data worker died or hangs.
+        InputError: data are missing; mmcv lacks the operators that mmdet and mmseg import; another run uses the work
+            dir; there is no complete checkpoint to resume from; a data worker died or hangs.
     """
     if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
         raise InputError(
-            'Detection and segmentation need mmcv with its operators, which this one has not; install it as '
-            'docs/installation.md says (dense).'
+            'Detection and segmentation need mmcv with its operators, but this mmcv was built without them; install it '
+            'as docs/installation.md says (dense).'
         )
     check_data(cfg, task)
     use_safe_loading()
@@ -94,5 +95,5 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         if task == 'train':
             runner.register_hook(StopHook())
             runner.register_hook(heartbeat)
-        with heartbeat.telling(), worker_errors():
+        with heartbeat.publish_error(), worker_errors():
             yield runner

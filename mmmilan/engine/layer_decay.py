@@ -21,8 +21,8 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
 
     With L blocks and decay r, the learning rate is multiplied by r^(L+1) for patch embedding, class token and
     positions, by r^(L-i) for block i (from 0), and by 1 for everything after the blocks. mmpretrain's own asks the
-    model for ``get_layer_depth``, which only classifiers have, and makes a group of every parameter; here those of the
-    same settings share one. ``paramwise_cfg`` is mmpretrain's, with ``layer_decay_rate`` for r.
+    model for ``get_layer_depth``, which only classifiers have, and makes a group for every parameter; here parameters
+    with equal settings share a group. ``paramwise_cfg`` is mmpretrain's, with ``layer_decay_rate`` for r.
 
     Raises:
         InputError: the model's backbone is not a ViT of mmpretrain or of this project.
@@ -53,5 +53,5 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
                 )
             get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
         super().add_params(params, module, prefix, get_layer_depth, **kwargs)
-        if not prefix:  # or it was called by itself for a part of the model
+        if not prefix:  # not in a recursive call
             group_by_settings(params)

@@ -1,4 +1,4 @@
-"""Epochs that a resumed run goes on with where it stopped."""
+"""Resume within an epoch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmmilan.registry import LOOPS
 
 @LOOPS.register_module()
 class EpochLoop(EpochBasedTrainLoop):
-    """MMEngine's ``EpochBasedTrainLoop`` that can begin within an epoch. Same arguments.
+    """MMEngine's ``EpochBasedTrainLoop`` that can resume within an epoch. Same arguments.
 
-    The batches before are skipped in the sampler, so nothing is loaded for them. MMEngine's repeats the epoch from its
-    first batch, with other weights.
+    Batches that are done are skipped in the sampler, so their images are not loaded. MMEngine's loop repeats the epoch
+    from its first batch.
 
     Attributes:
         done: Steps of this epoch so far.
@@ -29,7 +29,7 @@ class EpochLoop(EpochBasedTrainLoop):
     def run_epoch(self) -> None:
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        if self.done and isinstance(self.dataloader, DataLoader):  # a ContinuousLoader begins there by itself
+        if self.done and isinstance(self.dataloader, DataLoader):  # a ContinuousLoader skips them itself
             skip_batches(self.dataloader, self.done)
         for index, batch in enumerate(self.dataloader, start=self.done):
             self.done = index + 1
@@ -40,26 +40,26 @@ class EpochLoop(EpochBasedTrainLoop):
 
 
 def use_epoch_loop(cfg: Config) -> None:
-    """Let a config that trains by epochs do so by :class:`EpochLoop`."""
+    """Replace the loop of a config that trains by epochs with :class:`EpochLoop`."""
     if cfg.train_cfg.get('by_epoch') or cfg.train_cfg.get('type') == 'EpochBasedTrainLoop':
         cfg.train_cfg.pop('by_epoch', None)
         cfg.train_cfg.type = 'mmmilan.EpochLoop'
 
 
 def skip_batches(loader: DataLoader, count: int) -> None:
-    """Let the next pass over a loader begin after ``count`` batches; later passes are whole again."""
-    # PyTorch forbids another sampler for the sake of those that would contradict the other arguments
+    """Skip the first ``count`` batches in the next pass over a loader; later passes are complete."""
+    # DataLoader refuses to set the attribute after construction
     object.__setattr__(loader, 'batch_sampler', _Skipping(loader.batch_sampler, count))
 
 
 class _Skipping:
-    """A batch sampler whose first pass begins late; in all else the one that it stands for."""
+    """Wraps a batch sampler and skips the first batches of its first pass."""
 
     def __init__(self, batch_sampler: Any, count: int) -> None:
         self.batch_sampler, self.count = batch_sampler, count
 
     def __iter__(self) -> Iterator[list]:
-        # at the first batch, as PyTorch asks for a second iterator before it uses one
+        # here and not in __iter__'s caller: PyTorch makes two iterators and uses only one
         count, self.count = self.count, 0
         yield from islice(self.batch_sampler, count, None)
 

@@ -1,4 +1,4 @@
-"""Moves the mean teachers of a model."""
+"""Update the mean teachers of a model."""
 
 from __future__ import annotations
 

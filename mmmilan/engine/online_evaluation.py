@@ -1,4 +1,4 @@
-"""Is it still getting better? The frozen encoder, evaluated while it is trained."""
+"""Evaluate the frozen encoder during pretraining."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class OnlineEvaluationHook(Hook):
     """Evaluate the class token of the frozen encoder before training, every few epochs, and at the end.
 
     * ``eval/rankme``: effective rank of the features (arXiv 2210.02885);
-    * ``eval/cosine_class``, ``eval/cosine_patches``: how close the prediction of whole images is to the teacher's
-      features, on 64 of the images;
-    * ``eval/knn``, ``eval/probe_10``: with labels, top-1 accuracy in percent of the 20 nearest neighbours and of a
-      linear probe that is given a tenth of the labels, on a fifth of the images that neither is given.
+    * ``eval/cosine_class``, ``eval/cosine_patches``: cosine between the prediction from unmasked images and the
+      teacher's features, on 64 images;
+    * ``eval/knn``, ``eval/probe_10``: for labelled images, top-1 accuracy in percent of 20 nearest neighbours and of a
+      linear probe on a tenth of the labels. A fifth of the images is held out for testing.
 
-    They go to the log, to TensorBoard and to ``scalars.json``, with the share of the run's time that they took.
-    Training is as without the hook, to the bit. All processes do the same work.
+    The scores go to the log, to TensorBoard and to ``scalars.json``, with their share of the run's time. Training is
+    bit-identical to a run without the hook. Each process runs the whole evaluation.
 
     Args:
-        dataset: Config of the images, and of their labels if ``with_label=True``.
-        interval: Epochs from one evaluation to the next.
-        max_images: At most so many of the images, evenly spaced.
+        dataset: Config of the images, with their labels if ``with_label=True``.
+        interval: Epochs between two evaluations.
+        max_images: Maximum number of images, evenly spaced in the data set.
     """
 
     priority = 'LOW'  # after the logger's line of the epoch's last step
@@ -85,7 +85,7 @@ class OnlineEvaluationHook(Hook):
         runner.visualizer.add_scalars({**scores, 'eval/epoch': epoch, 'eval/time_share': share}, step=runner.iter)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The scores, by their names."""
+        """The scores by name."""
         loader = torch.utils.data.DataLoader(self.dataset, BATCH_SIZE, collate_fn=FUNCTIONS.get('default_collate'))
         features, scores = [], {}
         for index, batch in enumerate(loader):
@@ -102,20 +102,20 @@ def read_labels(dataset: Dataset) -> np.ndarray:
     """Labels [M] of a data set.
 
     Raises:
-        InputError: they are of one class, or too few of each for a fifth to be left for testing.
+        InputError: there is only one class, or fewer than five images a class.
     """
     labels = np.array([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
     counts = np.bincount(labels)
     if len(counts) < 2 or len(labels) < 5 * len(counts):
         raise InputError(
-            f'{len(labels)} images of {len(counts)} classes are not enough to evaluate on; give a labelled folder of '
+            f'{len(labels)} images of {len(counts)} classes are too few for an evaluation; give a labelled folder with '
             'at least two classes and five images a class.'
         )
     return labels
 
 
 def label_scores(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1 accuracies in percent, on a fifth of the images."""
+    """Top-1 accuracies in percent on a held-out fifth of the images."""
     train, test, train_labels, test_labels = train_test_split(features, labels, test_size=0.2, random_state=0)
     scores = {'knn': 100 * knn_accuracy((train, train_labels), (test, test_labels))}
     if len(set(train_labels[::10])) > 1:
@@ -126,7 +126,7 @@ def label_scores(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode and without gradients; afterwards mode and random numbers are as they were."""
+    """Run in evaluation mode without gradients; restore training modes and random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

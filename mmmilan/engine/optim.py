@@ -1,4 +1,4 @@
-"""Mixed precision in bfloat16, and parameters in few groups."""
+"""Mixed precision in bfloat16, and few parameter groups."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Whether a device has products in bfloat16. A CPU without them (AVX2) and a GPU without them (V100, T4) emulate
-    them, many times slower."""
+    """Whether a device has bfloat16 arithmetic; others (AVX2 CPUs; V100, T4) emulate it many times slower."""
     if device == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device != 'cpu' or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -54,7 +53,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 def group_by_settings(params: list[dict]) -> None:
-    """Put all parameters of the same settings into one group, in place. A group's ``param_name`` is no setting."""
+    """Merge parameter groups with equal settings, in place; ``param_name`` does not count as a setting."""
     groups: dict[str, dict] = {}
     for group in params:
         settings = {key: value for key, value in group.items() if key not in ('params', 'param_name')}
@@ -64,12 +63,12 @@ def group_by_settings(params: list[dict]) -> None:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupingOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor, with all parameters of the same settings in one group.
+    """MMEngine's constructor, with one group for all parameters with equal settings. Same arguments.
 
-    MMEngine makes a group of every parameter, so a fused optimizer runs once for each. Same arguments.
+    MMEngine makes a group for every parameter, and a fused optimizer then runs once per parameter.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
         super().add_params(params, module, prefix, **kwargs)
-        if not prefix:  # or it was called by itself for a part of the model
+        if not prefix:  # not in a recursive call
             group_by_settings(params)

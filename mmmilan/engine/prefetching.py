@@ -1,4 +1,4 @@
-"""Data workers that do not stop between two epochs."""
+"""Keep data workers busy between two epochs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mmmilan.registry import HOOKS
 
 
 class Epochs:
-    """The batches of several epochs, one after the other, as a batch sampler.
+    """A batch sampler that concatenates several epochs.
 
     Args:
-        batches: The batch sampler of an epoch, whose sampler has ``set_epoch``.
+        batches: The batch sampler of one epoch; its sampler has ``set_epoch``.
         start: The first epoch.
         end: The epoch after the last one.
-        done: Batches of the first epoch to leave out.
+        done: Number of batches of the first epoch to skip.
     """
 
     def __init__(self, batches: BatchSampler, start: int, end: int, done: int = 0) -> None:
-        # copies, as MMEngine tells its own sampler the epoch that trains, and these are ahead of it
+        # copies: MMEngine sets the current epoch on its own sampler, and these are ahead of it
         self.batches = copy.copy(batches)
         self.batches.sampler = copy.copy(batches.sampler)
         self.epochs = range(start, end)
@@ -38,10 +38,10 @@ class Epochs:
 
 
 class ContinuousLoader:
-    """A data loader that loads the first batches of the next epoch while the last ones of an epoch are trained on.
+    """A data loader that already loads the next epoch's first batches during an epoch's last steps.
 
-    Each iteration gives the batches of one epoch, the same as those of ``loader``, of which it has all attributes. The
-    first one leaves out the batches that are ``done`` already.
+    Each pass gives the batches of one epoch, the same as those of ``loader``, and all of its attributes. The first pass
+    skips the ``done`` first batches.
     """
 
     def __init__(self, loader: DataLoader, start: int, end: int, done: int = 0) -> None:
@@ -76,12 +76,12 @@ class ContinuousLoader:
 
 @HOOKS.register_module()
 class PrefetchHook(Hook):
-    """Let the data workers go on over the end of an epoch, where MMEngine's wait for the next one to begin.
+    """Let data workers load across the end of an epoch; MMEngine's wait until the next epoch starts.
 
-    The data stay the same. For runs by epochs with workers, and samplers that are told the epoch.
+    The batches are the same. For runs by epochs with data workers and samplers that have ``set_epoch``.
     """
 
-    priority = 'LOW'  # hooks that look at the loader, or change its epoch, come first
+    priority = 'LOW'  # after hooks that read the loader or change its epoch
 
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
@@ -94,5 +94,5 @@ class PrefetchHook(Hook):
         loader = runner.train_loop.dataloader
         if isinstance(loader, ContinuousLoader):
             if runner.epoch == runner.max_epochs:
-                next(loader.batches, None)  # there is none, at which the workers end
+                next(loader.batches, None)  # exhausted, which ends the workers
             runner.train_loop.dataloader = loader.loader

@@ -1,4 +1,4 @@
-"""A schedule for as many images as there are, and a warning where one does not fit them."""
+"""Fit a schedule to the number of images, and warn of one that does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmmilan.registry import HOOKS
 
 RECIPE_RATE, RECIPE_BATCH = 2.4e-3, 4096  # of the paper: 1.5e-4 x 4096 / 256
-STEPS = 10_000  # what a run gets, if that takes neither fewer nor more epochs than these
+STEPS = 10_000  # length of a run, within these limits
 EPOCHS = (20, 400)
 WARMUP = 0.1  # of the steps, as in the paper
 FEW_STEPS = 300
@@ -25,8 +25,8 @@ class Schedule:
     Attributes:
         epochs: Passes over the images.
         steps_per_epoch: Whole batches in a pass.
-        warmup: Steps of growing learning rate.
-        lr: The greatest learning rate.
+        warmup: Steps of linear warm-up.
+        lr: Peak learning rate.
     """
 
     epochs: int
@@ -40,7 +40,7 @@ class Schedule:
         return self.epochs * self.steps_per_epoch
 
     def param_scheduler(self) -> list[dict]:
-        """MMEngine's config: linear warm-up, then a cosine to 0, step by step."""
+        """MMEngine's config: linear warm-up, then cosine to 0, updated every step."""
         return [
             dict(type='LinearLR', start_factor=1e-4, by_epoch=False, begin=0, end=self.warmup),
             dict(
@@ -54,7 +54,7 @@ class Schedule:
 
 
 def fit_batch_size(num_images: int, largest: int) -> int:
-    """The largest power of two that makes eight batches of the images, or ``largest``; all images if they are few."""
+    """The largest power of two, up to ``largest``, that gives eight batches an epoch; at most 8 below 64 images."""
     if num_images < 64:
         return min(num_images, 8)
     return min(largest, 2 ** int(math.log2(num_images / 8)))
@@ -63,12 +63,12 @@ def fit_batch_size(num_images: int, largest: int) -> int:
 def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedule:
     """The schedule for some images.
 
-    The learning rate follows the square root of the batch, which is the rule for Adam and its kin (arXiv 2205.10287):
-    the linear rule would leave a small batch with next to none. It is the same from weights that know images already:
-    gentler rates did no better where it was measured (docs/own_images.md).
+    The learning rate scales with the square root of the batch size, the rule for adaptive optimizers
+    (arXiv 2205.10287); the linear rule gives too small a rate for small batches. The rate is the same when training
+    starts from pretrained weights: lower rates were not better where measured (docs/own_images.md).
 
     Args:
-        num_images: Number of training images, at least a batch.
+        num_images: Number of training images, at least one batch.
         batch_size: Images in a step.
         epochs: Passes over the images; None for about ``STEPS`` steps.
     """
@@ -82,7 +82,7 @@ def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedu
 
 @HOOKS.register_module()
 class ScheduleCheckHook(Hook):
-    """Warn, before the first step, of a run that is too short to learn or that is mostly warm-up."""
+    """Warn before the first step if a run is too short to learn, or mostly warm-up."""
 
     def before_train(self, runner: Runner) -> None:
         steps = runner.max_iters
@@ -98,8 +98,8 @@ class ScheduleCheckHook(Hook):
         warmup = max((warmup_steps(s, runner) for s in schedulers if isinstance(s, LinearParamScheduler)), default=0)
         if steps > 1 and warmup > steps / 2:
             runner.logger.warning(
-                f'The learning rate is still growing in {min(1, warmup / steps):.0%} of the {steps} steps '
-                '(param_scheduler); shorten the warm-up or train for longer.'
+                f'{min(1, warmup / steps):.0%} of the {steps} steps are warm-up (param_scheduler); shorten the warm-up '
+                'or train for longer.'
             )
 
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves what it has, and says that it wants to go on."""
+"""Save a checkpoint when a run is told to stop, and exit with a status that asks to be resumed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.registry import HOOKS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's end, Ctrl-C, Slurm's warning (--signal=USR1)
-# Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h: "try again later").
-GO_ON = os.EX_TEMPFAIL
+# Exit status of a stopped run that can be resumed (EX_TEMPFAIL of sysexits.h: "try again later").
+RESUMABLE = os.EX_TEMPFAIL
 
 
 @HOOKS.register_module()
 class StopHook(Hook):
-    """On SIGTERM, SIGINT or SIGUSR1: finish the step, save a checkpoint, exit with status ``GO_ON``.
+    """On SIGTERM, SIGINT or SIGUSR1: finish the step, save a checkpoint, exit with status ``RESUMABLE``.
 
-    All processes stop after the same step, whichever of them got the signal: each tells the others after every step,
-    and hears of it after the next one, so that no step waits for the answer. A second SIGINT stops at once. A step is
-    one of the optimizer: accumulated gradients are not cut in two. After the last step the run ends as always.
+    All processes stop after the same step, whichever of them got the signal: the signal is all-reduced asynchronously
+    after every step and read after the next one, so no step waits for it. A second SIGINT stops at once. While
+    gradients are accumulated, the run goes on until the optimizer's next step. After the last step the run ends as
+    always.
 
-    ``--resume`` then goes on bit-identically.
+    ``--resume`` then continues bit-identically.
     """
 
     priority = 'LOWEST'  # after a checkpoint that was due anyway
@@ -55,25 +56,25 @@ class StopHook(Hook):
     ) -> None:
         if runner.iter + 1 >= runner.max_iters:
             return
-        number = self.agreed()
+        number = self.shared_signal()
         if not number or not runner.optim_wrapper.should_update():
             return
         hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
         saved = hook.save_now(runner) if hook else 'nothing (there is no mmmilan.CheckpointHook)'
         print_log(
-            f'{signal.Signals(number).name}: stopped after iteration {runner.iter + 1}, saved {saved}; go on with it '
-            f'by --resume (exit status {GO_ON}).',
+            f'{signal.Signals(number).name}: stopped after iteration {runner.iter + 1}, saved {saved}; continue '
+            f'with --resume (exit status {RESUMABLE}).',
             logger='current',
             level=logging.WARNING,
         )
         if self.group:
             dist.barrier(self.group)  # the main process has written
-        else:  # of several, the first to leave has the launcher send SIGTERM to the others, which leave all the same
+        else:  # with several processes, the first exit makes the launcher send SIGTERM to the others: keep the handlers
             self.restore()
-        sys.exit(GO_ON)
+        sys.exit(RESUMABLE)
 
-    def agreed(self) -> int:
-        """The signal that any process had received a step ago; 0 for none."""
+    def shared_signal(self) -> int:
+        """The signal that any process had received one step ago; 0 for none."""
         if self.group is None:
             return self.received or 0
         answer = 0
@@ -90,5 +91,6 @@ class StopHook(Hook):
         self.restore()
 
     def restore(self) -> None:
+        """Restore the signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

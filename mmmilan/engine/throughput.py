@@ -1,4 +1,4 @@
-"""How fast a run is, in every line of its log; and a log that does not slow it down."""
+"""Log the speed of a run without slowing it down."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def log_is_due(runner: Runner, batch_idx: int) -> bool:
 
 @HOOKS.register_module()
 class DeferredRuntimeInfoHook(RuntimeInfoHook):
-    """MMEngine's ``RuntimeInfoHook``, which fetches the losses from the GPU only when a log line is due.
+    """MMEngine's ``RuntimeInfoHook``, but losses are copied from the GPU only when a log line is due.
 
-    MMEngine's fetches them after every step, and so waits for the GPU before it prepares the next one. The losses of
-    all steps are logged as before. In a config: ``default_hooks.runtime_info``.
+    MMEngine's hook copies them after every step, and so waits for the GPU before the next step. The losses of all steps
+    are still logged. In a config: ``default_hooks.runtime_info``.
     """
 
     def __init__(self) -> None:
@@ -48,17 +48,18 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
-    """Log the speed of training since the last line of the log, in text and in TensorBoard.
+    """Log the speed of training since the last log line, in text and in TensorBoard.
 
-    * ``images_per_s``: on all processes together; with several masks an image, ``masked_views_per_s`` too;
-    * ``mfu``: share of the device's peak in dense products that the model used (0 to 1), the teacher's work included.
-      The operations are counted once, on a few images of the first batch. Only where the peak is known;
-    * ``data_wait``: share of the time in which training waited for images;
-    * ``peak_memory_gb``: the most that tensors took up on the GPU; without one, the most that the process did;
+    * ``images_per_s``: over all processes; with several masks an image, ``masked_views_per_s`` too;
+    * ``mfu``: model FLOPs utilization, 0 to 1, teacher included. The operations are counted once, on a few images of
+      the first batch. Only for devices whose peak is known;
+    * ``data_wait``: share of the time that training waited for data;
+    * ``peak_memory_gb``: peak memory of tensors on the GPU, or of the process on a CPU;
     * ``hours_left``: to the end of the run, at this speed.
 
     Args:
-        peak_tflops: TFLOP/s of one device in dense bfloat16 products, where its data sheet is not known here.
+        peak_tflops: Peak TFLOP/s of one device in dense bfloat16 products, for devices that are not in
+            :data:`mmmilan.engine.flops.PEAK_TFLOPS`.
     """
 
     priority = 'NORMAL'  # after the timer of the default hooks, before the logger
@@ -75,7 +76,7 @@ class ThroughputHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        # once the gradients are used up: those of the count are thrown away
+        # after an optimizer step, as counting discards the gradients
         if self.peak_tflops and self.flops_per_image is None and runner.optim_wrapper.should_update():
             self.flops_per_image = flops_per_image(runner, data_batch)
         images = len(data_batch['inputs'])
@@ -87,7 +88,7 @@ class ThroughputHook(Hook):
             self.images = self.steps = 0
 
     def measure(self, runner: Runner) -> dict[str, float]:
-        """The values since the last call."""
+        """The values since the last log line, by name."""
         seconds, wait = (
             runner.message_hub.get_scalar(f'train/{name}').mean(self.steps) * self.steps
             for name in ('time', 'data_time')
@@ -106,9 +107,9 @@ class ThroughputHook(Hook):
 
 
 def flops_per_image(runner: Runner, data_batch: dict) -> float:
-    """Operations of forward and backward pass, counted on a few images so that memory is no matter.
+    """FLOPs of the forward and backward pass for one image, counted on a few images to save memory.
 
-    What the next step computes stays as it is: weights, buffers, gradients and random numbers (CPU and GPU).
+    Training is not affected: weights, buffers and random states (CPU and GPU) are unchanged, gradients zero.
     """
     model, wrapper = runner.model, runner.optim_wrapper
     inner = unwrap(model)
@@ -126,7 +127,7 @@ def flops_per_image(runner: Runner, data_batch: dict) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes, at most so far: of tensors on the GPU, or of the process where there is none."""
+    """Peak memory in bytes: of tensors on the GPU, or of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

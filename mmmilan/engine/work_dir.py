@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, which goes on from the newest whole checkpoint or begins anew."""
+"""The folder of a run: locked by one run at a time, which resumes the newest complete checkpoint or starts anew."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mmmilan.errors import InputError
 
 @contextmanager
 def locked(work_dir: Path) -> Iterator[None]:
-    """Keep other runs out of a work dir. The lock ends with the process, however that ends.
+    """Lock a work dir for this run. The lock is released when the process ends for any reason.
 
     Raises:
-        InputError: another run has it.
+        InputError: another run holds the lock.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with open(work_dir / '.lock', 'a+') as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers would inherit a flock
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
                 print_log(f'{work_dir} cannot be locked ({error.strerror}).', logger='current', level=logging.WARNING)
@@ -46,7 +46,7 @@ def locked(work_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def training_in(cfg: Config) -> Iterator[None]:
-    """Within this context a config can be trained in its work dir, from the newest checkpoint if it is resumed."""
+    """Lock and prepare the work dir of a training run; find the checkpoint to resume from."""
     main = is_main(cfg)
     with locked(Path(cfg.work_dir)) if main else nullcontext():
         prepare(cfg, main)
@@ -55,7 +55,7 @@ def training_in(cfg: Config) -> Iterator[None]:
 
 
 def is_main(cfg: Config) -> bool:
-    """Whether this process will be the main one, as its launcher says before MMEngine begins."""
+    """Whether this is the main process, by the launcher's environment variables."""
     rank = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}.get(cfg.launcher)
     return rank is None or os.environ.get(rank, '0') == '0'
 
@@ -67,11 +67,11 @@ def checkpoint_folder(cfg: Config) -> Path:
 
 
 def prepare(cfg: Config, main: bool) -> None:
-    """Name the checkpoint from which a run goes on, or make room for a new run.
+    """Find the checkpoint to resume from, or move away the checkpoints of an earlier run.
 
     Args:
-        cfg: Its ``load_from`` is set where ``resume`` is.
-        main: Whether this is the main process, which makes room.
+        cfg: With ``resume``, its ``load_from`` is set.
+        main: Whether this is the main process, which moves the files.
     """
     folder = checkpoint_folder(cfg)
     if cfg.get('resume'):
@@ -79,20 +79,20 @@ def prepare(cfg: Config, main: bool) -> None:
             cfg.load_from = str(find_newest(folder) or '') or None
         if not cfg.load_from:
             cfg.resume = False
-            print_log(f'{folder} holds no checkpoint; a new run begins.', logger='current', level=logging.WARNING)
+            print_log(f'{folder} holds no checkpoint; a new run starts.', logger='current', level=logging.WARNING)
         return
     earlier = [*checkpoints_in(folder), *folder.glob('best_*.pth'), *folder.glob('last_checkpoint')]
     if cfg.get('load_from') and Path(cfg.load_from).absolute() in [path.absolute() for path in earlier]:
         raise InputError(
-            f'{cfg.load_from} is of an earlier run in the same work dir, whose checkpoints the new run would write '
-            'over; choose another --work-dir, or go on with that run by --resume.'
+            f'{cfg.load_from} belongs to an earlier run in the same work dir, whose checkpoints the new run would '
+            'overwrite; choose another --work-dir, or continue that run with --resume.'
         )
     if main and earlier:
         set_aside(earlier, folder)
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:
-    """Move the checkpoints of an earlier run into a folder of their own, as a new one would write over them."""
+    """Move the checkpoints of an earlier run into a folder of their own, where the new run does not overwrite them."""
     number = 1
     while (target := folder / f'earlier_{number}').exists():
         number += 1
@@ -100,8 +100,8 @@ def set_aside(paths: list[Path], folder: Path) -> None:
     for path in paths:
         path.rename(target / path.name)
     print_log(
-        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (go on with a run by '
-        '--resume).',
+        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (--resume '
+        'continues a run).',
         logger='current',
         level=logging.WARNING,
     )

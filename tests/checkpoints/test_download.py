@@ -216,7 +216,7 @@ def test_wrong_file_in_the_cache(server):
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(b'something else')
     wrong = hashlib.sha256(b'something else').hexdigest()[:8]
-    with pytest.raises(InputError, match=f'{NAME} is another file, its hash is {wrong} and not {SHA256[:8]}; put the '):
+    with pytest.raises(InputError, match=f'{NAME} is a different file with hash {wrong} and not {SHA256[:8]}; put '):
         download(f'{server.url}/wrong/{NAME}')
     assert target.read_bytes() == b'something else'
 

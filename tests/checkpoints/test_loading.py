@@ -255,4 +255,4 @@ def test_fine_tuned_checkpoints_of_other_origin(classifier, run_tool, kind, tmp_
     assert len(set(original.argmax(1).tolist())) > 1  # predictions differ between images
     unused = 'head.more' if kind == 'weights alone' else 'none'
     log = ''.join(path.read_text() for path in tmp_path.glob('[ab]/*/*.log'))
-    assert f'weights are those of {tmp_path}/other.pth; as initialised: none; not used: {unused}.' in log
+    assert f'weights loaded from {tmp_path}/other.pth; newly initialised: none; not used: {unused}.' in log

@@ -180,7 +180,7 @@ def test_no_compiler(milan_cfg, monkeypatch, log):
     actual = step(milan_cfg, compiled)
     monkeypatch.undo()
     assert_same(actual, step(milan_cfg))
-    assert 'Not compiled, the model runs as it is: No working C++ compiler found' in log.text
+    assert 'The model runs uncompiled: No working C++ compiler found' in log.text
 
 
 @pytest.mark.parametrize('decoder', ['PromptingDecoder', 'MAEDecoder'])

@@ -48,7 +48,7 @@ def test_a_run_without_schedules(caplog, schedules):
 
 def test_a_run_that_is_mostly_warm_up(caplog):
     assert warnings_of(caplog, schedulers(500, by_epoch=False), 1000) == ''
-    assert 'still growing in 50% of the 1000 steps' in warnings_of(caplog, schedulers(501, by_epoch=False), 1000)
-    assert 'still growing in 60% of the 1000 steps' in warnings_of(caplog, schedulers(60, by_epoch=True), 1000)
+    assert '50% of the 1000 steps are warm-up' in warnings_of(caplog, schedulers(501, by_epoch=False), 1000)
+    assert '60% of the 1000 steps are warm-up' in warnings_of(caplog, schedulers(60, by_epoch=True), 1000)
     by_optimizer = dict(encoder=schedulers(10, by_epoch=False), decoder=schedulers(2000, by_epoch=False))
-    assert 'still growing in 100% of the 1000 steps' in warnings_of(caplog, by_optimizer, 1000)
+    assert '100% of the 1000 steps are warm-up' in warnings_of(caplog, by_optimizer, 1000)

@@ -177,7 +177,7 @@ RAW = [
     (b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 200 + b'\r\n', 'got more than'),
     (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 70000 + b'\r\n\r\n', 'got more than'),
     (b'HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n', ''),
-    (b'HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n', 'no address of HTTP'),
+    (b'HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n', 'not an HTTP address'),
     (b'HTTP/1.1 302 Found\r\nLocation: /plain.pth\r\nContent-Length: 0\r\n\r\n', 'Exceeded 30 redirects'),
     (b'', ''),
 ]
@@ -200,7 +200,7 @@ def test_without_a_hash_only_a_whole_answer_counts(serve, tmp_path, head, messag
 
 
 def test_a_packed_answer_is_not_the_file(serve):
-    with pytest.raises(InputError, match=r"it is sent packed \('gzip'\)"):
+    with pytest.raises(InputError, match=r"the server sends it compressed \('gzip'\)"):
         download(f'{serve(packed).url}/plain.pth')
 
 

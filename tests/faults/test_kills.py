@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.hooks import StepSeedHook
-from mmmilan.engine.stopping import GO_ON, StopHook
+from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked
 from processes import exit_code
 from small_runs import runner
@@ -100,7 +100,7 @@ def test_ended_at_any_moment(tmp_path, safe_mmengine, number, task, seed):
     train(tmp_path / 'whole', task)
     for _ in range(5):  # which ends long before step 40
         alarm = AlarmHook(rng.randint(2, 5), rng.random(), number)
-        expected = GO_ON if number == signal.SIGTERM else -number
+        expected = RESUMABLE if number == signal.SIGTERM else -number
         assert exit_code(train, tmp_path / 'work', task, alarm) == expected
     train(tmp_path / 'work', task)
     name = f'iter_{5 * EPOCHS}.pth'

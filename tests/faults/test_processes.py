@@ -19,7 +19,7 @@ from mmengine.hooks import Hook
 from mmmilan.engine import data_workers
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.heartbeat import HeartbeatHook
-from mmmilan.engine.stopping import GO_ON, StopHook
+from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 from processes import exit_code, exit_codes, free_port
@@ -60,13 +60,13 @@ def train(work_dir: Path, fault: str, at: int, **kwargs) -> None:
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
     for hook in (heartbeat, StopHook(), *([FaultHook(fault)] if get_rank() == at else [])):
         built.register_hook(hook)
-    with exit_on_input_error(), heartbeat.telling():
+    with exit_on_input_error(), heartbeat.publish_error():
         built.train()
 
 
 FAULTS = {
-    'SIGKILL': 'was not heard of for 1.2 s, last before iteration ',
-    'SIGSTOP': 'was not heard of for 1.2 s, last before iteration ',
+    'SIGKILL': 'has not answered for 1.2 s, last seen before iteration ',
+    'SIGSTOP': 'has not answered for 1.2 s, last seen before iteration ',
     'sleep before it': 'is behind, before iteration 5;',
     'sleep in the forward pass': 'is behind, in the forward pass of iteration 5;',
     'error': 'ended before iteration 5: a.jpg does not decode; replace it.;',
@@ -81,7 +81,7 @@ def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) ->
     seconds, codes = time.monotonic() - begin, exit_codes(ranks, 0)
     assert codes[other] == 1 and seconds < 20
     (line,) = [line for line in (work_dir / f'output_{other}').read_text().splitlines() if line.startswith('error: ')]
-    assert line.endswith('and go on by --resume.')
+    assert line.endswith('and continue with --resume.')
     return line
 
 
@@ -140,7 +140,7 @@ def train_with_workers(work_dir: Path, number: int) -> None:
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=4 * LIMIT)
     for hook in (heartbeat, WorkerHook(number)):
         built.register_hook(hook)
-    with exit_on_input_error(), heartbeat.telling(), worker_errors():
+    with exit_on_input_error(), heartbeat.publish_error(), worker_errors():
         built.train()
 
 
@@ -149,13 +149,13 @@ def train_with_workers(work_dir: Path, number: int) -> None:
     [
         (signal.SIGKILL, 'error: DataLoader worker'),
         (signal.SIGTERM, 'error: DataLoader worker'),
-        (signal.SIGSTOP, f'error: (DataLoader timed out|Nothing went on for {4 * LIMIT:g} s before iteration)'),
+        (signal.SIGSTOP, f'error: (DataLoader timed out|Training made no progress for {4 * LIMIT:g} s before iteration)'),
     ],
 )
 def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
     assert exit_code(train_with_workers, tmp_path, number, seconds=30) == 1
     (line,) = [line for line in (tmp_path / 'output').read_text().splitlines() if line.startswith('error: ')]
-    assert re.match(message, line) and line.endswith('go on by --resume.')
+    assert re.match(message, line) and line.endswith('continue with --resume.')
 
 
 def test_a_connection_error_is_a_workers_only_while_a_batch_is_read():
@@ -189,7 +189,7 @@ def train_in_a_group(work_dir: Path) -> None:
 
 
 def test_a_signal_to_the_group_leaves_the_workers_alone(tmp_path, safe_mmengine):
-    assert exit_code(train_in_a_group, tmp_path) == GO_ON
+    assert exit_code(train_in_a_group, tmp_path) == RESUMABLE
     assert (tmp_path / 'stopped_iter_7.pth').exists()
 
 
@@ -215,7 +215,7 @@ built = runner(Path('work'), length=10**6, train_cfg=loop, launcher='pytorch', c
 heartbeat = HeartbeatHook(silent=10.0, stuck=20.0)  # on a busy machine, too
 for hook in (heartbeat, LaunchedHook(), StopHook()):
     built.register_hook(hook)
-with exit_on_input_error(), heartbeat.telling():
+with exit_on_input_error(), heartbeat.publish_error():
     built.train()
 """
 
@@ -257,7 +257,7 @@ def test_a_signal_to_the_launcher(launched, tmp_path, number):
     launcher, _ = launched
     launcher.send_signal(number)
     output = launcher.communicate(timeout=60)[1]
-    assert launcher.returncode == GO_ON, output
+    assert launcher.returncode == RESUMABLE, output
     assert len(list(tmp_path.glob('work/stopped_iter_*.pth'))) == 1
     assert 'Traceback' not in output
 
@@ -267,7 +267,7 @@ def test_a_signal_to_the_launcher(launched, tmp_path, number):
     'number, message',
     [
         (signal.SIGKILL, 'error: process 1 ended with SIGKILL; its own output says why.'),
-        (signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) was not heard of'),
+        (signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) has not answered'),
     ],
 )
 def test_a_launched_process_that_is_gone(launched, number, message):

@@ -19,7 +19,7 @@ from mmengine.hooks import Hook
 from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.engine.prefetching import PrefetchHook
-from mmmilan.engine.stopping import GO_ON, StopHook
+from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
@@ -56,7 +56,7 @@ def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / 'work', SignalHook(number, step))
-    assert stopped.value.code == GO_ON
+    assert stopped.value.code == RESUMABLE
     assert signal.getsignal(number) is before
     newest = find_newest(tmp_path / 'work')
     assert newest.name == f'stopped_iter_{step + 1}.pth'
@@ -77,7 +77,7 @@ def test_a_signal_with_data_workers(tmp_path, safe_mmengine, hooks):
     run(tmp_path / 'whole')
     args = (tmp_path / 'work', SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks])
     # a fork: in this process the garbage collector would wait 5 s for each worker of the stopped run
-    assert exit_code(run, *args, num_workers=2) == GO_ON
+    assert exit_code(run, *args, num_workers=2) == RESUMABLE
     newest = str(find_newest(tmp_path / 'work'))
     run(tmp_path / 'work', *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
     assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
@@ -116,7 +116,7 @@ def whole_of_two(tmp_path_factory):
 @pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
 def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
     """Both stop after the same step, the next one, and one of them saves."""
-    assert exit_codes(start_run(run_rank, tmp_path, sender, number, step)) == [GO_ON, GO_ON]
+    assert exit_codes(start_run(run_rank, tmp_path, sender, number, step)) == [RESUMABLE, RESUMABLE]
     (stopped,) = tmp_path.glob('stopped_*.pth')
     assert find_newest(tmp_path) == stopped == tmp_path / f'stopped_iter_{step + 2}.pth'
     assert exit_codes(start_run(resume_rank, tmp_path, stopped)) == [0, 0]
@@ -198,14 +198,14 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
 
 def test_nothing_whole_is_not_a_new_run(tmp_path):
     (tmp_path / 'epoch_1.pth').write_bytes(b'PK\x03\x04')
-    with pytest.raises(InputError, match='None of the 1 checkpoints in .* is whole'):
+    with pytest.raises(InputError, match='None of the 1 checkpoints in .* is complete'):
         prepare(Config(dict(resume=True, work_dir=str(tmp_path))), main=True)
 
 
 def test_a_new_run_does_not_write_over_an_earlier_one(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     cfg = Config(dict(work_dir=str(tmp_path), load_from=str(tmp_path / 'epoch_2.pth')))
-    with pytest.raises(InputError, match=r'epoch_2\.pth is of an earlier run in the same work dir'):
+    with pytest.raises(InputError, match=r'epoch_2\.pth belongs to an earlier run in the same work dir'):
         prepare(cfg, main=True)
     cfg.load_from = None
     prepare(cfg, main=True)

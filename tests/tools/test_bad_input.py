@@ -40,7 +40,7 @@ def logged(work_dir: Path) -> str:
 def test_missing_data_folder(tiny_config, error_of):
     config = tiny_config({'train_dataloader.dataset.data_root': '/nowhere/images'})
     assert error_of('train.py', config) == (
-        'The data folder /nowhere/images does not exist; set train_dataloader.dataset.data_root to that of your data.'
+        'The data folder /nowhere/images does not exist; set train_dataloader.dataset.data_root to your data.'
     )
 
 

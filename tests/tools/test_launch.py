@@ -78,7 +78,7 @@ def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         check_data(Config.fromfile(ROOT / 'configs' / config), task)
     assert str(error.value) == (
-        f'The data folder {folder} does not exist; set {option}.data_root to that of your data.'
+        f'The data folder {folder} does not exist; set {option}.data_root to your data.'
     )
 
 
