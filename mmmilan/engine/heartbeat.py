@@ -190,9 +190,7 @@ class HeartbeatHook(Hook):
         if all(state.marks == last.marks for state in states):
             return f'Training made no progress for {self.stuck:g} s {last.place}'
         rank = states.index(last)
-        return (
-            f'Training made no progress for {self.stuck:g} s: process {rank} ({last.name}) is behind, {last.place}'
-        )
+        return f'Training made no progress for {self.stuck:g} s: process {rank} ({last.name}) is behind, {last.place}'
 
     def end(self, fault: str) -> None:
         """End the process from this thread, as the main thread may wait forever."""

@@ -100,8 +100,7 @@ def set_aside(paths: list[Path], folder: Path) -> None:
     for path in paths:
         path.rename(target / path.name)
     print_log(
-        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (--resume '
-        'continues a run).',
+        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (--resume continues a run).',
         logger='current',
         level=logging.WARNING,
     )

@@ -77,9 +77,7 @@ def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
         check_data(Config.fromfile(ROOT / 'configs' / config), task)
-    assert str(error.value) == (
-        f'The data folder {folder} does not exist; set {option}.data_root to your data.'
-    )
+    assert str(error.value) == (f'The data folder {folder} does not exist; set {option}.data_root to your data.')
 
 
 def test_missing_annotations(tmp_path, monkeypatch):
