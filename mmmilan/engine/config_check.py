@@ -74,7 +74,7 @@ def _check_part(option: str, part: Mapping[str, Any]) -> None:
         raise InputError(f'The data folder {root} does not exist; set {option}.data_root to your data.')
     file = part.get('ann_file')
     if isinstance(file, str) and file and '://' not in file and not Path(root, file).is_file():
-        raise InputError(f'The annotations {Path(root, file)} do not exist; correct {option}.ann_file.')
+        raise InputError(f'The annotations {Path(root, file)} do not exist; set {option}.ann_file to them.')
 
 
 def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -187,7 +187,7 @@ def test_no_network_is_one_sentence(server):
         unused.bind(('127.0.0.1', 0))  # bound and not listening: connections are refused
         url = f'http://127.0.0.1:{unused.getsockname()[1]}/{NAME}'
         with pytest.raises(
-            InputError, match=f'Connection refused.*put the file at .*/cache/{NAME}, or name a mirror'
+            InputError, match=f'Connection refused.*put the file at .*/cache/{NAME}, or name a reachable mirror'
         ) as error:
             download(url)
     assert '\n' not in str(error.value)

@@ -230,8 +230,8 @@ def test_mmengine_alone_falls_back_to_the_whole_pickle(tmp_path):
     'name, message',
     [
         *((f'{name}://a.pth', f'safely from a {name}:// address') for name in ('s3', 'petrel', 'pavi', 'mmcls')),
-        ('torchvision://none', 'torchvision://none is not a name'),
-        ('openmmlab://none', 'openmmlab://none is not a name'),
+        ('torchvision://none', 'torchvision://none is unknown to MMEngine'),
+        ('openmmlab://none', 'openmmlab://none is unknown to MMEngine'),
         ('no_such_model', 'no_such_model is neither a file nor a URL nor a model of the zoo'),
     ],
 )
