@@ -149,7 +149,10 @@ def train_with_workers(work_dir: Path, number: int) -> None:
     [
         (signal.SIGKILL, 'error: DataLoader worker'),
         (signal.SIGTERM, 'error: DataLoader worker'),
-        (signal.SIGSTOP, f'error: (DataLoader timed out|Training made no progress for {4 * LIMIT:g} s before iteration)'),
+        (
+            signal.SIGSTOP,
+            f'error: (DataLoader timed out|Training made no progress for {4 * LIMIT:g} s before iteration)',
+        ),
     ],
 )
 def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
