@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mmmilan import torchrun
-from mmmilan.engine.stopping import GO_ON
+from mmmilan.engine.stopping import RESUMABLE
 from mmmilan.errors import InputError, exit_on_input_error
 from processes import exit_codes, free_port
 
@@ -106,7 +106,7 @@ def test_a_signal_is_passed_on(launched, tmp_path, number):
     """The launcher exits with the status of processes that have saved."""
     launcher, _ = launched
     os.kill(launcher.pid, number)
-    assert exit_codes([launcher], 60) == [GO_ON]
+    assert exit_codes([launcher], 60) == [RESUMABLE]
     assert 'Traceback' not in (tmp_path / 'output').read_text()
 
 
