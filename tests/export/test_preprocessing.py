@@ -1,0 +1,45 @@
+"""The preparation of images in the words of other libraries, or an error where they have none."""
+
+from __future__ import annotations
+
+import pytest
+
+import mmmilan
+from mmmilan.errors import InputError
+from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(('resize', 'size'), [(256, 224), (384, 384), (438, 384), (232, 224), (235, 192)])
+def test_timms_crop_gives_the_same_short_side(resize, size):
+    settings = Preprocessing(resize, (size, size), 'bicubic', [0.5] * 3, [0.5] * 3).timm()
+    assert int(size / settings['crop_pct']) == resize
+
+
+def test_pipelines_that_other_libraries_cannot_express(trained):
+    config, _ = trained('milan')
+    model = mmmilan.get_model(config)
+    pipeline = model._config.test_dataloader.dataset.pipeline
+    pipeline[2].crop_size = 24
+    with pytest.raises(InputError, match=r'gives images of \(24, 24\) but img_size=\(32, 32\); make them equal'):
+        read_preprocessing(model._config, model)
+    pipeline[1:3] = [dict(type='Resize', scale=(32, 32), interpolation='area')]
+    assert read_preprocessing(model._config, model) == Preprocessing(None, (32, 32), 'bilinear', MEAN, STD)
+    pipeline[1]['interpolation'] = 'lanczos'
+    with pytest.raises(InputError, match="The interpolation 'lanczos' of the test pipeline cannot be told"):
+        read_preprocessing(model._config, model)
+    pipeline[1:2] = [dict(type='RandomCrop', crop_size=32)]
+    with pytest.raises(InputError, match=r'The test pipeline \(LoadImage, RandomCrop, PackInputs\) cannot be told'):
+        read_preprocessing(model._config, model)
+
+
+def test_crops_that_other_libraries_cannot_express():
+    with pytest.raises(InputError, match='timm cannot be told to resize the short side and crop 32 x 48 pixels; give'):
+        Preprocessing(64, (32, 48), 'bicubic', MEAN, STD).timm()
+    with pytest.raises(InputError, match='open_clip cannot be told to resize the short side and crop 32 x 48 pixels'):
+        Preprocessing(32, (32, 48), 'bicubic', MEAN, STD).open_clip()
+    with pytest.raises(InputError, match='resizes the short side to 32 pixels .* the test pipeline to 36; set the sc'):
+        Preprocessing(36, (32, 32), 'bicubic', MEAN, STD).open_clip()
+    with pytest.raises(InputError, match="open_clip has no interpolation 'nearest'"):
+        Preprocessing(32, (32, 32), 'nearest', MEAN, STD).open_clip()
