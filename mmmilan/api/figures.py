@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
 
     from mmmilan.api.compared_models import ComparedModel
-    from mmmilan.api.inference import _Inferencer
+    from mmmilan.api.inference import Inferencer
     from mmmilan.visualization.page import Page
 
 NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
@@ -56,7 +56,8 @@ def figures(
     import torch
 
     from mmmilan.api.compared_models import load_compared_model, title_of
-    from mmmilan.api.inference import _Inferencer, choose_device
+    from mmmilan.api.devices import choose_device
+    from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
     from mmmilan.visualization.page import Page
 
@@ -64,7 +65,7 @@ def figures(
         raise InputError('No checkpoint was given; name at least one model to compare.')
     folder = Path(out)
     device = choose_device(device)
-    reader = _Inferencer(get_model(config), device=device)
+    reader = Inferencer(get_model(config), device=device)
     files, labels, classes = list_labelled(images)
     models = {title_of(name): load_compared_model(config, name, device) for name in checkpoints}
     if len(models) < len(checkpoints):
@@ -120,7 +121,7 @@ def warn(page: Page, text: str) -> None:
 def add_tsne(
     page: Page,
     folder: Path,
-    reader: _Inferencer,
+    reader: Inferencer,
     models: dict[str, ComparedModel],
     files: list[str],
     labels: np.ndarray,
@@ -148,7 +149,7 @@ def add_tsne(
 
 
 def add_attention(
-    page: Page, folder: Path, number: int, reader: _Inferencer, models: dict[str, ComparedModel], files: list[str]
+    page: Page, folder: Path, number: int, reader: Inferencer, models: dict[str, ComparedModel], files: list[str]
 ) -> None:
     """Figure 3 or 4: attention maps."""
     import torch
@@ -172,7 +173,7 @@ def add_attention(
 def add_reconstruction(
     page: Page,
     folder: Path,
-    reader: _Inferencer,
+    reader: Inferencer,
     config: str,
     checkpoints: Sequence[str],
     files: list[str],
@@ -184,7 +185,7 @@ def add_reconstruction(
 
     from mmmilan.api.compared_models import title_of
     from mmmilan.api.models import get_model
-    from mmmilan.visualization.figures import draw_heat, draw_mask, to_images
+    from mmmilan.visualization.figures import draw_heat, draw_masked, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
 
     reasons = []
@@ -203,7 +204,7 @@ def add_reconstruction(
         predicted = list(zip(originals, model.predict(batch), strict=True))
         columns = {
             'image': originals,
-            'visible': [draw_mask(image, sample.mask) for image, sample in predicted],
+            'visible': [draw_masked(image, sample.mask) for image, sample in predicted],
             'loss': [draw_heat(image, sample.patch_loss, 'Greens') for image, sample in predicted],
         }
         page.heading(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmmilan.api.devices import choose_device
 from mmmilan.api.models import get_model
 from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from torch import Tensor
 
 
-class _Inferencer:
+class Inferencer:
     """A model, and the reading of images for it.
 
     mmpretrain's inferencers accept the models of :func:`get_model` too. The subclasses add what those lack: PIL images,
@@ -76,7 +77,7 @@ class _Inferencer:
         return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
 
 
-class FeatureExtractor(_Inferencer):
+class FeatureExtractor(Inferencer):
     """Extract features of images with a model of the zoo or of your own.
 
     Args:
@@ -139,7 +140,7 @@ class FeatureExtractor(_Inferencer):
             backbone.out_type = trained_with
 
 
-class ImageClassificationInferencer(_Inferencer):
+class ImageClassificationInferencer(Inferencer):
     """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
 
     Examples:
@@ -191,13 +192,6 @@ def from_pil(image: Image) -> np.ndarray:
     if image.mode in ('I', 'F'):
         raise InputError(f'An image of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
     return np.asarray(image.convert('RGB'))[..., ::-1]
-
-
-def choose_device(device: str | None) -> str:
-    """The device that the user chose; by default 'cuda' if there is a GPU, else 'cpu'."""
-    import torch
-
-    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def _as_list(images: Any) -> Sequence:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan.api.feature_files import is_features, read_embeddings, read_features, write_npz
-from mmmilan.api.inference import _Inferencer
+from mmmilan.api.inference import Inferencer
 from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     cosine: float
 
 
-class JointSpace(_Inferencer):
+class JointSpace(Inferencer):
     """Embeddings of images, of their patches and of texts, by a checkpoint of :class:`MILAN` or :class:`MaskCLIP`.
 
     Args:

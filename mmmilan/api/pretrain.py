@@ -75,9 +75,9 @@ def pretrain(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.recipe import add_evaluation, read_base, set_image_size, set_model, set_schedule, set_start
-    from mmmilan.datasets.sources import as_list
+    from mmmilan.datasets.sources import as_sources
 
-    sources = as_list(data)
+    sources = as_sources(data)
     folder = Path(out)
     check_out(folder, resume)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -138,9 +138,9 @@ def train(path: Path, resume: bool) -> Path:
     """Train as ``tools/train.py`` does; returns the path of the weights, saved without the state of the optimizer."""
     import time
 
-    import torch
     from mmengine.config import Config
 
+    from mmmilan.api.devices import choose_device, device_name
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
     from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
@@ -155,8 +155,8 @@ def train(path: Path, resume: bool) -> Path:
         runner.train()
     checkpoint = load_checkpoint_file(find_newest(checkpoint_folder(config)))
     if not resume:  # a resumed run knows only the time of its last part
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'
-        checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=device)
+        name = device_name(choose_device(None))
+        checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=name)
     weights = path.parent / 'milan.pth'
     save_checkpoint_file({key: checkpoint[key] for key in ('meta', 'state_dict')}, weights)
     return weights

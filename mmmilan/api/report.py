@@ -60,14 +60,14 @@ def report(
     import torch
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.inference import choose_device
+    from mmmilan.api.devices import choose_device, device_name
     from mmmilan.api.models import get_model, read_config
-    from mmmilan.datasets.sources import as_list
+    from mmmilan.datasets.sources import as_sources
     from mmmilan.visualization import report as sections
     from mmmilan.visualization.page import PAPER_LINK, Page
 
     begin = time.monotonic()
-    sources = as_list(data)
+    sources = as_sources(data)
     config = read_config(checkpoint)
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
@@ -175,10 +175,3 @@ def extract(
             for name, encode in encoders.items():
                 features[name].append(encode(inputs).float().cpu().numpy())
     return {name: np.concatenate(rows) for name, rows in features.items()}
-
-
-def device_name(device: str) -> str:
-    """The name of the GPU, or the number of threads on a CPU."""
-    import torch
-
-    return torch.cuda.get_device_name() if device.startswith('cuda') else f'a CPU ({torch.get_num_threads()} threads)'

@@ -22,7 +22,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
-def as_list(sources: Source | Sequence[Source]) -> list[Source]:
+def as_sources(sources: Source | Sequence[Source]) -> list[Source]:
     """A single source as a list of one, and several as a list."""
     return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
 
@@ -36,7 +36,7 @@ def list_images(sources: Source | Sequence[Source]) -> list[str]:
     Raises:
         InputError: a source does not exist, or holds no image.
     """
-    return [image for source in as_list(sources) for image in _images_in(source)]
+    return [image for source in as_sources(sources) for image in _images_in(source)]
 
 
 def _images_in(source: Source) -> list[str]:
@@ -78,7 +78,7 @@ def _folders_of_images(source: Source) -> list[Path]:
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
     """What to train on: the splits of each source except ``val`` and ``test``, or the source itself if it has none."""
     chosen: list[Source] = []
-    for source in as_list(sources):
+    for source in as_sources(sources):
         chosen += [split for split in splits_of(source) if not split.name.startswith(HELD_OUT)] or [source]
     return chosen
 

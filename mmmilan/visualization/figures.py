@@ -32,7 +32,7 @@ def patch_map(values: Tensor, image: np.ndarray) -> np.ndarray:
     return cv2.resize(grid, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
 
 
-def draw_mask(image: np.ndarray, mask: Tensor) -> np.ndarray:
+def draw_masked(image: np.ndarray, mask: Tensor) -> np.ndarray:
     """The image with its masked patches in grey; ``mask`` is bool [N], True = masked."""
     masked = patch_map(mask, image)[..., None] > 0.5
     return np.where(masked, MASKED_GREY, image).astype(np.uint8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmilan.visualization.attention import last_attention
-from mmmilan.visualization.figures import draw_heat, draw_mask, to_images
+from mmmilan.visualization.figures import draw_heat, draw_masked, to_images
 from mmmilan.visualization.page import Page
 
 
@@ -47,7 +47,7 @@ def draw_predictions(milan: nn.Module, backbones: dict[str, nn.Module], images: 
     rows = []
     for i, (image, sample) in enumerate(zip(originals, milan.predict(images), strict=True)):
         importance = sample.importance if 'importance' in sample else torch.zeros(len(sample.mask))
-        row = [image, draw_heat(image, importance, 'inferno'), draw_mask(image, sample.mask)]
+        row = [image, draw_heat(image, importance, 'inferno'), draw_masked(image, sample.mask)]
         row += [draw_heat(image, sample.patch_loss, 'Greens')]
         rows.append(row + [draw_heat(image, maps[i], 'inferno') for maps in attention])
     return rows

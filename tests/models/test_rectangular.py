@@ -12,7 +12,7 @@ from helpers import TINY_ARCH, build_model
 from mmmilan.errors import InputError
 from mmmilan.models import MILANViT
 from mmmilan.models.tokens import sincos_position_embedding
-from mmmilan.visualization.figures import draw_mask
+from mmmilan.visualization.figures import draw_masked
 
 GRID, SIZE = (6, 4), (96, 64)
 
@@ -140,7 +140,7 @@ def test_pictures_have_the_shape_of_the_image():
     image = torch.randint(0, 200, (96, 64, 3), dtype=torch.uint8).numpy()
     mask = torch.zeros(24, dtype=torch.bool)
     mask[4 * 4 + 1] = True  # row 4, column 1
-    drawn = draw_mask(image, mask)
+    drawn = draw_masked(image, mask)
     assert (drawn[64:80, 16:32] == 225).all()
     drawn[64:80, 16:32] = image[64:80, 16:32]
     assert (drawn == image).all()
