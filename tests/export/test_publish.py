@@ -85,7 +85,7 @@ def test_files_and_metadata_of_an_encoder(encoder, tmp_path):
 
 
 def test_snippet_of_the_card_works_in_the_folder_of_the_files(encoder, tmp_path, images):
-    """It gives the features of the trained model, as do timm and transformers. No file names a folder of this machine."""
+    """It gives the features of the trained model, as timm and transformers do. No file names a folder of its origin."""
     values = dict(__name__='snippet')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(encoder.path.parent)
