@@ -198,7 +198,7 @@ def test_errors_are_one_sentence(published, tmp_path, image_files):
         ('none.jpg', 'none.jpg is not a file'),
         ([], 'No images'),
         (np.zeros((8, 8, 3), np.float32), 'float32 .* is not an image'),
-        (np.zeros((8, 8), np.uint8), r'uint8 \[8, 8\] is no image'),
+        (np.zeros((8, 8), np.uint8), r'uint8 \[8, 8\] is not an image'),
     ]:
         with pytest.raises(InputError, match=message):
             extract(images)
