@@ -130,7 +130,7 @@ def test_spoilt_training_states(tmp_path, safe_mmengine):
 
 def test_weights_alone_are_not_resumed(tmp_path, safe_mmengine):
     torch.save({'state_dict': Model().state_dict()}, tmp_path / 'weights.pth')
-    with pytest.raises(InputError, match='weights.pth holds weights alone .*load_from=FILE'):
+    with pytest.raises(InputError, match='weights.pth holds only weights .*load_from=FILE'):
         runner(tmp_path / 'work', load_from=str(tmp_path / 'weights.pth'), resume=True).train()
 
 
