@@ -1,4 +1,4 @@
-"""Processes that tests start: shell scripts of tools/, forks, and forks as the ranks of a distributed run."""
+"""What tests start: shell scripts of tools/, forks, ranks of a distributed run, HTTP servers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import Process
 from pathlib import Path
 
@@ -98,3 +101,23 @@ def run_script_on_ranks(script: str, processes: int, *args: object) -> None:
 def _be_script(script: str, args: tuple) -> None:
     sys.argv = [script, *map(str, args), '--launcher', 'pytorch']
     runpy.run_path(str(ROOT / 'tools' / script), run_name='__main__')
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        pass  # connections that a test ended
+
+
+@contextmanager
+def serve_http(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[Server]:
+    """Run an HTTP server on a free port of 127.0.0.1; its address is ``server.url``."""
+    server = Server(('127.0.0.1', 0), handler)
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -6,9 +6,8 @@ import hashlib
 import itertools
 import re
 import shutil
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import cv2
@@ -26,6 +25,7 @@ from helpers import ROOT, assert_within
 from mmmilan.checkpoints import zoo
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
+from processes import serve_http
 
 PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
 FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
@@ -99,16 +99,13 @@ def published(sources, cache, tmp_path, monkeypatch):
     (root / 'metafile.yml').write_text(yaml.safe_dump({'Models': models}))
     (root / 'model-index.yml').write_text('Import: [metafile.yml]')
     monkeypatch.setattr(zoo, 'zoo_root', lambda: root)
-    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietHandler, directory=sources['host']))
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-    monkeypatch.setenv('MMMILAN_MIRRORS', f'http://127.0.0.1:{server.server_port}')
     monkeypatch.setenv('MMMILAN_CACHE', str(cache))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     zoo.zoo_models.cache_clear()
     assert len(zoo.find_model(PRETRAINED).sha256) == 64  # the whole hash is known, and so checked
-    yield sources
-    server.shutdown()
-    server.server_close()
+    with serve_http(partial(QuietHandler, directory=sources['host'])) as server:
+        monkeypatch.setenv('MMMILAN_MIRRORS', server.url)
+        yield sources
     zoo.zoo_models.cache_clear()
 
 

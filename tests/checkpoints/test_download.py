@@ -8,10 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import pytest
 from mmmilan.checkpoints import transfer
 from mmmilan.checkpoints.download import addresses, cache_dir, download, file_sha256
 from mmmilan.errors import InputError
+from processes import serve_http
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -67,18 +67,13 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.daemon_threads = True
-    server.requests = []
-    server.url = f'http://127.0.0.1:{server.server_port}'
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
     monkeypatch.setenv('MMMILAN_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setattr(transfer, 'BACKOFF', 0.01)
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve_http(Handler) as server:
+        server.requests = []
+        yield server
 
 
 def cached_files():

@@ -6,16 +6,17 @@ import hashlib
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from mmmilan.checkpoints import transfer
 from mmmilan.checkpoints.download import download
 from mmmilan.errors import InputError
+from processes import Server, serve_http
 
 CONTENT = random.Random(0).randbytes(40 << 20)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -52,13 +53,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *args: object) -> None:
-        pass  # connections that a test ended
-
-
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
     """Start a server with this answer; returns it with its ``url``."""
@@ -66,20 +60,14 @@ def serve(monkeypatch, tmp_path):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
     monkeypatch.setattr(transfer, 'BACKOFF', 0.01)
-    servers = []
+    with ExitStack() as servers:
 
-    def start(answer: Callable[[Handler, int], None]) -> Server:
-        server = Server(('127.0.0.1', 0), Handler)
-        server.answer, server.times = answer, []
-        server.url = f'http://127.0.0.1:{server.server_port}'
-        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-        servers.append(server)
-        return server
+        def start(answer: Callable[[Handler, int], None]) -> Server:
+            server = servers.enter_context(serve_http(Handler))
+            server.answer, server.times = answer, []
+            return server
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def test_twenty_resets(serve):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import socket
-import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 
 from helpers import relative_error
 from mmmilan.errors import InputError
+from processes import serve_http
 
 REVISION = '0' * 40
 
@@ -24,7 +24,7 @@ def hub(tmp_path, monkeypatch):
     """A hub with an empty cache. The test sets its answers: status and the hub's error code by file name."""
     answers: dict[str, tuple[int, str]] = {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             status, code = answers.get(self.path.rpartition('/')[2], (404, 'EntryNotFound'))
             self.send_response(status)
@@ -34,12 +34,10 @@ def hub(tmp_path, monkeypatch):
         def log_message(self, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    point_to(monkeypatch, server.server_port)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
-    yield answers
-    server.shutdown()
+    with serve_http(Handler) as server:
+        point_to(monkeypatch, server.server_port)
+        yield answers
 
 
 def point_to(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
