@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,10 +66,11 @@ def _be_rank(environment: dict[str, object], target: Callable, args: tuple) -> N
 
 def exit_codes(processes: list[Process], seconds: float = 240) -> list[int | None]:
     """Wait for processes to end; the exit code is None for one that had to be killed after some seconds."""
+    deadline = time.monotonic() + seconds
     try:
-        for process in processes:
-            process.join(seconds)
-        return [process.exitcode for process in processes]
+        while None in (codes := [process.exitcode for process in processes]) and time.monotonic() < deadline:
+            time.sleep(0.01)  # join(seconds) would wait for data workers of a killed process too
+        return codes
     finally:
         for process in processes:
             process.kill()

@@ -43,18 +43,21 @@ class CompileHook(Hook):
         self.enabled = enabled
         self.parts = parts
         self.options = options
+        self.compiled = False
 
     def before_train(self, runner: Runner) -> None:
         model = unwrap(runner.model)
         device = next(model.parameters()).device
         if not (device.type == 'cuda' if self.enabled is None else self.enabled):
             return
-        if compiles(device, **self.options):
+        self.compiled = compiles(device, **self.options)
+        if self.compiled:
             compile_model(model, self.parts, **self.options)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         # without this mark, CUDA graphs take each part for a new step and reuse the memory of its outputs
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled:  # the call imports PyTorch's compiler, which takes seconds
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def compiles(device: torch.device, **options) -> bool:

@@ -14,24 +14,29 @@ from mmmilan.engine.prefetching import ContinuousLoader
 
 
 class Draws(Dataset):
-    """Returns the sampler's draws; each takes 0.05 s."""
+    """Returns the sampler's draws, each after some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, draw: tuple) -> tuple:
-        time.sleep(0.05)
+        time.sleep(self.seconds)
         return tuple(draw)
 
 
-def loader(workers: int) -> DataLoader:
-    sampler = ReproducibleSampler(Draws(), shuffle=True, seed=3)
-    return DataLoader(Draws(), batch_size=4, sampler=sampler, num_workers=workers, collate_fn=torch.tensor)
+def loader(seconds: float = 0) -> DataLoader:
+    """Three batches from one worker."""
+    draws = Draws(seconds)
+    sampler = ReproducibleSampler(draws, shuffle=True, seed=3)
+    return DataLoader(draws, batch_size=4, sampler=sampler, num_workers=1, collate_fn=torch.tensor)
 
 
 @pytest.mark.parametrize('start', [0, 2])
 def test_the_same_batches(start):
-    plain, continuous = loader(1), ContinuousLoader(loader(1), start, 4)
+    plain, continuous = loader(), ContinuousLoader(loader(), start, 4)
     for epoch in range(start, 4):
         plain.sampler.set_epoch(epoch)
         continuous.sampler.set_epoch(epoch)  # as MMEngine does, late
@@ -44,7 +49,7 @@ def test_the_same_batches(start):
 
 def test_from_within_an_epoch():
     """The rest of the first epoch, then whole ones."""
-    plain, continuous = loader(1), ContinuousLoader(loader(1), 1, 3, done=2)
+    plain, continuous = loader(), ContinuousLoader(loader(), 1, 3, done=2)
     for epoch, count in ((1, 1), (2, 3)):
         plain.sampler.set_epoch(epoch)
         expected, actual = list(plain)[-count:], list(continuous)
@@ -55,7 +60,7 @@ def test_from_within_an_epoch():
 def test_no_wait_at_the_start_of_an_epoch():
     """A batch takes 0.2 s to load; a prefetched one takes no time, from the first epoch on."""
     waits = []
-    for batches in (loader(1), ContinuousLoader(loader(1), 0, 2)):
+    for batches in (loader(0.05), ContinuousLoader(loader(0.05), 0, 2)):
         for _ in range(2):
             start = time.perf_counter()
             for i, _ in enumerate(batches):

@@ -102,7 +102,7 @@ def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
 
 class SlowHook(Hook):
     def after_train_epoch(self, runner):
-        time.sleep(2.5 * LIMIT)
+        time.sleep(1.5 * LIMIT)
 
 
 def train_with_pauses(work_dir: Path) -> None:

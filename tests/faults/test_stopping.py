@@ -49,20 +49,27 @@ def run(work_dir: Path, *hooks: Hook, **kwargs) -> None:
     built.train()
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The last checkpoint of an uninterrupted run."""
+    work_dir = tmp_path_factory.mktemp('whole')
+    run(work_dir)
+    return load_trusted(work_dir / 'epoch_3.pth')
+
+
 @pytest.mark.parametrize('step', [0, 3, 4, 6, 13])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_at_any_step(tmp_path, safe_mmengine, number, step):
-    run(tmp_path / 'whole')
+def test_a_signal_at_any_step(tmp_path, safe_mmengine, whole, number, step):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / 'work', SignalHook(number, step))
+        run(tmp_path, SignalHook(number, step))
     assert stopped.value.code == RESUMABLE
     assert signal.getsignal(number) is before
-    newest = find_newest(tmp_path / 'work')
+    newest = find_newest(tmp_path)
     assert newest.name == f'stopped_iter_{step + 1}.pth'
-    run(tmp_path / 'work', load_from=str(newest), resume=True)
-    assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
-    assert not list((tmp_path / 'work').glob('stopped_*'))
+    run(tmp_path, load_from=str(newest), resume=True)
+    assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole)
+    assert not list(tmp_path.glob('stopped_*'))
 
 
 def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
@@ -72,15 +79,14 @@ def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
 
 
 @pytest.mark.parametrize('hooks', [(), (PrefetchHook,)], ids=['', 'prefetching'])
-def test_a_signal_with_data_workers(tmp_path, safe_mmengine, hooks):
+def test_a_signal_with_data_workers(tmp_path, safe_mmengine, whole, hooks):
     """Also when the workers have begun the next epoch."""
-    run(tmp_path / 'whole')
-    args = (tmp_path / 'work', SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks])
+    args = (tmp_path, SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks])
     # a fork: in this process the garbage collector would wait 5 s for each worker of the stopped run
     assert exit_code(run, *args, num_workers=2) == RESUMABLE
-    newest = str(find_newest(tmp_path / 'work'))
-    run(tmp_path / 'work', *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
-    assert_identical(load_trusted(tmp_path / 'work/epoch_3.pth'), load_trusted(tmp_path / 'whole/epoch_3.pth'))
+    newest = str(find_newest(tmp_path))
+    run(tmp_path, *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
+    assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole)
 
 
 def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from helpers import ROOT, read_scalars, real_data
+from helpers import ROOT, read_metrics, read_scalars, real_data
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 from processes import run_script_on_ranks
@@ -60,8 +60,7 @@ def train_and_test(cfg: Config, run_tool, tmp_path: Path, checkpoint: str) -> di
     losses = [row['loss'] for row in read_scalars(tmp_path / 'work') if 'loss' in row]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
     run_tool('test.py', path, tmp_path / 'work' / checkpoint)
-    newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    return json.loads(newest.read_text())
+    return read_metrics(tmp_path / 'work')
 
 
 @pytest.mark.data
@@ -140,6 +139,5 @@ def test_two_processes(sibling, checkpoint, tmp_path):
     run_script_on_ranks('train.py', 2, path)
     run_script_on_ranks('test.py', 2, path, trained)
     assert torch.load(trained, weights_only=False)['meta']['iter'] == 1  # 10 images in a batch of 2 x 5
-    newest = max((tmp_path / 'work').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    figures = json.loads(newest.read_text())
+    figures = read_metrics(tmp_path / 'work')
     assert 'coco/segm_mAP' in figures or 'mIoU' in figures
