@@ -126,7 +126,11 @@ def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
 
 
 def read_metric(text: str) -> tuple[str, float]:
-    """Name and value from NAME=VALUE."""
+    """Parse NAME=VALUE.
+
+    Raises:
+        InputError: VALUE is not a number.
+    """
     name, _, value = text.rpartition('=')
     try:
         return name, float(value)

@@ -105,6 +105,7 @@ def annotation_fault(annotation: dict[str, Any], sizes: dict[int | str, list[int
 
 
 def is_size(value: Any) -> bool:
+    """Whether it is a positive integer."""
     return type(value) is int and value > 0
 
 

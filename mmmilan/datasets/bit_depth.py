@@ -35,7 +35,7 @@ def white_level(content: bytes, path: str) -> int | None:
 
 
 def tiff_white_level(content: bytes, path: str) -> int | None:
-    """:func:`white_level` of a TIFF."""
+    """The :func:`white_level` of a TIFF; the errors are the same too."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
         file = io.BytesIO(content)

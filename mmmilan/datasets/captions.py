@@ -72,6 +72,7 @@ class CaptionedImages(ImageFolder):
         return readers[self.captions.suffix](self.captions)
 
     def read_text_files(self) -> Iterator[tuple[str, str, str]]:
+        """As :meth:`read_rows`, from the text files beside the images; an image without caption gives ''."""
         for info in super().load_data_list():
             image = Path(info['img_path'])
             path = image.with_suffix('.txt')
@@ -109,7 +110,11 @@ def decode_text(content: bytes) -> str:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
-    """Rows of a CSV or TSV file with columns image and caption."""
+    """Rows of a CSV or TSV file with columns image and caption, as :meth:`CaptionedImages.read_rows` gives them.
+
+    Raises:
+        InputError: a column is missing, or the file is not a valid table.
+    """
     rows = csv.DictReader(
         io.StringIO(read_text(path), newline=''), delimiter='\t' if path.suffix == '.tsv' else ',', strict=True
     )
@@ -123,7 +128,11 @@ def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
 
 
 def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
-    """Captions in COCO's format: ``images`` and ``annotations``, matched by the image's id."""
+    """Captions in COCO's format, in which ``annotations`` name ``images`` by id.
+
+    Raises:
+        InputError: the file is not in this format.
+    """
     try:
         content = json.loads(read_text(path))
         images = {image['id']: image['file_name'] for image in content['images']}

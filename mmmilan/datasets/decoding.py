@@ -62,6 +62,7 @@ class LoadImage(BaseTransform):
         return results
 
     def read(self, path: str) -> np.ndarray:
+        """Read and decode a file -> BGR uint8 [H, W, 3]."""
         return decode(read_bytes(path, self.backend_args), path, max_pixels=self.max_pixels)
 
 

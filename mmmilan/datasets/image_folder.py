@@ -126,6 +126,7 @@ class ImageFolder(CustomDataset):
         return samples
 
     def load_lmdb_list(self, db_path: str) -> list[dict]:
+        """As :meth:`load_data_list`, from the keys of an LMDB."""
         paths = [path for path in list_lmdb(db_path) if self.is_valid_file(path)]
         if not paths:
             raise InputError(f'The database {db_path} holds no image; make it with tools/pack_images.py.')
@@ -155,7 +156,7 @@ class ImageFolder(CustomDataset):
             raise CorruptImageError(str(error)) from error
 
     def load_or_replace(self, index: int) -> dict:
-        """Sample ``index``, or a random other one if the image does not decode."""
+        """Sample ``index``, or a random other one if the image does not decode and ``on_corrupt`` is 'skip'."""
         for _ in range(MAX_CORRUPT_IN_A_ROW):
             try:
                 return self.prepare_data(index)

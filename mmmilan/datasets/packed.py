@@ -10,13 +10,19 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from mmmilan.errors import InputError
 
 COMMIT_EVERY = 10000
 
 
-def import_lmdb():
+def import_lmdb() -> ModuleType:
+    """Import the optional package lmdb.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import lmdb
     except ImportError as error:

@@ -107,9 +107,10 @@ class TargetCache:
             path, size = self.path(epoch), self.dtype.itemsize * self.manifest['images']
             found = path.stat().st_size if path.exists() else 0
             if found != size:
-                raise InputError(f'{path} has {found} bytes in place of {size}; make the cache again.')
+                raise InputError(f'{path} has {found} bytes instead of {size}; make the cache again.')
 
     def path(self, epoch: int) -> Path:
+        """The file of an epoch."""
         return self.folder / f'epoch_{epoch}.bin'
 
     def read(self, epoch: int, index: int) -> np.void:

@@ -146,7 +146,7 @@ def test_damaged_caches_are_refused(cached):
     with pytest.raises(InputError, match='Record 3 of .*epoch_1.bin is damaged; make the cache again'):
         TargetCache(folder).read(1, 3)
     path.write_bytes(content[:-1])
-    with pytest.raises(InputError, match=f'epoch_1.bin has {24 * size - 1} bytes in place of {24 * size}'):
+    with pytest.raises(InputError, match=f'epoch_1.bin has {24 * size - 1} bytes instead of {24 * size}'):
         TargetCache(folder)
     (folder / 'manifest.json').unlink()
     with pytest.raises(InputError, match='holds no readable manifest.json; make a cache with tools/cache_targets.py'):

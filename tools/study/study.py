@@ -82,7 +82,11 @@ def line_path(arm: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Run everything that has no line yet: the teacher first, alone, then the arms seed by seed."""
+    """Run everything that has no line in the results file: first the teacher, then the arms seed by seed.
+
+    Raises:
+        InputError: the data set is missing, an arm is unknown, or a run failed.
+    """
     for name in ('train', 'test'):
         if not (args.data / name).is_dir():
             raise InputError(f'The folder {args.data / name} does not exist; --data needs train/CLASS and test/CLASS.')
