@@ -22,7 +22,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import WEIGHT_INITIALIZERS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from helpers import ROOT, TINY_ARCH
+from helpers import ROOT, TINY_ARCH, strip_prefix
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
@@ -85,7 +85,7 @@ def official():
 def clip_file(official, tmp_path):
     """A visual tower alone, in OpenAI's layout: width 128, 2 layers, 4 x 4 patches of 16, 24 dimensions."""
     path = tmp_path / 'clip.pt'
-    torch.save({key[5:]: value for key, value in official.items() if key.startswith('clip/')}, path)
+    torch.save(strip_prefix(official, 'clip/'), path)
     return str(path)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from helpers import ROOT
+from helpers import FINE_TUNED, PRETRAINED, ROOT
 
-PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
-FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 IN_EITHER_ORDER = f"""
 import os, sys
 import torch, mmcv, mmengine.runner  # once for both processes

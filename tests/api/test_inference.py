@@ -21,14 +21,12 @@ from mmpretrain.models import ImageClassifier, MILANPretrainDecoder, VisionTrans
 from PIL import Image
 
 import mmmilan
-from helpers import ROOT, assert_within
+from helpers import FINE_TUNED, PRETRAINED, ROOT, assert_within
 from mmmilan.checkpoints import zoo
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
 from processes import serve_http
 
-PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
-FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 ARCH, WIDTH = 'deit-tiny', 192
 SMALL = dict(_delete_=True, embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=96)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmpretrain.models import ImageClassifier, MAEPretrainDecoder, MILANPretrainDecoder, VisionTransformer
 
-from helpers import ROOT, assert_within
+from helpers import ROOT, assert_within, strip_prefix
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.errors import InputError
 from mmmilan.models import MAEDecoder, MILANViT, PromptingDecoder
@@ -133,7 +133,7 @@ def test_our_encoder_gives_the_same_features_elsewhere():
 @torch.no_grad()
 def test_published_pretraining_weights_give_the_recorded_latent(official):
     config = official['config']
-    published = {key[6:]: value for key, value in official.items() if key.startswith('milan/')}
+    published = strip_prefix(official, 'milan/')
     layout = detect_layout(published)
     assert (layout.name, layout.content, layout.decoder) == ('official', 'pretraining', 'prompting')
     weights = convert(published)
@@ -145,7 +145,7 @@ def test_published_pretraining_weights_give_the_recorded_latent(official):
     assert_within(ours(official['input'], official['ids_keep']), official['latent'])
 
     neck = PromptingDecoder(16, config['dim'], config['ddim'], config['ddepth'], config['dheads'], 4, config['out'])
-    neck.load_state_dict({k.removeprefix('neck.'): v for k, v in weights.items() if k.startswith('neck.')}, strict=True)
+    neck.load_state_dict(strip_prefix(weights, 'neck.'), strict=True)
     assert set(encoder_only) == {key for key in weights if key.startswith('backbone.')}
     assert_same(convert(weights, 'official'), published)
 

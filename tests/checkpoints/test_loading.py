@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from helpers import ROOT, TINY_ARCH, labelled_folder, read_scores
+from helpers import ROOT, TINY_ARCH, labelled_folder, read_scores, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -64,7 +64,7 @@ def check(task: str, backbone: nn.Module, pretrained: dict[str, Tensor]) -> None
 
     Detection has no class token, and its positions start anew.
     """
-    encoder = {key.removeprefix('backbone.'): value for key, value in pretrained.items() if key.startswith('backbone.')}
+    encoder = strip_prefix(pretrained, 'backbone.')
     loaded = backbone.state_dict()
     assert encoder.keys() - loaded.keys() == {'ln1.weight', 'ln1.bias'} | (
         {'cls_token'} if task == 'detection' else set()
@@ -102,7 +102,7 @@ def test_published_layouts(task, layout, pretrained, tmp_path):
     if layout == 'openmmlab':
         weights = pretrained | {'target_generator.visual.proj': torch.zeros(2, 2)}
     elif layout == 'an encoder alone':
-        weights = {k.removeprefix('backbone.'): v for k, v in pretrained.items() if k.startswith('backbone.')}
+        weights = strip_prefix(pretrained, 'backbone.')
     else:
         weights = convert(pretrained, to=layout, encoder_only=layout != 'official')
         assert not weights.keys() & pretrained.keys()

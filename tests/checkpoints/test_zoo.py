@@ -11,12 +11,10 @@ import pytest
 from mmengine.config import Config
 
 import mmmilan
-from helpers import ROOT
+from helpers import FINE_TUNED, PRETRAINED, ROOT
 from mmmilan.checkpoints import zoo
 
 PAGE = ROOT.parent / 'shared' / 'paper' / 'mmselfsup_milan_readme.md'
-PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
-FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 
 
 def test_metafiles_are_in_openmmlabs_form():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -91,8 +90,9 @@ def test_nearest_neighbours_on_ones_own_folder(labelled, own_encoder, run_tool, 
     ]
     command = (BENCHMARKS / 'vit-base-p16_knn_custom.py', own_encoder, '--work-dir', tmp_path / 'knn')
     run_tool('test.py', *command, '--cfg-options', *workers)
-    [scores] = [json.loads(path.read_text()) for path in (tmp_path / 'knn').glob('*/*.json')]
-    assert scores['accuracy/top1'] == 100  # val is the same images, and each one's nearest is itself
+    assert (
+        read_metrics(tmp_path / 'knn')['accuracy/top1'] == 100
+    )  # val is the same images, and each one's nearest is itself
 
 
 @pytest.mark.slow

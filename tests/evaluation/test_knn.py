@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from helpers import labelled_folder, read_metrics, read_scores
+from helpers import labelled_folder, read_metrics, read_scores, strip_prefix
 from mmmilan.evaluation.knn import vote
 from mmmilan.registry import MODELS
 from processes import run_script_on_ranks
@@ -73,7 +73,7 @@ def test_knn_from_a_raw_pretraining_checkpoint(
     """tools/test.py takes the file unconverted and gives the accuracy of a slow reference."""
     encoder = MODELS.build(milan_cfg['backbone'])
     weights = torch.load(pretrained_checkpoint)['state_dict']
-    encoder.load_state_dict({key[9:]: value for key, value in weights.items() if key.startswith('backbone.')})
+    encoder.load_state_dict(strip_prefix(weights, 'backbone.'))
     top1, top2 = accuracy_by_hand(encoder, labelled_images)
     assert 20 < top1 < top2 < 100  # better than chance, and not perfect
 

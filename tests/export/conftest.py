@@ -9,12 +9,10 @@ import torch
 from mmengine.config import Config
 
 import mmmilan
-from helpers import ROOT
+from helpers import FINE_TUNED, PRETRAINED, ROOT
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.zoo import find_model
 
-PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
-FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 CONFIGS = {
     'milan': find_model(PRETRAINED).config,
     'class-token': find_model(FINE_TUNED).config,

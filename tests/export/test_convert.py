@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers import strip_prefix
 from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
 
 
 def test_convert_tool_says_what_it_found(run_tool, official, tmp_path, capsys):
-    weights = {key[6:]: value for key, value in official.items() if key.startswith('milan/')}
+    weights = strip_prefix(official, 'milan/')
     save_checkpoint_file(dict(model=weights, epoch=399), tmp_path / 'published.pth')
     run_tool('convert_checkpoint.py', tmp_path / 'published.pth', tmp_path / 'ours.safetensors')
     output = capsys.readouterr().out

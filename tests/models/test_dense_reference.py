@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
-from helpers import ROOT, relative_error
+from helpers import ROOT, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.models import DenseViT
 from mmmilan.registry import MODELS
@@ -102,7 +102,7 @@ def test_maps_and_gradient_norms(recorded):
         assert relative_error(result, recorded[f'map/s{i}']) < 1e-5
     sum((result * recorded[f'cotangent/s{i}']).sum() / 1000 for i, result in enumerate(maps)).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    norms = {key[10:]: value for key, value in recorded.items() if key.startswith('grad_norm/')}
+    norms = strip_prefix(recorded, 'grad_norm/')
     for key, norm in norms.items():
         result = torch.cat([gradients.pop(name).flatten() for name in names[key]]).double().norm()
         if key == 'fpn1.0.bias':  # a BatchNorm follows: its gradient is rounding error

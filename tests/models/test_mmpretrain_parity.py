@@ -8,7 +8,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmpretrain.structures import DataSample
 from torch import nn
 
-from helpers import TINY_ARCH
+from helpers import TINY_ARCH, strip_prefix
 from mmmilan.registry import MODELS
 
 BACKBONE = dict(arch=TINY_ARCH, img_size=64, patch_size=16)
@@ -41,7 +41,7 @@ def draws(monkeypatch):
 def whole_clip_file(official, tmp_path):
     """The recorded visual tower with a text tower, which mmpretrain needs to read a CLIP."""
     generator = torch.Generator().manual_seed(0)
-    weights = {key[5:]: value for key, value in official.items() if key.startswith('clip/')}
+    weights = strip_prefix(official, 'clip/')
     shapes = dict(positional_embedding=(8, 64), text_projection=(64, 24))
     shapes |= {'token_embedding.weight': (10, 64), 'ln_final.weight': (64,), 'ln_final.bias': (64,)}
     shapes['transformer.resblocks.0.ln_1.weight'] = (64,)

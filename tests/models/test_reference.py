@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
-from helpers import gradients, relative_error
+from helpers import gradients, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.models.tokens import sincos_position_embedding
 from mmmilan.registry import MODELS
@@ -15,7 +15,7 @@ from mmmilan.registry import MODELS
 @pytest.fixture
 def model(official, milan_cfg):
     model = MODELS.build(milan_cfg)
-    weights = {key[6:]: value for key, value in official.items() if key.startswith('milan/')}
+    weights = strip_prefix(official, 'milan/')
     model.load_state_dict(convert(weights, to='mmmilan'))
     return model
 
@@ -51,7 +51,7 @@ def test_loss_and_gradient_norms(official, model, data_samples):
     assert relative_error(loss, official['loss']) < 1e-5
     loss.backward()
     norms = {name: gradient.double().norm() for name, gradient in gradients(model).items()}
-    recorded = {key[10:]: value[None] for key, value in official.items() if key.startswith('grad_norm/')}
+    recorded = {key: norm[None] for key, norm in strip_prefix(official, 'grad_norm/').items()}
     recorded = convert(recorded, to='mmmilan')  # it maps keys, so it converts norms as well as weights
     assert norms.keys() == recorded.keys()
     for name, norm in recorded.items():
@@ -67,7 +67,7 @@ def test_positions(official):
 @pytest.mark.parametrize('layout', ['state dict', 'whole CLIP', 'TorchScript', 'half precision'])
 def test_teacher_file_layouts(official, layout, tmp_path):
     """The features are the same from each layout of the file."""
-    weights = {key[5:]: value for key, value in official.items() if key.startswith('clip/')}
+    weights = strip_prefix(official, 'clip/')
     if layout == 'state dict':
         weights = {key.removeprefix('visual.'): value for key, value in weights.items()}
     if layout == 'whole CLIP':

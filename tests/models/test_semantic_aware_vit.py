@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from helpers import TINY_ARCH, labelled_folder, read_metrics, read_scalars
+from helpers import TINY_ARCH, labelled_folder, read_metrics, read_scalars, strip_prefix
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -19,20 +19,20 @@ PROBING = 'vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k.
 
 def attention_by_hand(official: dict[str, Tensor], images: Tensor) -> Tensor:
     """Attention [B, 16] of the class token in the last block of the recorded CLIP, mean over its heads."""
-    clip = {key.removeprefix('clip/').removeprefix('visual.'): v for key, v in official.items() if 'clip/' in key}
+    clip = strip_prefix(official, 'clip/visual.')
     x = F.conv2d(images, clip['conv1.weight'], stride=16).flatten(2).mT
     x = torch.cat([clip['class_embedding'].expand(len(x), 1, -1), x], dim=1) + clip['positional_embedding']
     x = F.layer_norm(x, (128,), clip['ln_pre.weight'], clip['ln_pre.bias'])
-    block = {key[len('transformer.resblocks.0.') :]: v for key, v in clip.items() if 'resblocks.0.' in key}
+    block = strip_prefix(clip, 'transformer.resblocks.0.')
     attn = nn.MultiheadAttention(128, 2, batch_first=True)
-    attn.load_state_dict({key[5:]: v for key, v in block.items() if key.startswith('attn.')})
+    attn.load_state_dict(strip_prefix(block, 'attn.'))
     y = F.layer_norm(x, (128,), block['ln_1.weight'], block['ln_1.bias'])
     x = x + attn(y, y, y)[0]
     y = F.layer_norm(x, (128,), block['ln_2.weight'], block['ln_2.bias'])
     y = F.linear(y, block['mlp.c_fc.weight'], block['mlp.c_fc.bias'])
     x = x + F.linear(y * torch.sigmoid(1.702 * y), block['mlp.c_proj.weight'], block['mlp.c_proj.bias'])
-    last = {key[len('transformer.resblocks.1.') :]: v for key, v in clip.items() if 'resblocks.1.' in key}
-    attn.load_state_dict({key[5:]: v for key, v in last.items() if key.startswith('attn.')})
+    last = strip_prefix(clip, 'transformer.resblocks.1.')
+    attn.load_state_dict(strip_prefix(last, 'attn.'))
     y = F.layer_norm(x, (128,), last['ln_1.weight'], last['ln_1.bias'])
     return attn(y, y, y, need_weights=True)[1][:, 0, 1:]
 

@@ -12,7 +12,7 @@ import torch
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
-from helpers import ROOT, gradients, relative_error
+from helpers import ROOT, gradients, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
@@ -68,7 +68,7 @@ def clip_weights(recorded: dict) -> dict[str, Tensor]:
 
 def student_weights(recorded: dict, prefix: str) -> dict[str, Tensor]:
     """Weights or gradient norms under our names: the encoder, and mixture and heads of the last two layers."""
-    entries = {key.removeprefix(prefix): value for key, value in recorded.items() if key.startswith(prefix)}
+    entries = strip_prefix(recorded, prefix)
     encoder = re.compile(r'(cls_token|pos_embed|patch_embed|blocks|norm)\b')
     weights = {key: value for key, value in entries.items() if encoder.match(key)}
     weights = convert(weights) if prefix == 'weight/' else rename(weights)
