@@ -92,7 +92,7 @@ def test_nearest_neighbours_on_ones_own_folder(labelled, own_encoder, run_tool, 
     run_tool('test.py', *command, '--cfg-options', *workers)
     assert (
         read_metrics(tmp_path / 'knn')['accuracy/top1'] == 100
-    )  # val is the same images, and each one's nearest is itself
+    )  # val has the same images: the nearest is the image itself
 
 
 @pytest.mark.slow
