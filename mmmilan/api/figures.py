@@ -59,6 +59,7 @@ def figures(
     from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
+    from mmmilan.datasets.sources import list_labelled_images
     from mmmilan.visualization.page import Page
 
     if not checkpoints:
@@ -66,7 +67,7 @@ def figures(
     folder = Path(out)
     device = choose_device(device)
     reader = Inferencer(get_model(config), device=device)
-    files, labels, classes = list_labelled(images)
+    files, labels, classes = list_labelled_images(images)
     models = {title_of(name): load_compared_model(config, name, device) for name in checkpoints}
     if len(models) < len(checkpoints):
         raise InputError(f'Two of {", ".join(checkpoints)} have the same name; rename a file.')
@@ -86,20 +87,6 @@ def figures(
     path = folder / 'index.html'
     page.write(path, f'Written by mmmilan figures with seed {seed}, PyTorch {torch.__version__}.')
     return path
-
-
-def list_labelled(images: str) -> tuple[list[str], np.ndarray, Sequence[str]]:
-    """Paths of the images of a folder, labels [M] and class names, which are the folder's own folders if it has any."""
-    import numpy as np
-
-    from mmmilan.datasets.sources import class_folders, is_image, list_images
-
-    files, classes = list_images(images), class_folders(images)
-    if not classes:
-        return files, np.zeros(len(files), int), classes
-    files = [file for file in files if is_image(Path(file))]  # shards have no classes
-    folders = [Path(file).relative_to(Path(images).expanduser()).parts[0] for file in files]
-    return files, np.array([classes.index(folder) for folder in folders]), classes
 
 
 def sample_classes(labels: np.ndarray, num_classes: int, per_class: int, random: np.random.Generator) -> np.ndarray:

@@ -251,10 +251,10 @@ def zero_shot(
         InputError: there are fewer than two classes, the number of names is not the number of classes, or the
             checkpoint has no decoder or no text tower.
     """
-    from mmmilan.api.figures import list_labelled
+    from mmmilan.datasets.sources import list_labelled_images
     from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 
-    files, labels, classes = list_labelled(data)
+    files, labels, classes = list_labelled_images(data)
     names = list(class_names or classes)
     if len(classes) < 2 or len(names) != len(classes):
         raise InputError(

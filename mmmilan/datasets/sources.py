@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mmmilan.datasets.captions import load_index
 from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
 from mmmilan.errors import InputError
@@ -59,6 +61,22 @@ def class_folders(source: Source) -> list[str]:
     """The names of the folders of a source, if they name classes: two or more, no image beside them, and no splits."""
     folders = _folders_of_images(source)
     return [folder.name for folder in folders] if len(folders) > 1 and not splits_of(source) else []
+
+
+def list_labelled_images(source: Source) -> tuple[list[str], np.ndarray, list[str]]:
+    """Paths of the images of a source, their labels [M], int, and the class names of :func:`class_folders`.
+
+    Without class folders all labels are 0 and there are no class names.
+
+    Raises:
+        InputError: the source does not exist, or holds no image.
+    """
+    images, classes = list_images(source), class_folders(source)
+    if not classes:
+        return images, np.zeros(len(images), int), classes
+    images = [image for image in images if is_image(Path(image))]  # shards have no classes
+    folders = [Path(image).relative_to(Path(source).expanduser()).parts[0] for image in images]
+    return images, np.array([classes.index(folder) for folder in folders]), classes
 
 
 def splits_of(source: Source) -> list[Path]:
