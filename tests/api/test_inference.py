@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -117,7 +118,7 @@ def image_files(tmp_path_factory):
     return [str(folder / 'cat.png'), str(folder / 'dog.png')]
 
 
-def normalised(path):
+def normalised(path: str) -> torch.Tensor:
     """The input that the models should see, by Pillow and NumPy alone."""
     image = Image.open(path).convert('RGB')
     scale = 256 / min(image.size)
@@ -208,7 +209,7 @@ def test_whole_pretraining_model(clip_file):
     assert type(model).__name__ == 'MILAN' and model.neck.decoder_pred.out_features == 24
 
 
-def snippets():
+def snippets() -> list[tuple[str, str]]:
     """The code blocks of the README's section on use: (language, code)."""
     section = re.search(r'^## Use$(.*?)(?=^## |\Z)', (ROOT / 'README.md').read_text(), re.M | re.S)
     assert section, 'the README has no section "Use"'
@@ -221,6 +222,16 @@ TINY = (
     'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
     f'default_hooks.checkpoint.save_optimizer=False model.backbone.arch={ARCH} model.head.in_channels={WIDTH}'
 )
+
+
+def run_commands(code: str, run_tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the lines ``NAME=VALUE ... python tools/SCRIPT ARGUMENTS`` of a snippet."""
+    for command in code.replace('\\\n', ' ').strip().splitlines():
+        settings, _, call = command.partition('python tools/')
+        for setting in settings.split():
+            monkeypatch.setenv(*setting.split('='))
+        script, *arguments = call.split()
+        run_tool(script, *arguments, *(['--cfg-options', *TINY.split()] if script == 'train.py' else []))
 
 
 def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
@@ -240,12 +251,7 @@ def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_p
     assert values['features'].shape == (2, WIDTH)
     assert values['results'][0]['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes']
     for _, code in blocks[2:]:
-        for command in code.replace('\\\n', ' ').strip().splitlines():
-            *settings, script = command.partition('python tools/')[0].split() + [command.partition('python tools/')[2]]
-            for setting in settings:
-                monkeypatch.setenv(*setting.split('='))
-            script, *arguments = script.split()
-            run_tool(script, *arguments, *(['--cfg-options', *TINY.split()] if script == 'train.py' else []))
+        run_commands(code, run_tool, monkeypatch)
     (trained,) = tmp_path.glob('work_dirs/*/epoch_1.pth')
     before = published['vit'].state_dict()['layers.11.attn.proj.weight']
     after = load_checkpoint_file(trained)['state_dict']['backbone.layers.11.attn.proj.weight']

@@ -1,5 +1,7 @@
 """Downloads from an HTTP server on loopback that misbehaves on demand."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
@@ -76,13 +78,13 @@ def server(monkeypatch, tmp_path):
         yield server
 
 
-def cached_files():
+def cached_files() -> list[str]:
     """Names of the files in the cache, without locks."""
     folder = Path(os.environ['MMMILAN_CACHE'])
     return sorted(path.name for path in folder.iterdir() if path.suffix != '.lock')
 
 
-def run(code):
+def run(code: str) -> subprocess.Popen:
     """Run code that downloads in another process."""
     code = f'from mmmilan.checkpoints.download import download\n{code}'
     return subprocess.Popen([sys.executable, '-c', code], stdout=-1, stderr=-1, text=True)

@@ -1,5 +1,7 @@
 """Checkpoint files are read as data: what loads, what is refused, and MMEngine's own loading."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import pickle
@@ -36,7 +38,7 @@ class Hostile:
         return os.mkdir, (str(self.proof),)
 
 
-def save_hostile(path, proof, kind):
+def save_hostile(path: Path, proof: Path, kind: str) -> None:
     checkpoint = {'meta': Hostile(proof), 'state_dict': WEIGHTS}
     if kind == 'pickle':
         path.write_bytes(pickle.dumps(checkpoint))
@@ -182,7 +184,7 @@ class Model(BaseModel):
         return dict(loss=self.layer(torch.stack(inputs)).square().mean())
 
 
-def runner(work_dir, epochs, **kwargs):
+def runner(work_dir: Path, epochs: int, **kwargs) -> Runner:
     torch.manual_seed(0)
     sampler = DefaultSampler(Numbers(), shuffle=False)
     return Runner(
@@ -240,7 +242,7 @@ def test_mmengine_refuses_sources_without_checks(safe_mmengine, name, message):
         CheckpointLoader.load_checkpoint(name)
 
 
-def vit(checkpoint, **kwargs):
+def vit(checkpoint: Path, **kwargs) -> VisionTransformer:
     arch = dict(embed_dims=48, num_layers=1, num_heads=3, feedforward_channels=192)
     init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint), **kwargs)
     return VisionTransformer(arch, img_size=64, patch_size=8, out_type='avg_featmap', init_cfg=init_cfg)

@@ -1,10 +1,15 @@
 """Layouts: features equal the source library's, round trips are exact, unknown keys are refused by name."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
 import torch
 from mmpretrain.models import ImageClassifier, MAEPretrainDecoder, MILANPretrainDecoder, VisionTransformer
+from timm.models import VisionTransformer as TimmViT
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from helpers import ROOT, assert_within, strip_prefix
 from mmmilan.checkpoints.layouts import convert, detect_layout
@@ -18,7 +23,7 @@ VIT = dict(arch=ARCH, img_size=32, patch_size=8, out_type='raw')
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def randomised(module):
+def randomised(module: nn.Module) -> nn.Module:
     """Random weights and buffers, so that a swapped norm or bias shows."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.is_floating_point():
@@ -27,22 +32,18 @@ def randomised(module):
     return module
 
 
-def timm_vit(**kwargs):
-    from timm.models import VisionTransformer as TimmViT
-
+def timm_vit(**kwargs) -> TimmViT:
     return randomised(TimmViT(32, 8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2, **kwargs))
 
 
-def hf_config():
-    from transformers import ViTConfig
-
+def hf_config() -> ViTConfig:
     return ViTConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8,
         num_labels=7,
     )  # fmt: skip
 
 
-def encoder(weights, **kwargs):
+def encoder(weights: dict[str, Tensor], **kwargs) -> MILANViT:
     """Our ViT with the encoder of a state dict in our layout."""
     vit = MILANViT(**{**VIT, **kwargs})
     vit.load_state_dict({key.removeprefix('backbone.'): value for key, value in weights.items()}, strict=True)
@@ -50,7 +51,7 @@ def encoder(weights, **kwargs):
     return vit
 
 
-def classifier(head, pooling):
+def classifier(head: str, pooling: str) -> ImageClassifier:
     """mmpretrain's classifier on our encoder: ``mean`` of the patch tokens, or the class token."""
     backbone = dict(VIT, type='mmmilan.MILANViT', out_type='avg_featmap' if pooling == 'mean' else 'cls_token')
     backbone['final_norm'] = pooling != 'mean'
@@ -58,7 +59,7 @@ def classifier(head, pooling):
     return ImageClassifier(backbone, neck, dict(type=head, num_classes=7, in_channels=48))
 
 
-def assert_same(actual, expected):
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(actual) == set(expected)
     assert all(actual[key].dtype == expected[key].dtype for key in expected)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
@@ -87,8 +88,6 @@ def test_timm_classifier_gives_the_same_scores(pooling):
 
 @torch.no_grad()
 def test_hugging_face_vit_gives_the_same_features_and_scores():
-    from transformers import ViTForImageClassification, ViTModel
-
     norm_cfg = dict(type='LN', eps=1e-12)  # transformers' default; the file does not hold it
     source = randomised(ViTModel(hf_config()))
     layout = detect_layout(source.state_dict())
@@ -101,15 +100,13 @@ def test_hugging_face_vit_gives_the_same_features_and_scores():
     ours = classifier('VisionTransformerClsHead', 'token').eval()
     ours.load_state_dict(convert(source.state_dict()), strict=True)
     for norm in ours.modules():
-        if isinstance(norm, torch.nn.LayerNorm):
+        if isinstance(norm, nn.LayerNorm):
             norm.eps = 1e-12
     assert_within(ours(IMAGES), source(IMAGES).logits)
 
 
 @torch.no_grad()
 def test_our_encoder_gives_the_same_features_elsewhere():
-    from transformers import ViTModel
-
     ours = randomised(MILANViT(**VIT))
     features = ours(IMAGES)[0]
 
@@ -166,16 +163,14 @@ def test_published_layouts_fill_our_models_exactly(size, dims, depth):
     assert {key: value.shape for key, value in convert(published).items()} == expected
 
 
-def layouts_to_convert():
+def layouts_to_convert() -> dict[str, dict[str, Tensor]]:
     """State dicts of each kind of model, by the library that wrote it and the kind."""
-    from timm.models import VisionTransformer as TimmViT
-    from transformers import ViTForImageClassification, ViTModel
 
-    def pretraining(vit, decoder, **kwargs):
+    def pretraining(vit: nn.Module, decoder: type[nn.Module], **kwargs) -> nn.ModuleDict:
         decoder = decoder(
             num_patches=16, embed_dim=48, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4, **kwargs
         )
-        return torch.nn.ModuleDict(dict(backbone=vit, neck=decoder))
+        return nn.ModuleDict(dict(backbone=vit, neck=decoder))
 
     small = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2, num_classes=7)
     modules = {
