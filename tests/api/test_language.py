@@ -127,7 +127,7 @@ def test_heat_maps(checkpoint, photos, tmp_path):
 
 
 @torch.no_grad()
-def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_tool, tmp_path, capsys):
+def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_tool, capsys):
     """The function, the command and ``ZeroShotLoop`` agree with embeddings averaged over templates by hand."""
     files = sorted(image_folder.rglob('*.jpg'))
     names, templates = ['fish', 'a bird', 'cat'], ['a {}', 'a photo of a {}.']

@@ -132,7 +132,7 @@ def test_evaluations():
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-def test_a_step_of_the_base_at_its_real_size(on_meta, monkeypatch):
+def test_a_step_of_the_base_at_its_real_size(on_meta):
     """Shapes of all parts fit on images of 224 pixels."""
     model = build(CONFIGS[BASE])
     images = torch.empty(2, 3, 224, 224)

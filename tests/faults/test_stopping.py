@@ -138,7 +138,7 @@ def test_checkpoints_within_an_epoch(tmp_path, safe_mmengine, step):
     assert_identical(load_trusted(tmp_path / 'work/iter_15.pth'), load_trusted(tmp_path / 'whole/iter_15.pth'))
 
 
-def test_an_epoch_of_another_length_begins_again(tmp_path, safe_mmengine, log):
+def test_an_epoch_of_another_length_begins_again(tmp_path, safe_mmengine):
     with pytest.raises(SystemExit):
         run(tmp_path / 'work', SignalHook(signal.SIGTERM, 6))
     built = runner(

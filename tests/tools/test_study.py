@@ -105,7 +105,7 @@ def test_configs_state_their_difference(name, study):
     assert not list(restated(own, inherited.to_dict()))
 
 
-def test_arms_are_what_their_names_say(study, tmp_path):
+def test_arms_are_what_their_names_say(study):
     """Arms have the same steps and masked views; alignment has half the steps."""
     _, arms, _ = study
     views = {}

@@ -59,7 +59,7 @@ def fill_cache(folder: Path, repo: str, name: str, weights: dict) -> None:
     safetensors.torch.save_file(weights, cached / f'snapshots/{REVISION}' / name)
 
 
-def test_from_the_cache_without_network(hub, vit, build, tmp_path):
+def test_from_the_cache_without_network(hub, build, tmp_path):
     """The file as timm publishes it, with a classifier, which is left out."""
     reference = timm.create_model('test_vit', num_classes=1000).eval()
     weights = {key: value.clone() for key, value in reference.state_dict().items()}
