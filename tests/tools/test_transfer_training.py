@@ -11,7 +11,6 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from helpers import ROOT, read_metrics, read_scalars, real_data
-from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
 from processes import run_script_on_ranks
 
@@ -117,10 +116,8 @@ def test_segmentation(data, checkpoint, run_tool, tmp_path):
 
 
 @pytest.mark.parametrize('sibling', ['mask-rcnn_vit-tiny-p8_scenes.py', 'upernet_vit-tiny-p8_scenes.py'])
-def test_two_processes(sibling, checkpoint, tmp_path):
+def test_two_processes(sibling, checkpoint, scenes, tmp_path):
     """Training and evaluation on CPU: the small siblings on a few scenes."""
-    scenes = tmp_path / 'scenes'
-    write_scenes(scenes, 10, 10)
     cfg = Config.fromfile(CONFIGS / 'demo' / sibling)
     cfg.model.backbone.init_cfg.checkpoint = str(checkpoint)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
