@@ -29,7 +29,7 @@ def messages(source: str) -> list[str]:
 
 
 def is_cause_and_remedy(message: str) -> bool:
-    """'cause; remedy.', or whatever a message of that form is handed on as."""
+    """Whether it is 'cause; remedy.', or ends with another message of that form."""
     return message.endswith(('{fault}', '{error}', '{str(error)}')) or (';' in message and message.endswith('.'))
 
 

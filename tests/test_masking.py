@@ -55,7 +55,7 @@ def test_draw_is_exactly_sampling_without_replacement(num_visible):
 
 
 def test_draw_agrees_with_multinomial():
-    """196 patches with the spread of a real attention map: each is as often visible as torch.multinomial has it."""
+    """Of 196 patches weighted like a real attention map, each is visible as often as with torch.multinomial."""
     size, num_visible = 20_000, 49
     weights = torch.randn(196).mul(1.5).softmax(0).expand(size, -1)
     ours = (~draw_mask(weights, num_visible)).double().mean(0)
@@ -154,7 +154,7 @@ def test_pipeline_without_importance():
 
 
 def test_drawn_inside_the_algorithm(official, milan_cfg):
-    """The mask of a batch follows the teacher's importance: that of SemanticAwareMasking.draw with the same seed."""
+    """The mask is that of SemanticAwareMasking.draw on the teacher's importance with the same seed."""
     model = MODELS.build(milan_cfg)
     torch.manual_seed(3)
     predicted = torch.stack([sample.mask for sample in model.predict(official['input'])])

@@ -36,6 +36,6 @@ sys.exit(sum(os.wait()[1] for _ in range(2)) != 0)
 
 
 def test_mmpretrain_finds_our_models():
-    """Whichever of the two is imported first."""
+    """In either order of import."""
     run = subprocess.run([sys.executable, '-c', IN_EITHER_ORDER], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr

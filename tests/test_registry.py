@@ -56,6 +56,7 @@ def run_python(code: str, *args: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_types_are_found_from_every_scope():
     """In a fresh process, by type='mmmilan.X' and without custom_imports."""
     pytest.importorskip('mmdet')
@@ -109,7 +110,7 @@ def test_versions_that_work(install):
 
 
 def test_versions_that_cannot_work(install):
-    """All in one sentence, each with what to install."""
+    """One sentence names all of them, and what to install."""
     changes = {'torch': '1.13.1', 'onedl-mmcv': '1.7.2', 'onedl-mmpretrain': None, 'onedl-mmdetection': '2.28.0'}
     install(WORKING | changes)
     with pytest.raises(InputError) as error:

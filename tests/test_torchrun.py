@@ -1,4 +1,4 @@
-"""The launcher: how it ends when its processes fail, and signals that it passes on."""
+"""The launcher: its error messages when processes fail, and the signals that it passes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small run of several tests."""
+"""A small run that several tests share."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mmmilan.registry import MODELS
 
 @pytest.fixture
 def checkpoint(tiny_config, milan_cfg, tmp_path):
-    """A whole small model, as a file of one's own: the weights, and the config beside them."""
+    """A small model in a file, with its config beside it."""
     model = MODELS.build(milan_cfg)
     model.init_weights()
     folder = tmp_path / 'own'
@@ -65,7 +65,7 @@ def test_features_of_a_folder(images, checkpoint, tmp_path, log):
 
 
 def test_the_embedding_is_the_decoders_own_prediction(checkpoint):
-    """Of an image with nothing masked, through the whole decoder."""
+    """It is the prediction of the whole decoder for an image without a mask."""
     whole = get_model(checkpoint, encoder_only=False)
     embedder = build_embedder(get_model(checkpoint), checkpoint)
     images = torch.randn(3, 3, 64, 64)

@@ -46,7 +46,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def test_all_figures(models, image_folder, tmp_path):
-    """By the command, twice: the same files, whatever the time and the state of the generators."""
+    """The command writes the same files twice, whatever the time and the state of the random generators."""
     config, files = models
     names = [str(files['milan']), 'teacher']
     for out in ('a', 'b'):
@@ -65,8 +65,8 @@ def test_all_figures(models, image_folder, tmp_path):
 
 
 @torch.no_grad()
-def test_what_is_drawn_of_an_encoder(models):
-    """The class token, and the attention that an independent ViT of timm computes with the same weights."""
+def test_features_and_attention_of_an_encoder(models):
+    """Class token and attention are those of timm's ViT with the same weights."""
     config, files = models
     images = torch.randn(2, 3, 64, 64)
     features, attention = load_compared_model(config, str(files['timm']), 'cpu')(images)

@@ -78,7 +78,7 @@ def test_search_in_a_folder(checkpoint, photos, log):
 
 
 def write_features(path: Path, **changes: np.ndarray) -> Path:
-    """A file as ``mmmilan.embed`` writes it: three images, of which the second was not readable."""
+    """A file as ``mmmilan.embed`` writes it: three images, the second of them unreadable."""
     rng = np.random.default_rng(0)
     columns = dict(
         paths=np.array(['a.jpg', 'b.jpg', 'c.jpg']),

@@ -1,4 +1,4 @@
-"""docs/own_images.md as a reader follows it: each of its commands is run, in its order, on a few small images."""
+"""Every command of docs/own_images.md runs, in the order of the guide, on a few small images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALLER = {
 
 
 def blocks(language: str) -> list[str]:
-    """The code of a language in the guide."""
+    """The code blocks in a language in the guide."""
     return re.findall(rf'```{language}\n(.*?)```', GUIDE, re.S)
 
 

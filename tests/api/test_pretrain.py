@@ -53,7 +53,7 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
 
 @pytest.mark.slow
 def test_evaluation_leaves_training_as_it_is(image_folder, quick, tmp_path, run_tool):
-    """The same weights to the bit with it, without it, and where a run with it is resumed without."""
+    """Weights are equal to the bit with it, without it, and when a run with it is resumed without."""
     mmmilan.pretrain(image_folder, tmp_path / 'with', **quick)
     expected = load_trusted(tmp_path / 'with/epoch_2.pth')
     config = Config.fromfile(tmp_path / 'with/config.py')
@@ -104,7 +104,7 @@ def test_shards_and_flat_folders(tmp_path, quick):
 
 
 def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
-    """``train`` is trained on; ``val`` evaluates, and is the report's."""
+    """``train`` is for training; ``val`` is for evaluation and the report."""
     shutil.copytree(image_folder, tmp_path / 'data/train')
     for i in range(18):
         path = tmp_path / f'data/val/class{i % 2}/{i}.jpg'
@@ -127,7 +127,7 @@ def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
 
 
 def test_rectangles(image_folder, quick, tmp_path):
-    """Crops and grid have the proportions that are asked for; whole images are resized to them."""
+    """Crops and grid have the proportions of ``img_size``; whole images are resized to it."""
     weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **{**quick, 'img_size': (32, 64), 'epochs': 1})
     config = own_config(weights)
     assert config.model.neck.num_patches == (2, 4) and config.model.head.teacher.input_size == (32, 64)

@@ -74,7 +74,7 @@ def test_real_size(name, on_meta):
     ],
 )
 def test_fine_tuning_recipe(name, blocks, decay, drop_path):
-    """Appendix A.1; the learning rate of every parameter against the formula."""
+    """Appendix A.1; every parameter has the learning rate of the formula."""
     check_layer_decay(f'{FOLDER}/{name}.py', blocks, decay, 1e-4 * 1024 / 256, 0.05)
     cfg = read(name)
     assert cfg.model.backbone.drop_path_rate == drop_path

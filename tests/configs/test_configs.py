@@ -39,7 +39,7 @@ def with_random_teacher(name: str) -> Config:
 
 @pytest.fixture
 def slip_weights():
-    """What the file has that SLIP published, of ViT-B/16 with zeros."""
+    """Zeros with the keys and shapes of SLIP's published ViT-B/16."""
     with torch.device('meta'):
         shapes = {key: value.shape for key, value in timm.create_model('vit_base_patch16_224').state_dict().items()}
     shapes = {f'module.visual.{key}': shape for key, shape in shapes.items() if not key.startswith('head.')}

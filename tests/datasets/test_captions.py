@@ -1,4 +1,4 @@
-"""Captioned images from every kind of source; bad rows; and which text of several is drawn."""
+"""Captioned images from every kind of source, bad rows, and the draw of one text of several."""
 
 from __future__ import annotations
 

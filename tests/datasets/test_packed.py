@@ -19,7 +19,7 @@ def build(folder: Path, with_label: bool, backend_args: dict | None = None) -> I
 
 @pytest.mark.parametrize('with_label', [False, True])
 def test_lmdb(image_folder, run_tool, tmp_path, with_label):
-    """A packed folder gives the samples of the folder, labels too."""
+    """A packed folder gives the samples and labels of the folder."""
     pytest.importorskip('lmdb')
     database = tmp_path / 'images.lmdb'
     run_tool('pack_images.py', image_folder, database)

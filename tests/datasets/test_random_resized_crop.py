@@ -62,7 +62,7 @@ def ours(path: str, seed: int, scale: int, area: tuple[float, float]) -> np.ndar
 
 @pytest.mark.parametrize('size', [(300, 240), (120, 500), (40, 30)], ids=str)
 def test_same_random_numbers_same_pixels(write_jpeg, size):
-    """As mmpretrain's default pipeline, crop, bicubic filter and flip; rounding differs now and then."""
+    """Crop, bicubic filter and flip are those of mmpretrain's default pipeline, up to rounding."""
     path = write_jpeg(*size)
     for seed in range(20):
         difference = np.abs(ours(path, seed, 64, (0.2, 1.0)) - reference(path, seed, 64, (0.2, 1.0)))
@@ -210,7 +210,7 @@ def test_truncated_and_missing(write_jpeg):
 
 
 def test_decoding_in_the_preprocessor(write_jpeg, tmp_path):
-    """The crops and pixels of the pipeline that decodes in the workers; what is no plain JPEG is decoded there too."""
+    """Crops and pixels are those of the workers' pipeline; workers still decode what is not a plain JPEG."""
     grey, turned, png = tmp_path / 'grey.jpg', tmp_path / 'turned.jpg', tmp_path / 'image.png'
     image = Image.open(write_jpeg(200, 150))
     image.convert('L').save(grey)
@@ -246,7 +246,7 @@ def test_a_file_that_does_not_decode_in_the_preprocessor(write_jpeg):
 
 
 def test_training_decodes_in_the_preprocessor(tiny_config, run_tool, tmp_path):
-    """With the settings of docs/performance.md, the losses of the pipeline that decodes in the workers."""
+    """The settings of docs/performance.md give the losses of the pipeline that decodes in the workers."""
     settings = re.search(r'```python\n(model = .*?)```', (ROOT / 'docs/performance.md').read_text(), re.DOTALL)[1]
     settings = Config.fromstring(settings.replace('scale=224', 'scale=64'), '.py')
     losses = []

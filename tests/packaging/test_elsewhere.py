@@ -1,4 +1,4 @@
-"""Our encoder in configs of other projects, outside this one, trained by their own tools with their own runners."""
+"""Our encoder in configs of mmdet and mmseg, trained by their own tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the base installation is for, in an environment that has nothing else: run by tools/check_install.sh.
+"""Try the base installation in an environment that has nothing else: run by tools/check_install.sh.
 
 Two steps of pretraining from a config of the wheel, then features of images by the checkpoint.
 """

@@ -1,4 +1,4 @@
-"""What the dense installation is for: run by tools/check_install.sh. Mask R-CNN trains two steps on drawn scenes."""
+"""Try the dense installation, run by tools/check_install.sh: Mask R-CNN trains two steps on drawn scenes."""
 
 from __future__ import annotations
 

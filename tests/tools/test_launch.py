@@ -81,7 +81,7 @@ def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
 
 
 def test_missing_annotations(tmp_path, monkeypatch):
-    """Of the data set, then of the evaluator alone."""
+    """First those of the data set, then those of the evaluator."""
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py')
     (tmp_path / 'coco/annotations').mkdir(parents=True)

@@ -85,7 +85,7 @@ def test_table_marks_what_differs(study):
 
 
 def test_published_results_are_of_this_study(study):
-    """The lines that docs/reproduction.md was made of, and its table."""
+    """The published lines cover every arm and seed, and give the table in docs/reproduction.md."""
     tool, arms, report = study
     lines = tool.read_results(ROOT / 'docs/reproduction/results.jsonl')
     assert {(line['arm'], line['seed']) for line in lines} == {('teacher', 0)} | {

@@ -42,7 +42,7 @@ def test_amp(tiny_config, run_tool, tmp_path, bfloat16):
 
 @pytest.mark.parametrize(('accumulative_counts', 'by_option'), [(1, True), (3, True), (3, False)])
 def test_auto_scale_lr(tiny_config, run_tool, tmp_path, accumulative_counts, by_option):
-    """By the batch that makes one step: 4 images, accumulated or not, over 4096; asked for here or in the config."""
+    """The rate is scaled by the images of one step, accumulated ones included, over 4096; by option or config."""
     changes = {'optim_wrapper.accumulative_counts': accumulative_counts, 'param_scheduler': None} | FLOAT32
     if by_option:
         run_tool('train.py', tiny_config(changes), '--auto-scale-lr')
@@ -72,7 +72,7 @@ def test_cfg_options_and_default_work_dir(tiny_config, run_tool, tmp_path, monke
 
 
 def test_test_reports_the_reconstruction_loss(tiny_config, run_tool, tmp_path):
-    """On whole images, and of the checkpoint that is named: less after three epochs than after one."""
+    """It is that of the named checkpoint on whole images: less after three epochs than after one."""
     config = tiny_config(FLOAT32 | {'train_cfg.max_epochs': 3, 'param_scheduler': None})
     run_tool('train.py', config)
     losses = {}

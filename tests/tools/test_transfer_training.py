@@ -52,7 +52,7 @@ def small(task: str, sibling: str, num_classes: int, data_root: Path, checkpoint
 
 
 def train_and_test(cfg: Config, run_tool, tmp_path: Path, checkpoint: str) -> dict:
-    """Run both tools; the loss must fall. What the evaluation wrote."""
+    """Run both tools; the loss must fall. Returns the metrics."""
     path = tmp_path / f'{tmp_path.name}.py'
     cfg.dump(path)
     run_tool('train.py', path)

@@ -1,4 +1,4 @@
-"""The drawing of scenes: shapes, colours and patterns are what their names say, and drawn as often."""
+"""The drawing of scenes: shapes, colours and patterns match their names and are equally frequent."""
 
 from __future__ import annotations
 
