@@ -38,11 +38,18 @@ def run_script(script: str, *args: object) -> str:
     return result.stdout
 
 
+def fork(target: Callable, *args: object, **kwargs: object) -> Process:
+    """Call ``target`` in a fork of this process, which has everything imported already."""
+    process = multiprocessing.get_context('fork').Process(target=target, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
 def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: bool = True) -> list[Process]:
     """Fork this process into ranks that call ``target(*args)``, each with the environment of its rank.
 
-    A fork has everything imported already, which takes a new process seconds. The ranks meet at a store of this
-    process, as under torchrun; with ``launcher=False`` at a store of rank 0, as under Slurm.
+    The ranks meet at a store of this process, as under torchrun; with ``launcher=False`` at a store of rank 0, as under
+    Slurm.
     """
     store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     port = store.port
@@ -52,8 +59,7 @@ def start_ranks(target: Callable, *args: object, processes: int = 2, launcher: b
     for rank in range(processes):
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         environment['TORCHELASTIC_USE_AGENT_STORE'] = launcher
-        process = multiprocessing.get_context('fork').Process(target=_be_rank, args=(environment, target, args))
-        process.start()
+        process = fork(_be_rank, environment, target, args)
         process.store = store if launcher else None  # kept alive as long as the rank
         ranks.append(process)
     return ranks
@@ -77,10 +83,8 @@ def exit_codes(processes: list[Process], seconds: float = 240) -> list[int | Non
 
 
 def exit_code(target: Callable, *args: object, seconds: float = 240, **kwargs: object) -> int | None:
-    """Call ``target`` in a fork of this process and wait for it to end, see :func:`exit_codes`."""
-    process = multiprocessing.get_context('fork').Process(target=target, args=args, kwargs=kwargs)
-    process.start()
-    return exit_codes([process], seconds)[0]
+    """Wait for a fork of this process that calls ``target``, see :func:`exit_codes`."""
+    return exit_codes([fork(target, *args, **kwargs)], seconds)[0]
 
 
 def run_group(step: Callable, *args: object) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
 from contextlib import suppress
-from multiprocessing import Process
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import pytest
 from mmmilan import torchrun
 from mmmilan.engine.stopping import RESUMABLE
 from mmmilan.errors import InputError, exit_on_input_error
-from processes import exit_codes, free_port
+from processes import exit_code, exit_codes, fork, free_port
 
 RANK = """
 import os, signal, sys, time
@@ -49,17 +47,10 @@ def launch(folder: Path, kind: str) -> None:
         torchrun.main(['--nproc_per_node=2', f'--master_port={free_port()}', 'rank.py', kind])
 
 
-def start(folder: Path, kind: str) -> Process:
-    """A launcher in a fork of this process, which has everything imported."""
-    process = multiprocessing.get_context('fork').Process(target=launch, args=(folder, kind))
-    process.start()
-    return process
-
-
 @pytest.fixture
 def launched(tmp_path, request):
     """A launcher, and the pids of its processes by rank, once they run."""
-    launcher = start(tmp_path, request.param)
+    launcher = fork(launch, tmp_path, request.param)
     files = [tmp_path / f'pid_{rank}' for rank in (0, 1)]
     deadline = time.monotonic() + 60
     while not all(file.exists() for file in files):
@@ -94,7 +85,7 @@ def test_port_that_is_taken():
 )
 def test_processes_that_fail(kind, expected, tmp_path):
     """The output ends with one sentence for all processes."""
-    assert exit_codes([start(tmp_path, kind)]) == [1]
+    assert exit_code(launch, tmp_path, kind) == 1
     output = (tmp_path / 'output').read_text()
     assert output.splitlines()[-1] == expected
     assert 'Traceback' not in output and output.count('error:') == 1, output

@@ -23,7 +23,7 @@ from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
-from processes import exit_code, exit_codes
+from processes import exit_code, exit_codes, fork
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
@@ -241,10 +241,8 @@ def hold(work_dir: Path, pipe) -> None:
 
 
 def test_a_second_run_is_refused(tmp_path):
-    context = multiprocessing.get_context('fork')
-    ours, its = context.Pipe()
-    first = context.Process(target=hold, args=(tmp_path, its))
-    first.start()
+    ours, its = multiprocessing.Pipe()
+    first = fork(hold, tmp_path, its)
     assert ours.poll(60) and ours.recv() == 'held'
     with pytest.raises(InputError, match=f'in use by another run \\(process {first.pid} on '), locked(tmp_path):
         pass
