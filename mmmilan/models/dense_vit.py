@@ -137,7 +137,8 @@ class DenseViT(VisionTransformer):
             else:
                 tokens = run_block(*arguments)
             if i in self.out_indices:
-                maps[i] = tokens[:, self.num_extra_tokens :].transpose(1, 2).unflatten(2, grid)
+                # contiguous, as mmcv's RoIAlign misreads maps in channels-last memory, and convolutions keep the format
+                maps[i] = tokens[:, self.num_extra_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
         return tuple(scale(maps[i]) for scale, i in zip(self.scales, self.out_indices, strict=True))
 
     def _check(self, global_indices: Sequence[int], rel_pos_bias: bool | str) -> None:

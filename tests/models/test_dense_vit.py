@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.ops import RoIAlign
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
@@ -131,6 +132,17 @@ def test_checkpointing_changes_no_gradient(options):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize('options', [{}, dict(window_size=3), dict(with_cls_token=False)])
+def test_roi_align_reads_the_maps(options):
+    """Its features of a map are those of a contiguous copy; mmcv's misreads channels-last memory."""
+    maps = dense_vit(**options)(torch.randn(2, 3, 64, 64))
+    rois = torch.tensor([[0, 4.0, 6.0, 40.0, 50.0], [1, 10.0, 2.0, 60.0, 33.0]])
+    for feature, stride in zip(maps, (4, 8, 16, 32), strict=True):
+        feature = nn.Conv2d(feature.shape[1], 8, 1)(feature)  # keeps the memory format, as those of FPN do
+        align = RoIAlign(7, 1 / stride, aligned=True)
+        assert torch.equal(align(feature, rois), align(feature.contiguous(), rois))
 
 
 def test_stochastic_depth_rises():
