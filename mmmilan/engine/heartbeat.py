@@ -157,7 +157,11 @@ class HeartbeatHook(Hook):
         with ThreadPoolExecutor(max_workers=1) as executor:
             while not self.finished.wait(self.silent / 6):
                 try:
-                    states = executor.submit(self.exchange).result(timeout=self.silent)
+                    future = executor.submit(self.exchange)
+                except RuntimeError:  # the interpreter is shutting down
+                    return
+                try:
+                    states = future.result(timeout=self.silent)
                 except (RuntimeError, FutureTimeoutError):  # the first is the store's
                     self.end('Process 0, or the launcher of the processes, does not answer')
                 now = time.monotonic()

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -170,6 +171,26 @@ def test_a_connection_error_is_a_workers_only_while_a_batch_is_read():
         _try_get_data()
     with pytest.raises(ConnectionResetError), worker_errors():
         raise ConnectionResetError(104, 'Connection reset by peer')
+
+
+class ExitHook(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        sys.exit(RESUMABLE)
+
+
+def train_and_exit_slowly(work_dir: Path) -> None:
+    built = runner(work_dir, length=100, train_cfg=dict(LOOP))
+    heartbeat = HeartbeatHook(silent=LIMIT, stuck=10 * LIMIT)
+    for hook in (heartbeat, ExitHook()):
+        built.register_hook(hook)
+    threading.Thread(target=time.sleep, args=(LIMIT,)).start()  # the interpreter waits for it when it shuts down
+    with heartbeat.publish_error():
+        built.train()
+
+
+def test_a_slow_exit_keeps_its_status(tmp_path, safe_mmengine):
+    """The thread of the heartbeat does not take the shutdown of the interpreter for a fault."""
+    assert exit_code(train_and_exit_slowly, tmp_path, seconds=30) == RESUMABLE
 
 
 class GroupHook(Hook):
