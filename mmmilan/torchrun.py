@@ -3,7 +3,7 @@
 * When a process fails, it ends with the message of that process in place of a stack trace of its own.
 * It forwards signals to the processes and lets them save for as long as they need. PyTorch's torchrun kills them after
   30 s, and itself dies of SIGUSR1.
-* If a process ends with the status "can be resumed" (``os.EX_TEMPFAIL``), so does torchrun.
+* If processes end with the status "can be resumed" (``os.EX_TEMPFAIL``) and none fails, so does torchrun.
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except ChildFailedError as error:
-        if os.EX_TEMPFAIL in [failure.exitcode for failure in error.failures.values()]:
+        failures = error.failures.values()
+        # a process that torchrun ends because another one failed may save and exit with the same status
+        failed = [each for each in failures if each.exitcode not in (os.EX_TEMPFAIL, -signal.SIGTERM)]
+        if not failed and os.EX_TEMPFAIL in [each.exitcode for each in failures]:
             sys.exit(os.EX_TEMPFAIL)
-        _, failure = error.get_first_failure()
+        failure = min(failed or failures, key=lambda each: each.timestamp)
         if failure.message.startswith('error: '):
             sys.exit(failure.message)
         how = f'status {failure.exitcode}' if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name

@@ -101,7 +101,7 @@ def test_a_signal_is_passed_on(launched, tmp_path, number):
     assert 'Traceback' not in (tmp_path / 'output').read_text()
 
 
-@pytest.mark.parametrize('launched', ['ends at a signal'], indirect=True)
+@pytest.mark.parametrize('launched', ['ends at a signal', 'saves at a signal'], indirect=True)
 def test_a_killed_process_is_named(launched, tmp_path):
     launcher, pids = launched
     os.kill(pids[1], signal.SIGKILL)
