@@ -1,5 +1,6 @@
 from mmmilan.datasets.annotations import LoadLabelMap
 from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSampler, TokenizeCaption
+from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
@@ -22,4 +23,5 @@ __all__ = [
     'ReproducibleSampler',
     'ShardSampler',
     'TokenizeCaption',
+    'coco_dataset',
 ]

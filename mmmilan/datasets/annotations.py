@@ -9,30 +9,14 @@ from typing import Any
 
 import numpy as np
 from mmcv.transforms import BaseTransform
-from torch.utils.data import Dataset
 
 from mmmilan.datasets.decoding import open_header, read_bytes
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
-from mmmilan.registry import DATASETS, TRANSFORMS
+from mmmilan.registry import TRANSFORMS
 
 PARTS = ('images', 'categories', 'annotations')
 IGNORE = 255  # label of pixels without one
-
-
-@DATASETS.register_module(name='CocoDataset')
-def coco_dataset(**kwargs) -> Dataset:
-    """mmdet's ``CocoDataset`` with checked annotations; same arguments. It imports mmdet only when it is called.
-
-    mmdet itself drops boxes of negative size or of unknown images and categories, trains on NaN, and renumbers the
-    classes if the file lacks one.
-
-    Raises:
-        InputError: an entry of the file is wrong, see :func:`check_coco`, or the file lacks a class.
-    """
-    from mmmilan.datasets.coco import CocoDataset
-
-    return CocoDataset(**kwargs)
 
 
 def check_coco(content: dict[str, Any], path: Path) -> None:

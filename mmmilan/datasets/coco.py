@@ -1,47 +1,22 @@
-"""mmdet's COCO data set with checked annotations. This file imports mmdet."""
+"""Register the COCO data set without importing mmdet, which the base installation lacks."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from torch.utils.data import Dataset
 
-from mmdet.datasets import CocoDataset as MMDetCocoDataset
-from mmdet.datasets.api_wrappers import COCO
-
-from mmmilan.datasets.annotations import check_coco
-from mmmilan.errors import InputError
-from mmmilan.files import first_line
+from mmmilan.registry import DATASETS
 
 
-class CheckedCOCO(COCO):
-    """mmdet's index of an annotation file, which checks the annotations before it indexes them."""
+@DATASETS.register_module(name='CocoDataset')
+def coco_dataset(**kwargs) -> Dataset:
+    """mmdet's ``CocoDataset`` with checked annotations; same arguments. It imports mmdet only when it is called.
 
-    def __init__(self, annotation_file: str) -> None:
-        self.path = Path(annotation_file)
-        try:
-            super().__init__(annotation_file)
-        except InputError:
-            raise
-        except (OSError, ValueError, AssertionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-            raise InputError(
-                f"{annotation_file} cannot be read as JSON in COCO's format ({first_line(error)}); write it again."
-            ) from error
+    mmdet itself drops boxes of negative size or of unknown images and categories, trains on NaN, and renumbers the
+    classes if the file lacks one.
 
-    def createIndex(self) -> None:  # noqa: N802
-        check_coco(self.dataset, self.path)
-        super().createIndex()
+    Raises:
+        InputError: an entry of the file is wrong, see :mod:`mmmilan.datasets.annotations`, or the file lacks a class.
+    """
+    from mmmilan.datasets.mmdet_coco import CocoDataset
 
-
-class CocoDataset(MMDetCocoDataset):
-    """See :func:`mmmilan.datasets.annotations.coco_dataset`."""
-
-    COCOAPI = CheckedCOCO
-
-    def load_data_list(self) -> list[dict]:
-        data = super().load_data_list()
-        missing = len(self.metainfo['classes']) - len(self.cat_ids)
-        if missing:  # mmdet would renumber the others without a gap
-            raise InputError(
-                f"{self.ann_file} lacks {missing} of the {len(self.metainfo['classes'])} classes; give the data set's "
-                'metainfo.classes the names of that file.'
-            )
-        return data
+    return CocoDataset(**kwargs)

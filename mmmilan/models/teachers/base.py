@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-
-if TYPE_CHECKING:
-    from mmmilan.models.text_tower import TextTower
+from mmmilan.models.text_tower import TextTower
 
 # Images come normalised by ImageNet's statistics, as the configs' data preprocessor does it.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -211,7 +208,7 @@ class Teacher(nn.Module):
         """The text tower that shares the space of the features.
 
         Raises:
-            InputError: there is none.
+            InputError: this teacher has no text tower.
         """
         raise InputError(f'{type(self).__name__} has no text tower; for texts, train with an OpenCLIPTeacher.')
 

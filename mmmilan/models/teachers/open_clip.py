@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import check_values
 from mmmilan.errors import InputError
 from mmmilan.models.teachers.base import Teacher, Tower, check_input_size, pair
 from mmmilan.models.teachers.clip_file import build_from_file
-from mmmilan.models.teachers.weights import hub_file, load_weights, read_weights, warn_random_weights
+from mmmilan.models.teachers.clip_text import load_text_tower
+from mmmilan.models.teachers.open_clip_zoo import find_config, mean_std, published_file
+from mmmilan.models.teachers.weights import load_weights, read_weights, warn_random_weights
+from mmmilan.models.text_tower import TextTower
 from mmmilan.registry import MODELS
-
-if TYPE_CHECKING:
-    from mmmilan.models.text_tower import TextTower
 
 
 @MODELS.register_module()
@@ -72,8 +70,6 @@ class OpenCLIPTeacher(Teacher):
 
     def text_tower(self) -> TextTower:
         """The text tower of the same CLIP, built anew."""
-        from mmmilan.models.text_tower import load_text_tower
-
         return load_text_tower(**self.source)
 
     @property
@@ -114,24 +110,6 @@ def build_visual(model: str, pretrained: str | None, size: tuple[int, int] | Non
     return visual
 
 
-def find_config(model: str, pretrained: str | None) -> dict[str, Any]:
-    """open_clip's config of a model.
-
-    Raises:
-        InputError: it has no such model or tag.
-    """
-    import open_clip
-
-    if model not in open_clip.list_models():
-        raise InputError(f'open_clip has no model {model!r}; open_clip.list_models() gives its names.')
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained is not None and not os.path.exists(pretrained) and pretrained not in tags:
-        raise InputError(
-            f'pretrained={pretrained!r} is neither a file nor an open_clip tag of {model}; its tags are {tags}.'
-        )
-    return open_clip.get_model_config(model)
-
-
 def new_visual(config: dict[str, Any]) -> nn.Module:
     """The visual tower alone, with random weights."""
     from open_clip.model import _build_vision_tower  # open_clip's public way makes the text tower as well
@@ -153,35 +131,6 @@ def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) ->
         check_clip_tower(visual, model)
     if size:
         check_input_size(size, patch_size(visual.trunk) if isinstance(visual, TimmModel) else visual.patch_size[0])
-
-
-def published_file(model: str, tag: str) -> str:
-    """The file of an open_clip tag, downloaded if it is not here."""
-    import open_clip
-
-    config = open_clip.get_model_config(model)
-    published = open_clip.pretrained.get_pretrained_cfg(model, tag)
-    if published.get('quick_gelu', False) != config.get('quick_gelu', False):
-        print_log(
-            f'OpenCLIPTeacher {model}: {tag} was trained {"with" if published.get("quick_gelu") else "without"} '
-            'QuickGELU, and this model is not; choose the model of the other kind (its name ends in -quickgelu).',
-            logger='current',
-            level=logging.WARNING,
-        )
-    repo, _, name = published['hf_hub'].rpartition('/')
-    name = name or 'open_clip_pytorch_model.bin'
-    safe = 'open_clip_model.safetensors' if name == 'open_clip_pytorch_model.bin' else f'{name[:-4]}.safetensors'
-    return hub_file(repo, [safe, name])
-
-
-def mean_std(model: str, pretrained: str | None) -> tuple[Sequence[float], Sequence[float]]:
-    """How the images of a model were normalised: by its tag, or by any of its tags, which agree."""
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    tag = pretrained if pretrained in tags else tags[0] if tags else None
-    config = open_clip.pretrained.get_pretrained_cfg(model, tag) if tag else {}
-    return config.get('mean', open_clip.OPENAI_DATASET_MEAN), config.get('std', open_clip.OPENAI_DATASET_STD)
 
 
 def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> None:

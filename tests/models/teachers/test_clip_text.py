@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from helpers import build_model
 from mmmilan.errors import InputError
-from mmmilan.models.text_tower import load_text_tower
+from mmmilan.models.teachers.clip_text import load_text_tower
 from mmmilan.registry import MODELS
 
 TEXTS = ['a red boat', 'two dogs on grass', 'x']
