@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -40,6 +42,11 @@ def real_data(name: str) -> Path:
     if not folder or not Path(folder, name).exists():
         pytest.skip(f'set MMMILAN_TEST_DATA to a folder that holds {name}')
     return Path(folder, name)
+
+
+def grey_png(value: int) -> bytes:
+    """A PNG of 6 x 4 pixels of one brightness."""
+    return cv2.imencode('.png', np.full((6, 4, 3), value, np.uint8))[1].tobytes()
 
 
 # -- what runs write

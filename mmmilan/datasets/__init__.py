@@ -1,10 +1,11 @@
 from mmmilan.datasets.annotations import LoadLabelMap
-from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, ShardSampler, TokenizeCaption
+from mmmilan.datasets.captions import CaptionedImages, TokenizeCaption
 from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
+from mmmilan.datasets.shards import CaptionedShards, ShardSampler
 from mmmilan.datasets.sources import ImageSources
 from mmmilan.datasets.target_cache import CachedTargets
 

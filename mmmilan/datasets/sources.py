@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmmilan.datasets.captions import load_index
 from mmmilan.datasets.image_folder import EXTENSIONS, ImageFolder
+from mmmilan.datasets.shards import load_index
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
@@ -33,7 +33,7 @@ def list_images(sources: Source | Sequence[Source]) -> list[str]:
     """All images of one or several sources, sorted by path within each source.
 
     Returns:
-        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.captions.TarBackend`.
+        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.shards.TarBackend`.
 
     Raises:
         InputError: a source does not exist, or holds no image.

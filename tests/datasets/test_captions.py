@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from mmmilan.datasets import CaptionedImages, CaptionedShards, Draw, ShardSampler, TokenizeCaption
-from mmmilan.datasets.captions import load_index
+from helpers import grey_png
+from mmmilan.datasets import CaptionedImages, Draw, TokenizeCaption
 from mmmilan.errors import InputError
 
 CAPTIONS = {'a.png': ['a red square', 'a box'], 'b/c.png': ['naïve, "quoted"'], 'd.e.png': ['third']}
 LOAD = [dict(type='mmmilan.LoadImage')]
-
-
-def encode(value: int) -> bytes:
-    return cv2.imencode('.png', np.full((6, 4, 3), value, np.uint8))[1].tobytes()
 
 
 @pytest.fixture
@@ -33,7 +25,7 @@ def images(tmp_path) -> Path:
     for i, name in enumerate(CAPTIONS):
         path = tmp_path / 'images' / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(10 * i))
+        path.write_bytes(grey_png(10 * i))
     return tmp_path / 'images'
 
 
@@ -127,99 +119,6 @@ def test_faults_of_the_pipeline_are_not_skipped(images):
     dataset = CaptionedImages(str(images), as_csv(images), pipeline=[dict(type='mmmilan.RandomMasking')])
     with pytest.raises(InputError, match="finds no results\\['importance'\\]"):
         dataset[0]
-
-
-# -- tar shards
-
-
-def write_shard(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, 'w') as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture
-def shards(tmp_path) -> Path:
-    """Two shards of 3 and 4 samples; the texts are in .txt and .json files, before and after the images."""
-    folder = tmp_path / 'shards'
-    first = {'x/000.txt': b'zero\nnull\n', 'x/000.png': encode(0), 'x/001.png': encode(1), 'x/001.txt': b'one'}
-    first |= {'x/002.json': b'{"caption": ["two", " "], "url": ""}', 'x/002.png': encode(2), 'x/readme.md': b'?'}
-    write_shard(folder / '00000.tar', first)
-    second = {
-        f'{i:03}.{e}': v for i in range(3, 7) for e, v in (('png', encode(i)), ('json', b'{"caption": "%d"}' % i))
-    }
-    write_shard(folder / '00001.tar', second)
-    return folder
-
-
-def test_shards(shards):
-    dataset = CaptionedShards(str(shards), pipeline=LOAD)
-    assert [int(sample['img'][0, 0, 0]) for sample in dataset] == list(range(7))
-    assert [s['captions'] for s in dataset] == [['zero', 'null'], ['one'], ['two'], ['3'], ['4'], ['5'], ['6']]
-    assert dataset.shard_sizes == [3, 4]
-
-
-def test_a_shard_is_indexed_once_and_again_when_it_changes(shards, monkeypatch):
-    shard = shards / '00001.tar'
-    expected = load_index(shard)
-    monkeypatch.setattr(tarfile, 'open', lambda *args: pytest.fail('read again'))
-    assert load_index(shard) == expected and len(expected) == 4
-    monkeypatch.undo()
-    moved = shards.rename(shards.with_name('moved'))  # with its index
-    assert [path for path, _ in load_index(moved / '00001.tar')] == [
-        p.replace('/shards/', '/moved/') for p, _ in expected
-    ]
-    write_shard(moved / '00001.tar', {'a.png': encode(9), 'a.txt': b'new'})
-    assert [texts for _, texts in load_index(moved / '00001.tar')] == [['new']]
-
-
-def test_bad_shards(shards, log, tmp_path):
-    with pytest.raises(InputError, match='holds no .tar file'):
-        CaptionedShards(str(tmp_path))
-    write_shard(shards / '00002.tar', {'7.png': encode(7), '8.png': b'broken', '8.txt': b'eight'})
-    dataset = CaptionedShards(str(shards), pipeline=LOAD)
-    assert dataset.shard_sizes == [3, 4, 1]
-    assert int(dataset[7]['img'][0, 0, 0]) < 7
-    assert '00002.tar/7.png@' in log.text and 'has no caption' in log.text
-    assert '00002.tar/8.png@' in log.text and 'does not decode' in log.text
-    with pytest.raises(InputError, match='00002.tar/7.png@.* has no caption'):
-        CaptionedShards(str(shards), on_corrupt='raise')
-    content = (shards / '00001.tar').read_bytes()
-    (shards / '00001.tar').write_bytes(content[:3000])
-    with pytest.raises(InputError, match='00001.tar is damaged'):
-        CaptionedShards(str(shards))
-
-
-def test_shard_sampler_reads_one_shard_after_the_other(shards):
-    dataset = CaptionedShards(str(shards))
-    sampler = ShardSampler(dataset, seed=3)
-    orders = []
-    for epoch in range(8):
-        sampler.set_epoch(epoch)
-        draws = list(sampler)
-        assert draws == list(sampler) and {draw[:2] for draw in draws} == {(3, epoch)}
-        orders.append([draw.index for draw in draws])
-    for order in orders:
-        assert sorted(order) == list(range(7))
-        in_second = [index >= 3 for index in order]
-        assert sum(a != b for a, b in zip(in_second[:-1], in_second[1:], strict=True)) == 1
-    assert len({tuple(order) for order in orders}) == 8
-    assert len({order[0] >= 3 for order in orders}) == 2
-
-
-def test_processes_share_the_shards(shards, monkeypatch):
-    dataset = CaptionedShards(str(shards))
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setattr('mmengine.dataset.sampler.get_dist_info', lambda rank=rank: (rank, 2))
-        parts.append([draw.index for draw in ShardSampler(dataset, seed=0)])
-    monkeypatch.undo()
-    whole = [draw.index for draw in ShardSampler(dataset, seed=0)]
-    assert parts == [whole[::2], whole[1::2] + whole[:1]]
 
 
 # -- texts

@@ -24,10 +24,11 @@ from mmmilan.datasets import (
     LoadImage,
     LoadRandomResizedCrop,
 )
-from mmmilan.datasets.captions import read_index, read_table
+from mmmilan.datasets.captions import read_table
 from mmmilan.datasets.decoding import ORIENTATION, decode
 from mmmilan.datasets.image_folder import walk_images
 from mmmilan.datasets.packed import list_lmdb, pack_images
+from mmmilan.datasets.shards import read_index
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 
