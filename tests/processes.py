@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import Process
 from pathlib import Path
@@ -85,6 +86,28 @@ def exit_codes(processes: list[Process], seconds: float = 240) -> list[int | Non
 def exit_code(target: Callable, *args: object, seconds: float = 240, **kwargs: object) -> int | None:
     """Wait for a fork of this process that calls ``target``, see :func:`exit_codes`."""
     return exit_codes([fork(target, *args, **kwargs)], seconds)[0]
+
+
+@contextmanager
+def launched_pids(launcher: Process | subprocess.Popen, folder: Path, seconds: float) -> Iterator[list[int]]:
+    """The pids that two launched processes write to ``folder / 'pid_0'`` and ``'pid_1'``, once both are there.
+
+    At the end all three processes are killed. If a file does not come, the error shows ``folder / 'output'``.
+    """
+    files = [folder / 'pid_0', folder / 'pid_1']
+    pids = []
+    deadline = time.monotonic() + seconds
+    try:
+        while not all(file.exists() for file in files):
+            ended = os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            assert not ended and time.monotonic() < deadline, (folder / 'output').read_text()
+            time.sleep(0.02)
+        pids = [int(file.read_text()) for file in files]
+        yield pids
+    finally:
+        for pid in (launcher.pid, *pids):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def run_group(step: Callable, *args: object) -> None:

@@ -6,8 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import pytest
 from mmmilan import torchrun
 from mmmilan.engine.stopping import RESUMABLE
 from mmmilan.errors import InputError, exit_on_input_error
-from processes import exit_code, exit_codes, fork, free_port
+from processes import exit_code, exit_codes, fork, free_port, launched_pids
 
 RANK = """
 import os, signal, sys, time
@@ -51,16 +49,8 @@ def launch(folder: Path, kind: str) -> None:
 def launched(tmp_path, request):
     """A launcher, and the pids of its processes by rank, once they run."""
     launcher = fork(launch, tmp_path, request.param)
-    files = [tmp_path / f'pid_{rank}' for rank in (0, 1)]
-    deadline = time.monotonic() + 60
-    while not all(file.exists() for file in files):
-        assert launcher.is_alive() and time.monotonic() < deadline, (tmp_path / 'output').read_text()
-        time.sleep(0.02)
-    pids = [int(file.read_text()) for file in files]
-    yield launcher, pids
-    for pid in (launcher.pid, *pids):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    with launched_pids(launcher, tmp_path, seconds=60) as pids:
+        yield launcher, pids
 
 
 def test_port_that_is_taken():

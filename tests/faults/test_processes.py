@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
-from processes import exit_code, exit_codes, free_port
+from processes import exit_code, exit_codes, free_port, launched_pids
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
@@ -249,7 +248,7 @@ class LaunchedHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == 3:
-            write_text(Path(f'rank_{get_rank()}'), str(os.getpid()))
+            write_text(Path(f'pid_{get_rank()}'), str(os.getpid()))
 
 
 @pytest.fixture
@@ -259,19 +258,10 @@ def launched(tmp_path):
     (tmp_path / 'train.py').write_text(RANK.format(tests=str(folder.parent), faults=str(folder)))
     launch = [sys.executable, '-m', 'mmmilan.torchrun', '--nproc_per_node=2', f'--master_port={free_port()}']
     environment = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(folder.parent.parent))
-    launcher = subprocess.Popen([*launch, 'train.py'], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    files = [tmp_path / f'rank_{rank}' for rank in (0, 1)]
-    deadline = time.monotonic() + 240
-    while not all(file.exists() for file in files):
-        if time.monotonic() > deadline or launcher.poll() is not None:
-            launcher.terminate()
-            pytest.fail(launcher.communicate(timeout=60)[1])
-        time.sleep(0.05)
-    pids = [int(file.read_text()) for file in files]
-    yield launcher, pids
-    for pid in (launcher.pid, *pids):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    with (tmp_path / 'output').open('w') as output:
+        launcher = subprocess.Popen([*launch, 'train.py'], cwd=tmp_path, env=environment, stderr=output)
+    with launched_pids(launcher, tmp_path, seconds=240) as pids:
+        yield launcher, pids
 
 
 @pytest.mark.slow
@@ -280,8 +270,8 @@ def test_a_signal_to_the_launcher(launched, tmp_path, number):
     """As a scheduler sends it: the run saves, and the launcher exits with the status of a run to resume."""
     launcher, _ = launched
     launcher.send_signal(number)
-    output = launcher.communicate(timeout=60)[1]
-    assert launcher.returncode == RESUMABLE, output
+    status, output = launcher.wait(timeout=60), (tmp_path / 'output').read_text()
+    assert status == RESUMABLE, output
     assert len(list(tmp_path.glob('work/stopped_iter_*.pth'))) == 1
     assert 'Traceback' not in output
 
@@ -294,11 +284,11 @@ def test_a_signal_to_the_launcher(launched, tmp_path, number):
         (signal.SIGSTOP, r'error: Process 1 \(process \d+ on .*\) has not answered'),
     ],
 )
-def test_a_launched_process_that_is_gone(launched, number, message):
+def test_a_launched_process_that_is_gone(launched, tmp_path, number, message):
     """The last line names it, and there is no traceback."""
     launcher, pids = launched
     os.kill(pids[1], number)
-    output = launcher.communicate(timeout=90)[1]
-    assert launcher.returncode == 1
+    status, output = launcher.wait(timeout=90), (tmp_path / 'output').read_text()
+    assert status == 1, output
     assert re.match(message, output.splitlines()[-1])
     assert 'Traceback' not in output, output
