@@ -50,7 +50,7 @@ model = dict(
     ),
     train_cfg=dict(rpn=dict(
         assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, ignore_iof_thr=-1),
-        sampler=dict(type='RandomSampler', num=8, pos_fraction=0.5),
+        sampler=dict(type='RandomSampler', num=8, pos_fraction=0.5, add_gt_as_proposals=False),
         allowed_border=-1,
         pos_weight=-1,
     )),
