@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from mmmilan.checkpoints.newest import STOPPED
 from mmmilan.engine.loops import EpochLoop
+from mmmilan.engine.resuming import describe_data
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, write_text
 from mmmilan.registry import HOOKS
@@ -48,6 +49,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
+        self.data = describe_data(runner.train_loop.dataloader)
         if not isinstance(self.file_backend, LocalBackend):
             raise InputError(f'{self.out_dir} is not a folder; set default_hooks.checkpoint.out_dir to one.')
         if is_main_process():  # leftovers of a run that was killed while it wrote or deleted
@@ -60,6 +62,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         if isinstance(loop, EpochLoop):
             within = loop.done if meta['epoch'] == runner.epoch else 0  # 0: saved at the end of the epoch
             meta.update(steps_of_epoch=within, epoch_length=len(loop.dataloader))
+        meta['data'] = self.data
+        schedules = checkpoint.get('param_schedulers')
+        for state in schedules if isinstance(schedules, list) else []:  # OneCycleLR holds a function: not data
+            for key in [key for key, value in state.items() if callable(value)]:
+                del state[key]
 
     def save_now(self, runner: Runner) -> Path:
         """Save within an epoch, to resume from this step; the next regular checkpoint replaces this one."""

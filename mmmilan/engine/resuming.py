@@ -1,28 +1,54 @@
-"""Check that a run can be resumed from a checkpoint."""
+"""Resume: progress comes from the checkpoint, everything else from the config.
+
+Weights, moments, steps and epochs are those of the checkpoint. Schedules and the optimizer's settings are those of the
+config, brought to the step at which the run stands: each step then has the learning rate that it has in a run with this
+config from the start. What differs between the two configs is said once; what cannot go on is refused.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from mmmilan.checkpoints.config import parse_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 
+# Keys that belong to one call and not to a run.
+OF_A_CALL = re.compile(r'(work_dir|resume|load_from|launcher|experiment_name|env_variables|model_wrapper_cfg)\b')
+# A change of these would give the same weights, or moments, another meaning.
+OF_THE_MODEL = re.compile(
+    r'model\.type|model\.backbone\.(type|arch\b.*|patch_size)|model\.neck\.type|model\.(.+\.)?\w*num_heads|'
+    r'optim_wrapper\.optimizer\.type'
+)
+OF_THE_RATE = re.compile(r'param_scheduler\b|optim_wrapper\.(optimizer|paramwise_cfg)\b|auto_scale_lr\b')
+OF_SCHEDULES = {'initial_lr', 'initial_momentum', 'momentum'}  # settings that schedules add to a group
+NAMES = 1000  # that stand for all images of a data set
+MAX_WIDTH = 60  # of a value in the log
+
 
 def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> None:
-    """Compare the training state in a checkpoint with the runner's, before any of it is loaded.
+    """Compare a checkpoint with the runner, and bring it to the runner's config, before any of it is loaded.
 
     File names in the state are moved into the runner's own work dir, so that a run never deletes another run's files.
 
     Raises:
-        InputError: the checkpoint holds only weights, or the state of other parameters, another optimizer or schedule.
+        InputError: the checkpoint holds only weights, is of another model or optimizer, or was saved within an epoch of
+            other images.
     """
     meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
     counts = [meta.get(name) if isinstance(meta, dict) else None for name in ('epoch', 'iter')]
@@ -36,10 +62,16 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
     within = [meta.get(name, 0) for name in ('steps_of_epoch', 'epoch_length')]
     if not all(type(count) is int and count >= 0 for count in within) or within[0] > within[1]:
         raise InputError(f'{source}: it was saved at step {within[0]!r} of {within[1]!r} of an epoch; give another.')
+    changes = changed_settings(meta, runner.cfg, source)
+    changes |= changed_data(runner, meta, source)
+    if changes:
+        lines = [f'\n    {key}: {shown(old)} -> {shown(new)}' for key, (old, new) in changes.items()]
+        print_log(f'Resuming {source} with changes:{"".join(lines)}', logger='current', level=logging.WARNING)
+    set_position(runner, meta)
     warn_if_finished(runner, meta, source)
-    if isinstance(runner.train_loop, EpochLoop):
-        begin_within_epoch(runner, meta)
     checkpoint['message_hub'] = clean_message_hub(hub, Path(runner.work_dir))
+    if isinstance(runner.param_schedulers, list):
+        resume_schedules(runner, checkpoint, changes, source)
     if 'optimizer' not in checkpoint:
         print_log(
             f'{source} has no optimizer state: the optimizer starts anew.', logger='current', level=logging.WARNING
@@ -48,20 +80,122 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
         fault = optimizer_fault(runner.optim_wrapper, checkpoint['optimizer'])
         if fault:
             raise InputError(f'{source}: its optimizer state {fault}; resume with the config that it was trained with.')
-    if 'param_schedulers' not in checkpoint:
-        print_log(f'{source} has no schedules: they start anew.', logger='current', level=logging.WARNING)
-    elif isinstance(runner.param_schedulers, list):
-        check_schedules(runner.param_schedulers, checkpoint, source)
+        take_settings(runner, checkpoint['optimizer'])
 
 
-def begin_within_epoch(runner: Runner, meta: dict[str, Any]) -> None:
-    """Skip the steps of the epoch that are done, if the epoch still has the same length."""
-    done, length = meta.get('steps_of_epoch', 0), len(runner.train_loop.dataloader)
-    if done and meta['epoch_length'] != length:
-        message = f'An epoch had {meta["epoch_length"]} steps and now has {length}: this epoch starts again.'
-        print_log(message, logger='current', level=logging.WARNING)
-    elif done:
-        runner.train_loop.done = done
+# -- what changes
+
+
+def changed_settings(meta: dict[str, Any], cfg: Config, source: str) -> dict[str, tuple]:
+    """The keys of the config that differ from those in a checkpoint: {key: (old, new)}; None is a key that is not set.
+
+    Raises:
+        InputError: the checkpoint is of another model, optimizer or kind of loop.
+    """
+    if not isinstance(meta.get('cfg'), str):
+        return {}
+    try:
+        saved = parse_config(meta['cfg'], f'the config in {source}')
+    except InputError as error:
+        print_log(f'{error} What differs from it is not known.', logger='current', level=logging.WARNING)
+        return {}
+    old, new = (dict(settings_of(each.to_dict())) for each in (saved, cfg))
+    changes = {
+        key: (old.get(key), new.get(key))
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not OF_A_CALL.match(key)
+    }
+    for key, (was, now) in changes.items():
+        if OF_THE_MODEL.fullmatch(key) and None not in (was, now):
+            raise InputError(
+                f'{source} is of a run with {key}={was!r}, where this one has {now!r}; resume with the config that it '
+                'was trained with, or start a new run from its weights (load_from).'
+            )
+    for count in ('max_epochs', 'max_iters'):
+        if f'train_cfg.{count}' in old and f'train_cfg.{count}' not in new:
+            raise InputError(
+                f'{source} is of a run with train_cfg.{count}, where this one has none; resume with a config that '
+                'counts as it does.'
+            )
+    return changes
+
+
+def settings_of(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:
+    """Each value in a config with its dotted name; a list of plain values is one value."""
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(each, (Mapping, list, tuple)) for each in value):
+        parts = enumerate(value)
+    else:
+        yield name, list(value) if isinstance(value, tuple) else value
+        return
+    for key, part in parts:
+        yield from settings_of(part, f'{name}.{key}' if name else str(key))
+
+
+def shown(value: Any) -> str:
+    """A value as a line of the log shows it."""
+    text = 'not set' if value is None else repr(value)
+    return text if len(text) <= MAX_WIDTH else f'{text[: MAX_WIDTH - 3]}...'
+
+
+def describe_data(loader: DataLoader) -> dict[str, int]:
+    """What tells whether a step of an epoch has the same images: their number and names, and images in a step.
+
+    The names are file and folder, not the whole path, so that a data set may move; 1000 names stand for all.
+    """
+    dataset, names = loader.dataset, []
+    if hasattr(dataset, 'get_data_info'):
+        for index in np.unique(np.linspace(0, len(dataset) - 1, NAMES).astype(int)).tolist():
+            path = dataset.get_data_info(index).get('img_path')
+            names.append('/'.join(Path(path).parts[-2:]) if isinstance(path, str) else '')
+    checksum = zlib.crc32('\n'.join(names).encode(errors='surrogateescape'))
+    return dict(images=len(dataset), names=checksum, images_per_step=(loader.batch_size or 1) * get_world_size())
+
+
+def changed_data(runner: Runner, meta: dict[str, Any], source: str) -> dict[str, tuple]:
+    """What differs in images and their order: {name: (old, new)}. A seed that the config does not set is the run's.
+
+    Raises:
+        InputError: within an epoch, where the images that are done would not be known.
+    """
+    loader, seed = runner.train_loop.dataloader, meta.get('seed')
+    old, new = meta.get('data'), describe_data(loader)
+    changes = {}
+    if isinstance(old, dict):
+        changes = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key]}
+    if 'names' in changes:
+        checksums = changes.pop('names')
+        if 'images' not in changes:
+            changes['names or order of the images (checksum)'] = checksums
+    length = meta.get('epoch_length', len(loader))
+    if isinstance(runner.train_loop, EpochLoop) and length != len(loader):
+        changes['steps in an epoch'] = (length, len(loader))
+    chosen, sampler = (runner.cfg.get('randomness') or {}).get('seed'), getattr(loader, 'sampler', None)
+    if seed is not None and chosen is None and getattr(sampler, 'seed', None) == runner.seed:
+        sampler.seed = seed  # MMEngine gives it to the runner alone
+    elif seed is not None and chosen not in (None, seed):
+        changes['randomness.seed'] = (seed, chosen)
+        meta['seed'] = chosen  # or MMEngine would set it
+    if changes and meta.get('steps_of_epoch') and isinstance(runner.train_loop, EpochLoop):
+        text = ', '.join(f'{key}: {shown(was)} -> {shown(now)}' for key, (was, now) in changes.items())
+        raise InputError(
+            f'{source} was saved at step {meta["steps_of_epoch"]} of an epoch whose other steps would now have other '
+            f'images ({text}); resume with the data, batch size and seed of the run, or from the end of an epoch.'
+        )
+    return changes
+
+
+# -- where the run stands
+
+
+def set_position(runner: Runner, meta: dict[str, Any]) -> None:
+    """Skip the steps of the epoch that are done; if epochs have another length now, count steps in the new ones."""
+    loop = runner.train_loop
+    if isinstance(loop, EpochLoop):
+        loop.done, length = meta.get('steps_of_epoch', 0), len(loop.dataloader)
+        if meta.get('epoch_length', length) != length:
+            meta['iter'] = meta['epoch'] * length
 
 
 def warn_if_finished(runner: Runner, meta: dict[str, Any], source: str) -> None:
@@ -96,7 +230,7 @@ def clean_message_hub(hub: dict[str, Any], work_dir: Path) -> dict[str, dict]:
 
 
 def optimizer_fault(wrapper: OptimWrapper, state: Any) -> str:
-    """Why an optimizer cannot load a state; '' if it can. Settings that the state lacks are added to it."""
+    """Why an optimizer cannot load a state; '' if it can."""
     if not isinstance(state, dict) or not isinstance(state.get('state'), dict):
         return 'is not that of an optimizer'
     scaler = state.get('loss_scaler', {})
@@ -107,21 +241,16 @@ def optimizer_fault(wrapper: OptimWrapper, state: Any) -> str:
 
 def groups_fault(wrapper: OptimWrapper, state: dict[str, Any]) -> str:
     """Why the parameter groups of a state do not fit; '' if they do."""
-    groups = wrapper.optimizer.param_groups
-    saved = state.get('param_groups')
+    groups, saved = wrapper.optimizer.param_groups, state.get('param_groups')
     if not isinstance(saved, list) or not all(isinstance(group, dict) for group in saved):
         return 'has no groups of parameters'
     if [len(group.get('params', ())) for group in saved] != [len(group['params']) for group in groups]:
         return 'has other groups of parameters'
-    if wrapper.base_param_settings is not None:  # MMEngine's group of the learning rate before layer decay
-        groups = [*groups, wrapper.base_param_settings]
-        saved = [*saved, state.setdefault('base_param_settings', {'params': groups[-1]['params']})]
     for own, other in zip(groups, saved, strict=True):
-        if not isinstance(other, dict):
-            return 'has no group of the base learning rate'
-        for key in own.keys() - {'params', 'param_names'}:
-            if not is_same_kind(own[key], other.setdefault(key, own[key])):
-                return f'has {key}={other[key]!r}, where this run has {own[key]!r}'
+        # keys on one side alone may come with another version of PyTorch, or with another schedule
+        missing, unknown = own.keys() - other.keys() - OF_SCHEDULES, other.keys() - own.keys() - OF_SCHEDULES
+        if missing and unknown:
+            return f'is of another optimizer (it has {", ".join(sorted(map(str, unknown)))})'
     return ''
 
 
@@ -155,24 +284,65 @@ def moment_fault(parameter: nn.Parameter, values: Any) -> str:
     return ''
 
 
-def check_schedules(schedulers: list, checkpoint: dict[str, Any], source: str) -> None:
-    """Compare the schedules one by one; drop entries that the runner's schedules do not have."""
-    saved = checkpoint['param_schedulers']
-    if not isinstance(saved, list) or not all(isinstance(state, dict) for state in saved):
-        raise InputError(f'{source}: its schedules are a {type(saved).__name__}; give another checkpoint.')
-    if len(saved) != len(schedulers):
-        message = f'{source} has {len(saved)} schedules, the config {len(schedulers)}: only the first are resumed.'
-        print_log(message, logger='current', level=logging.WARNING)
-    for scheduler, state in zip(schedulers, saved, strict=False):
+# -- schedules
+
+
+def resume_schedules(runner: Runner, checkpoint: dict[str, Any], changes: dict[str, tuple], source: str) -> None:
+    """Bring the schedules of the config to the step at which the run stands.
+
+    A schedule that follows a metric is continued from its state instead, and so are those beside it.
+
+    Raises:
+        InputError: a schedule follows a metric, and the schedules or rates of the config are not those of the run.
+    """
+    schedulers, saved = runner.param_schedulers, checkpoint.get('param_schedulers')
+    following = [scheduler.monitor for scheduler in schedulers if getattr(scheduler, 'need_val_args', False)]
+    if not following:
+        replay(schedulers, runner, **{name: checkpoint['meta'][name] for name in ('epoch', 'iter')})
+        checkpoint['param_schedulers'] = [scheduler.state_dict() for scheduler in schedulers]
+        return
+    changed = [key for key in changes if OF_THE_RATE.match(key)]
+    fits = isinstance(saved, list) and len(saved) == len(schedulers) and all(isinstance(each, dict) for each in saved)
+    if changed or not fits:
+        raise InputError(
+            f'{source}: a schedule follows {following[0]}, so the rates of the run cannot be computed for other '
+            f'settings ({", ".join(changed) or "param_scheduler"}); resume with those that it was trained with.'
+        )
+    for scheduler, state in zip(schedulers, saved, strict=True):
         own = scheduler.state_dict()
-        for key in own.keys() & state.keys():
-            if not is_same_kind(own[key], state[key]):
-                raise InputError(
-                    f'{source}: its {type(scheduler).__name__} has {key}={state[key]!r}, where this run has '
-                    f'{own[key]!r}; resume with the config that it was trained with.'
-                )
-        for key in state.keys() - own.keys():
-            del state[key]
+        own |= {key: value for key, value in state.items() if key in own and is_same_kind(own[key], value)}
+        state.clear()
+        state.update(own)
+
+
+def replay(schedulers: list, runner: Runner, epoch: int, iter: int) -> None:
+    """Step new schedules as the run has done, in the order in which its hook calls them."""
+    by_step = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
+    by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
+    epochs, steps = min(epoch, runner.max_epochs), min(iter, runner.max_iters)  # a finished run needs no more
+    runner.optim_wrapper._global_step = steps  # MMEngine warns of schedules that step before the optimizer
+    length = len(runner.train_loop.dataloader)
+    for step in range(1, steps + 1):
+        for scheduler in by_step:
+            scheduler.step()
+        if step % length == 0 and step <= epochs * length:
+            for scheduler in by_epoch:
+                scheduler.step()
+
+
+def take_settings(runner: Runner, state: dict[str, Any]) -> None:
+    """Replace the settings in an optimizer's state by the runner's own, but for those that follow a metric."""
+    wrapper, schedulers = runner.optim_wrapper, runner.param_schedulers
+    following = isinstance(schedulers, list) and any(getattr(each, 'need_val_args', False) for each in schedulers)
+    kept = {each.param_name for each in schedulers} if following else set()
+    for own, saved in zip(wrapper.optimizer.param_groups, state['param_groups'], strict=True):
+        settings = own | {key: saved[key] for key in kept if is_number(saved.get(key))} | {'params': saved['params']}
+        saved.clear()
+        saved.update(settings)
+    base = state.pop('base_param_settings', None)
+    if wrapper.base_param_settings is not None:
+        kept = {key: base[key] for key in kept if is_number(base.get(key))} if isinstance(base, dict) else {}
+        state['base_param_settings'] = wrapper.base_param_settings | kept
 
 
 def is_same_kind(own: Any, other: Any) -> bool:

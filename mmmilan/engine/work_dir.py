@@ -14,8 +14,10 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from mmmilan.checkpoints.archives import read_meta
 from mmmilan.checkpoints.newest import checkpoints_in, find_newest
 from mmmilan.engine.loops import use_epoch_loop
+from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError
 
 
@@ -48,9 +50,9 @@ def locked(work_dir: Path) -> Iterator[None]:
 def training_in(cfg: Config) -> Iterator[None]:
     """Lock and prepare the work dir of a training run; find the checkpoint to resume from."""
     main = is_main(cfg)
+    use_epoch_loop(cfg)
     with locked(Path(cfg.work_dir)) if main else nullcontext():
         prepare(cfg, main)
-        use_epoch_loop(cfg)
         yield
 
 
@@ -80,6 +82,8 @@ def prepare(cfg: Config, main: bool) -> None:
         if not cfg.load_from:
             cfg.resume = False
             print_log(f'{folder} holds no checkpoint; a new run starts.', logger='current', level=logging.WARNING)
+        elif Path(cfg.load_from).is_file():
+            refuse_other_config(Path(cfg.load_from), cfg)
         return
     earlier = [*checkpoints_in(folder), *folder.glob('best_*.pth'), *folder.glob('last_checkpoint')]
     if cfg.get('load_from') and Path(cfg.load_from).absolute() in [path.absolute() for path in earlier]:
@@ -89,6 +93,16 @@ def prepare(cfg: Config, main: bool) -> None:
         )
     if main and earlier:
         set_aside(earlier, folder)
+
+
+def refuse_other_config(checkpoint: Path, cfg: Config) -> None:
+    """Raise an :class:`InputError` if a config cannot resume a checkpoint, before the run writes anything."""
+    try:
+        meta = read_meta(checkpoint)
+    except Exception:  # of any type; a damaged file is named when it is loaded
+        return
+    if isinstance(meta, dict):
+        changed_settings(meta, cfg, str(checkpoint))
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:

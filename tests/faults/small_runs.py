@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Process
 from pathlib import Path
 
@@ -21,8 +21,12 @@ from processes import start_ranks
 class Numbers(Dataset):
     metainfo: dict = {}
 
-    def __init__(self, length: int = 4) -> None:
+    def __init__(self, length: int = 4, names: Sequence[str] = ()) -> None:
         self.length = length
+        self.names = names
+
+    def get_data_info(self, index):
+        return dict(img_path=self.names[index]) if self.names else {}
 
     def __len__(self):
         return self.length
@@ -47,15 +51,16 @@ def runner(work_dir: Path, epochs: int = 2, length: int = 4, **kwargs) -> Runner
     checkpoint = dict(type='mmmilan.CheckpointHook', interval=1, **kwargs.pop('checkpoint', {}))
     settings = dict(
         train_dataloader=dict(
-            dataset=Numbers(length),
-            batch_size=2,
+            dataset=Numbers(length, kwargs.pop('names', ())),
+            batch_size=kwargs.pop('batch_size', 2),
             num_workers=kwargs.pop('num_workers', 0),
-            sampler=dict(type='DefaultSampler', shuffle=True, seed=0),
+            sampler=kwargs.pop('sampler', dict(type='DefaultSampler', shuffle=True, seed=0)),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=kwargs.pop('train_cfg', dict(type='mmmilan.EpochLoop', max_epochs=epochs)),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01, fused=True)),
         param_scheduler=[dict(type='CosineAnnealingLR', T_max=4)],
         default_hooks=dict(checkpoint=checkpoint),
+        randomness=dict(seed=None),  # MMEngine changes its default in place
     )
     name = os.urandom(8).hex()  # or two runners of one process would share their message hub
     built = Runner(model, str(work_dir), experiment_name=name, log_level='ERROR', **settings | kwargs)
