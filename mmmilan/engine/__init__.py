@@ -1,7 +1,7 @@
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.console import ConsoleRunner
-from mmmilan.engine.distributed import GradientCompressionHook, ZeroCheckpointHook, ZeroRedundancyOptimizer
+from mmmilan.engine.distributed import GradientCompressionHook
 from mmmilan.engine.fsdp import FullyShardStrategy
 from mmmilan.engine.hooks import (
     ClassCountHook,
@@ -48,6 +48,4 @@ __all__ = [
     'StepSeedHook',
     'StopHook',
     'ThroughputHook',
-    'ZeroCheckpointHook',
-    'ZeroRedundancyOptimizer',
 ]

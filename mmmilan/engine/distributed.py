@@ -1,4 +1,4 @@
-"""CPU process groups, FSDP wrapping, ZeRO checkpoints."""
+"""The processes of a run: their group, how they end, what they send, and models in shards (FSDP2)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_distributed
 from mmengine.hooks import Hook
-from mmengine.optim import ZeroRedundancyOptimizer as MMEngineZeroRedundancyOptimizer
 from mmengine.runner import Runner
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mmmilan.engine.checkpointing import CheckpointHook
-from mmmilan.registry import HOOKS, OPTIMIZERS
+from mmmilan.registry import HOOKS
 
 
 @contextmanager
@@ -84,27 +82,6 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-@OPTIMIZERS.register_module()
-class ZeroRedundancyOptimizer(MMEngineZeroRedundancyOptimizer):
-    """MMEngine's ZeRO, stage 1, for checkpoints of :class:`ZeroCheckpointHook`. Same arguments.
-
-    MMEngine's ``state_dict`` is a collective operation, but only the main process calls it.
-    """
-
-    def state_dict(self) -> dict:
-        """The states that ``consolidate_state_dict`` collected."""
-        return super(MMEngineZeroRedundancyOptimizer, self).state_dict()
-
-
-@HOOKS.register_module()
-class ZeroCheckpointHook(CheckpointHook):
-    """``CheckpointHook`` for :class:`ZeroRedundancyOptimizer`: collect the states of all processes, then save."""
-
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        runner.optim_wrapper.optimizer.consolidate_state_dict()
-        super()._save_checkpoint_with_step(runner, step, meta)
 
 
 @HOOKS.register_module()

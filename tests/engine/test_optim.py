@@ -9,12 +9,10 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
 from helpers import ROOT, build_model, masked_batch
-from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import BFloat16OptimWrapper
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
-from processes import run_script_on_ranks
 
 
 def test_groups_of_parameters(milan_cfg):
@@ -39,27 +37,6 @@ def test_groups_of_parameters(milan_cfg):
     assert sizes[0] == 3 and sizes[1] > 50
     for name, value in weights[1].items():
         torch.testing.assert_close(weights[0][name], value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_zero(tiny_config, tmp_path, processes):
-    """A run with sharded optimizer states resumes a plain one, and ends with its weights."""
-    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-zero_in1k.py')
-    base = {'train_dataloader.num_workers': 0, 'train_dataloader.batch_size': 24 // processes}
-    run_script_on_ranks('train.py', processes, tiny_config(base))
-    zero = base | {
-        'optim_wrapper.optimizer': cfg.optim_wrapper.optimizer.to_dict(),
-        'default_hooks.checkpoint': cfg.default_hooks.checkpoint.to_dict(),
-        'work_dir': str(tmp_path / 'zero'),
-    }
-    run_script_on_ranks('train.py', processes, tiny_config(zero), '--resume', tmp_path / 'work/epoch_1.pth')
-    expected, actual = (load_checkpoint_file(tmp_path / name / 'epoch_2.pth') for name in ('work', 'zero'))
-    for name, value in expected['state_dict'].items():
-        torch.testing.assert_close(actual['state_dict'][name], value, rtol=1e-5, atol=1e-6)
-    states = expected['optimizer']['state']
-    assert set(actual['optimizer']['state']) == set(states)
-    for i, state in states.items():
-        torch.testing.assert_close(actual['optimizer']['state'][i]['exp_avg'], state['exp_avg'], rtol=1e-4, atol=1e-7)
 
 
 # -- bfloat16
