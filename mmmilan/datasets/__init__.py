@@ -3,7 +3,7 @@ from mmmilan.datasets.captions import CaptionedImages, TokenizeCaption
 from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder
-from mmmilan.datasets.random_resized_crop import LoadEncodedCrop, LoadRandomResizedCrop
+from mmmilan.datasets.random_resized_crop import LoadRandomResizedCrop
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.datasets.shards import CaptionedShards, ShardSampler
 from mmmilan.datasets.sources import ImageSources
@@ -17,7 +17,6 @@ __all__ = [
     'Draw',
     'ImageFolder',
     'ImageSources',
-    'LoadEncodedCrop',
     'LoadImage',
     'LoadLabelMap',
     'LoadRandomResizedCrop',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
 
-from mmmilan.datasets.decoding import MAX_PIXELS, decode, exif_orientation, is_truncated_jpeg, open_header, read_bytes
+from mmmilan.datasets.decoding import MAX_PIXELS, decode, exif_orientation, open_header, read_bytes
 from mmmilan.registry import TRANSFORMS
 
 # A JPEG decoded at reduced size must have at least this many times the pixels of the output along each axis.
@@ -56,17 +55,14 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         self.max_pixels = max_pixels
 
     def transform(self, results: dict) -> dict:
-        return self.load(results, read_bytes(results['img_path'], self.backend_args))
-
-    def load(self, results: dict, content: bytes) -> dict:
-        """Decode, crop, resize and flip the file that was read."""
-        path, header = results['img_path'], read_jpeg_header(content)
-        if header is None or math.prod(header.shape) > self.max_pixels:
+        path = results['img_path']
+        content = read_bytes(path, self.backend_args)
+        shape = read_jpeg_shape(content)
+        if shape is None or math.prod(shape) > self.max_pixels:
             image = decode(content, path, max_pixels=self.max_pixels)
             shape, factor = image.shape[:2], 1
             box = self.draw_crop(shape)
         else:
-            shape = header.shape
             box = self.draw_crop(shape)
             factor = self.reduction(box)
             image = decode(content, path, REDUCED.get(factor, 'color'), max_pixels=None)
@@ -85,50 +81,13 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         return next((factor for factor in REDUCED if factor <= spare), 1)
 
 
-@TRANSFORMS.register_module()
-class LoadEncodedCrop(LoadRandomResizedCrop):
-    """Read ``results['img_path']`` and draw its crop and flip, which :class:`DecodingDataPreprocessor` carries out.
-
-    ``results['img']`` is the file itself, uint8 [length], if it is a JPEG of one or three channels without EXIF
-    rotation; anything else is decoded, cropped and flipped here, as by the base class. ``PackInputs`` must pass on
-    ``META_KEYS``. Same arguments and the same random numbers as :class:`LoadRandomResizedCrop`.
-    """
-
-    META_KEYS = ('img_path', 'img_shape', 'ori_shape', 'crop', 'flip')
-
-    def transform(self, results: dict) -> dict:
-        content = read_bytes(results['img_path'], self.backend_args)
-        header = read_jpeg_header(content)
-        if header is None or not header.plain or math.prod(header.shape) > self.max_pixels:
-            return self.load(results, content)
-        box = self.draw_crop(header.shape)
-        flip = np.random.random_sample() < self.flip_prob
-        image = np.frombuffer(bytearray(content), np.uint8)
-        results.update(img=image, img_shape=self.scale, ori_shape=header.shape, crop=box, flip=flip)
-        return results
-
-
-class JPEGHeader(NamedTuple):
-    """What the header of a JPEG says.
-
-    Attributes:
-        shape: Height and width after the EXIF rotation.
-        plain: Whether the image is complete, grey or RGB, and not rotated by EXIF.
-    """
-
-    shape: tuple[int, int]
-    plain: bool
-
-
-def read_jpeg_header(content: bytes) -> JPEGHeader | None:
-    """The header of a JPEG, without decoding it; None for anything else."""
+def read_jpeg_shape(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG after its EXIF rotation, without decoding it; None for anything else."""
     if content[:2] != b'\xff\xd8':
         return None
     try:
         with open_header(content) as image:
-            orientation = exif_orientation(image)
-            plain = image.mode in ('L', 'RGB') and orientation == 1 and not is_truncated_jpeg(content)
-            return JPEGHeader(image.size if orientation >= 5 else image.size[::-1], plain)
+            return image.size if exif_orientation(image) >= 5 else image.size[::-1]
     except Exception:  # of any type, also from its EXIF
         return None  # decoding the image will say what is wrong
 

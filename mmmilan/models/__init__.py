@@ -1,7 +1,6 @@
 from mmmilan.models.data_preprocessor import (
     CaptionDataPreprocessor,
     ClassificationDataPreprocessor,
-    DecodingDataPreprocessor,
     PretrainingDataPreprocessor,
 )
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
@@ -29,7 +28,6 @@ __all__ = [
     'CaptionDataPreprocessor',
     'ClassificationDataPreprocessor',
     'CodewordTarget',
-    'DecodingDataPreprocessor',
     'DenseViT',
     'FeatureTarget',
     'LayerAlignment',

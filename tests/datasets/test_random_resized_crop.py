@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
 import pytest
-from mmengine.config import Config
-from mmengine.dataset import default_collate, pseudo_collate
-from mmpretrain.datasets.transforms import PackInputs, RandomResizedCrop
+from mmpretrain.datasets.transforms import RandomResizedCrop
 from mmpretrain.registry import TRANSFORMS as MMPRETRAIN_TRANSFORMS
 from PIL import Image
 
-from helpers import ROOT, read_scalars, real_data
-from mmmilan.datasets import CorruptImageError, LoadEncodedCrop, LoadImage, LoadRandomResizedCrop
+from helpers import real_data
+from mmmilan.datasets import CorruptImageError, LoadImage, LoadRandomResizedCrop
 from mmmilan.datasets.random_resized_crop import crop, decode, read_jpeg_header, resize
 from mmmilan.errors import InputError
-from mmmilan.registry import MODELS
 
 
 @pytest.fixture
@@ -204,55 +200,3 @@ def test_truncated_and_missing(write_jpeg):
     path.unlink()
     with pytest.raises(InputError, match=f'The image {path} is missing'):
         LoadRandomResizedCrop(8)(dict(img_path=str(path)))
-
-
-# -- decoding on the device
-
-
-def test_decoding_in_the_preprocessor(write_jpeg, tmp_path):
-    """Crops and pixels are those of the workers' pipeline; workers still decode what is not a plain JPEG."""
-    grey, turned, png = tmp_path / 'grey.jpg', tmp_path / 'turned.jpg', tmp_path / 'image.png'
-    image = Image.open(write_jpeg(200, 150))
-    image.convert('L').save(grey)
-    image.save(png)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(turned, exif=exif)
-    paths = [write_jpeg(300, 240), write_jpeg(120, 500), str(grey), str(turned), str(png)]
-    settings = dict(scale=64, crop_ratio_range=(0.2, 1.0), flip_prob=0.5)
-    numbers = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
-    batches = []
-    for load, collate, preprocess in (
-        (LoadRandomResizedCrop(**settings), default_collate, 'mmpretrain.SelfSupDataPreprocessor'),
-        (LoadEncodedCrop(**settings), pseudo_collate, 'mmmilan.DecodingDataPreprocessor'),
-    ):
-        np.random.seed(0)
-        pack = PackInputs(meta_keys=LoadEncodedCrop.META_KEYS)
-        batch = collate([pack(load(dict(img_path=path))) for path in paths * 4])
-        batches.append(MODELS.build(dict(type=preprocess, **numbers))(batch)['inputs'])
-        files = [image.ndim == 1 for image in batch['inputs']]
-    assert files == [True, True, True, False, False] * 4
-    difference = (batches[1] - batches[0]).abs() * 57  # of 255
-    assert batches[1].shape == (20, 3, 64, 64) and difference.mean() < 0.05 and difference.max() < 3
-
-
-def test_a_file_that_does_not_decode_in_the_preprocessor(write_jpeg):
-    path = Path(write_jpeg(300, 240))
-    path.write_bytes(path.read_bytes().replace(b'\xff\xdb', b'\xff\xef'))  # no tables of quantisation
-    pack, load = PackInputs(meta_keys=LoadEncodedCrop.META_KEYS), LoadEncodedCrop(64)
-    batch = pseudo_collate([pack(load(dict(img_path=str(path)))) for path in (write_jpeg(120, 90), path)])
-    with pytest.raises(InputError, match=f'{path} does not decode'):
-        MODELS.build(dict(type='mmmilan.DecodingDataPreprocessor'))(batch)
-
-
-def test_training_decodes_in_the_preprocessor(tiny_config, run_tool, tmp_path):
-    """The settings of docs/performance.md give the losses of the pipeline that decodes in the workers."""
-    settings = re.search(r'```python\n(model = .*?)```', (ROOT / 'docs/performance.md').read_text(), re.DOTALL)[1]
-    settings = Config.fromstring(settings.replace('scale=224', 'scale=64'), '.py')
-    losses = []
-    for changes in ({}, settings.to_dict()):
-        work_dir = tmp_path / f'{len(changes)}'
-        changes = changes | {'train_cfg.max_epochs': 1, 'param_scheduler': None, 'work_dir': str(work_dir)}
-        run_tool('train.py', tiny_config(changes))
-        losses.append([row['loss'] for row in read_scalars(work_dir)])
-    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
