@@ -1,27 +1,21 @@
 from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.compilation import CompileHook
-from mmmilan.engine.console import ConsoleRunner
-from mmmilan.engine.distributed import GradientCompressionHook
-from mmmilan.engine.fsdp import FullyShardStrategy
-from mmmilan.engine.hooks import (
-    ClassCountHook,
-    CorruptImageHook,
-    ExactLoadingHook,
-    ImageSizeHook,
-    MainLoggerHook,
-    NonFiniteLossHook,
-    StepSeedHook,
-)
-from mmmilan.engine.lars import LARS
-from mmmilan.engine.layer_decay import LayerDecayOptimWrapperConstructor
-from mmmilan.engine.loops import EpochLoop
+from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
+from mmmilan.engine.hooks import ClassCountHook, CorruptImageHook, ExactLoadingHook, ImageSizeHook
+from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
+from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
 from mmmilan.engine.mean_teacher import MeanTeacherHook
+from mmmilan.engine.non_finite import NonFiniteLossHook
 from mmmilan.engine.online_evaluation import OnlineEvaluationHook
-from mmmilan.engine.optim import BFloat16OptimWrapper, GroupingOptimWrapperConstructor
-from mmmilan.engine.prefetching import PrefetchHook
+from mmmilan.engine.optim import (
+    LARS,
+    BFloat16OptimWrapper,
+    GroupingOptimWrapperConstructor,
+    LayerDecayOptimWrapperConstructor,
+)
 from mmmilan.engine.schedule import ScheduleCheckHook
 from mmmilan.engine.stopping import StopHook
-from mmmilan.engine.throughput import DeferredRuntimeInfoHook, ThroughputHook
+from mmmilan.engine.throughput import ThroughputHook
 
 __all__ = [
     'BFloat16OptimWrapper',

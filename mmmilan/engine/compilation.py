@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mmmilan.engine.fsdp import transformer_blocks
+from mmmilan.engine.distributed import transformer_blocks
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from torch import nn
+from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
+from mmpretrain.engine.optimizers import LARS as MMPretrainLARS
+from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmmilan.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 
 def computes_in_bfloat16(device: str) -> bool:
@@ -70,5 +74,86 @@ class GroupingOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
         super().add_params(params, module, prefix, **kwargs)
+        if not prefix:  # not in a recursive call
+            group_by_settings(params)
+
+
+@OPTIMIZERS.register_module()
+class LARS(MMPretrainLARS):
+    """mmpretrain's LARS without copies from the device; mmpretrain's copies two norms per parameter and step.
+
+    Same arguments and results, except that the ratio of the norms is rounded to float32.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """One step; ``closure`` recomputes the loss and returns it."""
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            for parameter in group['params']:
+                if parameter.grad is not None:
+                    parameter.sub_(self.update(parameter, group))
+        return loss
+
+    def update(self, parameter: Tensor, group: dict) -> Tensor:
+        """The step that is subtracted from a parameter."""
+        gradient = parameter.grad.add(parameter, alpha=group['weight_decay'])
+        rate = group['lr'] if group.get('lars_exclude') else group['lr'] * self.trust_ratio(parameter, group)
+        step = gradient * rate
+        if group['momentum'] == 0:
+            return step
+        state = self.state[parameter]
+        if 'momentum_buffer' in state:
+            state['momentum_buffer'].mul_(group['momentum']).add_(step, alpha=1 - group['dampening'])
+        else:
+            state['momentum_buffer'] = step.clone()
+        momentum = state['momentum_buffer']
+        return step.add(momentum, alpha=group['momentum']) if group['nesterov'] else momentum
+
+    def trust_ratio(self, parameter: Tensor, group: dict) -> Tensor:
+        """Norm of the weights over that of the gradient, times ``eta``; 1 where one of them is zero. A scalar."""
+        weight, gradient = parameter.norm(), parameter.grad.norm()
+        ratio = group['eta'] * weight / (gradient + group['weight_decay'] * weight + self.eps)
+        return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor):
+    """mmpretrain's constructor, for any model whose ``backbone`` is a ViT: classifiers, detectors, segmentors.
+
+    With L blocks and decay r, the learning rate is multiplied by r^(L+1) for patch embedding, class token and
+    positions, by r^(L-i) for block i (from 0), and by 1 for everything after the blocks. mmpretrain's own asks the
+    model for ``get_layer_depth``, which only classifiers have, and makes a group for every parameter; here parameters
+    with equal settings share a group. ``paramwise_cfg`` is mmpretrain's, with ``layer_decay_rate`` for r.
+
+    Raises:
+        InputError: the model's backbone is not a ViT of mmpretrain or of this project.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        if self.base_wd is None:  # mmpretrain's needs a number for every group
+            kind = self.optimizer_cfg['type']
+            optimizer = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+            default = inspect.signature(optimizer).parameters.get('weight_decay')
+            self.base_wd = default.default if default else 0.0
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        get_layer_depth: Callable | None = None,
+        **kwargs,
+    ) -> None:
+        if get_layer_depth is None:
+            backbone = getattr(module, 'backbone', None)
+            if not hasattr(backbone, 'get_layer_depth'):
+                raise InputError(
+                    f'Layer decay needs a ViT as backbone of {type(module).__name__}, not {type(backbone).__name__}; '
+                    'use mmmilan.DenseViT or remove optim_wrapper.constructor.'
+                )
+            get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
+        super().add_params(params, module, prefix, get_layer_depth, **kwargs)
         if not prefix:  # not in a recursive call
             group_by_settings(params)

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.dist import get_world_size
-from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from mmmilan.engine.flops import counted_flops, peak_tflops
+from mmmilan.engine.log import log_is_due
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
 COUNTED_IMAGES = 4
-
-
-def log_is_due(runner: Runner, batch_idx: int) -> bool:
-    """Whether MMEngine's ``LoggerHook`` may write a line after this step."""
-    interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 1)
-    return (batch_idx + 1) % interval == 0 or batch_idx + 1 == len(runner.train_dataloader)
-
-
-@HOOKS.register_module()
-class DeferredRuntimeInfoHook(RuntimeInfoHook):
-    """MMEngine's ``RuntimeInfoHook``, but losses are copied from the GPU only when a log line is due.
-
-    MMEngine's hook copies them after every step, and so waits for the GPU before the next step. The losses of all steps
-    are still logged. In a config: ``default_hooks.runtime_info``.
-    """
-
-    def __init__(self) -> None:
-        self.pending: list[dict] = []
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
-    ) -> None:
-        # a copy, as a later step may write to the same memory
-        self.pending.append({k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in outputs.items()})
-        if log_is_due(runner, batch_idx):
-            for outputs in self.pending:
-                super().after_train_iter(runner, batch_idx, data_batch, outputs)
-            self.pending.clear()
 
 
 @HOOKS.register_module()
@@ -59,7 +34,7 @@ class ThroughputHook(Hook):
 
     Args:
         peak_tflops: Peak TFLOP/s of one device in dense bfloat16 products, for devices that are not in
-            :data:`mmmilan.engine.flops.PEAK_TFLOPS`.
+            :data:`mmmilan.engine.throughput.PEAK_TFLOPS`.
     """
 
     priority = 'NORMAL'  # after the timer of the default hooks, before the logger
@@ -132,3 +107,80 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+# Dense bfloat16 TFLOP/s with float32 accumulation, from the data sheets. The first key whose words are all in CUDA's
+# name of the device counts.
+PEAK_TFLOPS = {
+    'GB300': 2500.0,
+    'B300': 2250.0,
+    'GB200': 2500.0,
+    'B200': 2250.0,
+    'H200 NVL': 835.5,
+    'H200': 989.4,
+    'GH200': 989.4,
+    'H100 NVL': 835.5,
+    'H100 PCIe': 756.5,
+    'H100': 989.4,
+    'H800 PCIe': 756.5,
+    'H800': 989.4,
+    'H20': 148.0,
+    'A100': 312.0,
+    'A800': 312.0,
+    'A30': 165.0,
+    'L40S': 362.0,
+    'L40': 181.0,
+    'L4': 121.0,
+    'A40': 149.7,
+    'A10G': 70.0,
+    'A10': 125.0,
+    'RTX A6000': 154.8,
+    'RTX 5090': 209.5,
+    'RTX 4090': 165.2,
+    'RTX 3090 Ti': 80.0,
+    'RTX 3090': 71.0,
+}
+# Words in the names of slower variants: for notebooks, for export, slices of a GPU.
+SLOWER_VARIANTS = {'Laptop', 'Max', 'D', 'MIG'}
+
+
+def data_sheet_of(name: str) -> str | None:
+    """The key of a device in ``PEAK_TFLOPS``, by CUDA's name of the device; None if it is not in the table."""
+    words = set(re.split(r'\W+', name))
+    if words & SLOWER_VARIANTS:
+        return None
+    return next((key for key in PEAK_TFLOPS if words.issuperset(key.split())), None)
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak TFLOP/s of a device in dense matrix products; None if it is not in ``PEAK_TFLOPS``."""
+    if device.type != 'cuda' or dtype != torch.bfloat16:
+        return None
+    return PEAK_TFLOPS.get(data_sheet_of(torch.cuda.get_device_name(device)))
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args, **kw) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# PyTorch's own table covers attention on GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the operations in this context; read them with ``get_total_flops()`` of the yielded counter.
+
+    Matrix products, convolutions and attention are counted; a multiply-add counts as two. Compiled modules run
+    uncompiled meanwhile. Activations that are recomputed are counted again.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.compiler.set_stance('force_eager'), counter:
+        yield counter

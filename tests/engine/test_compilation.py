@@ -16,7 +16,7 @@ import mmmilan.engine.compilation as compilation
 from helpers import assert_close, masked_batch
 from mmmilan.engine import CompileHook
 from mmmilan.engine.compilation import compile_model
-from mmmilan.engine.flops import counted_flops
+from mmmilan.engine.throughput import counted_flops
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmmilan.engine.flops import counted_flops, peak_tflops
+from mmmilan.engine.throughput import counted_flops, peak_tflops
 from mmmilan.registry import MODELS
 
 

@@ -16,7 +16,7 @@ from helpers import ROOT, assert_identical, assert_same_weights, read_scalars
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.compilation import compile_model
-from mmmilan.engine.fsdp import transformer_blocks
+from mmmilan.engine.distributed import transformer_blocks
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from processes import run_group, run_script

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers import assert_identical, load_trusted, read_scalars
 from mmmilan.datasets import ReproducibleSampler
-from mmmilan.engine.prefetching import ContinuousLoader
+from mmmilan.engine.loops import ContinuousLoader
 
 
 class Draws(Dataset):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
-from mmmilan.engine.hooks import StepSeedHook
+from mmmilan.engine.loops import StepSeedHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked
 from processes import exit_code

@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 
 from helpers import assert_identical, load_trusted
 from mmmilan.checkpoints.newest import find_newest
-from mmmilan.engine.prefetching import PrefetchHook
+from mmmilan.engine.loops import PrefetchHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked, prepare
 from mmmilan.errors import InputError

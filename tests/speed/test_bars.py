@@ -16,7 +16,7 @@ import torch
 from estimate import MEMORY, Step, steps_of
 
 from helpers import ROOT
-from mmmilan.engine.flops import data_sheet_of
+from mmmilan.engine.throughput import data_sheet_of
 from mmmilan.files import write_text
 
 # Both contestants miss the data sheet in much the same way, so their ratio is surer than the time of either. Gaps in

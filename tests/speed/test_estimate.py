@@ -13,7 +13,7 @@ from timing import no_lap
 from torch import nn
 
 from fake_cuda import CUDA, Operation, Watch, fake_cuda
-from mmmilan.engine.flops import counted_flops
+from mmmilan.engine.throughput import counted_flops
 
 GB = 10**9
 

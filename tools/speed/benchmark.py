@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import Result, compete
 
-from mmmilan.engine.flops import peak_tflops
+from mmmilan.engine.throughput import peak_tflops
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from fake_cuda import CUDA, Operation, Watch, backward, fake_cuda, to_fake, train_step
-from mmmilan.engine.flops import PEAK_TFLOPS
+from mmmilan.engine.throughput import PEAK_TFLOPS
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.models.frozen import Frozen
 from mmmilan.registry import MODELS

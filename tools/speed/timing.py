@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.progress import track
 
-from mmmilan.engine.flops import counted_flops
+from mmmilan.engine.throughput import counted_flops
 
 Lap = Callable[[str], None]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmmilan.datasets import ImageFolder
-from mmmilan.engine.flops import counted_flops
 from mmmilan.engine.launch import launched
+from mmmilan.engine.throughput import counted_flops
 from mmmilan.evaluation.probes import Split, extract_features, knn_accuracy, linear_probe_accuracy
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.files import write_text
