@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mmmilan.api.models import get_model, is_checkpoint, read_config
 from mmmilan.errors import InputError
+from mmmilan.models.attention import record_attention
 from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
-from mmmilan.visualization.attention import record_attention
 
 # Normalised images [B, 3, H, W] -> features [B, D] and attention of the class token in the last block [B, N].
 ComparedModel = Callable[[Tensor], tuple[Tensor, Tensor]]

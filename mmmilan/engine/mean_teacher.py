@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmmilan.errors import InputError
-from mmmilan.models.mean_teacher import MeanTeacher
+from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import HOOKS
 
 

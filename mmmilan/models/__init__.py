@@ -7,7 +7,6 @@ from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecod
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.language import MaskedLanguageModel
 from mmmilan.models.maskclip import MaskCLIP
-from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.milan import MILAN
 from mmmilan.models.semantic_aware_vit import SemanticAwareViT
 from mmmilan.models.targets import (
@@ -21,6 +20,7 @@ from mmmilan.models.targets import (
 )
 from mmmilan.models.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
+from mmmilan.models.wrapping import MeanTeacher
 
 __all__ = [
     'CLIPTarget',

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmmilan.errors import InputError
-from mmmilan.models.tokens import gather_tokens, sincos_position_embedding
-from mmmilan.models.vit import init_linear
+from mmmilan.models.vit import gather_tokens, init_linear, sincos_position_embedding
 from mmmilan.registry import MODELS
 
 NORM_CFG = dict(type='LN', eps=1e-6)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmmilan.checkpoints.loading import exact_initialisation
 from mmmilan.errors import InputError
-from mmmilan.models.tokens import sincos_position_embedding
+from mmmilan.models.vit import sincos_position_embedding
 from mmmilan.models.window_attention import WindowAttention
 from mmmilan.registry import MODELS
 

@@ -15,9 +15,9 @@ from torch.distributed.nn.functional import all_gather
 from mmmilan.errors import InputError
 from mmmilan.masking import split_patches
 from mmmilan.models.fitting import check_parts
-from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.text_tower import TextTower
-from mmmilan.models.tokens import gather_tokens
+from mmmilan.models.vit import gather_tokens
+from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import MODELS, TRANSFORMS
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)

@@ -30,7 +30,7 @@ from mmmilan.masking import split_patches, supplied_masks
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.targets import CLIPTarget
 from mmmilan.models.text_tower import TextTower
-from mmmilan.models.tokens import gather_tokens
+from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_grid
-from mmmilan.models.frozen import Frozen
 from mmmilan.models.teachers import Teacher
 from mmmilan.models.vit import MILANViT
+from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmilan.visualization.attention import last_attention
+from mmmilan.models.attention import last_attention
 from mmmilan.visualization.figures import draw_heat, draw_masked, to_images
 from mmmilan.visualization.page import Page
 

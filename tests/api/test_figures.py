@@ -19,8 +19,8 @@ from mmmilan.api.figures import figures, sample_classes
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
+from mmmilan.models.attention import last_attention
 from mmmilan.registry import MODELS
-from mmmilan.visualization.attention import last_attention
 from mmmilan.visualization.paper import draw_tsne
 
 

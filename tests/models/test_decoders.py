@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmmilan.errors import InputError
 from mmmilan.models.decoders import PromptingAttention, PromptingDecoder
 from mmmilan.models.targets import CLIPTarget
-from mmmilan.models.tokens import gather_tokens
+from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS
 
 

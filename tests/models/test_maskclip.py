@@ -28,7 +28,7 @@ from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
 from mmmilan.models import MaskCLIP, MeanTeacher, maskclip
 from mmmilan.models.language import is_word
-from mmmilan.models.tokens import gather_tokens
+from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS
 from processes import run_group
 

@@ -8,7 +8,7 @@ from mmpretrain.structures import DataSample
 
 from helpers import gradients, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
-from mmmilan.models.tokens import sincos_position_embedding
+from mmmilan.models.vit import sincos_position_embedding
 from mmmilan.registry import MODELS
 
 

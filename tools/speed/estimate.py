@@ -31,7 +31,7 @@ from torch import nn
 from fake_cuda import CUDA, Operation, Watch, backward, fake_cuda, to_fake, train_step
 from mmmilan.engine.throughput import PEAK_TFLOPS
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.models.frozen import Frozen
+from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
 
 # Bandwidth (TB/s) and size (GB) of the memory, from the data sheets.

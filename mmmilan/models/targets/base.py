@@ -7,8 +7,8 @@ from mmengine.model import BaseModule
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
-from mmmilan.models.frozen import Frozen
 from mmmilan.models.teachers import CachedTeacher, Teacher
+from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
 
 

@@ -6,9 +6,9 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from mmmilan.models.mean_teacher import MeanTeacher
 from mmmilan.models.targets.base import Target
 from mmmilan.models.teachers import Teacher
+from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import MODELS
 
 
