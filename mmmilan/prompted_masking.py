@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmilan.errors import InputError
-from mmmilan.masking import SemanticAwareMasking
+from mmmilan.models.masking import SemanticAwareMasking
 from mmmilan.registry import TRANSFORMS
 
 if TYPE_CHECKING:

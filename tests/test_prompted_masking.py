@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from helpers import ROOT, real_data
 from mmmilan.demo.scenes.appearance import SEMANTIC_CLASSES
 from mmmilan.errors import InputError
-from mmmilan.masking import Masking, SemanticAwareMasking
+from mmmilan.models.masking import Masking, SemanticAwareMasking
 from mmmilan.prompted_masking import PromptedMasking
 from mmmilan.registry import DATASETS, MODELS
 

@@ -1,23 +1,17 @@
-from mmmilan.models.data_preprocessor import (
+from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
+from mmmilan.models.dense_vit import DenseViT
+from mmmilan.models.layer_alignment import LayerAlignment, LayerMixture
+from mmmilan.models.maskclip import MaskCLIP
+from mmmilan.models.masked_language_model import MaskedLanguageModel
+from mmmilan.models.milan import MILAN
+from mmmilan.models.preprocessors import (
     CaptionDataPreprocessor,
     ClassificationDataPreprocessor,
     PretrainingDataPreprocessor,
 )
-from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
-from mmmilan.models.dense_vit import DenseViT
-from mmmilan.models.language import MaskedLanguageModel
-from mmmilan.models.maskclip import MaskCLIP
-from mmmilan.models.milan import MILAN
+from mmmilan.models.self_distillation import CodewordTarget, FeatureTarget
 from mmmilan.models.semantic_aware_vit import SemanticAwareViT
-from mmmilan.models.targets import (
-    CLIPTarget,
-    CodewordTarget,
-    FeatureTarget,
-    LayerAlignment,
-    LayerMixture,
-    PixelTarget,
-    SumTarget,
-)
+from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
 from mmmilan.models.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import MeanTeacher
@@ -45,5 +39,6 @@ __all__ = [
     'PromptingDecoder',
     'SemanticAwareViT',
     'SumTarget',
+    'Target',
     'TimmTeacher',
 ]

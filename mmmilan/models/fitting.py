@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from mmmilan.errors import InputError
-from mmmilan.masking import Masking, SemanticAwareMasking
+from mmmilan.models.masking import Masking, SemanticAwareMasking
 
 
 def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn.Module, target_dim: int) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from mmmilan.errors import InputError
-from mmmilan.masking import split_patches
 from mmmilan.models.fitting import check_parts
+from mmmilan.models.masking import split_patches
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens
 from mmmilan.models.wrapping import MeanTeacher

@@ -26,8 +26,8 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmmilan.errors import InputError
-from mmmilan.masking import split_patches, supplied_masks
 from mmmilan.models.fitting import check_parts
+from mmmilan.models.masking import split_patches, supplied_masks
 from mmmilan.models.targets import CLIPTarget
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens

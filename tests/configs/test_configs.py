@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from helpers import ROOT, own_settings, real_data, restated
-from mmmilan.masking import RandomMasking, SemanticAwareMasking
 from mmmilan.models import MILAN, CLIPTarget, LinearProjection, MAEDecoder, PixelTarget, PromptingDecoder
+from mmmilan.models.masking import RandomMasking, SemanticAwareMasking
 from mmmilan.registry import MODELS
 
 CONFIGS = {path.stem: path for folder in ('.', 'ablations') for path in (ROOT / 'configs/milan' / folder).glob('*.py')}

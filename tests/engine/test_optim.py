@@ -6,10 +6,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmpretrain.engine.optimizers import LARS as MMPretrainLARS
 from torch import nn
 
-from helpers import ROOT, build_model, masked_batch
-from mmmilan.engine import BFloat16OptimWrapper
+from helpers import ROOT, build_model, check_layer_decay, masked_batch
+from mmmilan.engine import LARS, BFloat16OptimWrapper
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
@@ -92,3 +93,70 @@ def test_a_gpu_that_emulates_bfloat16_is_refused(milan_cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: kwargs == emulated or not kwargs)
     with pytest.raises(InputError, match='Tesla V100-SXM2-32GB has no bfloat16 arithmetic; train in float16'):
         BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
+
+
+SETTINGS = [
+    dict(momentum=0.9),
+    dict(momentum=0.9, weight_decay=0.1, nesterov=True),
+    dict(momentum=0.5, dampening=0.3, weight_decay=0.1),
+    dict(weight_decay=0.1, eta=0.02),
+]
+
+
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
+def test_same_steps(settings):
+    weights = []
+    for optimizer in (LARS, MMPretrainLARS):
+        torch.manual_seed(0)
+        weight, bias = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.zeros(5))  # whose norm is zero at first
+        excluded, unused = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))
+        groups = [dict(params=[weight, bias, unused]), dict(params=[excluded], lars_exclude=True)]
+        steps = optimizer(groups, lr=0.7, **settings)
+        for _ in range(4):
+            steps.zero_grad()
+            (weight @ torch.randn(7) + bias).square().sum().backward()
+            (excluded * torch.randn(3)).sum().backward()
+            steps.step()
+        weights.append([weight, bias, excluded, unused])
+    for actual, expected in zip(*weights, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights[0][0], torch.zeros(5, 7))
+
+
+# config, blocks, decay, learning rate and weight decay of the paper's appendix A.1
+RECIPES = [
+    ('milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py', 12, 0.65, 4e-4, 0.05),
+    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 12, 0.75, 2e-4, 0.1),
+    ('detection/mask-rcnn_vit-large-p16_milan-pre_1x_coco.py', 24, 0.85, 2e-4, 0.1),
+    ('segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py', 12, 0.9, 3e-5, 0.05),
+    ('segmentation/upernet_vit-large-p16_milan-pre_160k_ade20k-512x512.py', 24, 0.9, 3e-5, 0.05),
+]
+CONSTRUCTOR = 'mmmilan.LayerDecayOptimWrapperConstructor'
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=[recipe[0] for recipe in RECIPES])
+def test_every_parameter(recipe):
+    check_layer_decay(*recipe)
+
+
+def test_every_parameter_of_a_classifier_with_our_constructor():
+    check_layer_decay(*RECIPES[0], constructor=CONSTRUCTOR)
+
+
+@pytest.mark.parametrize(('optimizer', 'weight_decay'), [('AdamW', 0.01), ('SGD', 0.0), ('Rprop', 0.0)])
+def test_optimizer_without_weight_decay(optimizer, weight_decay, milan_cfg):
+    """It keeps its own default, and the learning rates decay all the same."""
+    model = MODELS.build(milan_cfg)
+    optim_wrapper = dict(optimizer=dict(type=optimizer, lr=0.1), constructor=CONSTRUCTOR)
+    optim_wrapper['paramwise_cfg'] = dict(layer_decay_rate=0.5)
+    groups = build_optim_wrapper(model, optim_wrapper).optimizer.param_groups
+    assert {round(group['lr'], 9) for group in groups} == {0.1, 0.05, 0.025, 0.0125}
+    assert {group['weight_decay'] for group in groups} == {weight_decay}
+
+
+def test_only_for_a_vit():
+    model = nn.Module()
+    model.backbone = nn.Linear(2, 2)
+    optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3), constructor=CONSTRUCTOR)
+    with pytest.raises(InputError, match='needs a ViT as backbone of Module, not Linear'):
+        build_optim_wrapper(model, optim_wrapper | dict(paramwise_cfg=dict(layer_decay_rate=0.5)))

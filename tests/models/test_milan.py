@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers import assert_close, build_model, gradients, masked_batch
 from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
-from mmmilan.masking import Masking
+from mmmilan.models.masking import Masking
 from processes import run_group
 
 # -- the teacher

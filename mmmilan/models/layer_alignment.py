@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmmilan.models.targets.base import Target
+from mmmilan.models.targets import Target
 from mmmilan.models.teachers import Teacher
 from mmmilan.models.vit import init_linear
 from mmmilan.registry import MODELS

@@ -12,7 +12,7 @@ from mmengine.dataset import Compose
 from mmpretrain.structures import DataSample
 
 from mmmilan.errors import InputError
-from mmmilan.masking import draw_mask
+from mmmilan.models.masking import draw_mask
 from mmmilan.registry import MODELS, TRANSFORMS
 
 WEIGHTS = torch.tensor([0.05, 0.4, 0.1, 0.15, 0.3])

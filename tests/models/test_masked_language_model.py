@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from helpers import START_TOKEN, encode_words
 from mmmilan.models import MaskedLanguageModel
-from mmmilan.models.language import is_padding, is_word
+from mmmilan.models.masked_language_model import is_padding, is_word
 
 
 def language_model(**kwargs) -> MaskedLanguageModel:

@@ -6,7 +6,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from mmmilan.models.targets.base import Target
+from mmmilan.models.targets import Target
 from mmmilan.models.teachers import Teacher
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import MODELS
