@@ -102,7 +102,7 @@ def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:
 
 
 def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
-    """Build the encoder of a model, with its decoder if the checkpoint has one that predicts CLIP features.
+    """Build the encoder of a model, with its decoder if the checkpoint has one that projects tokens to CLIP features.
 
     Args:
         model: what ``get_model(checkpoint)`` returns; its backbone is used, not copied.
@@ -119,7 +119,8 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     from mmmilan.registry import MODELS
 
     config, neck = read_config(checkpoint).model, None
-    if config.get('head', {}) and config.head.type == 'mmmilan.CLIPTarget' and 'Decoder' in config.neck.type:
+    of_clip = (config.get('head') or {}).get('type') == 'mmmilan.CLIPTarget'
+    if of_clip and hasattr(MODELS.get(config.neck.type), 'project'):
         path = resolve_checkpoint(checkpoint)
         content = load_checkpoint_file(path)
         if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):

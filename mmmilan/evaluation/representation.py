@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mmmilan.models.milan import MILAN
-from mmmilan.models.targets import CLIPTarget
 
 
 def rankme(features: np.ndarray) -> float:
@@ -33,9 +32,9 @@ def cosine_to_teacher(model: MILAN, images: Tensor) -> tuple[float, float] | Non
         images: Normalised images [B, 3, H, W], of which nothing is masked.
 
     Returns:
-        The mean cosine of class tokens and that of patches; None where the target is no teacher's features.
+        The mean cosine of class tokens and that of patches; None where the model has no joint space.
     """
-    if not isinstance(model.head, CLIPTarget):
+    if not model.has_joint_space:
         return None
     features, _ = model.head.run_teacher(images)
     predicted = model.embed_joint(images)

@@ -250,6 +250,17 @@ class PromptingDecoder(Decoder):
             x = self.run_block(block, x, prompts)
         return self.predict(torch.cat([prompts, x], dim=1))
 
+    def project(self, latent: Tensor) -> Tensor:
+        """What is predicted of a whole image: its tokens are all prompts, which skip the blocks.
+
+        Args:
+            latent: The first T of the encoder's tokens of whole images [B, T, D]: class token, patches in image order.
+
+        Returns:
+            Predictions [B, T, C].
+        """
+        return self.predict(self.decoder_embed(latent) + self.decoder_pos_embed[:, : latent.shape[1]])
+
 
 @MODELS.register_module()
 class MAEDecoder(Decoder):
@@ -294,4 +305,8 @@ class LinearProjection(BaseModule):
 
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """latent [B, 1 + V, D] -> predictions [B, 1 + V, C]; the indices are not needed."""
+        return self.project(latent)
+
+    def project(self, latent: Tensor) -> Tensor:
+        """latent [B, T, D] -> predictions [B, T, C], see :meth:`PromptingDecoder.project`."""
         return self.decoder_pred(latent)

@@ -11,7 +11,7 @@ class Embedder(nn.Module):
 
     Args:
         backbone: A ViT of mmpretrain's kind with a class token, such as :class:`MILANViT`.
-        neck: The decoder that it was pretrained with, if it predicts a CLIP's features; else None.
+        neck: The decoder that it was pretrained with, if it projects tokens to a CLIP's features; else None.
     """
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None) -> None:
@@ -26,7 +26,7 @@ class Embedder(nn.Module):
         Returns:
             ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D], and with a decoder ``embedding``
             [B, C]: its prediction of the teacher's class token, which is of length 1 in the joint space of image and
-            text (class token and visible patches skip all blocks of MILAN's decoder).
+            text.
         """
         tokens = self.backbone(images)[-1]
         cls_token, patches = tokens[:, 0], tokens[:, 1:]
@@ -35,7 +35,5 @@ class Embedder(nn.Module):
             mean = self.backbone.ln2(mean)
         features = dict(class_token=cls_token, mean_token=mean, patch_tokens=patches)
         if self.neck is not None:
-            positions = self.neck.decoder_pos_embed[:, :1]
-            predicted = self.neck.predict(self.neck.decoder_embed(tokens[:, :1]) + positions)[:, 0]
-            features['embedding'] = F.normalize(predicted.float(), dim=-1)
+            features['embedding'] = F.normalize(self.neck.project(tokens[:, :1])[:, 0].float(), dim=-1)
         return features

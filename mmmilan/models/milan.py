@@ -191,8 +191,13 @@ class MILAN(BaseModel):
 
     # -- the joint space of image and text
 
+    @property
+    def has_joint_space(self) -> bool:
+        """Whether tokens are predictions of a CLIP's features without passing the blocks of a decoder."""
+        return isinstance(self.head, CLIPTarget) and hasattr(self.neck, 'project')
+
     def embed_joint(self, images: Tensor) -> Tensor:
-        """The decoder's prediction of the teacher's features with nothing masked: images and texts share this space.
+        """The prediction of the teacher's features with nothing masked: images and texts share this space.
 
         Args:
             images: Whole normalised images [B, 3, H, W].
@@ -201,18 +206,24 @@ class MILAN(BaseModel):
             Embeddings [B, 1 + N, C] of length 1, float32: the image's (class token), then those of its patches.
 
         Raises:
-            InputError: the model predicts something else than a teacher's features.
+            InputError: see :meth:`project_joint`.
         """
         all_patches = torch.arange(self.backbone.num_patches, device=images.device).expand(len(images), -1)
         return self.project_joint(self.backbone(images, all_patches))
 
     def project_joint(self, latent: Tensor) -> Tensor:
-        """The encoder's tokens [B, 1 + N, D] of whole images -> embeddings [B, 1 + N, C], see :meth:`embed_joint`."""
-        if not isinstance(self.head, CLIPTarget):
-            target = type(self.head).__name__
-            raise InputError(f'{target} has no joint space of image and text; train with a CLIPTarget.')
-        visible = torch.arange(self.backbone.num_patches, device=latent.device).expand(len(latent), -1)
-        return F.normalize(self.neck(latent, visible, visible[:, :0]).float(), dim=-1)
+        """The encoder's tokens [B, T, D] of whole images -> embeddings [B, T, C] of length 1, float32.
+
+        Raises:
+            InputError: the target is not a CLIP's features, or the decoder mixes the tokens in its blocks.
+        """
+        if not self.has_joint_space:
+            parts = f'{type(self.neck).__name__} with {type(self.head).__name__}'
+            raise InputError(
+                f'{parts} has no joint space of image and text; train with a CLIPTarget and a PromptingDecoder or '
+                'LinearProjection.'
+            )
+        return F.normalize(self.neck.project(latent).float(), dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> embeddings [B, C] in the joint space, of length 1, float32."""

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 import mmmilan
-from helpers import relative_error
+from helpers import build_model, relative_error
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.errors import InputError
@@ -72,6 +73,22 @@ def test_the_embedding_is_the_decoders_own_prediction(checkpoint):
     with torch.no_grad():
         expected = whole.embed_joint(images)[:, 0]
         assert relative_error(embedder(images)['embedding'], expected) < 1e-6
+
+
+@pytest.mark.parametrize(('neck', 'has_embedding'), [('MAEDecoder', False), ('LinearProjection', True)])
+def test_only_decoders_that_leave_tokens_apart_embed(neck, has_embedding, milan_cfg, tmp_path):
+    """MAE's decoder mixes the tokens in its blocks, so the class token alone is no input for it."""
+    milan_cfg['neck']['type'] = f'mmmilan.{neck}'
+    if neck == 'LinearProjection':
+        milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
+    config = Config(dict(model=milan_cfg))
+    path = tmp_path / 'milan.pth'
+    torch.save(dict(state_dict=build_model(milan_cfg).state_dict(), meta=dict(cfg=config.pretty_text)), path)
+    config.dump(tmp_path / 'config.py')
+    model = MODELS.build(dict(milan_cfg)).eval()
+    embedder = build_embedder(model, path)
+    with torch.no_grad():
+        assert ('embedding' in embedder(torch.randn(2, 3, 64, 64))) == has_embedding
 
 
 def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):

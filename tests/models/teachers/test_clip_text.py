@@ -43,9 +43,16 @@ def test_joint_embedding_is_the_decoders_own_prediction(milan_cfg):
     assert torch.allclose(normalize(seen[:, :3], dim=-1), joint[:, [0, 3, 8]], atol=1e-6)
 
 
-@torch.no_grad()
-def test_joint_embedding_by_the_decoder_of_mae(milan_cfg):
+def test_a_decoder_that_mixes_tokens_has_no_joint_space(milan_cfg):
+    """In MAE's decoder the prediction of the class token depends on all other tokens."""
     milan_cfg['neck']['type'] = 'mmmilan.MAEDecoder'
+    with pytest.raises(InputError, match='MAEDecoder with CLIPTarget has no joint space of image and text; train with'):
+        build_model(milan_cfg).embed_joint(torch.randn(2, 3, 64, 64))
+
+
+@torch.no_grad()
+def test_joint_embedding_without_a_decoder(milan_cfg):
+    milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
     model = build_model(milan_cfg).eval()
     images, everything = torch.randn(2, 3, 64, 64), torch.arange(16).expand(2, -1)
     prediction = model.neck(model.backbone(images, everything), everything, everything[:, :0])
