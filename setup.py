@@ -4,8 +4,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-# What serves a checkout alone: these make environments.
-CHECKOUT_ONLY = ('environment.sh', 'constraints.txt', 'demo.sh', 'test.sh', 'check_install.sh')
+# What serves a checkout alone: environments, the demo, measurements.
+CHECKOUT_ONLY = [
+    'environment.sh',
+    'constraints.txt',
+    'demo.sh',
+    'test.sh',
+    'check_install.sh',
+    'demo',
+    'speed',
+    'study',
+]
 
 
 class BuildWithConfigs(build_py):
@@ -17,9 +26,9 @@ class BuildWithConfigs(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            ignore = shutil.ignore_patterns('__pycache__', *CHECKOUT_ONLY)
             mim = Path(self.build_lib, 'mmmilan', '.mim')
-            for name in ('configs', 'tools'):
+            for name, left_out in (('configs', []), ('tools', CHECKOUT_ONLY)):
+                ignore = shutil.ignore_patterns('__pycache__', *left_out)
                 shutil.copytree(name, mim / name, ignore=ignore, dirs_exist_ok=True)
             shutil.copy('model-index.yml', mim)
 

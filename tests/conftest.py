@@ -24,8 +24,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from helpers import ROOT, TINY_ARCH, strip_prefix
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.demo.scenes import write_scenes
 from mmmilan.registry import MODELS
+from scenes import write_scenes
 
 torch.set_num_threads(1)  # the models here are too small for more
 

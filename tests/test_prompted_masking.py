@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from helpers import ROOT, real_data
-from mmmilan.demo.scenes.appearance import SEMANTIC_CLASSES
 from mmmilan.errors import InputError
 from mmmilan.models.masking import Masking, SemanticAwareMasking
 from mmmilan.prompted_masking import PromptedMasking
 from mmmilan.registry import DATASETS, MODELS
+from scenes.appearance import SEMANTIC_CLASSES
 
 
 class FixedTeacher:
@@ -144,7 +144,7 @@ def test_what_cannot_be_prompted(milan_cfg):
 def test_prompt_keeps_the_patches_that_it_names():
     """'a tiger' keeps more of the tigers' patches visible than attention, or the name of another part of the scenes.
 
-    Needs the MaskCLIP and the scenes of a run of ``tools/demo.py --out demo``.
+    Needs the MaskCLIP and the scenes of a run of ``tools/demo/demo.py --out demo``.
     """
     checkpoint, scenes = real_data('demo/maskclip-seed0/epoch_4.pth'), real_data('demo/scenes')
     cfg = Config.fromfile(ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py')

@@ -15,7 +15,7 @@ PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 @pytest.mark.slow
 def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--num-images', 30, '--epochs-scale', 0.1, '--full')
+    run_tool('demo/demo.py', '--out', out, '--num-images', 30, '--epochs-scale', 0.1, '--full')
 
     scores = json.loads((out / 'results-seed0.json').read_text())
     transfer = scores.pop('transfer')
@@ -48,7 +48,7 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
 
 def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file, tmp_path, capsys):
     out = tmp_path / 'demo'
-    run_tool('demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.1)
+    run_tool('demo/demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.1)
     assert set(json.loads((out / 'results-seed0.json').read_text())) == {'MILAN', 'MAE', 'random', 'teacher'}
     assert (out / 'index.html').stat().st_size > 10_000
     assert 'Without zero-shot accuracy and heat maps' in capsys.readouterr().out  # an image tower alone
@@ -61,8 +61,8 @@ def test_demo_on_a_flat_folder(run_tool, clip_file, tmp_path):
     for i in range(8):
         cv2.imwrite(str(tmp_path / 'photos' / f'{i}.png'), rng.integers(0, 255, (70, 70, 3), dtype=np.uint8))
     options = ('--out', tmp_path / 'demo', '--teacher', clip_file, '--epochs-scale', 0.1)
-    run_tool('demo.py', '--data', tmp_path / 'photos', *options)
+    run_tool('demo/demo.py', '--data', tmp_path / 'photos', *options)
     page = (tmp_path / 'demo/index.html').read_text()
     assert 'What MILAN sees' in page and 'What the frozen encoders know' not in page
     with pytest.raises(SystemExit, match='nowhere does not exist'):
-        run_tool('demo.py', '--data', 'nowhere', *options)
+        run_tool('demo/demo.py', '--data', 'nowhere', *options)

@@ -15,10 +15,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from helpers import ROOT, assert_identical, load_trusted, read_metrics, read_scalars, slow_recall
-from mmmilan.demo.scenes import write_scenes
 from mmmilan.evaluation.zero_shot import read_templates
 from mmmilan.models import MaskCLIP
 from mmmilan.registry import DATASETS, MODELS
+from scenes import write_scenes
 
 CONFIG = ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py'
 

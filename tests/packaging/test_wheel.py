@@ -50,12 +50,13 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_files_in_the_wheel(site):
-    """All configs and every tool that needs no checkout around it."""
+    """All configs and every tool that needs no checkout around it: no demo, no study, nothing that measures."""
     mim = site / 'mmmilan/.mim'
     assert not any(path.is_symlink() for path in mim.rglob('*'))
-    for folder, pattern in (('configs', '*.py'), ('configs', '*.yml'), ('tools', '*.py')):
-        expected = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
-        assert {path.relative_to(mim) for path in (mim / folder).rglob(pattern)} == expected
+    for folder, pattern in (('configs', '**/*.py'), ('configs', '**/*.yml'), ('tools', '*.py')):
+        expected = {path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern)}
+        assert {path.relative_to(mim) for path in (mim / folder).rglob('*') if path.match(pattern)} == expected
+    assert not [path for path in (mim / 'tools').iterdir() if path.is_dir()]
     assert {path.name for path in mim.rglob('*.sh')} == {'dist_train.sh', 'dist_test.sh', 'slurm_train.sh'}
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 import mmmilan
-from mmmilan.demo.scenes import write_scenes
+
+sys.path.append(str(Path(__file__).parents[2] / 'tools/demo'))
+from scenes import write_scenes  # noqa: E402
 
 CONFIG = """
 _base_ = 'mmmilan::demo/mask-rcnn_vit-tiny-p8_scenes.py'

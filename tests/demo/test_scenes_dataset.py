@@ -14,10 +14,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mmmilan.demo.scenes import dataset, make_scene, write_scenes
-from mmmilan.demo.scenes.appearance import BACKGROUNDS, KINDS, SEMANTIC_CLASSES, SHAPES
-from mmmilan.demo.scenes.dataset import polygons
 from mmmilan.errors import InputError
+from scenes import dataset, make_scene, write_scenes
+from scenes.appearance import BACKGROUNDS, KINDS, SEMANTIC_CLASSES, SHAPES
+from scenes.dataset import polygons
 
 SIZE, SEED = 64, 3
 NUM = {'train': 40, 'val': 10}

@@ -1,4 +1,9 @@
-"""The stages of the demo: teacher, pretraining, evaluation, transfer, and the page."""
+"""See MILAN at work: train a MaskCLIP on captions, then a MILAN encoder with it as teacher, and write a page about it.
+
+Without options the demo draws its own captioned images and downloads nothing. With --data it takes your images, and a
+real CLIP (--teacher) in place of the MaskCLIP. With --full it also fine-tunes for classification, detection and
+segmentation.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +27,42 @@ from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.datasets.sources import list_images
-from mmmilan.demo.language import add_heat_maps, zero_shot
-from mmmilan.demo.page import add_curves, add_pictures, add_scores, add_transfer
-from mmmilan.demo.probes import PROBES, TeacherEncoder, probe, probing_datasets
-from mmmilan.demo.scenes import write_scenes
-from mmmilan.demo.training import console, train
-from mmmilan.demo.transfer import Transfer, test_set, transfer, transfer_pictures
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 from mmmilan.models import MILAN
 from mmmilan.models.text_tower import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
+from scenes import write_scenes
+from sections import add_curves, add_heat_maps, add_pictures, add_scores, add_transfer, zero_shot
+from training import PROBES, TeacherEncoder, console, probe, probing_datasets, train
+from transfer import Transfer, test_set, transfer, transfer_pictures
 
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, default=Path('demo'), help='folder to write everything to')
+    parser.add_argument('--data', type=Path, help='your own images, with or without folders for the classes')
+    parser.add_argument(
+        '--teacher',
+        help='MODEL:TAG of open_clip, e.g. ViT-B-16-quickgelu:openai (the default with --data), or a file in '
+        "OpenAI's layout",
+    )
+    parser.add_argument(
+        '--full',
+        action='store_true',
+        help='also fine-tune for classification, detection and segmentation, from MILAN and from random weights',
+    )
+    parser.add_argument(
+        '--num-images', type=int, default=3000, help='training images to draw; a third as many are drawn for testing'
+    )
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--epochs-scale', type=float, default=1.0, help='multiplies the number of epochs')
+    args = parser.parse_args()
+    if args.full and (args.data or args.teacher):
+        raise InputError("--full is for the demo's own images and CLIP; drop --data and --teacher.")
+    return args
 
 
 def work_dir(args: argparse.Namespace, stage: str) -> Path:
@@ -167,10 +195,7 @@ def evaluate(
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Run the demo that ``tools/demo.py`` describes.
-
-    Args:
-        args: The options of ``tools/demo.py``.
+    """Run all of it.
 
     Raises:
         InputError: the images or the teacher are missing or cannot be used.
@@ -209,6 +234,11 @@ def run_demo(args: argparse.Namespace) -> None:
 
     path = args.out / 'index.html'
     page.paragraph(f'bash tools/demo.sh {" ".join(sys.argv[1:])}', 'code')
-    page.write(path, f'Written by tools/demo.py with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
+    page.write(path, f'Written with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
     write_text(args.out / f'results-seed{args.seed}.json', json.dumps(results, indent=2))
     console.print(f'The page: {path.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
+
+
+if __name__ == '__main__':
+    with exit_on_input_error():
+        run_demo(parse_args())

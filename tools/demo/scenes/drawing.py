@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mmmilan.demo.scenes.appearance import (
+from scenes.appearance import (
     BACKGROUNDS,
     COLOURS,
     KINDS,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
 
-from mmmilan.demo.scenes import make_scene
-from mmmilan.demo.scenes.appearance import BACKGROUNDS, COLOURS, KINDS, SHAPES
-from mmmilan.demo.scenes.drawing import captions, paint, render, sample_scene
+from scenes import make_scene
+from scenes.appearance import BACKGROUNDS, COLOURS, KINDS, SHAPES
+from scenes.drawing import captions, paint, render, sample_scene
 
 
 @pytest.mark.parametrize(('seed', 'shape'), enumerate(SHAPES))

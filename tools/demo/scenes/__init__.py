@@ -9,7 +9,7 @@ to two kinds, and so do most patterns, so neither colours nor patterns alone rev
 label maps (segmentation) and captions (image-text training, retrieval).
 """
 
-from mmmilan.demo.scenes.dataset import write_scenes
-from mmmilan.demo.scenes.drawing import make_scene
+from scenes.dataset import write_scenes
+from scenes.drawing import make_scene
 
 __all__ = ['make_scene', 'write_scenes']

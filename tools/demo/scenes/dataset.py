@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from mmmilan.demo.scenes.appearance import KINDS, SEMANTIC_CLASSES, Array
-from mmmilan.demo.scenes.drawing import Scene, make_scene
 from mmmilan.errors import InputError
+from scenes.appearance import KINDS, SEMANTIC_CLASSES, Array
+from scenes.drawing import Scene, make_scene
 
 VERSION = 2  # increase it whenever the same seed no longer gives the same files
 
