@@ -38,7 +38,7 @@ def test_arrows_point_down():
     rows = read_table()
     modules = {name_of(path): path for path in (ROOT / 'mmmilan').rglob('*.py')}
     arrows = {name: set(imports(ast.parse(path.read_text()), modules)) - {name} for name, path in modules.items()}
-    assert len(arrows) > 90 and sum(map(len, arrows.values())) > 300
+    assert arrows['mmmilan.models.milan'] >= {'mmmilan.errors', 'mmmilan.registry'}  # they were read
     del arrows['mmmilan']  # exports the public functions, which are imported on first use
     for name, targets in arrows.items():
         for target in targets:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmmilan.api.models import get_model, read_config
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.open_clip_folder import write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 
 

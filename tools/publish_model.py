@@ -23,7 +23,7 @@ from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
 from mmmilan.export.hub import write_hub_dir
-from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.open_clip_folder import write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import write_text
 

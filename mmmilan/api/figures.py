@@ -141,8 +141,8 @@ def add_attention(
     """Figure 3 or 4: attention maps."""
     import torch
 
-    from mmmilan.visualization.figures import draw_heat, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
+    from mmmilan.visualization.pictures import draw_heat, to_images
 
     batch = torch.cat(list(reader.batches(files, 32)))
     originals = to_images(batch, reader.model.data_preprocessor)
@@ -172,8 +172,8 @@ def add_reconstruction(
 
     from mmmilan.api.compared_models import title_of
     from mmmilan.api.models import get_model
-    from mmmilan.visualization.figures import draw_heat, draw_masked, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
+    from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
 
     reasons = []
     for name in checkpoints:

@@ -214,8 +214,8 @@ def draw_maps(
     space: JointSpace, folder: Path, first: int, names: list[str], pixels: Tensor, cosine: Tensor, texts: list[str]
 ) -> None:
     """Draw a figure for each image of a batch; ``first`` is the number of its first image among all images."""
-    from mmmilan.visualization.figures import draw_heat, to_images
     from mmmilan.visualization.paper import draw_pictures, save_figure
+    from mmmilan.visualization.pictures import draw_heat, to_images
 
     images = to_images(pixels, space.model.data_preprocessor)
     for number, (name, image, maps) in enumerate(zip(names, images, cosine, strict=True), start=first):

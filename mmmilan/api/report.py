@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.model import BaseModel
     from torch import Tensor, nn
 
-    from mmmilan.visualization.report import Images
+    from mmmilan.visualization.report_sections import Images
 
 BATCH_SIZE = 64
 
@@ -63,7 +63,7 @@ def report(
     from mmmilan.api.devices import choose_device, device_name
     from mmmilan.api.models import get_model, read_config
     from mmmilan.datasets.sources import as_sources
-    from mmmilan.visualization import report as sections
+    from mmmilan.visualization import report_sections as sections
     from mmmilan.visualization.page import PAPER_LINK, Page
 
     begin = time.monotonic()
@@ -100,7 +100,7 @@ def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images
 
     from mmmilan.datasets.sources import class_folders, evaluation_source
     from mmmilan.visualization.pictures import evenly_spaced
-    from mmmilan.visualization.report import QUERIES, Images
+    from mmmilan.visualization.report_sections import QUERIES, Images
 
     sources = [os.fspath(evaluation_source(source)) for source in sources]
     names, classes = ', '.join(sources), class_folders(sources[0]) if len(sources) == 1 else []
@@ -122,7 +122,7 @@ def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, C
     """The encoders, from normalised images [B, 3, H, W] to class tokens [B, D], by their names on the page."""
     import torch
 
-    from mmmilan.visualization.report import OURS, RANDOM, START, TEACHER
+    from mmmilan.visualization.report_sections import OURS, RANDOM, START, TEACHER
 
     start = (config.model.backbone.get('init_cfg') or {}).get('checkpoint')
     encoders = {OURS: class_token(milan.backbone)}

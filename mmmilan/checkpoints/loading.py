@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
-from mmmilan.checkpoints.shards import shard_weights
+from mmmilan.checkpoints.sharding import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 

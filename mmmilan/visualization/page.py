@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.figure import Figure
 
 from mmmilan.files import write_text
-from mmmilan.visualization.figures import draw_curve
 
 PAPER_LINK = {'The paper (MILAN, arXiv 2208.06049)': 'https://arxiv.org/abs/2208.06049'}
 STYLE = """
@@ -168,3 +169,17 @@ def _img(image: np.ndarray, alt: str) -> str:
     encoded = cv2.imencode(f'.{kind}', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
     data = base64.b64encode(encoded.tobytes()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+
+
+def draw_curve(epochs: list[float], values: list[float], title: str) -> str:
+    """Draw values over epochs as an SVG element."""
+    figure = Figure(figsize=(3.4, 2.4), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(epochs, values, color='#2563eb', linewidth=1.2, marker='o' if len(values) < 30 else None, markersize=3)
+    axes.set(title=title, xlabel='epoch')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(alpha=0.25)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format='svg')
+    text = buffer.getvalue()
+    return text[text.index('<svg') :]

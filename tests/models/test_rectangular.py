@@ -12,7 +12,7 @@ from helpers import TINY_ARCH, build_model
 from mmmilan.errors import InputError
 from mmmilan.models import MILANViT
 from mmmilan.models.vit import sincos_position_embedding
-from mmmilan.visualization.figures import draw_masked
+from mmmilan.visualization.pictures import draw_masked
 
 GRID, SIZE = (6, 4), (96, 64)
 

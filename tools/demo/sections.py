@@ -15,9 +15,15 @@ from torch.utils.data import Dataset
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.models import MILAN
 from mmmilan.models.text_tower import TextTower
-from mmmilan.visualization.figures import class_colours, draw_heat, to_images
 from mmmilan.visualization.page import Page
-from mmmilan.visualization.pictures import add_predictions, evenly_spaced, loss_curve
+from mmmilan.visualization.pictures import (
+    add_predictions,
+    class_colours,
+    draw_heat,
+    evenly_spaced,
+    loss_curve,
+    to_images,
+)
 
 NUM_PICTURES = 8
 TEMPLATES = ('a {}',)

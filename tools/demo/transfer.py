@@ -14,8 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch.utils.data import Dataset
 
-from mmmilan.visualization.figures import draw_labels, draw_objects
-from mmmilan.visualization.pictures import evenly_spaced
+from mmmilan.visualization.pictures import draw_labels, draw_objects, evenly_spaced
 
 NUM_PICTURES = 6
 MIN_SCORE = 0.5  # boxes of lower scores are not drawn

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers import real_data
 from mmmilan.datasets import CorruptImageError, LoadImage, LoadRandomResizedCrop
-from mmmilan.datasets.random_resized_crop import crop, decode, read_jpeg_header, resize
+from mmmilan.datasets.crops import crop, decode, read_jpeg_header, resize
 from mmmilan.errors import InputError
 
 
@@ -110,7 +110,7 @@ def test_large_images_are_decoded_reduced(write_jpeg, monkeypatch):
     """They look the same: nearer to Pillow's bicubic of the whole image than Pillow's bilinear is."""
     path = write_jpeg(1100, 900)
     flags = []
-    module = 'mmmilan.datasets.random_resized_crop.decode'
+    module = 'mmmilan.datasets.crops.decode'
     monkeypatch.setattr(module, lambda *args, **kwargs: flags.append(args[2]) or decode(*args, **kwargs))
     whole, transform = decode(Path(path).read_bytes(), path), LoadRandomResizedCrop(64, (0.15, 1.0))
     differences, bilinear = [], []

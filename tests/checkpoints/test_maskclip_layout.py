@@ -12,7 +12,7 @@ from PIL import Image
 from helpers import TINY_ARCH, assert_clip, build_model, captioned_batch
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
-from mmmilan.export.open_clip import write_open_clip
+from mmmilan.export.open_clip_folder import write_open_clip
 from mmmilan.export.preprocessing import Preprocessing
 from mmmilan.registry import MODELS
 
