@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers import real_data
 from mmmilan.datasets import CorruptImageError, LoadImage, LoadRandomResizedCrop
-from mmmilan.datasets.crops import crop, decode, read_jpeg_header, resize
+from mmmilan.datasets.crops import crop, decode, read_jpeg_shape, resize
 from mmmilan.errors import InputError
 
 
@@ -153,7 +153,7 @@ def test_orientation(write_jpeg, orientation, size):
     exif[0x0112] = orientation
     path = write_jpeg(*size, exif=exif)
     whole = LoadImage()(dict(img_path=path))['img']
-    assert read_jpeg_header(Path(path).read_bytes()).shape == whole.shape[:2]
+    assert read_jpeg_shape(Path(path).read_bytes()) == whole.shape[:2]
     results = LoadRandomResizedCrop(32, (1.0, 1.0))(dict(img_path=path))
     assert results['ori_shape'] == whole.shape[:2]
     np.random.seed(3)

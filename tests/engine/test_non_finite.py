@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import get_priority
 
 from mmmilan.engine import NonFiniteLossHook
@@ -21,6 +22,33 @@ def test_bad_loss_between_two_lines_of_the_log(tiny_config, run_tool, tmp_path):
     with pytest.raises(SystemExit, match=r'error: The loss is nan at iteration 10 \(epoch 2\); resume from .*epoch_1'):
         run_tool('train.py', tiny_config(changes))
     assert [path.name for path in (tmp_path / 'work').glob('*.pth')] == ['epoch_1.pth']
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+def test_bad_gradients_do_not_reach_the_weights(value, tmp_path, monkeypatch):
+    """They are zeros when the optimizer's step begins; on a CPU the run ends after this step, between two log lines."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer, hook = torch.optim.SGD(model.parameters(), lr=1.0), NonFiniteLossHook()
+    runner = SimpleNamespace(optim_wrapper=OptimWrapper(optimizer), iter=0, epoch=0, work_dir=str(tmp_path))
+    monkeypatch.setattr('mmmilan.engine.non_finite.log_is_due', lambda *args: False)
+    hook.before_train(runner)
+    before = model.weight.detach().clone()
+    for iteration, (gradient, changes) in enumerate([([1.0, 1e30], True), ([1.0, value], False)]):
+        runner.iter = iteration
+        model.weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert bool((model.weight != before).all()) == changes and model.weight.isfinite().all()
+        before = model.weight.detach().clone()
+        if changes:
+            hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(0.5)))
+    with pytest.raises(InputError, match=r'The gradients are not finite at iteration 2 \(epoch 1\); start again'):
+        hook.after_train_iter(runner, 0, outputs=dict(loss=torch.tensor(0.5)))
+
+
+def test_a_step_that_loss_scaling_skips_is_no_fault(monkeypatch):
+    optimizer, hook = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), NonFiniteLossHook()
+    hook.before_train(SimpleNamespace(optim_wrapper=SimpleNamespace(optimizer=optimizer, loss_scaler=None)))
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_bad_weights_are_not_saved_between_two_lines_of_the_log(tmp_path):
