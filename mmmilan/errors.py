@@ -10,12 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    r"""A text for the terminal and the log: bytes of a file name that are not UTF-8, and escape codes, as ``\x1b``."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
+
+
 class InputError(ValueError):
     """An error that a user can fix: a wrong file, key or option.
 
     The message is one sentence, ``cause; remedy.``, that names the file, key or option. The tools print it without a
     stack trace.
     """
+
+    def __init__(self, message: object = '') -> None:
+        super().__init__(printable(str(message)))
+
+
+class CorruptImageError(InputError):
+    """An image that cannot be used: one of many is skipped, named and counted."""
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from mmmilan.datasets.image_folder import walk_images
+from mmmilan.datasets.decoding import EXTENSIONS
+from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.packed import pack_images
 from mmmilan.errors import InputError, exit_on_input_error
 
@@ -19,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         raise InputError(f'The folder {args.folder} does not exist; correct its path.')
-    paths = [args.folder / path for path in sorted(walk_images(str(args.folder)))]
+    paths = [args.folder / path for path in list_folder(args.folder, EXTENSIONS).files]
     if not paths:
         raise InputError(f'The folder {args.folder} holds no image; choose one that does.')
     pack_images(args.folder, track(paths, description=f'packing {len(paths)} images'), args.database)

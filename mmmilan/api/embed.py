@@ -59,7 +59,7 @@ def embed(
     import numpy as np
     from mmengine.logging import print_log
 
-    from mmmilan.datasets.sources import list_images
+    from mmmilan.datasets.image_folder import list_images
 
     path = Path(out)
     check_extension(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def figures(
     from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
-    from mmmilan.datasets.sources import list_labelled_images
+    from mmmilan.datasets.splits import list_labelled_images
     from mmmilan.visualization.page import Page
 
     if not checkpoints:
@@ -79,7 +80,10 @@ def figures(
         add_tsne(page, folder, reader, models, [files[i] for i in chosen], labels[chosen], classes, seed)
     else:
         warn(page, f'Figure 2 is left out: {images} has no folders that name two or more classes.')
-    pictures = [files[i] for i in random.permutation(len(files))[: NUM_SMALL + NUM_LARGE]]
+    readable = (files[i] for i in random.permutation(len(files)) if reader.try_to_read(files[i]) is not None)
+    pictures = list(itertools.islice(readable, NUM_SMALL + NUM_LARGE))
+    if not pictures:
+        raise InputError(f'None of the images of {images} decodes; give images.')
     for number, part in (3, pictures[:NUM_SMALL]), (4, pictures[NUM_SMALL:]):
         if part:
             add_attention(page, folder, number, reader, models, part)
@@ -120,16 +124,21 @@ def add_tsne(
 
     from mmmilan.visualization.paper import draw_tsne, save_figure
 
+    used: list[int] = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    for batch in reader.batches(files, 32):
+    for positions, batch in reader.usable_batches(files, 32):
+        used += positions
         for name, model in models.items():
             parts[name].append(model(batch)[0].float().cpu().numpy())
+    present, labels = np.unique(labels[used], return_inverse=True)
+    if len(present) < 2:
+        warn(page, 'Figure 2 is left out: the images that decode are not of two or more classes.')
+        return
     features = {name: np.concatenate(part) for name, part in parts.items()}
-    present, labels = np.unique(labels, return_inverse=True)
     figure = draw_tsne(features, labels, [classes[i] for i in present], seed)
     page.heading(
         'Figure 2: which classes the encoders separate',
-        f'Features of {len(files)} images of {len(present)} classes in two dimensions (t-SNE), one colour per class. '
+        f'Features of {len(used)} images of {len(present)} classes in two dimensions (t-SNE), one colour per class. '
         'The silhouette is computed from the features themselves: 1 if each class is a cluster, 0 if classes overlap.',
     )
     page.figure(save_figure(figure, folder / 'figure2'), f't-SNE of the features of {", ".join(models)}')

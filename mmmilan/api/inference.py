@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,17 +65,52 @@ class Inferencer:
         """
         import numpy as np
 
+        from mmmilan.datasets.decoding import check_aspect_ratio, from_pil
+
         if isinstance(image, (str, os.PathLike)):
-            if not os.path.isfile(image):
+            path = os.fspath(image)
+            if '://' not in path and not os.path.isfile(path):
                 raise InputError(f'{image} is not a file; give the path of an image.')
-            return self.load(dict(img_path=os.fspath(image)))
+            return self.load(dict(img_path=path))
         if not isinstance(image, np.ndarray):  # PIL
             image = from_pil(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(
                 f'An array of {image.dtype} {list(image.shape)} is not an image; give uint8 [H, W, 3] in BGR order.'
             )
+        check_aspect_ratio(image, 'An array')
         return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+    def usable_batches(self, files: Sequence[str], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """As :meth:`batches`, but images that cannot be used are left out: named in the log and counted at the end.
+
+        Yields:
+            The positions in ``files`` of the images of a batch, and the batch [B, 3, H, W].
+        """
+        from mmengine.dataset import default_collate
+        from mmengine.logging import print_log
+
+        used = 0
+        for start in progress(range(0, len(files), batch_size), type(self).__name__):
+            samples = {i: self.try_to_read(files[i]) for i in range(start, min(start + batch_size, len(files)))}
+            samples = {i: sample for i, sample in samples.items() if sample is not None}
+            used += len(samples)
+            if samples:
+                batch = self.model.data_preprocessor(default_collate(list(samples.values())), False)
+                yield list(samples), batch['inputs']
+        if used < len(files):
+            text = f'{len(files) - used} of {len(files)} images were left out, see above.'
+            print_log(text, logger='current', level=logging.WARNING)
+
+    def try_to_read(self, path: str) -> dict | None:
+        """The packed image; None, with a warning in the log, if it cannot be used or was removed meanwhile."""
+        from mmengine.logging import print_log
+
+        try:
+            return self.prepare(self.read(path))
+        except InputError as error:
+            print_log(f'Left out: {error}', logger='current', level=logging.WARNING)
+            return None
 
 
 class FeatureExtractor(Inferencer):
@@ -175,23 +211,6 @@ class ImageClassificationInferencer(Inferencer):
             result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
             results.append({**result, 'pred_class': classes[label]} if classes else result)
         return results
-
-
-def from_pil(image: Image) -> np.ndarray:
-    """Convert an image of Pillow -> BGR uint8 [H, W, 3]; 16-bit values are scaled from [0, 65535].
-
-    Raises:
-        InputError: the image holds 32-bit or floating-point numbers.
-    """
-    import numpy as np
-
-    from mmmilan.datasets.bit_depth import to_8_bits
-
-    if image.mode.startswith('I;16'):
-        return to_8_bits(np.asarray(image), 65535)
-    if image.mode in ('I', 'F'):
-        raise InputError(f'An image of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
-    return np.asarray(image.convert('RGB'))[..., ::-1]
 
 
 def _as_list(images: Any) -> Sequence:

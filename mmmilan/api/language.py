@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan.api.feature_files import is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import Inferencer
-from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -60,28 +58,13 @@ class JointSpace(Inferencer):
     def embed_images(self, images: Sequence[str], batch_size: int = 32) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Paths, normalised images [B, 3, H, W] and their embeddings [B, 1 + N, C], batch by batch.
 
-        Images that do not decode are left out and named in the log.
+        Images that cannot be used are left out, see :meth:`usable_batches`.
         """
         import torch
-        from mmengine.dataset import default_collate
 
-        for start in progress(range(0, len(images), batch_size), 'Embeddings'):
-            read = {path: sample for path in images[start : start + batch_size] if (sample := self.try_to_read(path))}
-            if read:
-                batch = self.model.data_preprocessor(default_collate(list(read.values())), False)['inputs']
-                with torch.no_grad():
-                    yield list(read), batch, self.model.embed_joint(batch)
-
-    def try_to_read(self, path: str) -> dict | None:
-        """The packed image; None, with a warning in the log, if it does not decode."""
-        from mmengine.logging import print_log
-
-        from mmmilan.datasets import CorruptImageError
-
-        try:
-            return self.prepare(self.load(dict(img_path=path)))
-        except CorruptImageError as error:
-            print_log(f'Left out: {error}', logger='current', level=logging.WARNING)
+        for positions, batch in self.usable_batches(images, batch_size):
+            with torch.no_grad():
+                yield [images[i] for i in positions], batch, self.model.embed_joint(batch)
 
 
 def search(
@@ -117,7 +100,7 @@ def search(
     """
     import torch
 
-    from mmmilan.datasets.sources import list_images
+    from mmmilan.datasets.image_folder import list_images
 
     paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
     space = JointSpace(checkpoint, device)
@@ -170,7 +153,7 @@ def heat_maps(
     import numpy as np
     import torch
 
-    from mmmilan.datasets.sources import list_images
+    from mmmilan.datasets.image_folder import list_images
 
     from_file = is_features(images)
     found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
@@ -251,7 +234,7 @@ def zero_shot(
         InputError: there are fewer than two classes, the number of names is not the number of classes, or the
             checkpoint has no decoder or no text tower.
     """
-    from mmmilan.datasets.sources import list_labelled_images
+    from mmmilan.datasets.splits import list_labelled_images
     from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 
     files, labels, classes = list_labelled_images(data)

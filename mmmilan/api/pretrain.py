@@ -75,24 +75,26 @@ def pretrain(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.recipe import add_evaluation, read_base, set_image_size, set_model, set_schedule, set_start
-    from mmmilan.datasets.sources import as_sources
+    from mmmilan.datasets.image_folder import as_sources
+    from mmmilan.datasets.listing import listed_once
 
     sources = as_sources(data)
     folder = Path(out)
     check_out(folder, resume)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        num_images = count_images(sources, batch_size)
-        config = read_base(sources, num_images, batch_size, seed)
-        set_image_size(config, img_size)
-        add_evaluation(config, sources, labelled)
-        set_start(config, start)
-        set_model(config, arch, teacher, img_size, patch_size)
-        set_schedule(config, num_images, epochs)
-    config.merge_from_dict(changes)
-    config.work_dir = str(folder)
-    path = write_config(config, folder)
-    weights = train(path, resume)
-    write_report(weights, sources if labelled is None else [labelled])
+    with listed_once():
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            num_images = count_images(sources, batch_size)
+            config = read_base(sources, num_images, batch_size, seed)
+            set_image_size(config, img_size)
+            add_evaluation(config, sources, labelled)
+            set_start(config, start)
+            set_model(config, arch, teacher, img_size, patch_size)
+            set_schedule(config, num_images, epochs)
+        config.merge_from_dict(changes)
+        config.work_dir = str(folder)
+        path = write_config(config, folder)
+        weights = train(path, resume)
+        write_report(weights, sources if labelled is None else [labelled])
     return weights
 
 
@@ -112,14 +114,18 @@ def check_out(folder: Path, resume: bool) -> None:
 
 
 def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -> int:
-    """The number of images to train on.
+    """The number of images to train on; what was understood of the folders is said in the log.
 
     Raises:
         InputError: they do not fill a batch.
     """
-    from mmmilan.datasets.sources import list_images, training_sources
+    from mmengine.logging import print_log
+
+    from mmmilan.datasets.image_folder import list_images
+    from mmmilan.datasets.splits import describe, training_sources
 
     num_images = len(list_images(training_sources(sources)))
+    print_log(describe(sources), logger='current')
     if batch_size is not None and batch_size > num_images:
         raise InputError(f'The {num_images} images do not fill one batch of {batch_size}; lower batch_size.')
     return num_images

@@ -24,7 +24,7 @@ def read_base(sources: Sequence[str | os.PathLike], num_images: int, batch_size:
     from mmengine.config import Config
 
     from mmmilan.checkpoints.zoo import zoo_root
-    from mmmilan.datasets.sources import evaluation_source, training_sources
+    from mmmilan.datasets.splits import evaluation_source, training_sources
 
     config = Config.fromfile(zoo_root() / BASE)
     config.runner_type = 'mmmilan.ConsoleRunner'
@@ -63,20 +63,19 @@ def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelle
     Raises:
         InputError: ``labelled`` has no folders that name classes.
     """
-    from mmmilan.datasets.sources import class_folders, evaluation_source, list_images
+    from mmmilan.datasets.image_folder import list_images
+    from mmmilan.datasets.splits import class_folders, evaluation_source
 
-    if labelled is not None and not class_folders(labelled):
+    given = [labelled] if labelled is not None else sources
+    root, classes = class_folders(evaluation_source(given[0])) if len(given) == 1 else ('', [])
+    if labelled is not None and not classes:
         raise InputError(
             f'{labelled} has no folders that name classes; give a folder with one folder of images per class.'
         )
-    if labelled is None and len(sources) == 1:
-        folder = evaluation_source(sources[0])
-        classes = class_folders(folder)
-        labelled = folder if classes and len(list_images(folder)) >= 5 * len(classes) else None
     dataset = dict(config.test_dataloader.dataset)
-    if labelled is not None:
+    if classes and (labelled is not None or len(list_images(root)) >= 5 * len(classes)):
         del dataset['sources']
-        dataset.update(type='mmmilan.ImageFolder', data_root=os.fspath(labelled), with_label=True)
+        dataset.update(type='mmmilan.ImageFolder', data_root=os.fspath(root), with_label=True)
     config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=dataset))
 
 

@@ -62,7 +62,7 @@ def report(
 
     from mmmilan.api.devices import choose_device, device_name
     from mmmilan.api.models import get_model, read_config
-    from mmmilan.datasets.sources import as_sources
+    from mmmilan.datasets.image_folder import as_sources
     from mmmilan.visualization import report_sections as sections
     from mmmilan.visualization.page import PAPER_LINK, Page
 
@@ -98,15 +98,16 @@ def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images
     import torch
     from mmengine.registry import DATASETS
 
-    from mmmilan.datasets.sources import class_folders, evaluation_source
+    from mmmilan.datasets.splits import class_folders, evaluation_source
     from mmmilan.visualization.pictures import evenly_spaced
     from mmmilan.visualization.report_sections import QUERIES, Images
 
     sources = [os.fspath(evaluation_source(source)) for source in sources]
-    names, classes = ', '.join(sources), class_folders(sources[0]) if len(sources) == 1 else []
+    names = ', '.join(sources)
+    root, classes = class_folders(sources[0]) if len(sources) == 1 else ('', [])
     dataset = dict(type='mmmilan.ImageSources', sources=sources)
     if classes:
-        dataset = dict(type='mmmilan.ImageFolder', data_root=sources[0], with_label=True)
+        dataset = dict(type='mmmilan.ImageFolder', data_root=os.fspath(root), with_label=True)
     dataset = DATASETS.build(dataset | dict(pipeline=config.test_dataloader.dataset.pipeline))
     if len(dataset) < 2 * QUERIES:
         raise InputError(f'{names} holds {len(dataset)} images; give at least {2 * QUERIES}.')

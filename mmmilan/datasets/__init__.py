@@ -1,12 +1,11 @@
 from mmmilan.datasets.annotations import LoadLabelMap
-from mmmilan.datasets.captions import CaptionedImages, TokenizeCaption
+from mmmilan.datasets.captions import CaptionedImages, CaptionedShards, TokenizeCaption
 from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.crops import LoadRandomResizedCrop
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
-from mmmilan.datasets.image_folder import ImageFolder
+from mmmilan.datasets.image_folder import ImageFolder, ImageSources
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
-from mmmilan.datasets.shards import CaptionedShards, ShardSampler
-from mmmilan.datasets.sources import ImageSources
+from mmmilan.datasets.shards import ShardSampler
 from mmmilan.datasets.target_cache import CachedTargets
 
 __all__ = [

@@ -13,7 +13,7 @@ import numpy as np
 from mmengine.logging import print_log
 from PIL import TiffImagePlugin
 
-from mmmilan.errors import InputError
+from mmmilan.errors import CorruptImageError
 
 _PNM = re.compile(rb'P[2356](?:\s+|\s*#[^\n]*\n)\s*\d+\s+\d+\s+(\d+)\s')
 _SAMPLES, _BITS, _SAMPLE_FORMAT = 277, 258, 339  # tags of TIFF
@@ -24,7 +24,7 @@ def white_level(content: bytes, path: str) -> int | None:
     """The value of white in an image file of more than 8 bits; None for other files, which OpenCV reads correctly.
 
     Raises:
-        InputError: the image is neither grey nor RGB, or its values are not unsigned integers of 8 or 16 bits.
+        CorruptImageError: the image is neither grey nor RGB, or its values are not unsigned integers of 8 or 16 bits.
     """
     if content[:8] == b'\x89PNG\r\n\x1a\n':
         return 65535 if content[24:25] == b'\x10' else None  # the bit depth in its header
@@ -45,9 +45,9 @@ def tiff_white_level(content: bytes, path: str) -> int | None:
         return None  # decoding the image will say what is wrong
     channels, bits, kinds = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,))), tags.get(_SAMPLE_FORMAT, (1,))
     if channels not in (1, 3):
-        raise InputError(f'{path} has {channels} channels; give images of one (grey) or three (RGB).')
+        raise CorruptImageError(f'{path} has {channels} channels; give images of one (grey) or three (RGB).')
     if bits > 16 or set(kinds) != {1}:
-        raise InputError(f'{path} does not hold unsigned integers of 8 or 16 bits; convert it to them.')
+        raise CorruptImageError(f'{path} does not hold unsigned integers of 8 or 16 bits; convert it to them.')
     return 65535 if bits == 16 else None
 
 

@@ -1,4 +1,4 @@
-"""Captioned images in folders, with a table, a COCO JSON file or text files of captions; and their tokens."""
+"""Captioned images in folders, with a table, a COCO JSON file or text files, or in tar shards; and their tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import csv
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
+from rich.progress import track
 
+from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.image_folder import ImageFolder
+from mmmilan.datasets.listing import extension, list_folder, log_left_out
+from mmmilan.datasets.shards import decode_text, load_index, pair_by_name
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS, TRANSFORMS
 
@@ -26,7 +31,7 @@ class CaptionedImages(ImageFolder):
         data_root: Folder of the images.
         captions: A ``.csv`` or ``.tsv`` file with columns ``image`` (path below ``data_root``) and ``caption``, in
             which an image may have several rows; or a ``.json`` file in COCO's format of captions. None reads the text
-            file of the same name beside each image, one caption per line.
+            file of the same name beside each image, one caption per line, see :func:`pair_by_name`.
         on_corrupt: What to do with an image that is missing, does not decode or has no caption: 'skip' leaves it out
             and names it in the log; 'raise' stops.
         kwargs: Other arguments of :class:`ImageFolder`.
@@ -65,22 +70,73 @@ class CaptionedImages(ImageFolder):
 
     def read_text_files(self) -> Iterator[tuple[str, str, str]]:
         """As :meth:`read_rows`, from the text files beside the images; an image without caption gives ''."""
-        for info in super().load_data_list():
-            image = Path(info['img_path'])
-            path = image.with_suffix('.txt')
+        self.check_folder()
+        files = list_folder(self.img_prefix, (*EXTENSIONS, '.txt')).files
+        images, texts = [[f for f in files if (extension(f) == '.txt') == wanted] for wanted in (False, True)]
+        if not images:
+            raise InputError(f'The data folder {self.img_prefix} holds no image; correct data_root.')
+        pairs = pair_by_name(images, texts)
+        log_left_out(self.img_prefix, {'.txt without image': len(set(texts).difference(*pairs.values()))})
+        for image, names in pairs.items():
+            lines = []
             try:
-                lines = read_text(path).split('\n') if path.is_file() else []
+                for name in names:
+                    lines += [line for line in read_text(Path(self.img_prefix, name)).split('\n') if line.strip()]
             except InputError as error:
                 self.reject(str(error))
                 continue
-            for line in [line for line in lines if line.strip()] or ['']:
-                yield str(path), str(image.relative_to(self.img_prefix)), line
+            for line in lines or ['']:
+                yield f'{self.img_prefix}/{image}', image, line
 
     def reject(self, fault: str) -> None:
         """Leave out an entry, with a warning in the log; or stop, if ``on_corrupt`` says so."""
         if self.on_corrupt == 'raise':
             raise InputError(fault)
         print_log(f'Skipped: {fault}', logger='current', level=logging.WARNING)
+
+
+@DATASETS.register_module()
+class CaptionedShards(CaptionedImages):
+    """Captioned images in tar files, as WebDataset packs them.
+
+    The captions of an image are in a ``.txt`` file with one caption per line or a ``.json`` file with ``caption`` (one
+    text or a list), of the same name up to the extension, or else as :func:`pair_by_name` pairs them. Images are read
+    by offset, see :func:`load_index`. With ``ShardSampler`` one shard is read after the other.
+
+    Args:
+        data_root: Folder of the tar files.
+        kwargs: Other arguments of :class:`CaptionedImages`, except ``captions``.
+
+    Raises:
+        InputError: there is no tar file, or one is damaged.
+    """
+
+    def __init__(self, data_root: str, **kwargs) -> None:
+        self.shard_sizes: list[int] = []
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        self.check_folder()
+        shards = list_folder(self.img_prefix, ('.tar',)).files
+        if not shards:
+            raise InputError(f'The folder {self.data_root} holds no .tar file; set data_root to the shards.')
+        samples, unused = [], Counter()
+        for shard in track(shards, 'Tar shards', transient=True):
+            count = len(samples)
+            index = load_index(Path(self.img_prefix, shard))
+            unused.update(index.unused)
+            for path, captions in index.samples:
+                if captions:
+                    samples.append(dict(img_path=path, captions=captions))
+                elif self.on_corrupt == 'raise':
+                    raise InputError(f'{path} has no caption; complete or remove it.')
+                else:
+                    unused['images without caption'] += 1
+            self.shard_sizes.append(len(samples) - count)
+        log_left_out(f'the shards in {self.data_root}', unused)
+        if not samples:
+            raise InputError(f'The tar files in {self.data_root} hold no image with a caption; set another data_root.')
+        return samples
 
 
 def read_text(path: Path) -> str:
@@ -94,11 +150,6 @@ def read_text(path: Path) -> str:
         return decode_text(content)
     except UnicodeDecodeError as error:
         raise InputError(f'{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8.') from error
-
-
-def decode_text(content: bytes) -> str:
-    """Text from UTF-8, or from UTF-16 with a byte order mark."""
-    return content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:

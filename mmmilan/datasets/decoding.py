@@ -1,32 +1,56 @@
-"""Decode image files to pixels, or say what is wrong with the file."""
+"""Decode image files to pixels, or say what is wrong with the file.
+
+OpenCV decodes JPEG, PNG, TIFF, WebP, BMP and PNM; Pillow the rest of ``EXTENSIONS``, and HEIC with the package
+pillow-heif. The first bytes of a file decide, not its name.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 
 import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.fileio import get
-from PIL import Image
+from PIL import Image, ImageOps, features
 
-from mmmilan.datasets.bit_depth import read_16_bit, white_level
-from mmmilan.errors import InputError
+from mmmilan.datasets.bit_depth import read_16_bit, to_8_bits, white_level
+from mmmilan.errors import CorruptImageError, InputError
 from mmmilan.files import first_line
 from mmmilan.registry import TRANSFORMS
 
 MAX_PIXELS = 1 << 28  # 0.8 GB when decoded
 MAX_BYTES = 1 << 30
+MAX_ASPECT_RATIO = 200  # a strip of 1 x 60000 pixels takes 12 GB once its short side is resized to 256
 ORIENTATION = 0x0112  # EXIF tag
 
+HEIC = ('.heic', '.heif', '.hif')
+AVIF = ('.avif',)
+EXTENSIONS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.dib', '.tif', '.tiff', '.webp')
+EXTENSIONS += ('.ppm', '.pgm', '.pbm', '.pnm', '.gif', '.jp2', '.j2k', '.jpx')
+# Images that do not decode here, by extension, with what makes them decode.
+REMEDIES: dict[str, str] = {}
+if find_spec('pillow_heif'):
+    EXTENSIONS += HEIC
+else:
+    REMEDIES |= dict.fromkeys(HEIC, 'pip install pillow-heif')
+if 'avif' in features.modules and features.check('avif'):
+    EXTENSIONS += AVIF
+else:
+    REMEDIES |= dict.fromkeys(AVIF, 'pip install -U pillow')
 
-class CorruptImageError(InputError):
-    """An image that does not decode."""
+_MARKER = re.compile(rb'\xff[\x01-\xcf\xd8-\xfe]')  # not a stuffed byte, a restart or a fill byte
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+# GIF, JPEG 2000 (file and bare codestream), and the ISO media container of AVIF and HEIC.
+_FOR_PILLOW = re.compile(rb'GIF8|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp', re.DOTALL)
 
 
 @TRANSFORMS.register_module()
@@ -94,8 +118,24 @@ def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
 
 
 def is_truncated_jpeg(content: bytes) -> bool:
-    """Whether a file is a JPEG whose last scan does not end."""
-    return content[:2] == b'\xff\xd8' and content.rfind(b'\xff\xd9') < content.rfind(b'\xff\xda')
+    """Whether a file is a JPEG whose last scan does not end.
+
+    Its markers are read as a decoder reads them: those in segments (a thumbnail in EXIF) and those after the end (the
+    film of a motion photo, the further images of a panorama) do not count.
+    """
+    if content[:2] != b'\xff\xd8':
+        return False
+    position, in_scan = 2, False
+    while marker := _MARKER.search(content, position):
+        position, kind = marker.end(), content[marker.end() - 1]
+        if kind == _EOI:
+            return False
+        if kind == _SOI and in_scan:  # the next image in the file begins
+            return True
+        if kind not in (_SOI, 0x01):  # a segment; its length includes the two bytes of the length
+            position += max(2, int.from_bytes(content[position : position + 2], 'big'))
+        in_scan = in_scan or kind == _SOS
+    return in_scan
 
 
 @contextmanager
@@ -141,11 +181,15 @@ def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int
         max_pixels: The most pixels that are allowed; None skips the check.
 
     Raises:
-        CorruptImageError: the file does not decode, is a truncated JPEG, or has too many pixels.
-        InputError: the image is neither grey nor RGB, or its values are not unsigned integers of 8 or 16 bits.
+        CorruptImageError: the file does not decode, is a truncated JPEG, has too many pixels or is a strip of
+            ``MAX_ASPECT_RATIO``; or the image is neither grey nor RGB, or its values are not unsigned integers of 8 or
+            16 bits.
     """
     if is_truncated_jpeg(content):
         raise CorruptImageError(f'{path} is a truncated JPEG; replace or remove it.')
+    by_pillow = _FOR_PILLOW.match(content)
+    if by_pillow:
+        register_heif()
     if max_pixels is not None:
         check_pixels(content, path, max_pixels)
     try:
@@ -153,13 +197,77 @@ def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int
             image = read_16_bit(content, white)
         elif content[8:12] == b'WEBP':
             image = read_webp(content)
+        elif by_pillow:
+            image = read_with_pillow(content, path)
         else:
             image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
     except (cv2.error, OSError, MemoryError) as error:
         raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
     if image is None:
         raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
+    check_aspect_ratio(image, path)
     return image
+
+
+def check_aspect_ratio(image: np.ndarray, name: str) -> None:
+    """Raise a :class:`CorruptImageError` for a strip [H, W, 3], which would fill the memory once it is resized."""
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise CorruptImageError(
+            f'{name} is a strip of {width} x {height} pixels; crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}.'
+        )
+
+
+def read_with_pillow(content: bytes, path: str) -> np.ndarray:
+    """Decode a GIF (its first frame), JPEG 2000, AVIF or HEIC -> BGR uint8 [H, W, 3].
+
+    Raises:
+        CorruptImageError: the file does not decode.
+    """
+    # Pillow fills a JPEG 2000 up that ends before its end marker, which cannot occur in the data before it.
+    if content.rfind(b'\xff\xd9') < content.rfind(b'\xff\x93') and b'\xff\x4f\xff\x51' in content:
+        raise CorruptImageError(f'{path} does not decode (it is truncated); replace or remove it.')
+    try:
+        with open_header(content) as image:
+            return from_pil(image, path)
+    except CorruptImageError:
+        raise
+    except Exception as error:  # of any type, as the file may hold anything
+        remedy = REMEDIES.get(os.path.splitext(path)[1].lower(), 'replace or remove it')
+        raise CorruptImageError(f'{path} does not decode ({first_line(error)}); {remedy}.') from error
+
+
+@functools.cache
+def register_heif() -> None:
+    """Let Pillow read HEIC if the package pillow-heif is installed."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+
+
+def from_pil(image: Image.Image, name: str = 'An image') -> np.ndarray:
+    """Convert an image of Pillow -> BGR uint8 [H, W, 3], rotated by its EXIF orientation.
+
+    16-bit values are scaled from [0, 65535] to [0, 255].
+
+    Args:
+        image: The image.
+        name: What the error calls it.
+
+    Raises:
+        CorruptImageError: the image does not decode, or holds 32-bit or floating-point numbers.
+    """
+    with suppress(Exception):  # of any type; a damaged EXIF is ignored
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ('I', 'F'):
+        raise CorruptImageError(f'{name} of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
+    try:
+        if image.mode.startswith('I;16'):
+            return to_8_bits(np.asarray(image), 65535)
+        return np.ascontiguousarray(np.asarray(image.convert('RGB'))[..., ::-1])
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:  # cut off, closed, or of a mode without colours
+        raise CorruptImageError(f'{name} does not decode ({first_line(error)}); replace or remove it.') from error
 
 
 def read_webp(content: bytes) -> np.ndarray | None:

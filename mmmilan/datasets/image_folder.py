@@ -1,55 +1,88 @@
-"""Images in folders, with or without labels."""
+"""Images in folders and tar shards, with or without labels."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from mmengine.fileio import LocalBackend, exists, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
-from mmpretrain.datasets.custom import find_folders
 
-from mmmilan.datasets.decoding import CorruptImageError
+from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
+from mmmilan.datasets.listing import extension, first_folders, is_leaving, list_folder, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb
 from mmmilan.datasets.reproducible import Draw, seeded
-from mmmilan.errors import InputError
+from mmmilan.datasets.shards import load_index
+from mmmilan.errors import InputError, printable
 from mmmilan.registry import DATASETS
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 MAX_CORRUPT_IN_A_ROW = 100
+ENDINGS = f'{", ".join(EXTENSIONS)} or .tar'
+Source = str | os.PathLike  # a folder of images and tar shards, however nested; a tar shard; or an image
 
 
-def walk_images(folder: str, prefix: str = '', parents: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Yield the paths, relative to a folder, of all images in it, however nested, unsorted; hidden files are skipped.
+def list_images(sources: Source | Sequence[Source]) -> list[str]:
+    """All images of one or several sources, sorted by path within each source.
 
-    A folder that cannot be read is named in the log. A link back to one of the ``parents`` (device and inode of the
-    folders on the way here) is not followed.
+    Returns:
+        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.shards.TarBackend`.
+
+    Raises:
+        InputError: a source does not exist, or holds no image.
     """
-    try:
-        state = os.stat(folder)
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        print_log(f'Skipped: {folder} cannot be read ({error.strerror}).', logger='current', level=logging.WARNING)
-        return
-    here = (state.st_dev, state.st_ino)
-    if here in parents:
-        return
-    for entry in entries:
-        with suppress(OSError):  # a link to itself
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith('.') and entry.is_file():
-                yield prefix + entry.name
-            elif entry.is_dir():
-                yield from walk_images(entry.path, f'{prefix}{entry.name}/', (*parents, here))
+    return [image for source in as_sources(sources) for image in images_in(source)]
+
+
+def as_sources(sources: Source | Sequence[Source]) -> list[Source]:
+    """A single source as a list of one, and several as a list."""
+    return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+
+
+def images_in(source: Source) -> list[str]:
+    """As :func:`list_images`, of one source."""
+    path = os.path.expanduser(os.fspath(source))
+    if os.path.isdir(path):
+        images = [image for image, _ in expand_shards(path, list_folder(path).files)]
+    elif not os.path.exists(path):
+        raise InputError(f'{source} does not exist; give a folder of images, a tar file or an image.')
+    elif extension(path) in (*EXTENSIONS, '.tar'):
+        images = [image for image, _ in expand_shards('', [path])]
+    else:
+        images = []
+    if not images:
+        raise InputError(f'{source} holds no image; it should hold files that end in {ENDINGS}.')
+    return images
+
+
+def expand_shards(folder: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each image of the files in a folder, those in tar shards too, with the file that it is in.
+
+    Yields:
+        Path, as :func:`list_images` gives it, and the file relative to the folder.
+    """
+    unused: Counter[str] = Counter()
+    for file in files:
+        path = os.path.join(folder, file)
+        if extension(file) == '.tar':
+            index = remember(path, partial(load_index, Path(path)))
+            unused.update(index.unused)
+            yield from ((image, file) for image, _ in index.samples)
+        else:
+            yield path, file
+    log_left_out(f'the shards in {folder}' if folder else path, unused)
 
 
 @DATASETS.register_module()
 class ImageFolder(CustomDataset):
-    """Every image below a folder, however nested.
+    """Every image below a folder, however nested, those in tar shards too.
 
     Args:
         data_root: The folder.
@@ -88,42 +121,53 @@ class ImageFolder(CustomDataset):
     def load_data_list(self) -> list[dict]:
         if (self.backend_args or {}).get('backend') == 'lmdb':
             return self.load_lmdb_list(self.backend_args['db_path'])
-        backend = get_file_backend(self.img_prefix, enable_singleton=True)
-        if not backend.isdir(self.img_prefix):
+        self.check_folder()
+        if self.ann_file or not isinstance(get_file_backend(self.img_prefix, enable_singleton=True), LocalBackend):
+            try:
+                return super().load_data_list()
+            except RuntimeError as error:  # mmpretrain found no sample
+                raise InputError(
+                    f'The data folder {self.img_prefix} holds no image; it should hold files that end in {ENDINGS}.'
+                ) from error
+        if self.with_label:
+            return self.load_labelled_list()
+        return [dict(img_path=path) for path in images_in(self.img_prefix)]
+
+    def check_folder(self) -> None:
+        """Raise an :class:`InputError` if the folder does not exist."""
+        if not get_file_backend(self.img_prefix, enable_singleton=True).isdir(self.img_prefix):
             raise InputError(
                 f'The data folder {self.img_prefix} does not exist; set data_root to the folder of images.'
             )
-        try:
-            return super().load_data_list()
-        except RuntimeError as error:  # mmpretrain found no sample
-            raise InputError(
-                f'The data folder {self.img_prefix} holds no image; it should hold files that end in '
-                f'{", ".join(EXTENSIONS)}.'
-            ) from error
 
-    def _find_samples(self) -> list:
-        """As mmpretrain's, but five times as fast."""
-        if not isinstance(get_file_backend(self.img_prefix, enable_singleton=True), LocalBackend):
-            return super()._find_samples()
-        if not self.with_label:
-            samples = sorted(walk_images(self.img_prefix))
-        else:
-            classes, self.folder_to_idx = find_folders(self.img_prefix)
-            if self.CLASSES is None:
-                self._metainfo['classes'] = tuple(classes)
-            elif len(self.CLASSES) != len(classes):
-                raise InputError(
-                    f'{self.img_prefix} has {len(classes)} folders for {len(self.CLASSES)} classes; make them equal.'
-                )
-            paths = {name: sorted(walk_images(os.path.join(self.img_prefix, name))) for name in classes}
-            samples = [(f'{name}/{path}', self.folder_to_idx[name]) for name in classes for path in paths[name]]
-            empty = [name for name in classes if not paths[name]]
-            if empty:
-                message = f'{self.img_prefix} has folders without images: {", ".join(empty)}.'
-                print_log(message, logger='current', level=logging.WARNING)
-        if not samples:
-            raise RuntimeError  # as mmpretrain does
-        return samples
+    def is_valid_file(self, filename: str) -> bool:
+        """Whether a key of a database, or a file on a server, is an image."""
+        return super().is_valid_file(filename) and not any(map(is_leaving, filename.split('/')))
+
+    def load_labelled_list(self) -> list[dict]:
+        """As :meth:`load_data_list`, labelled by the first folder of each path."""
+        listing = list_folder(self.img_prefix)
+        classes = listing.folders
+        self.folder_to_idx = {name: label for label, name in enumerate(classes)}
+        if self.CLASSES is None:
+            self._metainfo['classes'] = tuple(classes)
+        elif len(self.CLASSES) != len(classes):
+            raise InputError(
+                f'{self.img_prefix} has {len(classes)} folders for {len(self.CLASSES)} classes; make them equal.'
+            )
+        files = sorted((file for file in listing.files if '/' in file), key=lambda file: file.partition('/')[::2])
+        log_left_out(self.img_prefix, {'images in no folder of a class': len(listing.files) - len(files)})
+        data = [
+            dict(img_path=path, gt_label=self.folder_to_idx[file.partition('/')[0]])
+            for path, file in expand_shards(self.img_prefix, files)
+        ]
+        if not data:
+            raise InputError(f'{self.img_prefix} has no image in the folder of a class; they should end in {ENDINGS}.')
+        empty = sorted(set(classes).difference(first_folders(files)))
+        if empty:
+            message = printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.')
+            print_log(message, logger='current', level=logging.WARNING)
+        return data
 
     def load_lmdb_list(self, db_path: str) -> list[dict]:
         """As :meth:`load_data_list`, from the keys of an LMDB."""
@@ -157,6 +201,7 @@ class ImageFolder(CustomDataset):
 
     def load_or_replace(self, index: int) -> dict:
         """Sample ``index``, or a random other one if the image does not decode and ``on_corrupt`` is 'skip'."""
+        fault = ''
         for _ in range(MAX_CORRUPT_IN_A_ROW):
             try:
                 return self.prepare_data(index)
@@ -166,7 +211,28 @@ class ImageFolder(CustomDataset):
                 with self._num_corrupt.get_lock():
                     self._num_corrupt.value += 1
                 print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
-                index = np.random.randint(len(self))
+                fault, index = str(error), np.random.randint(len(self))
         raise InputError(
-            f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} do not decode; remove the broken files.'
+            f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} cannot be used; mend or remove them, e.g. '
+            f'{fault}'
         )
+
+
+@DATASETS.register_module()
+class ImageSources(ImageFolder):
+    """The images of several sources, without labels.
+
+    Args:
+        sources: Folders (however nested), tar shards and images.
+        kwargs: Other arguments of :class:`ImageFolder`, except ``data_root`` and ``with_label``.
+
+    Raises:
+        InputError: a source does not exist or holds no image.
+    """
+
+    def __init__(self, sources: Sequence[str], **kwargs) -> None:
+        self.sources = sources
+        super().__init__(data_root=str(sources[0]), **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        return [dict(img_path=path) for path in list_images(self.sources)]

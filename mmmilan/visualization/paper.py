@@ -38,8 +38,9 @@ def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequ
         perplexity = min(30.0, (len(values) - 1) / 3)
         points = TSNE(init='pca', perplexity=perplexity, random_state=seed).fit_transform(values)
         axes.scatter(*points.T, c=colours[labels], s=6, linewidths=0)
-        score = silhouette_score(values, labels, metric='cosine')
-        axes.set(title=name, xticks=[], yticks=[], xlabel=f'silhouette {score:.3f}', box_aspect=1)
+        axes.set(title=name, xticks=[], yticks=[], box_aspect=1)
+        if len(classes) < len(values):  # with one image a class there are no clusters
+            axes.set_xlabel(f'silhouette {silhouette_score(values, labels, metric="cosine"):.3f}')
     handles = [axes.scatter([], [], color=colour, s=16) for colour in colours]
     style = dict(ncols=max(2, 2 * len(features)), fontsize=6, frameon=False)
     figure.legend(handles, classes, loc='outside lower center', **style)

@@ -1,4 +1,4 @@
-"""Folders are listed as mmpretrain lists them."""
+"""Folders are listed as mmpretrain lists them, except that hidden folders are skipped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from mmpretrain.datasets import CustomDataset
 
 from mmmilan.datasets import ImageFolder
-from mmmilan.datasets.image_folder import EXTENSIONS
+from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.errors import InputError
 
 
@@ -34,8 +34,9 @@ def folder(tmp_path):
 def test_as_mmpretrain(folder, with_label, log):
     ours = ImageFolder(str(folder), with_label=with_label, pipeline=[])
     theirs = CustomDataset(data_root=str(folder), with_label=with_label, extensions=EXTENSIONS, pipeline=[])
-    assert [ours.get_data_info(i) for i in range(len(ours))] == [theirs.get_data_info(i) for i in range(len(theirs))]
-    assert len(ours) == 6 and ours.metainfo == theirs.metainfo
+    infos = [[data.get_data_info(i) | dict(sample_idx=0) for i in range(len(data))] for data in (ours, theirs)]
+    assert infos[0] == [info for info in infos[1] if '/.dir/' not in info['img_path']]
+    assert len(ours) == 5 and ours.metainfo == theirs.metainfo
     assert ('folders without images: c.' in log.text) == with_label
 
 

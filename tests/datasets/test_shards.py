@@ -51,24 +51,25 @@ def test_a_shard_is_indexed_once_and_again_when_it_changes(shards, monkeypatch):
     shard = shards / '00001.tar'
     expected = load_index(shard)
     monkeypatch.setattr(tarfile, 'open', lambda *args: pytest.fail('read again'))
-    assert load_index(shard) == expected and len(expected) == 4
+    assert load_index(shard) == expected and len(expected.samples) == 4
     monkeypatch.undo()
     moved = shards.rename(shards.with_name('moved'))  # with its index
-    assert [path for path, _ in load_index(moved / '00001.tar')] == [
-        p.replace('/shards/', '/moved/') for p, _ in expected
+    assert [path for path, _ in load_index(moved / '00001.tar').samples] == [
+        p.replace('/shards/', '/moved/') for p, _ in expected.samples
     ]
     write_shard(moved / '00001.tar', {'a.png': grey_png(9), 'a.txt': b'new'})
-    assert [texts for _, texts in load_index(moved / '00001.tar')] == [['new']]
+    assert [texts for _, texts in load_index(moved / '00001.tar').samples] == [['new']]
 
 
 def test_bad_shards(shards, log, tmp_path):
+    (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='holds no .tar file'):
-        CaptionedShards(str(tmp_path))
+        CaptionedShards(str(tmp_path / 'empty'))
     write_shard(shards / '00002.tar', {'7.png': grey_png(7), '8.png': b'broken', '8.txt': b'eight'})
     dataset = CaptionedShards(str(shards), pipeline=LOAD)
     assert dataset.shard_sizes == [3, 4, 1]
     assert int(dataset[7]['img'][0, 0, 0]) < 7
-    assert '00002.tar/7.png@' in log.text and 'has no caption' in log.text
+    assert 'Left out of the shards in' in log.text and '1 images without caption' in log.text
     assert '00002.tar/8.png@' in log.text and 'does not decode' in log.text
     with pytest.raises(InputError, match='00002.tar/7.png@.* has no caption'):
         CaptionedShards(str(shards), on_corrupt='raise')

@@ -26,7 +26,7 @@ from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
-from mmmilan.datasets.sources import list_images
+from mmmilan.datasets.image_folder import list_images
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 from mmmilan.models import MILAN

@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmmilan.datasets.sources import class_folders
+from mmmilan.datasets.splits import class_folders
 from mmmilan.evaluation.probes import extract_features, knn_accuracy, linear_probe_accuracy
 
 console = Console()
@@ -80,9 +80,10 @@ class TeacherEncoder(nn.Module):
 
 def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
     """Labelled data: train and test set, or a single data set to split; [] if folders do not name classes."""
-    if args.data and not class_folders(args.data):
-        return []
-    folders = [args.data] if args.data else [args.out / 'scenes' / split for split in ('train', 'val')]
+    folders = [args.out / 'scenes' / split for split in ('train', 'val')]
+    if args.data:
+        root, classes = class_folders(args.data)
+        folders = [root] if classes else []
     dataset = cfg.test_dataloader.dataset
     return [DATASETS.build({**dataset, 'data_root': str(folder), 'with_label': True}) for folder in folders]
 

@@ -22,7 +22,7 @@ from options import OPTIONS, cached_samples
 from timing import Contestant, Lap
 from torch import Tensor, nn
 
-from mmmilan.datasets.image_folder import EXTENSIONS
+from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.engine.compilation import compile_model
 

@@ -1,0 +1,171 @@
+"""Which files of a folder are images: the one walker, for every command and data set."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from mmengine.logging import print_log
+
+from mmmilan.datasets.decoding import EXTENSIONS, REMEDIES
+from mmmilan.errors import printable
+
+# What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
+LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'system volume information', 'thumbs.db'}
+LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found'}
+OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.shards
+
+_remembered: dict[Any, Any] | None = None  # within listed_once
+
+
+class Listing(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        files: Paths of the files of the wanted kinds, relative to the folder, sorted.
+        folders: Names of the folders directly in it, empty ones too, sorted.
+        left_out: Number of other files by kind.
+    """
+
+    files: list[str]
+    folders: list[str]
+    left_out: Mapping[str, int]
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within this context a folder is listed once, and what is left out of it is said once.
+
+    What comes into the folder meanwhile is not seen.
+    """
+    global _remembered
+    outer, _remembered = _remembered, {} if _remembered is None else _remembered
+    try:
+        yield
+    finally:
+        _remembered = outer
+
+
+def remember(key: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns; within :func:`listed_once` it is called once for each key."""
+    if _remembered is None:
+        return make()
+    if key not in _remembered:
+        _remembered[key] = make()
+    return _remembered[key]
+
+
+def is_leaving(name: str) -> bool:
+    """Whether a file or folder is hidden, or a leaving of another tool."""
+    return name.startswith('.') or name.lower() in LEAVINGS
+
+
+def extension(name: str) -> str:
+    """The extension of a file in lower case, with its dot; '' without one."""
+    return name[dot:].lower() if (dot := name.rfind('.')) > name.rfind('/') + 1 else ''
+
+
+def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = (*EXTENSIONS, '.tar')) -> Listing:
+    """The files of some extensions in a folder, however nested; the others are counted in one line of the log.
+
+    Hidden files and leavings of other tools are skipped. Links to folders are followed, except back to a folder on the
+    way there. A folder that cannot be read is named in the log.
+
+    Args:
+        folder: The folder.
+        kinds: Extensions in lower case; by default those of images and tar shards.
+    """
+    folder = os.path.normpath(os.fspath(folder))
+    known = part_of_known(folder, kinds)
+    return known or remember((folder, kinds), lambda: log_listing(folder, walk(folder, frozenset(kinds))))
+
+
+def part_of_known(folder: str, kinds: tuple[str, ...]) -> Listing | None:
+    """The listing of a folder within another one that was listed before."""
+    outer, inner = os.path.split(folder)
+    while _remembered and inner and outer and not any(map(is_leaving, inner.split('/'))):
+        if whole := _remembered.get((outer, kinds)):
+            prefix = f'{inner}/'
+            files = [file[len(prefix) :] for file in whole.files if file.startswith(prefix)]
+            return Listing(files, first_folders(files), {}) if files else None
+        outer, name = os.path.split(outer)
+        if not name:
+            break
+        inner = f'{name}/{inner}'
+    return None
+
+
+def first_folders(files: list[str]) -> list[str]:
+    """The first folders of relative paths, sorted."""
+    return sorted({file.partition('/')[0] for file in files if '/' in file})
+
+
+def walk(top: str, kinds: frozenset[str]) -> Listing:
+    """As :func:`list_folder`, from the disk."""
+    files: list[str] = []
+    folders: list[str] = []
+    left_out: Counter[str] = Counter()
+    waiting: list[tuple[str, str, tuple]] = [(top, '', ())]
+    while waiting:
+        folder, prefix, parents = waiting.pop()
+        try:
+            state = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            text = printable(f'Skipped: {folder} cannot be read ({error.strerror}).')
+            print_log(text, logger='current', level=logging.WARNING)
+            continue
+        here = state.st_dev, state.st_ino
+        if here in parents:
+            continue
+        for entry in entries:
+            name, hidden = entry.name, is_leaving(entry.name)
+            if extension(name) in kinds and not hidden and is_kind(entry, entry.is_file):
+                files.append(prefix + name)
+            elif not is_kind(entry, entry.is_dir):
+                left_out[kind_of(entry, hidden)] += 1
+            elif hidden:
+                left_out['hidden folders'] += 1
+            else:
+                waiting.append((entry.path, f'{prefix}{name}/', (*parents, here)))
+                if not prefix:
+                    folders.append(name)
+    del left_out['']
+    return Listing(sorted(files), sorted(folders), left_out)
+
+
+def is_kind(entry: os.DirEntry, test: Callable[[], bool]) -> bool:
+    """Whether an entry is a file or a folder; False for a link to itself."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+def kind_of(entry: os.DirEntry, hidden: bool) -> str:
+    """What the log calls a file that is left out; '' for one that nobody misses."""
+    name, kind = entry.name, extension(entry.name)
+    if hidden or name.endswith(OWN):
+        return 'hidden images' if kind in EXTENSIONS else ''
+    if not is_kind(entry, entry.is_file):
+        return 'broken links' if entry.is_symlink() else 'special files'
+    return f'{kind} ({REMEDIES[kind]})' if kind in REMEDIES else kind or 'without extension'
+
+
+def log_listing(folder: str, listing: Listing) -> Listing:
+    """Say what was left out of a folder."""
+    log_left_out(folder, listing.left_out)
+    return listing
+
+
+def log_left_out(source: str, left_out: Mapping[str, int]) -> None:
+    """Say in one line how much of a folder or of shards was not used, by kind; once within :func:`listed_once`."""
+    left_out = {kind: count for kind, count in left_out.items() if count}
+    if left_out:
+        kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+        line = printable(f'Left out of {source}: {", ".join(f"{count} {kind}" for kind, count in kinds)}.')
+        remember(line, lambda: print_log(line, logger='current'))

@@ -1,0 +1,202 @@
+"""What the names of folders mean: training and evaluation, classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, images_in, list_images
+from mmmilan.datasets.listing import list_folder
+
+TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
+VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'holdout'}
+TEST = {'test', 'testing', 'tst'}
+# Words and numbers that stand beside those, as in val2017, train_images, Test-Set and mini_val.
+BESIDE = re.compile(r'\d+|set|splits?|data|images?|imgs?|photos|pictures|mini|full')
+WORD = re.compile(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+')
+IMAGES = re.compile(r'images?|imgs?|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
+ANNOTATIONS = re.compile(
+    r'annotations?|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
+)
+
+
+class Splits(NamedTuple):
+    """The folders of a data set that is divided.
+
+    Attributes:
+        train: Those to train on.
+        held_out: Those to evaluate on, ``val`` before ``test``.
+        unused: The other ones.
+    """
+
+    train: list[str]
+    held_out: list[str]
+    unused: list[str]
+
+
+def role_of(name: str) -> tuple[str, str] | None:
+    """'train', 'val' or 'test', and the rest of a folder's name; None if the name is of no split.
+
+    In any case and with what usually stands beside: ``Train``, ``val2017``, ``ILSVRC2012_img_val``. What remains tells
+    ``cats_train`` and ``dogs_test`` apart.
+    """
+    roles, rest = [], []
+    for word in map(str.lower, WORD.findall(name)):
+        role = 'train' if word in TRAIN else 'val' if word in VAL else 'test' if word in TEST else ''
+        if role:
+            roles.append(role)
+        elif not BESIDE.fullmatch(word):
+            rest.append(word)
+    return (roles[0], ' '.join(rest)) if roles else None
+
+
+def divide(names: Sequence[str], alone: bool) -> Splits | None:
+    """Which of the folders beside each other are splits; None if they are something else, such as classes.
+
+    A split for training and one for evaluation make splits, whatever lies beside. Other names of splits count only if
+    nothing else lies beside: a class may be called ``train``.
+
+    Args:
+        names: The folders that hold images.
+        alone: Whether no image lies beside them.
+    """
+    roles = {name: role for name in names if (role := role_of(name))}
+    kinds: dict[str, set[bool]] = {}
+    for role, rest in roles.values():
+        kinds.setdefault(rest, set()).add(role == 'train')
+    pairs = {rest for rest, found in kinds.items() if len(found) == 2}
+    pairs = {''} if '' in pairs else pairs
+    if not pairs:
+        if not alone or not roles or len(roles) < len(names) or set(kinds) != {''}:
+            return None
+        pairs = {''}
+    chosen = {name: role for name, (role, rest) in roles.items() if rest in pairs}
+    held_out = [name for kind in ('val', 'test') for name in sorted(chosen) if chosen[name] == kind]
+    train = [name for name in sorted(chosen) if chosen[name] == 'train']
+    return Splits(train, held_out, sorted(set(names).difference(chosen)))
+
+
+def wrapper(names: Sequence[str], alone: bool) -> str | None:
+    """The one folder that holds the images: the only one, or that of images beside label maps and the like."""
+    if not alone:
+        return None
+    if len(names) == 1:
+        return names[0]
+    images = [name for name in names if IMAGES.fullmatch(name)]
+    others = all(ANNOTATIONS.fullmatch(name) for name in names if name not in images)
+    return images[0] if len(images) == 1 and others else None
+
+
+class Folder(NamedTuple):
+    """A folder of images, seen from where its images divide.
+
+    Attributes:
+        root: The folder, or the one within it that holds all the images.
+        counts: Number of images and shards in each folder directly in it.
+        loose: Number of those directly in it.
+        splits: Its splits, if it has any.
+    """
+
+    root: str
+    counts: dict[str, int]
+    loose: int
+    splits: Splits | None
+
+
+def look_into(source: Source) -> Folder:
+    """Go down into a folder until images or several folders with images lie there, or splits."""
+    root = os.path.expanduser(os.fspath(source))
+    files = list_folder(root).files if os.path.isdir(root) else []
+    while True:
+        counts = Counter(file.partition('/')[0] for file in files if '/' in file)
+        loose = len(files) - counts.total()
+        splits = divide(sorted(counts), not loose)
+        inner = wrapper(sorted(counts), not loose)
+        if splits is not None or inner is None:
+            return Folder(root, dict(sorted(counts.items())), loose, splits)
+        root = os.path.join(root, inner)
+        files = [file.partition('/')[2] for file in files if file.startswith(f'{inner}/')]
+
+
+def splits_of(source: Source) -> Splits | None:
+    """The folders of a data set with splits, such as ``train`` and ``val``; None for any other source."""
+    folder = look_into(source)
+    return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
+
+
+def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
+    """What to train on: the training splits of each source, or the source itself if it has none."""
+    chosen: list[Source] = []
+    for source in as_sources(sources):
+        splits = splits_of(source)
+        chosen += (splits.train if splits else []) or [source]
+    return chosen
+
+
+def evaluation_source(source: Source) -> Source:
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
+    splits = splits_of(source)
+    return (splits.held_out or splits.train)[0] if splits else source
+
+
+def class_folders(source: Source) -> tuple[Source, list[str]]:
+    """The folder whose folders name classes, and their names: two or more, no image beside them, and no splits.
+
+    The folder is the source, or the one within it that holds all its images. Without classes: the source and [].
+    """
+    folder = look_into(source)
+    if len(folder.counts) < 2 or folder.loose or folder.splits:
+        return source, []
+    return folder.root, list(folder.counts)
+
+
+def list_labelled_images(source: Source) -> tuple[list[str], np.ndarray, list[str]]:
+    """Paths of the images of a source, their labels [M], int, and the class names of :func:`class_folders`.
+
+    Without class folders all labels are 0 and there are no class names.
+
+    Raises:
+        InputError: the source does not exist, or holds no image.
+    """
+    root, classes = class_folders(source)
+    if not classes:
+        images = images_in(source)
+        return images, np.zeros(len(images), int), classes
+    files = [file for file in list_folder(root).files if '/' in file]
+    images, folders = zip(*expand_shards(str(root), files), strict=True)
+    label = {name: i for i, name in enumerate(classes)}
+    return list(images), np.array([label[file.partition('/')[0]] for file in folders]), classes
+
+
+def describe(sources: Sequence[Source]) -> str:
+    """What was understood of the folders, for the log before a training."""
+    training = training_sources(sources)
+    parts = [f'{len(list_images(training))} images to train on, from {named(training)}']
+    held_out = [evaluation_source(source) for source in sources]
+    if set(map(os.fspath, held_out)) <= set(map(os.fspath, training)):
+        parts.append('none are kept for evaluation, which uses the same images')
+    else:
+        parts.append(f'{len(list_images(held_out))} kept for evaluation, in {named(held_out)}')
+    for source in sources:
+        splits = splits_of(source)
+        unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
+        other = splits.held_out[1:] if splits else []
+        if unused or other:
+            parts.append(f'not used: {named(unused + other)}')
+    _, classes = class_folders(held_out[0])
+    if len(held_out) == 1 and classes:
+        parts.append(f'classes of the evaluation, named by folders: {len(classes)} ({named(classes)})')
+    else:
+        parts.append('no folders that name classes')
+    return '; '.join(parts) + '.'
+
+
+def named(names: Sequence[Source]) -> str:
+    """A few names, and how many more there are."""
+    names = list(map(os.fspath, names))
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')

@@ -1,0 +1,106 @@
+"""What the names of folders mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmmilan.datasets.splits import (
+    class_folders,
+    describe,
+    evaluation_source,
+    list_labelled_images,
+    splits_of,
+    training_sources,
+)
+
+
+def make(root: Path, names: str) -> Path:
+    for name in names.split():
+        path = root / name.replace('~', ' ')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def relative(root: Path, folders) -> str:
+    return ' '.join(str(Path(folder).relative_to(root)).replace(' ', '~') for folder in folders)
+
+
+@pytest.mark.parametrize(
+    'files, train, evaluation',
+    [
+        ('train/a/1.jpg val/a/2.jpg test/3.jpg', 'train', 'val'),
+        ('Train/1.jpg Test/2.jpg', 'Train', 'Test'),
+        ('TRAIN/1.jpg TEST/2.jpg __MACOSX/3.jpg .git/4.jpg', 'TRAIN', 'TEST'),
+        ('training/1.jpg validation/2.jpg', 'training', 'validation'),
+        ('train/1.jpg valid/2.jpg test/3.jpg README.dataset.txt', 'train', 'valid'),
+        ('training_set/1.jpg test_set/2.jpg', 'training_set', 'test_set'),
+        ('train2017/1.jpg val2017/2.jpg unlabeled2017/3.jpg annotations/i.json', 'train2017 unlabeled2017', 'val2017'),
+        ('train2017/1.jpg val2017/2.jpg panoptic_val2017/3.png panoptic_train2017/4.png', 'train2017', 'val2017'),
+        ('images/train/1.jpg images/val/2.jpg labels/train/1.txt', 'images/train', 'images/val'),
+        ('images/training/1.jpg images/val/2.jpg annotations/training/1.png', 'images/training', 'images/val'),
+        ('JPEGImages/train/x/1.png JPEGImages/val/x/2.png gtFine/train/x/1.png', 'JPEGImages/train', 'JPEGImages/val'),
+        ('archive/x/train/1.jpg archive/x/test/2.jpg archive/__MACOSX/3.jpg', 'archive/x/train', 'archive/x/test'),
+        ('train/images/1.jpg train/labels/1.txt test/images/2.jpg', 'train', 'test'),
+        ('Train/1.png Test/2.png Meta/3.png preview.jpg', 'Train', 'Test'),
+        ('ILSVRC2012_img_train/a/1.jpg ILSVRC2012_img_val/2.jpg', 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'),
+        ('trainA/1.jpg trainB/2.jpg testA/3.jpg testB/4.jpg', 'trainA trainB', 'testA'),
+        ('train/0.tar val/1.tar', 'train', 'val'),
+    ],
+)  # fmt: skip
+def test_splits(tmp_path, files, train, evaluation):
+    make(tmp_path, files)
+    assert relative(tmp_path, training_sources(tmp_path)) == train
+    assert relative(tmp_path, [evaluation_source(tmp_path)]) == evaluation
+    assert class_folders(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize(
+    'files, classes',
+    [
+        ('train/1.jpg car/2.jpg boat/3.jpg', 'boat car train'),
+        ('test~tube/1.jpg train~station/2.jpg', 'test~tube train~station'),
+        ('valley/1.jpg testudo/2.jpg trainer/3.jpg', 'testudo trainer valley'),
+        ('cat/train.jpg dog/test.jpg .cache/x.jpg', 'cat dog'),
+        ('images/cat/1.jpg images/dog/2.jpg annotations/dog/2.png', 'cat dog'),
+        ('cat/images/1.jpg dog/images/2.jpg', 'cat dog'),
+    ],
+)
+def test_classes(tmp_path, files, classes):
+    make(tmp_path, files)
+    assert splits_of(tmp_path) is None and training_sources(tmp_path) == [tmp_path]
+    root, names = class_folders(tmp_path)
+    assert ' '.join(names).replace(' ', '~').replace('~', ' ').split() == classes.replace('~', ' ').split()
+    images, labels, same = list_labelled_images(tmp_path)
+    assert same == names and [Path(i).relative_to(root).parts[0] for i in images] == [names[i] for i in labels]
+
+
+@pytest.mark.parametrize('files', ['1.jpg 2.jpg', 'cat/1.jpg', 'cat/1.jpg dog/2.jpg 3.jpg', 'test/1.jpg 2.jpg'])
+def test_neither(tmp_path, files):
+    make(tmp_path, files)
+    assert class_folders(tmp_path)[1] == [] and training_sources(tmp_path) == [tmp_path]
+    images, labels, _ = list_labelled_images(tmp_path)
+    assert len(images) == len(files.split()) and not np.any(labels)
+
+
+def test_what_was_understood_is_said(tmp_path):
+    make(tmp_path / 'x', 'train/a/1.jpg train/b/2.jpg Test/a/3.jpg Test/b/4.jpg Test/b/5.jpg Meta/6.jpg')
+    assert describe([tmp_path / 'x']) == (
+        f'2 images to train on, from {tmp_path}/x/train; 3 kept for evaluation, in {tmp_path}/x/Test; not used: '
+        f'{tmp_path}/x/Meta; classes of the evaluation, named by folders: 2 (a, b).'
+    )
+    make(tmp_path / 'y', 'train/1.jpg car/2.jpg')
+    assert describe([tmp_path / 'y']) == (
+        f'2 images to train on, from {tmp_path}/y; none are kept for evaluation, which uses the same images; classes '
+        'of the evaluation, named by folders: 2 (car, train).'
+    )
+    make(tmp_path / 'z', 'train/1.jpg val/2.jpg test/3.jpg')
+    text = describe([tmp_path / 'z', tmp_path / 'y'])
+    assert (
+        text.startswith('3 images to train on')
+        and 'not used: ' in text
+        and text.endswith('no folders that name classes.')
+    )
