@@ -27,7 +27,7 @@ from mmmilan.registry import MODELS
 ROOT = Path(__file__).parent.parent
 TINY_ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)  # of the encoder in milan_cfg
 PRETRAINED = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'  # models of the zoo with published weights
-FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
+FINE_TUNED = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab'
 START_TOKEN, END_TOKEN = 38, 39  # of a text, in the vocabulary of 40 tokens of maskclip_cfg
 
 

@@ -180,7 +180,8 @@ class ImageClassificationInferencer(Inferencer):
     """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
 
     Examples:
-        >>> ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k')('cat.jpg')[0]['pred_class']
+        >>> classify = ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab')
+        >>> classify('cat.jpg')[0]['pred_class']
         'tabby, tabby cat'
     """
 

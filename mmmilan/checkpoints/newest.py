@@ -8,6 +8,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 
 from mmmilan.checkpoints.archives import check_archive, read_meta
+from mmmilan.checkpoints.config import parse_config
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
@@ -47,6 +48,17 @@ def find_newest(folder: Path) -> Path | None:
             '--work-dir.'
         )
     return None
+
+
+def unfinished(path: Path) -> str | None:
+    """How far the run of a checkpoint is, such as 'epoch 3 of 400'; None if it is finished, or does not say its end."""
+    meta = read_meta(path)
+    if not isinstance(meta.get('cfg'), str):
+        return None
+    loop = parse_config(meta['cfg'], f'the config in {path}').get('train_cfg') or {}
+    unit, end = ('epoch', loop['max_epochs']) if 'max_epochs' in loop else ('iteration', loop.get('max_iters'))
+    done = meta.get('epoch' if unit == 'epoch' else 'iter')
+    return f'{unit} {done} of {end}' if isinstance(done, int) and isinstance(end, int) and done < end else None
 
 
 def _say_skipped(path: Path, error: Exception) -> None:

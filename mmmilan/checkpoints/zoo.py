@@ -65,14 +65,17 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     """The local file of a checkpoint.
 
     Args:
-        checkpoint: A file; a URL; the name of a model of the zoo, which is downloaded if it is published; or the name
-            of a config that was trained here, for the newest checkpoint in ``work_dirs/NAME``.
+        checkpoint: A file; a URL; or the name of a config. A name stands for the run of that config in
+            ``work_dirs/NAME`` if there is one, which must be finished; else for the published file, which is
+            downloaded. The log says which.
 
     Raises:
-        InputError: there is no such checkpoint, or its download failed.
+        InputError: there is no such checkpoint, its run is not finished, or its download failed.
     """
+    from mmengine.logging import print_log
+
     from mmmilan.checkpoints.download import download
-    from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.checkpoints.newest import find_newest, unfinished
 
     text = os.fspath(checkpoint)
     path = Path(text.removeprefix('file://')).expanduser()
@@ -80,13 +83,21 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         return path
     if text.startswith(('http://', 'https://')):
         return download(text)
-    model = zoo_models().get(text)
-    if model and model.weights:
-        return download(model.weights, model.sha256)
-    folder = Path('work_dirs', text)
+    model, folder = zoo_models().get(text), Path('work_dirs', text)
     newest = find_newest(folder)
     if newest:
+        progress = unfinished(newest)
+        if progress:
+            published = f'give {model.weights} for the published file' if model and model.weights else f'give {newest}'
+            raise InputError(
+                f'{text} is the run in {folder}, which is not finished ({progress}); finish it with --resume, or '
+                f'{published}.'
+            )
+        print_log(f'{text}: {newest}, the end of your own run.', logger='current')
         return newest
+    if model and model.weights:
+        print_log(f'{text}: the published file, as there is no run in {folder}.', logger='current')
+        return download(model.weights, model.sha256)
     if model:
         raise InputError(f'No weights of {text} have been published and {folder} has none; train it, or give a file.')
     raise InputError(

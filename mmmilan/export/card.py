@@ -17,6 +17,11 @@ PAPERS = {
     'MaskCLIP': ('MaskCLIP: Masked Self-Distillation Advances Contrastive Language-Image Pretraining', '2208.12262'),
     'MAE': ('Masked Autoencoders Are Scalable Vision Learners', '2111.06377'),
 }
+# The paper's appendix A.4 and A.5, shortened.
+LIMITS = (
+    'Limitations: features carry the biases of the images they were learned from. The targets are those of a CLIP, '
+    'which was trained on uncurated English captions: images from where no English is spoken may be served worse.'
+)
 # Folder in which configs expect a public data set -> (name, identifier on the Hugging Face Hub).
 DATA_SETS = {
     'data/imagenet': ('ImageNet-1k', 'imagenet-1k'),
@@ -96,6 +101,7 @@ def model_card(facts: Facts, path: Path) -> str:
         by = 'Pretrained by' if facts.kind != 'classifier' else 'Its encoder was pretrained by'
         lines.append(f'{by} {facts.method}: [{title}](https://arxiv.org/abs/{arxiv}).')
     lines.append(f'Training data: {facts.training_data or "not stated"}.')
+    lines += [LIMITS] if facts.method in ('MILAN', 'MaskCLIP') else []
     results = 'No results are given.\n'
     if facts.metrics:
         rows = [f'| {metric} ({facts.metrics_dataset}) | {value:g} |\n' for metric, value in facts.metrics.items()]

@@ -24,6 +24,7 @@ def test_metafiles_are_in_openmmlabs_form():
     assert set(models) == set(zoo.zoo_models())
     for model in models.values():
         assert Config.fromfile(ROOT / model.config).model
+        assert model.config.endswith(f'/{model.name}.py')  # a name is one recipe
         assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP'))  # from the collection
         if model.weights:
             assert model.weights.startswith('https://download.openmmlab.com/mmselfsup/1.x/milan/')

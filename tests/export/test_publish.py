@@ -74,7 +74,7 @@ def test_files_and_metadata_of_an_encoder(encoder, tmp_path):
     assert encoder.entry['Config'] == f'{encoder.path.stem}.py'  # not the name of a config in the zoo
     assert modelindex.load(str(encoder.path.with_suffix('.yml'))).models[0].name == 'milan'
     assert 'Pretrained by MILAN: [MILAN: Masked Image' in encoder.card
-    assert 'Training data: ImageNet-1k.' in encoder.card
+    assert 'Training data: ImageNet-1k.' in encoder.card and 'Limitations: ' in encoder.card
     assert sha256 in encoder.card and f'{parameters:,} parameters' in encoder.card
     assert encoder.header == {
         'library_name': 'timm',
