@@ -40,6 +40,8 @@ class ImageNetSubsetAccuracy(Accuracy):
         InputError: in use, if a folder is not the WordNet id of a class, or the model has not 1000 classes.
     """
 
+    own_classes = True  # the data set is not numbered by the checkpoint's classes
+
     def __init__(self, topk: int | Sequence[int] = (1, 5), **kwargs) -> None:
         super().__init__(topk, thrs=None, **kwargs)
 
@@ -70,3 +72,14 @@ class ImageNetSubsetAccuracy(Accuracy):
         super().process(
             data_batch, [dict(pred_score=s, gt_label=label) for s, label in zip(scores, labels, strict=True)]
         )
+
+
+@METRICS.register_module(name='IoUMetric')
+def iou_metric(**kwargs) -> BaseMetric:
+    """MMSegmentation's ``IoUMetric``, which says how many classes its means are over; same arguments.
+
+    Without a single labelled pixel it raises an :class:`InputError`. It imports mmseg only when it is called.
+    """
+    from mmmilan.evaluation.mmseg_iou import IoUMetric
+
+    return IoUMetric(**kwargs)
