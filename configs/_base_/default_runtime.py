@@ -15,7 +15,6 @@ custom_hooks = [
     dict(type='mmmilan.NonFiniteLossHook'),
     dict(type='mmmilan.CorruptImageHook'),
     dict(type='mmmilan.ThroughputHook'),
-    dict(type='mmmilan.ClassCountHook'),
     dict(type='mmmilan.ScheduleCheckHook'),
 ]
 

@@ -140,10 +140,9 @@ def _dataset_meta(config: Config) -> dict:
 
 def _load_weights(model: BaseModel, path: Path) -> dict:
     """Load all weights of a model from a file; returns the metainfo of the data set that it was trained on."""
-    from mmmilan.checkpoints.io import load_checkpoint_file
+    from mmmilan.checkpoints.io import get_dataset_meta, load_checkpoint_file
     from mmmilan.checkpoints.loading import load_weights
 
     content = load_checkpoint_file(path)
     load_weights(model, content, str(path))
-    meta = content.get('meta') or {}
-    return meta.get('dataset_meta') or ({'classes': meta['CLASSES']} if 'CLASSES' in meta else {})
+    return get_dataset_meta(content)

@@ -111,6 +111,17 @@ def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -
     return weights
 
 
+def get_dataset_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint knows of the data set that it was trained on, such as its ``classes``; {} if nothing."""
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    found = meta.get('dataset_meta') or ({'classes': meta['CLASSES']} if 'CLASSES' in meta else {})
+    classes = found.get('classes') if isinstance(found, dict) else None
+    if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes):
+        return found
+    return {key: value for key, value in found.items() if key != 'classes'} if isinstance(found, dict) else {}
+
+
 def check_values(weights: dict[str, Tensor], source: str, model: dict[str, Tensor] | None = None) -> None:
     """Refuse weights that are not finite or not floating-point.
 

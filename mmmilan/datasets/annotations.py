@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
+from mmengine.dist import is_main_process
+from rich.progress import track
 
+from mmmilan.datasets.classes import IGNORE, as_name, listed, locate, rewrite, warn
 from mmmilan.datasets.decoding import open_header, read_bytes
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 from mmmilan.registry import TRANSFORMS
 
+LOOKED_AT = 1000  # label maps of a split at most
+MASK = re.compile(rb'"segmentation"\s*:\s*(?!\s|null|\{\s*\}|\[(?:\s|,|\[\s*\])*\])')
 PARTS = ('images', 'categories', 'annotations')
-IGNORE = 255  # label of pixels without one
 
 
 def check_coco(content: dict[str, Any], path: Path) -> None:
@@ -56,6 +64,12 @@ def find_faults(images: list, categories: list, annotations: list) -> Iterator[s
         for side in ('width', 'height'):
             if not is_size(image.get(side)):
                 yield f'images[{index}] ({image["file_name"]}) has the {side} {image.get(side)!r}'
+    names: set[str] = set()
+    for index, category in enumerate(categories):
+        name = as_name(category['name'])
+        if name in names:
+            yield f'categories[{index}] has the name {name} of an earlier one'
+        names.add(name)
     sizes = {image['id']: [image['height'], image['width']] for image in images}
     for index, annotation in enumerate(annotations):
         fault = annotation_fault(annotation, sizes, known['categories'])
@@ -86,6 +100,28 @@ def annotation_fault(annotation: dict[str, Any], sizes: dict[int | str, list[int
     if not isinstance(mask, list) or not all(is_numbers(each) and len(each) % 2 == 0 for each in mask):
         return "a segmentation that is neither polygons x, y, x, y, ... nor an RLE of the image's size"
     return ''
+
+
+def category_ids(categories: dict[int, dict], classes: Sequence[str]) -> list[int]:
+    """The ids of COCO categories in the order of ``classes``.
+
+    Args:
+        categories: Categories by id; one without objects is added, with a negative id, for each class that is missing.
+        classes: Names of the classes.
+    """
+    ids = {as_name(category['name']): number for number, category in categories.items()}
+    for place, name in enumerate(map(as_name, classes)):
+        if name not in ids:
+            ids[name] = -1 - place
+            categories[ids[name]] = dict(id=ids[name], name=name)
+    return [ids[name] for name in map(as_name, classes)]
+
+
+def has_masks(path: Path) -> bool:
+    """Whether an annotation file has a segmentation that is not empty; as fast as the file is read."""
+    with path.open('rb') as file, suppress(ValueError), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return MASK.search(content) is not None
+    return False  # an empty file
 
 
 def is_size(value: Any) -> bool:
@@ -121,15 +157,12 @@ class LoadLabelMap(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         path = results['seg_map_path']
-        labels = read_label_map(read_bytes(path, self.backend_args), path)
+        labels = read_label_map(read_bytes(path, self.backend_args), path, results['reduce_zero_label'])
         shape = tuple(results['ori_shape'][:2])
         if labels.shape != shape:
             sizes = ' x '.join(map(str, labels.shape[::-1])), ' x '.join(map(str, shape[::-1]))
             raise InputError(f'{path} is {sizes[0]}, but its image {sizes[1]} (width x height); make them equal.')
-        if results['reduce_zero_label']:
-            labels[labels == 0] = IGNORE
-            labels[labels != IGNORE] -= 1
-        self.check_labels(labels, path, int(results['reduce_zero_label']))
+        check_labels(np.bincount(labels.ravel(), minlength=256), self.num_classes, path, results['reduce_zero_label'])
         table = np.arange(IGNORE + 1, dtype=np.uint8)
         for old, new in (results.get('label_map') or {}).items():
             table[old] = new
@@ -137,19 +170,36 @@ class LoadLabelMap(BaseTransform):
         results['seg_fields'].append('gt_seg_map')
         return results
 
-    def check_labels(self, labels: np.ndarray, path: str, first: int) -> None:
-        """Raise an :class:`InputError` for labels out of range; ``first`` is the file's number of the first class."""
-        wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
-        if wrong.size:
-            raise InputError(
-                f'{path} has the label {int(wrong.max()) + first} in {wrong.size} pixels, where {first} to '
-                f'{self.num_classes - 1 + first} are possible; correct the map, or num_classes={self.num_classes} of '
-                'the model and of LoadLabelMap.'
-            )
+
+def check_labels(pixels: np.ndarray, num_classes: int, path: str, reduced: bool) -> None:
+    """Check that the labels of a map are those of classes, or 255.
+
+    Args:
+        pixels: Number of pixels [256] of each label.
+        num_classes: Number of classes.
+        path: The file, for the error.
+        reduced: Whether the file has 1 to ``num_classes``, from which 1 was subtracted.
+
+    Raises:
+        InputError: there are others.
+    """
+    wrong = [label for label in np.flatnonzero(pixels).tolist() if num_classes <= label != IGNORE]
+    if wrong:
+        first = int(reduced)
+        remedy = f'num_classes={num_classes} of the model and of LoadLabelMap'
+        if wrong == [num_classes] and not pixels[0] and not reduced:
+            remedy += ', or set reduce_zero_label=True if 0 marks pixels without a class'
+        raise InputError(
+            f'{path} has the label{"s" * (len(wrong) > 1)} {listed(str(label + first) for label in wrong)} in '
+            f'{pixels[wrong].sum()} pixels, '
+            f'where {first} to {num_classes - 1 + first} are possible; correct the map, or {remedy}.'
+        )
 
 
-def read_label_map(content: bytes, path: str) -> np.ndarray:
+def read_label_map(content: bytes, path: str, reduce_zero_label: bool = False) -> np.ndarray:
     """Decode an 8-bit image of one channel or with a palette -> uint8 [H, W].
+
+    With ``reduce_zero_label``, 0 becomes 255 and of the other labels 1 is subtracted.
 
     Raises:
         InputError: the file does not decode, or holds another kind of image.
@@ -161,4 +211,60 @@ def read_label_map(content: bytes, path: str) -> np.ndarray:
         raise InputError(f'{path} does not decode ({first_line(error)}); replace it.') from error
     if mode not in ('L', 'P', '1'):
         raise InputError(f'{path} is an image of mode {mode}; give label maps with one 8-bit channel.')
-    return labels.astype(np.uint8)
+    labels = labels.astype(np.uint8)
+    if reduce_zero_label:
+        labels[labels == 0] = IGNORE
+        labels[labels != IGNORE] -= 1
+    return labels
+
+
+def check_label_maps(dataset: BaseDataset) -> None:
+    """Look at label maps of a split before it is used, until each class has been seen.
+
+    If there are two classes, and pixels of 0 and 255 only, 255 becomes the second class in ``dataset``.
+
+    Args:
+        dataset: A data set of MMSegmentation; others are left alone.
+
+    Raises:
+        InputError: the classes have no names, a map has a label out of range, or no pixel has a class.
+    """
+    if not len(dataset) or not hasattr(dataset, 'reduce_zero_label') or 'seg_map_path' not in dataset.get_data_info(0):
+        return
+    classes = dataset.metainfo.get('classes')
+    if not classes:
+        raise InputError(
+            f'{locate(dataset)} has no names of classes; set metainfo=dict(classes=[...]) of its data set.'
+        )
+    in_files = type(dataset).METAINFO.get('classes') or classes
+    pixels, looked_at = count_pixels(dataset, len(in_files))
+    where = f'{looked_at} of the {len(dataset)} label maps of {locate(dataset)}'
+    if len(in_files) == 2 and pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
+        rewrite(dataset, lambda entry: entry.update(label_map={0: 0, 1: 1} | (entry['label_map'] or {}) | {IGNORE: 1}))
+        warn(f'{where} have the values 0 and 255: 255 is taken for the class {in_files[1]}.')
+        return
+    seen = np.flatnonzero(pixels[: len(in_files)])
+    first = int(dataset.reduce_zero_label)
+    values = listed(str(0 if first and value == IGNORE else value + first) for value in np.flatnonzero(pixels))
+    if not len(seen):
+        raise InputError(f'No pixel of {where} has a class (their values: {values}); write labels from {first}.')
+    lacking = [name for label, name in enumerate(in_files) if label not in seen]
+    if len(seen) == 1:
+        warn(f'Only the class {in_files[seen[0]]} occurs in {where} (values {values}): there is nothing to tell apart.')
+    elif lacking:
+        warn(f'{len(lacking)} of {len(in_files)} classes do not occur in {where}: {listed(lacking)}.')
+
+
+def count_pixels(dataset: BaseDataset, num_classes: int) -> tuple[np.ndarray, int]:
+    """Number of pixels [256] of each label in the label maps of a split, and of how many maps."""
+    pixels, reduced = np.zeros(256, int), dataset.reduce_zero_label
+    order = np.random.default_rng(0).permutation(len(dataset))[:LOOKED_AT]
+    looked_at, quiet = 0, not is_main_process()
+    for index in track(order, 'Looking at label maps', transient=True, disable=quiet):
+        path = dataset.get_data_info(int(index))['seg_map_path']
+        own = np.bincount(read_label_map(read_bytes(path, dataset.backend_args), path, reduced).ravel(), minlength=256)
+        check_labels(own, num_classes, path, reduced)
+        pixels, looked_at = pixels + own, looked_at + 1
+        if pixels[:num_classes].all():
+            break
+    return pixels, looked_at

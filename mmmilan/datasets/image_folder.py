@@ -16,6 +16,7 @@ from mmengine.fileio import LocalBackend, exists, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
 
+from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
 from mmmilan.datasets.listing import extension, first_folders, is_leaving, list_folder, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb
@@ -86,7 +87,8 @@ class ImageFolder(CustomDataset):
 
     Args:
         data_root: The folder.
-        with_label: Take the names of the first level of folders as classes.
+        with_label: Take the names of the first level of folders as classes, in the order of ``metainfo.classes`` if
+            there is one.
         on_corrupt: What to do with an image that does not decode: 'skip' replaces it by another image, names it
             in the log and counts it in ``num_corrupt``; 'raise' stops.
         backend_args: MMEngine's file backend that holds the images; the transform that loads them needs the same.
@@ -147,27 +149,29 @@ class ImageFolder(CustomDataset):
     def load_labelled_list(self) -> list[dict]:
         """As :meth:`load_data_list`, labelled by the first folder of each path."""
         listing = list_folder(self.img_prefix)
-        classes = listing.folders
-        self.folder_to_idx = {name: label for label, name in enumerate(classes)}
-        if self.CLASSES is None:
-            self._metainfo['classes'] = tuple(classes)
-        elif len(self.CLASSES) != len(classes):
-            raise InputError(
-                f'{self.img_prefix} has {len(classes)} folders for {len(self.CLASSES)} classes; make them equal.'
-            )
         files = sorted((file for file in listing.files if '/' in file), key=lambda file: file.partition('/')[::2])
         log_left_out(self.img_prefix, {'images in no folder of a class': len(listing.files) - len(files)})
-        data = [
-            dict(img_path=path, gt_label=self.folder_to_idx[file.partition('/')[0]])
-            for path, file in expand_shards(self.img_prefix, files)
-        ]
-        if not data:
+        images = [(path, file.partition('/')[0]) for path, file in expand_shards(self.img_prefix, files)]
+        if not images:
             raise InputError(f'{self.img_prefix} has no image in the folder of a class; they should end in {ENDINGS}.')
-        empty = sorted(set(classes).difference(first_folders(files)))
+        counts = Counter(folder for _, folder in images)
+        label = self.label_folders({folder: counts[folder] for folder in listing.folders})
+        empty = sorted(set(listing.folders).difference(first_folders(files)))
         if empty:
             message = printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.')
             print_log(message, logger='current', level=logging.WARNING)
-        return data
+        return [dict(img_path=path, gt_label=label[folder]) for path, folder in images]
+
+    def _find_samples(self) -> list:
+        """As mmpretrain's, on a server, but classes that were given are matched by name."""
+        given = self._metainfo.pop('classes', None)
+        samples = super()._find_samples()
+        if self.with_label:
+            counts, folders = Counter(number for _, number in samples), list(self.folder_to_idx)
+            self._metainfo['classes'] = given
+            label = self.label_folders({name: counts[number] for number, name in enumerate(folders)})
+            samples = [(path, label[folders[number]]) for path, number in samples]
+        return samples
 
     def load_lmdb_list(self, db_path: str) -> list[dict]:
         """As :meth:`load_data_list`, from the keys of an LMDB."""
@@ -176,10 +180,33 @@ class ImageFolder(CustomDataset):
             raise InputError(f'The database {db_path} holds no image; make it with tools/pack_images.py.')
         if not self.with_label:
             return [dict(img_path=path) for path in paths]
-        classes = sorted({path.split('/')[0] for path in paths})
-        self._metainfo['classes'] = tuple(classes)
-        label = {name: i for i, name in enumerate(classes)}
+        label = self.label_folders(dict(sorted(Counter(path.split('/')[0] for path in paths).items())))
         return [dict(img_path=path, gt_label=label[path.split('/')[0]]) for path in paths]
+
+    def label_folders(self, folders: dict[str, int]) -> dict[str, int | None]:
+        """The label of each class folder: its place among the classes that were given, or else among the folders.
+
+        Args:
+            folders: Names, and how many images each has.
+
+        Returns:
+            Labels; None for a folder without images that is none of the classes.
+
+        Raises:
+            InputError: a folder of images is none of the classes that were given.
+        """
+        images: Counter[str] = Counter()
+        for name, count in folders.items():
+            images[as_name(name)] += count
+        names = list(images)
+        classes, where = self.CLASSES or tuple(names), locate(self)
+        numbers = match_names(
+            names, classes, where, f'metainfo.classes of {where}', lambda: Counter(dict(enumerate(images.values())))
+        )
+        self._metainfo['classes'] = tuple(classes)
+        self.folder_to_idx = positions(classes, where)
+        label = dict(zip(names, numbers, strict=True))
+        return {name: label[as_name(name)] for name in folders}
 
     def __getitem__(self, index: int | Draw) -> dict:
         """Sample ``index`` after the pipeline; a :class:`Draw` in place of a number also fixes the augmentations."""

@@ -1,7 +1,8 @@
 from mmmilan.engine.checkpointing import CheckpointHook
+from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
-from mmmilan.engine.hooks import ClassCountHook, CorruptImageHook, ExactLoadingHook, ImageSizeHook
+from mmmilan.engine.hooks import CorruptImageHook, ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
 from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
 from mmmilan.engine.mean_teacher import MeanTeacherHook

@@ -14,6 +14,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from mmmilan.datasets.annotations import check_label_maps, has_masks
+from mmmilan.datasets.classes import chain, class_names, locate, read_class_names, use_classes
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
@@ -88,20 +90,73 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _parts(inner, f'{name}.{i}')
 
 
+def use_boxes_alone(cfg: Config, task: str) -> str:
+    """Remove the mask head of a detector, and what loads and scores masks, if the annotations have boxes alone.
+
+    Args:
+        cfg: The config, changed in place.
+        task: 'train' or 'test': whose annotations count.
+
+    Returns:
+        A sentence for the log; '' if nothing was changed.
+    """
+    head = cfg.model.get('roi_head')
+    files = [
+        Path(part.get('data_root') or '', part['ann_file'])
+        for _, part in _parts(cfg.get(f'{task}_dataloader'), '')
+        if part.get('ann_file') and any(step.get('with_mask') for _, step in _parts(part.get('pipeline'), ''))
+    ]
+    files = [file for file in files if file.is_file()]
+    if not isinstance(head, Mapping) or not head.get('mask_head') or not files or any(map(has_masks, files)):
+        return ''
+    head.update(mask_head=None, mask_roi_extractor=None)
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for _, part in _parts(cfg.get(loader), ''):
+            if part.get('with_mask'):
+                part['with_mask'] = False
+    for evaluator in ('val_evaluator', 'test_evaluator'):
+        for _, part in _parts(cfg.get(evaluator), ''):
+            if isinstance(part.get('metric'), (list, tuple)):
+                part['metric'] = [name for name in part['metric'] if name != 'segm']
+    return f'{files[0]} has boxes alone, no segmentation: the detector is trained and scored without its mask head.'
+
+
 def check_data_sets(runner: Runner) -> None:
-    """Make a runner raise an ``InputError`` for a data set that is empty or cannot be built."""
-    build = runner.build_dataloader
+    """Make a runner check the data sets that it builds, and number the classes of all as in the first, by name.
+
+    The runner then raises an ``InputError`` for a data set that is empty or cannot be built, for label maps without
+    labels, and for classes that the first data set (of training, or of k-NN's labelled images) lacks.
+    """
+    build, first = runner.build_dataloader, []
 
     def build_checked(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
         if isinstance(dataloader, DataLoader):
             return build(dataloader, *args, **kwargs)
+        prepare(dataloader['dataset'])
         with data_set_errors(dataloader['dataset']):
             loader = build(dataloader, *args, **kwargs)
             if not len(loader.dataset):
                 raise ValueError(EMPTY[0])
+        for part in chain(loader.dataset):
+            check_label_maps(part)
+        if not first and class_names(loader.dataset):
+            first.extend([class_names(loader.dataset), locate(loader.dataset)])
+        elif first:
+            use_classes(loader.dataset, *first)
         return loader
 
     runner.build_dataloader = build_checked
+
+
+def prepare(dataset: Any) -> None:
+    """Change the config of a data set: mmdet's of COCO to ours, and a file of class names to the names."""
+    for _, part in _parts(dataset, ''):
+        if part.get('type') in ('CocoDataset', 'mmdet.CocoDataset'):  # numbers classes in the order of the file
+            part['type'] = 'mmmilan.CocoDataset'
+        metainfo = part.get('metainfo')
+        if isinstance(metainfo, Mapping) and isinstance(metainfo.get('classes'), str):
+            path = Path(metainfo['classes'])
+            metainfo['classes'] = read_class_names(path if path.is_file() else Path(part.get('data_root') or '', path))
 
 
 @contextmanager
@@ -111,8 +166,12 @@ def data_set_errors(dataset: Any) -> Iterator[None]:
         yield
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         message = first_line(error).partition('. ')[0]
+        if isinstance(error, InputError):
+            raise
         if message.startswith(EMPTY):
             fault = 'is empty'
+        elif 'meta information of' in message:  # of data sets that MMEngine joins
+            fault = 'joins data sets whose metainfo differs, such as their classes'
         elif isinstance(error, (AssertionError, OSError)):
             fault = f'cannot be loaded ({message})'
         else:

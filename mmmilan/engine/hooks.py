@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.resuming import check_resumable
-from mmmilan.errors import InputError
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
@@ -73,23 +72,3 @@ class ImageSizeHook(Hook):
                 f'The images are {tuple(image.shape[1:])} but img_size={tuple(backbone.img_size)}: positions are '
                 'interpolated; make the sizes in the pipeline and model.backbone.img_size equal unless that is meant.'
             )
-
-
-@HOOKS.register_module()
-class ClassCountHook(Hook):
-    """Refuse to train if data set and model have different numbers of classes.
-
-    Raises:
-        InputError: naming the options to set.
-    """
-
-    def before_train(self, runner: Runner) -> None:
-        classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
-        counts = {name: getattr(module, 'num_classes', None) for name, module in runner.model.named_modules()}
-        wrong = [
-            f'model.{name.removeprefix("module.")}.num_classes={count}'
-            for name, count in counts.items()
-            if classes and count not in (None, len(classes)) and not name.endswith('rpn_head')  # object or not
-        ]
-        if wrong:
-            raise InputError(f'The training data has {len(classes)} classes, but {", ".join(wrong)}; make them equal.')

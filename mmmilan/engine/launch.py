@@ -17,7 +17,8 @@ from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.engine.config_check import check_data, check_data_sets, unread_options
+from mmmilan.engine.class_names import ClassCountHook
+from mmmilan.engine.config_check import check_data, check_data_sets, unread_options, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
@@ -84,11 +85,15 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
             'as docs/installation.md says (dense).'
         )
     check_data(cfg, task)
+    changed = use_boxes_alone(cfg, task)
     use_safe_loading()
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if changed:
+            runner.logger.warning(changed)
         runner.register_hook(ExactLoadingHook())
         runner.register_hook(ImageSizeHook())
+        runner.register_hook(ClassCountHook())
         guard_workers(runner)
         check_data_sets(runner)
         heartbeat = HeartbeatHook()

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mmmilan.datasets.classes import class_names, listed
 from mmmilan.errors import InputError
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
@@ -54,7 +55,7 @@ class KNNLoop(TestLoop):
         temperature: Of the votes' weights.
 
     Raises:
-        InputError: if the classes of the two data sets differ.
+        InputError: if the classes of the two data sets differ, or there are none.
     """
 
     def __init__(
@@ -66,23 +67,21 @@ class KNNLoop(TestLoop):
         k: int = 20,
         temperature: float = 0.07,
     ) -> None:
-        super().__init__(runner, dataloader, evaluator)
+        # first, as the test images are numbered by its classes
         self.bank_dataloader = runner.build_dataloader(bank_dataloader, seed=runner.seed)
+        super().__init__(runner, dataloader, evaluator)
         self.k = k
         self.temperature = temperature
         self.num_classes = self.check_classes()
 
     def check_classes(self) -> int:
-        """Number of classes; both data sets must have the same ones."""
-        bank, test = self.bank_dataloader.dataset, self.dataloader.dataset
-        classes, test_classes = (dataset.metainfo.get('classes') or () for dataset in (bank, test))
-        # mmpretrain's ImageNet has names in place of folders, but in the same order
-        same = classes == test_classes if type(bank) is type(test) else len(classes) == len(test_classes)
-        if not classes or not same:
+        """Number of classes; both data sets must number the same ones alike."""
+        classes, test_classes = (class_names(each.dataset) for each in (self.bank_dataloader, self.dataloader))
+        if not classes or classes != test_classes:
             raise InputError(
-                f'The labelled images of test_cfg.bank_dataloader have {len(classes)} classes '
-                f'({", ".join(classes[:3])}, ...) and the test images {len(test_classes)} '
-                f'({", ".join(test_classes[:3])}, ...); give data sets of the same classes, with_label=True.'
+                f'The labelled images of test_cfg.bank_dataloader have {len(classes)} classes ({listed(classes)}) and '
+                f'the test images {len(test_classes)} ({listed(test_classes)}); give data sets of the same classes, '
+                'with_label=True.'
             )
         return len(classes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mmmilan.datasets.classes import class_names, listed, wordnet_ids
 from mmmilan.errors import InputError
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.wrapping import unwrap
@@ -31,11 +32,12 @@ class ZeroShotLoop(TestLoop):
         dataloader: Loader of the labelled test images, or its config.
         evaluator: Evaluator, or its config, e.g. of mmpretrain's ``Accuracy``.
         templates: Prompts with ``{}`` for the name of the class; 'openai' for CLIP's 80 prompts for ImageNet.
-        class_names: Names in the order of the data set's classes; None for the data set's own, 'imagenet' for
-            open_clip's names of the classes of ImageNet-1k.
+        class_names: A dictionary from the data set's classes to their names, or names in the order of its classes;
+            None for the data set's own, 'imagenet' for open_clip's names of the classes of ImageNet-1k, of which the
+            data set may have some.
 
     Raises:
-        InputError: if the names are not as many as the classes, a template has no ``{}``, or the model has no text
+        InputError: if the names are not those of the classes, a template has no ``{}``, or the model has no text
             tower.
     """
 
@@ -45,22 +47,38 @@ class ZeroShotLoop(TestLoop):
         dataloader: DataLoader | dict,
         evaluator: Evaluator | dict | list,
         templates: Sequence[str] | str = ('a photo of a {}.',),
-        class_names: Sequence[str] | str | None = None,
+        class_names: Mapping[str, str] | Sequence[str] | str | None = None,
     ) -> None:
         super().__init__(runner, dataloader, evaluator)
         self.prompts = read_templates(templates)
         self.class_names = self.read_class_names(class_names)
 
-    def read_class_names(self, names: Sequence[str] | str | None) -> Sequence[str]:
+    def read_class_names(self, names: Mapping[str, str] | Sequence[str] | str | None) -> Sequence[str]:
         """What the texts call each class of the data set."""
-        from open_clip import IMAGENET_CLASSNAMES
-
         classes = self.dataloader.dataset.metainfo.get('classes') or ()
-        names = IMAGENET_CLASSNAMES if names == 'imagenet' else classes if names is None else names
+        folders = class_names(self.dataloader.dataset)
+        if names == 'imagenet':
+            names = imagenet_names()
+        if isinstance(names, Mapping):
+            lacking = [name for name in folders if name not in names]
+            if lacking or not folders:
+                raise InputError(
+                    f'{len(lacking)} of the {len(folders)} classes of the data set have no name in '
+                    f'test_cfg.class_names ({listed(lacking)}); name the folders as they are named there, and set '
+                    'with_label=True.'
+                )
+            return [names[name] for name in folders]
+        names = classes if names is None else names
         if len(names) != len(classes) or not names:
             raise InputError(
                 f'test_cfg.class_names names {len(names)} classes and the data set has {len(classes)}; give a name '
                 "for each (and the data set with_label=True), or 'imagenet'."
+            )
+        moved = [name for name, folder in zip(names, folders, strict=True) if name != folder and name in folders]
+        if moved:
+            raise InputError(
+                f'test_cfg.class_names has {listed(moved)} at other places than the data set, whose classes are '
+                f'{listed(folders)}; give a dictionary from the classes to their names.'
             )
         return names
 
@@ -87,6 +105,14 @@ class ZeroShotLoop(TestLoop):
         outputs = [sample.set_pred_score(score) for sample, score in zip(data['data_samples'], scores, strict=True)]
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
         self.runner.call_hook('after_test_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
+
+
+def imagenet_names() -> dict[str, str]:
+    """The names of folders of ImageNet-1k -> open_clip's names of their classes."""
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return dict(zip(wordnet_ids(IMAGENET_CATEGORIES), IMAGENET_CLASSNAMES, strict=True))
 
 
 def embed_classes(tower: TextTower, names: Sequence[str], prompts: Sequence[Callable[[str], str]]) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import BaseDataset
+from PIL import Image
 
 from mmmilan.datasets import LoadImage, LoadLabelMap
+from mmmilan.datasets.annotations import category_ids, check_label_maps, has_masks
+from mmmilan.datasets.classes import use_classes
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
@@ -33,12 +37,12 @@ def instances() -> dict:
     )
 
 
-def read(tmp_path, content: bytes | dict, classes: tuple[str, ...] = ('dog', 'horse')) -> BaseDataset:
+def read(tmp_path, content: bytes | dict, classes: tuple[str, ...] | None = ('dog', 'horse'), **options) -> BaseDataset:
     """The data set of a file with this content, as our configs read it."""
     path = tmp_path / 'instances.json'
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    settings = dict(ann_file=str(path), data_prefix=dict(img=''), metainfo=dict(classes=classes))
-    return DATASETS.build(dict(type='mmmilan.CocoDataset', **settings))
+    settings = dict(ann_file=str(path), data_prefix=dict(img=''), metainfo=dict(classes=classes) if classes else None)
+    return DATASETS.build(dict(type='mmmilan.CocoDataset', **settings, **options))
 
 
 def test_sound_annotations(tmp_path):
@@ -47,9 +51,70 @@ def test_sound_annotations(tmp_path):
     assert boxes == [[[1, 2, 4.5, 6]], [[1, 2, 4.5, 6]]]
 
 
-def test_a_class_that_the_file_lacks(tmp_path):
-    with pytest.raises(InputError, match=r'instances\.json lacks 1 of the 2 classes; give'):
-        read(tmp_path, instances(), ('cat', 'dog'))
+def test_without_names_the_classes_are_the_files(tmp_path):
+    """And not COCO's 80, mmdet's default."""
+    content = instances()
+    content['categories'] = [dict(id=19, name='horse'), dict(id=4, name='cow'), dict(id=18, name='dog')]
+    dataset = read(tmp_path, content, None)
+    assert dataset.metainfo['classes'] == ('horse', 'cow', 'dog')
+    assert [each['bbox_label'] for each in dataset.get_data_info(0)['instances']] == [2]
+
+
+@pytest.mark.parametrize('classes', [('dog', 'horse'), ('horse', 'dog')])
+@pytest.mark.parametrize('turned', [False, True])
+def test_labels_are_those_of_names(tmp_path, classes, turned):
+    """In whatever order the file has its categories."""
+    content = instances()
+    content['annotations'][2]['category_id'] = 19
+    content['categories'] = content['categories'][::-1] if turned else content['categories']
+    dataset = read(tmp_path, content, classes)
+    found = [each['bbox_label'] for index in (0, 1) for each in dataset.get_data_info(index)['instances']]
+    assert [dataset.metainfo['classes'][label] for label in found] == ['dog', 'horse']
+    use_classes(dataset, ('cow', 'horse', 'dog'), 'train')
+    found = [each['bbox_label'] for index in (0, 1) for each in dataset.get_data_info(index)['instances']]
+    assert found == [2, 1]
+
+
+def test_classes_that_only_one_side_has(tmp_path, log):
+    with pytest.raises(
+        InputError, match=r'instances\.json lacks 1 of the 2 classes, cat, and has dog, horse; leave out'
+    ):
+        read(tmp_path, instances(), ('cat', 'dog'))  # in a training split
+    with pytest.raises(InputError, match=r'lacks 1 of the 2 classes, dgo, and'):
+        read(tmp_path, instances(), ('dgo', 'horse'), test_mode=True)  # misspelt
+    dataset = read(tmp_path, instances(), ('cat', 'dog', 'horse'), test_mode=True)
+    assert [each['bbox_label'] for each in dataset.get_data_info(0)['instances']] == [1]
+    assert 'instances.json lacks 1 of the 3 classes: cat.' in log.text
+    dataset = read(tmp_path, instances() | dict(categories=instances()['categories'][::-1]), ('horse',))
+    assert not dataset.get_data_info(0)['instances']
+    assert '3 of 3 objects are left out, of the 1 categories that metainfo.classes does not name: dog.' in log.text
+    with pytest.raises(InputError, match=r'instances\.json has 1 of its 2 classes, dog \(2 samples\), where train has'):
+        use_classes(read(tmp_path, instances(), None, test_mode=True), ('horse', 'cow'), 'train')
+
+
+def test_ids_of_categories_by_name():
+    categories = {7: dict(id=7, name='dog'), 3: dict(id=3, name='cat')}
+    assert category_ids(categories, ('cat', 'bee', 'dog')) == [3, -2, 7]
+    assert categories[-2]['name'] == 'bee'  # of which a metric asks the name
+
+
+MASKS = [dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True)]
+
+
+def test_objects_without_masks(tmp_path):
+    """They are counted where the pipeline loads masks."""
+    content = instances()
+    content['annotations'][1]['bbox'] = [1, 2, 3, 4]
+    assert len(read(tmp_path, content).get_data_info(0)['instances']) == 2
+    with pytest.raises(
+        InputError, match=r'instances.json: 1 of 3 objects have no segmentation, the first in 1.jpg; add'
+    ):
+        read(tmp_path, content, pipeline=MASKS)
+    for empty in ([], [[]], [[1, 2, 3, 4]], None):
+        content['annotations'][2]['segmentation'] = empty
+        with pytest.raises(InputError, match='2 of 3 objects have no segmentation'):
+            read(tmp_path, content, pipeline=MASKS)
+    read(tmp_path, instances(), pipeline=MASKS)  # an empty box has none, and is left out
 
 
 FAULTS = [
@@ -73,6 +138,7 @@ FAULTS = [
     ('images', 'file_name', None, 'images[1] has no file_name'),
     ('images', 'id', 1, 'images[1] has the id 1 of an earlier one'),
     ('categories', 'name', None, 'categories[1] has no name'),
+    ('categories', 'name', 'dog', 'categories[1] has the name dog of an earlier one'),
 ]
 
 
@@ -98,6 +164,22 @@ def test_an_image_of_another_size_than_its_annotations(tmp_path):
     LoadImage()(dict(img_path=path, height=30, width=40))
     with pytest.raises(InputError, match=r'1\.jpg is 40 x 30, but 30 x 40 \(width x height\) in its annotations'):
         LoadImage()(dict(img_path=path, height=40, width=30))
+
+
+@pytest.mark.parametrize(
+    'text, masks',
+    [
+        ('', False),
+        ('{"annotations": [{"bbox": [1]}]}', False),
+        ('[{"segmentation": []}, {"segmentation":null}, {"segmentation" : [ [], [] ]}, {"segmentation": {} }]', False),
+        ('[{"segmentation": []}, {"segmentation": [[1, 2]]}]', True),
+        ('[{"segmentation":{"counts": ""}}]', True),
+        ('[{"segmentation"\n:\n[\n[\n1.5\n]\n]\n}]', True),
+    ],
+)
+def test_whether_a_file_has_masks(tmp_path, text, masks):
+    (tmp_path / 'a.json').write_text(text)
+    assert has_masks(tmp_path / 'a.json') == masks
 
 
 # -- label maps
@@ -154,3 +236,109 @@ def test_label_maps_that_cannot_be_read(tmp_path, content):
         load(tmp_path / 'map.png')
     with pytest.raises(InputError, match=r'nowhere\.png is missing'):
         load(tmp_path / 'nowhere.png')
+
+
+# -- a split of label maps
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """Makes a data set of label maps from their values, one map each."""
+
+    def make(*values: list[int], classes: tuple[str, ...] | None = ('sky', 'sea'), mode: str = 'L', **options):
+        for folder in ('images', 'maps'):
+            (tmp_path / folder).mkdir()
+        for index, row in enumerate(values):
+            cv2.imwrite(str(tmp_path / f'images/{index}.jpg'), np.zeros((1, len(row), 3), np.uint8))
+            image = Image.fromarray(np.array([row], np.uint8))
+            if mode == 'P':
+                image = Image.fromarray(np.array([row], np.uint8), 'P')
+                image.putpalette([value for each in range(256) for value in (each, 255 - each, 7)])
+            image.save(tmp_path / f'maps/{index}.png')
+        return DATASETS.build(
+            dict(
+                type='mmseg.BaseSegDataset',
+                data_prefix=dict(img_path=str(tmp_path / 'images'), seg_map_path=str(tmp_path / 'maps')),
+                metainfo=dict(classes=classes) if classes else None,
+                pipeline=[
+                    dict(type='mmmilan.LoadImage'),
+                    dict(type='mmmilan.LoadLabelMap', num_classes=len(classes or ())),
+                ],
+                **options,
+            )
+        )
+
+    return make
+
+
+def seen(dataset: BaseDataset) -> list[list[int]]:
+    return [dataset[index]['gt_seg_map'][0].tolist() for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize('mode', ['L', 'P'])
+@pytest.mark.parametrize('serialize_data', [True, False])
+def test_masks_of_0_and_255_are_two_classes(maps, log, mode, serialize_data):
+    dataset = maps([0, 255], [0, 0], [255, 255], mode=mode, serialize_data=serialize_data)
+    assert seen(dataset) == [[0, 255], [0, 0], [255, 255]]
+    check_label_maps(dataset)
+    assert seen(dataset) == [[0, 1], [0, 0], [1, 1]]
+    assert (
+        '3 of the 3 label maps of ' in log.text
+        and 'have the values 0 and 255: 255 is taken for the class sea' in log.text
+    )
+    use_classes(dataset, ('sea', 'land', 'sky'), 'train')
+    assert seen(dataset) == [[2, 0], [2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    'values, classes, message',
+    [
+        ([[0, 255, 1]], 2, ''),  # 255 has no class
+        ([[0, 1], [1, 1]], 2, ''),
+        ([[0, 255]], 3, r'Only the class class0 occurs in 1 of the 1 label maps of .*maps \(values 0, 255\)'),
+        ([[0, 0], [0, 0]], 2, r'Only the class class0 occurs in 2 of the 2 label maps of .*maps \(values 0\)'),
+        ([[0, 2], [255, 0]], 4, r'2 of 4 classes do not occur in 2 of the 2 label maps of .*maps: class1, class3\.'),
+    ],
+)
+def test_classes_that_do_not_occur(maps, log, values, classes, message):
+    dataset = maps(*values, classes=tuple(f'class{number}' for number in range(classes)))
+    check_label_maps(dataset)
+    assert any(record.levelname == 'WARNING' for record in log.records) == bool(message)
+    assert re.search(message, log.text)
+    assert seen(dataset) == values  # unchanged
+
+
+@pytest.mark.parametrize(
+    'values, classes, reduced, message',
+    [
+        (
+            [[0, 128, 255]],
+            2,
+            False,
+            r'0\.png has the label 128 in 1 pixels, where 0 to 1 are possible; correct',
+        ),
+        ([[0, 128, 255]], 3, False, r'0\.png has the label 128 in 1 pixels, where 0 to 2 are possible'),
+        ([[0, 85, 170, 255]], 4, False, r'0\.png has the labels 85, 170 in 2 pixels, where 0 to 3 are possible'),
+        ([[1, 2, 2]], 2, False, r'has the label 2 in 2 pixels, where 0 to 1 .* or set reduce_zero_label=True if 0'),
+        (
+            [[0, 255]],
+            2,
+            True,
+            r'No pixel of 1 of the 1 label maps of .* has a class \(their values: 0\)',
+        ),
+        ([[255, 255]], 2, False, r'No pixel of 1 of the 1 label maps of .* has a class \(their values: 255\)'),
+        ([[0, 1]], None, False, r'maps has no names of classes; set metainfo=dict\(classes'),
+    ],
+)
+def test_maps_that_cannot_be_meant(maps, values, classes, reduced, message):
+    names = classes and tuple(f'class{number}' for number in range(classes))
+    with pytest.raises(InputError, match=message):
+        check_label_maps(maps(*values, classes=names, reduce_zero_label=reduced))
+
+
+def test_a_split_whose_names_are_in_another_order(maps):
+    dataset = maps([0, 1, 2, 255], classes=('sky', 'sea', 'land'))
+    with pytest.raises(InputError, match='maps has 1 of its 3 classes, land, where train has sky, sea;'):
+        use_classes(dataset, ('sky', 'sea'), 'train')
+    use_classes(dataset, ('land', 'tree', 'sky', 'sea'), 'train')
+    assert seen(dataset) == [[2, 3, 0, 255]]

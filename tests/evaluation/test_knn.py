@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -99,6 +101,20 @@ def test_knn_on_two_ranks(knn_config, pretrained_checkpoint, labelled_images, ru
 
 def test_knn_of_different_classes(knn_config, pretrained_checkpoint, labelled_images, run_tool):
     (labelled_images / 'val/class4').rename(labelled_images / 'val/other')
-    message = r'bank_dataloader have 5 classes .* the test images 5 \(class0, class1, .*; give data sets of the same'
+    message = r'val/? has 1 of its 5 classes, other \(5 samples\), where .*train/? has class0, class1, .*; rename'
     with pytest.raises(SystemExit, match=message):
         run_tool('test.py', knn_config, pretrained_checkpoint)
+
+
+def test_knn_of_fewer_classes(knn_config, pretrained_checkpoint, labelled_images, run_tool, tmp_path):
+    """They keep their numbers: without two classes, each of the other test images gets the score that it had."""
+    run_tool('test.py', knn_config, pretrained_checkpoint, '--out', tmp_path / 'all.pkl', *KNN_OPTIONS)
+    for name in ('class0', 'class2'):
+        shutil.rmtree(labelled_images / 'val' / name)
+    run_tool('test.py', knn_config, pretrained_checkpoint, '--out', tmp_path / 'few.pkl', *KNN_OPTIONS)
+    every, few = (pickle.loads((tmp_path / name).read_bytes()) for name in ('all.pkl', 'few.pkl'))
+    kept = {sample['img_path']: sample for sample in every}
+    assert len(few) == 15
+    for sample in few:
+        assert int(sample['gt_label']) == int(kept[sample['img_path']]['gt_label']) in (1, 3, 4)
+        torch.testing.assert_close(sample['pred_score'], kept[sample['img_path']]['pred_score'], atol=1e-5, rtol=1e-4)

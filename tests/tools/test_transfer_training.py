@@ -138,3 +138,33 @@ def test_two_processes(sibling, checkpoint, scenes, tmp_path):
     assert torch.load(trained, weights_only=False)['meta']['iter'] == 1  # 10 images in a batch of 2 x 5
     figures = read_metrics(tmp_path / 'work')
     assert 'coco/segm_mAP' in figures or 'mIoU' in figures
+
+
+@pytest.mark.slow
+def test_boxes_alone(checkpoint, scenes, run_tool, tmp_path):
+    """Annotations without masks train a detector of boxes, from the same config."""
+    cfg = Config.fromfile(CONFIGS / 'demo/mask-rcnn_vit-tiny-p8_scenes.py')
+    cfg.model.backbone.init_cfg.checkpoint = str(checkpoint)
+    for name, split in dict(train_dataloader='train', test_dataloader='val').items():
+        content = json.loads((scenes / f'annotations/instances_{split}.json').read_text())
+        for annotation in content['annotations']:
+            del annotation['segmentation']
+        content['categories'].reverse()
+        (tmp_path / f'{split}.json').write_text(json.dumps(content, indent=1))
+        cfg[name].update(batch_size=5, num_workers=0)
+        cfg[name].dataset.update(data_root=str(scenes), ann_file=str(tmp_path / f'{split}.json'), indices=None)
+    cfg.test_evaluator.ann_file = str(tmp_path / 'val.json')
+    cfg.model.test_cfg.rcnn.score_thr = 0.0
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.train_cfg.max_epochs = 1
+    cfg.param_scheduler = []
+    cfg.work_dir = str(tmp_path / 'work')
+    path = tmp_path / f'{tmp_path.name}.py'
+    cfg.dump(path)
+    run_tool('train.py', path)
+    trained = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    assert not any('mask_head' in key for key in trained['state_dict'])
+    assert 'boxes alone, no segmentation' in next((tmp_path / 'work').glob('*/*.log')).read_text()
+    run_tool('test.py', path, tmp_path / 'work/epoch_1.pth')
+    figures = read_metrics(tmp_path / 'work')
+    assert 'coco/bbox_mAP' in figures and 'coco/segm_mAP' not in figures

@@ -1,0 +1,260 @@
+"""Classes are names: the data sets of a run, their files and its checkpoint number them alike, whatever their order.
+
+A class has the same number everywhere in a run: its place among the names of the training split, or of the checkpoint
+that is tested. What only one side has is an error, or a warning where no image can get a wrong label.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+from torch.utils.data import Dataset
+
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+IGNORE = 255  # label of pixels without a class
+SHOWN = 5
+
+
+def as_name(name: Any) -> str:
+    """A name with composed accents (NFC): systems store the same folder name as different characters."""
+    return unicodedata.normalize('NFC', str(name))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some names for a message, with the number of the others."""
+    names = list(names)
+    rest = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+    return ', '.join(names[:SHOWN]) + rest
+
+
+def positions(names: Iterable[str], where: str) -> dict[str, int]:
+    """The place of each name.
+
+    Args:
+        names: Names of classes.
+        where: What has these names, for the error.
+
+    Raises:
+        InputError: a name stands there twice.
+    """
+    names = [as_name(name) for name in names]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f'{where} names the class {listed(twice)} twice; give each class a name of its own.')
+    return {name: place for place, name in enumerate(names)}
+
+
+def match_names(
+    names: Sequence[str], classes: Sequence[str], where: str, source: str, count: Callable[[], Counter | None]
+) -> list[int | None]:
+    """The number of each name among the classes.
+
+    Args:
+        names: Names of classes in any order.
+        classes: The names that define the numbers.
+        where: What has ``names``, for messages.
+        source: What has ``classes``.
+        count: Gives how many images or objects there are of each of ``names``, by its place; None if that is unknown.
+
+    Returns:
+        Numbers; None for a name without an image that is none of the classes.
+
+    Raises:
+        InputError: images have a class that is none of the classes, or a name stands there twice.
+    """
+    own, known = positions(names, where), positions(classes, source)
+    extra = [name for name in own if name not in known]
+    counts = count() if extra else None
+    used = [name for name in extra if counts is None or counts[own[name]]]
+    if used:
+        amounts = [f'{name} ({counts[own[name]]} samples)' if counts else name for name in used]
+        near = difflib.get_close_matches(used[0].casefold(), [name.casefold() for name in known], n=1)
+        nearest = next((f' (is {name} meant by {used[0]}?)' for name in known if name.casefold() in near), '')
+        raise InputError(
+            f'{where} has {len(used)} of its {len(own)} classes, {listed(amounts)}, where {source} has '
+            f'{listed(known)}{nearest}; rename or remove what does not belong there, or give both the same classes.'
+        )
+    lacking = [name for name in known if name not in own]
+    if lacking:
+        warn(
+            f'{where} lacks {len(lacking)} of the {len(known)} classes of {source}: {listed(lacking)}. The others are '
+            'matched by name.'
+        )
+    return [known.get(name) for name in own]
+
+
+def warn(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)
+
+
+# -- data sets
+
+
+def chain(dataset: Dataset) -> Iterator[Dataset]:
+    """A data set and, of a wrapper, the data sets in it."""
+    yield dataset
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    for each in inner:
+        if each is not None:
+            yield from chain(each)
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of the classes of a data set, in the order of its labels; () if it has none.
+
+    mmpretrain's data sets of class folders may have other names for show: here the folders count.
+    """
+    folders = getattr(dataset, 'folder_to_idx', None)
+    return wordnet_ids(folders or (getattr(dataset, 'metainfo', None) or {}).get('classes') or ())
+
+
+def wordnet_ids(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes; for mmpretrain's 1000 of ImageNet-1k, of which some are equal, the names of the folders."""
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+    classes = tuple(classes)
+    if classes != tuple(IMAGENET_CATEGORIES):
+        return classes
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo('imagenet-1k').label_names())
+
+
+def use_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
+    """Number the labels of a data set by the place of their classes among ``classes``.
+
+    Args:
+        dataset: A data set of MMEngine, or a wrapper of some.
+        classes: The names that define the numbers, see :func:`class_names`.
+        source: What has these names, for messages.
+
+    Raises:
+        InputError: see :func:`match_names`.
+    """
+    classes, changed = tuple(classes), False
+    for part in chain(dataset):
+        own = class_names(part)
+        if isinstance(part, BaseDataset) and own and own != classes:
+            table = match_names(own, classes, locate(part), source, lambda part=part: count_labels(part))
+            if table != list(range(len(own))):
+                rewrite(part, lambda entry, table=table: renumber(entry, table))
+            changed = True
+    for part in chain(dataset):
+        metainfo = getattr(part, '_metainfo', None)
+        if changed and metainfo and metainfo.get('classes'):
+            metainfo['classes'] = classes
+            if getattr(part, 'folder_to_idx', None):
+                part.folder_to_idx = positions(classes, source)
+
+
+def locate(dataset: Dataset) -> str:
+    """The file or folder that a data set reads."""
+    prefix = getattr(dataset, 'data_prefix', None) or {}
+    paths = [getattr(dataset, 'ann_file', ''), prefix.get('seg_map_path'), *prefix.values()]
+    paths += [getattr(dataset, 'data_root', None)]
+    return next((os.fspath(path) for path in paths if path), type(dataset).__name__)
+
+
+def labels_of(entry: dict) -> list[int]:
+    """The labels in an entry of a data set of images or objects."""
+    label = entry.get('gt_label', [])
+    return [*(label if isinstance(label, (list, tuple)) else [label])] + [
+        instance['bbox_label'] for instance in entry.get('instances', [])
+    ]
+
+
+def count_labels(dataset: BaseDataset) -> Counter | None:
+    """How many images or objects there are of each label; None if only the label maps tell."""
+    entries = [dataset.get_data_info(index) for index in range(len(dataset))]
+    if any('seg_map_path' in entry and 'instances' not in entry for entry in entries):
+        return None
+    return Counter(label for entry in entries for label in labels_of(entry))
+
+
+def renumber(entry: dict, table: Sequence[int | None]) -> None:
+    """Replace each label in an entry of a data set by ``table[label]``; pixels of a label without one are ignored."""
+    if 'gt_label' in entry:
+        label = entry['gt_label']
+        several = isinstance(label, (list, tuple))
+        entry['gt_label'] = [table[each] for each in label] if several else table[label]
+    for instance in entry.get('instances', []):
+        instance['bbox_label'] = table[instance['bbox_label']]
+    if entry.get('seg_map_path') and 'instances' not in entry:
+        new = {place: number for place, number in enumerate(table) if number is not None}
+        old = {place: place for place in range(len(table))} | (entry.get('label_map') or {})
+        entry['label_map'] = {label: new.get(place, IGNORE) for label, place in old.items()}
+
+
+def rewrite(dataset: BaseDataset, change: Callable[[dict], None]) -> None:
+    """Change the entries of a data set of MMEngine, each in place."""
+    entries = [dataset.get_data_info(index) for index in range(len(dataset))]
+    for entry in entries:
+        change(entry)
+    dataset.data_list = entries
+    if dataset.serialize_data:
+        dataset.data_bytes, dataset.data_address = dataset._serialize_data()
+
+
+# -- files of names
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names of classes in the order of their labels from a table.
+
+    Args:
+        path: A text with one name a line, where a number may stand before the name, or ADE20K's ``objectInfo150.txt``;
+            or JSON: a list of names, of ``{"id": ..., "name": ...}``, or a dictionary between numbers and names.
+
+    Raises:
+        InputError: it is none of these, or the numbers have a gap.
+    """
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+        pairs = json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'{path} cannot be read as names of classes ({first_line(error)}); give a text with one name a line.'
+        ) from error
+    numbers = sorted(pairs)
+    if not numbers or numbers[0] not in (0, 1) or numbers[-1] - numbers[0] + 1 != len(numbers):
+        raise InputError(f'{path} does not number its {len(numbers)} classes without a gap from 0 or 1; correct it.')
+    names = [pairs[number] for number in numbers]
+    positions(names, str(path))
+    return names
+
+
+def json_names(content: Any) -> dict[int, str]:
+    """Number -> name from a table in JSON."""
+    if isinstance(content, dict):
+        content = content.get('categories', content)
+    if isinstance(content, dict):
+        turned = all(isinstance(value, int) for value in content.values())
+        return {int(b if turned else a): str(a if turned else b) for a, b in content.items()}
+    if all(isinstance(each, str) for each in content):
+        return dict(enumerate(content))
+    return {int(each['id']): str(each['name']) for each in content}
+
+
+def text_names(text: str) -> dict[int, str]:
+    """Number -> name from lines."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and lines[0].split('\t')[0] == 'Idx':  # ADE20K: Idx, Ratio, Train, Val, Stuff, Name
+        cells = [line.split('\t') for line in lines[1:]]
+        return {int(row[0]): row[-1] for row in cells}
+    matches = [re.fullmatch(r'(\d+)[\s:,;]+(.+)', line) for line in lines]
+    if lines and all(matches) and [int(match[1]) - int(matches[0][1]) for match in matches] == [*range(len(lines))]:
+        return {int(match[1]): match[2] for match in matches}
+    return dict(enumerate(lines))

@@ -1,0 +1,262 @@
+"""A perfect classifier scores 100 %, however the classes of splits, files and checkpoints are ordered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+
+from helpers import ROOT, read_metrics, read_scalars
+from mmmilan.datasets import ImageFolder
+from mmmilan.engine import ClassCountHook
+from mmmilan.errors import InputError
+from mmmilan.evaluation import ZeroShotLoop
+from mmmilan.registry import DATASETS, METRICS, MODELS
+
+NAMES = ['ant', 'bee', 'cat', 'dog']
+
+
+class Oracle(BaseModel):
+    """Knows the class of an image by its folder, and numbers them as it was told."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names, self.num_classes = names, len(names)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        if mode == 'loss':
+            told = [self.names.index(Path(sample.img_path).parent.name) for sample in data_samples]
+            right = [int(sample.gt_label) == label for sample, label in zip(data_samples, told, strict=True)]
+            return dict(loss=self.weight * (1 - np.mean(right)))  # 0 as long as labels are those of the names
+        for sample in data_samples:
+            score = torch.zeros(self.num_classes)
+            score[self.names.index(Path(sample.img_path).parent.name)] = 1
+            sample.set_pred_score(score)
+        return data_samples
+
+
+@pytest.fixture(autouse=True)
+def oracle():
+    MODELS.register_module(module=Oracle)
+    yield
+    MODELS.module_dict.pop('Oracle')
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config of the oracle for folders of images of the given classes in each split."""
+
+    def write(train: list[str], val: list[str], changes: dict | None = None) -> Path:
+        image = np.zeros((8, 8, 3), np.uint8)
+        for split, names in dict(train=train, val=val).items():
+            for name in names:
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                for number in range(2):
+                    cv2.imwrite(str(tmp_path / split / name / f'{number}.png'), image)
+        cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_milan-pre_custom.py')
+        cfg.model = dict(type='mmmilan.Oracle', names=NAMES)
+        steps = [dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]
+        for name, split in dict(train_dataloader='train', val_dataloader='val', test_dataloader='val').items():
+            cfg[name].update(batch_size=4, num_workers=0, persistent_workers=False)
+            cfg[name].dataset = dict(
+                type='mmmilan.ImageFolder', data_root=str(tmp_path / split), with_label=True, pipeline=steps
+            )
+        cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.0))
+        cfg.train_cfg = dict(by_epoch=True, max_epochs=1)
+        cfg.auto_scale_lr.enable = False
+        cfg.param_scheduler = []
+        cfg.custom_hooks = []
+        cfg.val_evaluator = cfg.test_evaluator = dict(type='mmpretrain.Accuracy', topk=(1,))
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
+        cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=1))
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.merge_from_dict(changes or {})
+        path = tmp_path / f'{tmp_path.name}.py'
+        cfg.dump(path)
+        return path
+
+    return write
+
+
+def checkpoint(path: Path, names: list[str] | None) -> Path:
+    meta = dict(dataset_meta=dict(classes=tuple(names))) if names else {}
+    torch.save(dict(state_dict=dict(weight=torch.ones(())), meta=meta), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    'train, val, changes',
+    [
+        (NAMES, ['ant', 'cat', 'dog'], {}),
+        (NAMES, ['dog'], {}),
+        (NAMES, NAMES, {'val_dataloader.dataset.metainfo': dict(classes=NAMES[::-1])}),
+        (NAMES, ['bee', 'dog'], {'val_dataloader.dataset.type': 'CustomDataset'}),
+        (
+            ['bee', 'dog', 'ant', 'cat'],
+            ['bee', 'cat'],
+            {'model.names': NAMES[::-1], 'train_dataloader.dataset.metainfo': dict(classes=NAMES[::-1])},
+        ),
+    ],
+)
+def test_training_and_validation(config, run_tool, tmp_path, train, val, changes):
+    run_tool('train.py', config(train, val, changes))
+    rows = read_scalars(tmp_path / 'work')
+    assert [row['loss'] for row in rows if 'loss' in row] == [0, 0]
+    assert [row['accuracy/top1'] for row in rows if 'accuracy/top1' in row] == [100]
+
+
+@pytest.mark.parametrize(
+    'train, val, changes, message',
+    [
+        (NAMES, [*NAMES, 'elk'], {}, r'val/? has 1 of its 5 classes, elk \(2 samples\), where .*train/? has ant, bee'),
+        (NAMES, ['Ant', 'cat'], {}, r'is ant meant by Ant\?'),
+        (NAMES[:3], NAMES[:3], {}, r'The training data has 3 classes, but model\.num_classes=4; make them equal'),
+        (NAMES, NAMES, {'train_dataloader.dataset.metainfo': dict(classes=NAMES[:3])}, r'train/? has 1 of .* dog \(2'),
+        (
+            NAMES,
+            NAMES,
+            {'val_dataloader.dataset.metainfo': dict(classes='names.txt')},
+            'names.txt cannot be read as nam',
+        ),
+    ],
+)
+def test_splits_that_differ(config, run_tool, train, val, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        run_tool('train.py', config(train, val, changes))
+
+
+def test_names_in_a_file(config, run_tool, tmp_path):
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train/names.json').write_text(json.dumps(NAMES[::-1]))
+    changes = {'model.names': NAMES[::-1], 'train_dataloader.dataset.metainfo': dict(classes='names.json')}
+    run_tool('train.py', config(NAMES, NAMES, changes))
+    assert read_scalars(tmp_path / 'work')[-1]['accuracy/top1'] == 100
+
+
+@pytest.mark.parametrize('val', [NAMES, ['cat', 'dog']])
+def test_a_checkpoint_numbers_the_classes(config, run_tool, tmp_path, val):
+    order = ['dog', 'ant', 'cat', 'bee']
+    weights = checkpoint(tmp_path / 'best.pth', order)
+    run_tool('test.py', config(NAMES, val, {'model.names': order}), weights)
+    assert read_metrics(tmp_path / 'work')['accuracy/top1'] == 100
+
+
+def test_a_checkpoint_of_other_classes(config, run_tool, tmp_path):
+    weights = checkpoint(tmp_path / 'best.pth', ['ant', 'bee', 'cat', 'cow'])
+    message = r'val/? has 1 of its 4 classes, dog \(2 samples\), where .*best.pth has ant, bee, cat, cow'
+    with pytest.raises(SystemExit, match=message):
+        run_tool('test.py', config(NAMES, NAMES), weights)
+    with pytest.raises(SystemExit, match=r'The test data has 3 classes, but model\.num_classes=4; make them equal'):
+        run_tool('test.py', config(NAMES, NAMES, {'test_dataloader.dataset.data_root': str(three(tmp_path))}),
+                 checkpoint(tmp_path / 'bare.pth', None))  # fmt: skip
+
+
+def three(tmp_path: Path) -> Path:
+    for name in NAMES[:3]:
+        (tmp_path / 'three' / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'three' / name / '0.png'), np.zeros((8, 8, 3), np.uint8))
+    return tmp_path / 'three'
+
+
+def test_joined_data_sets_of_other_classes(config, run_tool, tmp_path):
+    path = config(NAMES, NAMES)
+    cfg = Config.fromfile(path)
+    part = cfg.train_dataloader.dataset
+    cfg.train_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[part, part | dict(data_root=str(three(tmp_path)))]
+    )
+    cfg.dump(path)
+    with pytest.raises(SystemExit, match='joins data sets whose metainfo differs, such as their classes; correct'):
+        run_tool('train.py', path)
+
+
+@pytest.mark.parametrize('extra', [{}, dict(classwise=True)])
+@pytest.mark.parametrize(
+    'file, classes',
+    [
+        (['cat', 'ant'], ('ant', 'cat')),
+        (['dog', 'ant', 'cat'], ('ant', 'bee', 'cat', 'dog')),
+        (['cat'], ('ant', 'cat')),
+    ],
+)
+def test_average_precision_of_perfect_boxes(tmp_path, file, classes, extra):
+    """COCO's metric asks the file for the ids of its categories, which come in the file's order."""
+    pytest.importorskip('mmdet')
+    from mmdet.evaluation import CocoMetric
+    from mmengine.structures import InstanceData
+
+    annotations = [
+        dict(id=1 + place, image_id=1, category_id=7 + place, bbox=[10.0 * place, 0, 8, 8], area=64, iscrowd=0)
+        for place in range(len(file))
+    ]
+    content = dict(
+        info={},
+        images=[dict(id=1, file_name='1.jpg', width=40, height=40)],
+        categories=[dict(id=7 + place, name=name) for place, name in enumerate(file)],
+        annotations=annotations,
+    )
+    path = tmp_path / 'val.json'
+    path.write_text(json.dumps(content))
+    options = dict(ann_file=str(path), data_prefix=dict(img=''), metainfo=dict(classes=classes), test_mode=True)
+    dataset = DATASETS.build(dict(type='mmmilan.CocoDataset', **options))
+    metric = CocoMetric(str(path), **extra)
+    loop = SimpleNamespace(evaluator=SimpleNamespace(metrics=[metric]), dataloader=SimpleNamespace(dataset=dataset))
+    ClassCountHook().before_evaluation(SimpleNamespace(model=torch.nn.Identity()), loop, 'test')
+    metric.dataset_meta = dataset.metainfo
+    instances = dataset.get_data_info(0)['instances']
+    predicted = dict(
+        bboxes=torch.tensor([each['bbox'] for each in instances]),
+        labels=torch.tensor([each['bbox_label'] for each in instances]),
+        scores=torch.ones(len(file)),
+    )
+    assert [classes[label] for label in predicted['labels']] == file
+    metric.process({}, [dict(img_id=1, ori_shape=(40, 40), pred_instances=InstanceData(**predicted).to_dict())])
+    assert metric.evaluate(1)['coco/bbox_mAP'] == 1
+
+
+def test_names_of_texts(tmp_path):
+    """Names for zero-shot classification belong to folders, which may be some of ImageNet's, in any order."""
+
+    def names(folders: list[str], given) -> list[str]:
+        for folder in folders:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / folder / '0.png'), np.zeros((8, 8, 3), np.uint8))
+        dataset = ImageFolder(str(tmp_path), with_label=True, pipeline=[])
+        loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+        return list(ZeroShotLoop.read_class_names(loop, given))
+
+    assert names(['n01440764', 'n02129165'], 'imagenet') == ['tench', 'lion']
+    assert names([], None) == ['n01440764', 'n02129165']
+    assert names([], {'n02129165': 'king', 'n01440764': 'fish'}) == ['fish', 'king']
+    assert names([], ['a', 'b']) == ['a', 'b']
+    with pytest.raises(InputError, match='class_names has n02129165, n01440764 at other places than the data set'):
+        names([], ['n02129165', 'n01440764'])
+    with pytest.raises(InputError, match=r'1 of the 3 classes of the data set have no name in .* \(zebra\)'):
+        names(['zebra'], 'imagenet')
+
+
+def test_a_mean_over_no_pixel(log):
+    pytest.importorskip('mmseg')
+    metric = METRICS.build(dict(type='mmmilan.IoUMetric'))
+    metric.dataset_meta = dict(classes=('sky', 'sea'))
+
+    def score(labels: list[int]) -> float:
+        maps = [torch.tensor([values]) for values in (labels, [0] * len(labels))]
+        truth, predicted = (dict(data=each) for each in maps)
+        metric.process({}, [dict(gt_sem_seg=truth, pred_sem_seg=predicted)])
+        return metric.evaluate(1)['mIoU']
+
+    assert score([0, 1, 255]) == 25
+    assert 'no pixel' not in log.text
+    score([0, 255])
+    assert 'The scores are of 1 of 2 classes (sky): no pixel of the label maps has one of the others (sea).' in log.text
+    with pytest.raises(InputError, match='No pixel of the label maps has a class'):
+        score([255, 255])
