@@ -15,18 +15,18 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 
 
 def pretrain(
-    data: Sequence[str | os.PathLike] | str | os.PathLike,
-    out: str | os.PathLike,
+    data: Sequence[str | os.PathLike] | str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
     *,
-    arch: str | dict[str, Any] = 'base',
-    teacher: str | dict[str, Any] = 'ViT-B-16-quickgelu:openai',
+    arch: str | dict[str, Any] | None = None,
+    teacher: str | dict[str, Any] | None = None,
     start: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
-    img_size: tuple[int, int] | int = 224,
-    patch_size: int = 16,
+    img_size: tuple[int, int] | int | None = None,
+    patch_size: int | None = None,
     labelled: str | os.PathLike | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     resume: bool = False,
     **changes: Any,
 ) -> Path:
@@ -40,25 +40,29 @@ def pretrain(
     The resulting config is written to ``out/config.py``; ``tools/train.py out/config.py`` runs the same training, and
     ``tools/dist_train.sh out/config.py 8`` runs it on eight GPUs.
 
+    ``resume`` continues the run in ``out`` with its own config, and needs no other argument. Those that are given and
+    differ from the run are applied and named in the log, see docs/reliability.md; encoder and image size stay.
+
     Args:
         data: one or more folders of images, flat or nested, and tar shards. If a folder is divided into splits, ``val``
-            and ``test`` are kept for evaluation and report.
+            and ``test`` are kept for evaluation and report. A resumed run has its own by default.
         out: folder for config, log, checkpoints and report.
-        arch: 'tiny', 'small', 'base', 'large', another name of mmpretrain's ViT, or a dict of ``embed_dims``,
+        arch: 'base' (default), 'tiny', 'small', 'large', another name of mmpretrain's ViT, or a dict of ``embed_dims``,
             ``num_layers``, ``num_heads`` and ``feedforward_channels``. The decoder is no wider than the encoder, and
             has eight blocks, or four if the encoder has fewer than 512 dimensions.
-        teacher: MODEL:TAG of open_clip, the name of a timm ViT, a file of weights, or the config of a teacher.
+        teacher: MODEL:TAG of open_clip (by default ViT-B-16-quickgelu:openai), the name of a timm ViT, a file of
+            weights, or the config of a teacher.
         start: initial weights of the encoder: a model of the zoo, a file or a URL in any layout; by default random.
         epochs: number of epochs; by default it follows from the number of images.
         batch_size: number of images per step; by default at most 128 on a GPU and 32 on a CPU, fewer for a small
             folder.
-        img_size: side of the images that the encoder sees, or their height and width, in pixels. For a rectangle, crops
-            have its aspect ratio, and whole images are resized to it, whatever their aspect ratio.
-        patch_size: side of a patch, in pixels.
+        img_size: side of the images that the encoder sees, or their height and width, in pixels; by default 224. For a
+            rectangle, crops have its aspect ratio, and whole images are resized to it, whatever their aspect ratio.
+        patch_size: side of a patch, in pixels, by default 16.
         labelled: folder with a folder of images for each class, used only for evaluation and report; by default
             ``data`` itself if it has such folders.
-        seed: seed of all random numbers.
-        resume: resume from the last checkpoint in ``out``.
+        seed: seed of all random numbers, by default 0.
+        resume: continue the run in ``out`` from its newest complete checkpoint.
         changes: anything else in the config, e.g. ``model=dict(masking=dict(mask_ratio=0.6))`` in Python or
             ``--model.masking.mask_ratio 0.6`` on the command line.
 
@@ -74,26 +78,27 @@ def pretrain(
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import add_evaluation, read_base, set_image_size, set_model, set_schedule, set_start
+    from mmmilan.api.recipe import new_config, resumed_config
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
 
-    sources = as_sources(data)
+    if out is None or (data is None and not resume):
+        missing = 'folder to write (--out)' if out is None else 'folder of images'
+        raise InputError(f'pretrain lacks the {missing}; give it.')
+    sources = None if data is None else as_sources(data)
     folder = Path(out)
     check_out(folder, resume)
+    arguments = dict(arch=arch, teacher=teacher, start=start, epochs=epochs, batch_size=batch_size)
+    arguments |= dict(img_size=img_size, patch_size=patch_size, labelled=labelled, seed=seed)
+    given = {name: value for name, value in arguments.items() if value is not None}
     with listed_once():
         with DefaultScope.overwrite_default_scope('mmpretrain'):
-            num_images = count_images(sources, batch_size)
-            config = read_base(sources, num_images, batch_size, seed)
-            set_image_size(config, img_size)
-            add_evaluation(config, sources, labelled)
-            set_start(config, start)
-            set_model(config, arch, teacher, img_size, patch_size)
-            set_schedule(config, num_images, epochs)
+            config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
         config.merge_from_dict(changes)
-        config.work_dir = str(folder)
-        path = write_config(config, folder)
-        weights = train(path, resume)
+        config.work_dir = str(folder.absolute())
+        weights = train(config, folder, resume)
+        if sources is None:
+            sources = evaluated_images(config)
         write_report(weights, sources if labelled is None else [labelled])
     return weights
 
@@ -113,59 +118,45 @@ def check_out(folder: Path, resume: bool) -> None:
         raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
 
 
-def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -> int:
-    """The number of images to train on; what was understood of the folders is said in the log.
+def train(config: Config, folder: Path, resume: bool) -> Path:
+    """Train as ``tools/train.py`` does; returns the path of the weights, saved without the state of the optimizer.
 
-    Raises:
-        InputError: they do not fill a batch.
+    The config is written when training begins, so that a run that is refused changes no file.
     """
-    from mmengine.logging import print_log
-
-    from mmmilan.datasets.image_folder import list_images
-    from mmmilan.datasets.splits import describe, training_sources
-
-    num_images = len(list_images(training_sources(sources)))
-    print_log(describe(sources), logger='current')
-    if batch_size is not None and batch_size > num_images:
-        raise InputError(f'The {num_images} images do not fill one batch of {batch_size}; lower batch_size.')
-    return num_images
-
-
-def write_config(config: Config, folder: Path) -> Path:
-    """Write the config to the folder, as ``tools/train.py`` reads it."""
-    from mmmilan.files import write_text
-
-    path = folder / 'config.py'
-    write_text(path, f'# python tools/train.py {path}\n{config.pretty_text}')
-    return path
-
-
-def train(path: Path, resume: bool) -> Path:
-    """Train as ``tools/train.py`` does; returns the path of the weights, saved without the state of the optimizer."""
     import time
 
-    from mmengine.config import Config
-
     from mmmilan.api.devices import choose_device, device_name
+    from mmmilan.checkpoints.config import parse_config
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
     from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
-    from mmmilan.engine.work_dir import checkpoint_folder
+    from mmmilan.engine.work_dir import ConfigFileHook, checkpoint_folder
 
-    config = Config.fromfile(path)
+    path = folder / 'config.py'
+    text = f'# python tools/train.py {path}\n{config.pretty_text}'
+    config = parse_config(text, str(path))  # the values that tools/train.py reads
     config.resume = resume
+    config.load_from = None if resume else config.get('load_from')  # resumed is the newest checkpoint
     config.launcher = 'none'
-    config.experiment_name = f'{path.parent.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    config.experiment_name = f'{folder.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
     begin = time.monotonic()
     with launched(config, 'train') as runner:
+        runner.register_hook(ConfigFileHook(path, text))
         runner.train()
     checkpoint = load_checkpoint_file(find_newest(checkpoint_folder(config)))
     if not resume:  # a resumed run knows only the time of its last part
         name = device_name(choose_device(None))
         checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=name)
-    weights = path.parent / 'milan.pth'
+    weights = folder / 'milan.pth'
     save_checkpoint_file({key: checkpoint[key] for key in ('meta', 'state_dict')}, weights)
     return weights
+
+
+def evaluated_images(config: Config) -> list[str]:
+    """What a run evaluates on: its labelled folder, or else the sources of its test images."""
+    dataset = config.test_dataloader.dataset
+    labelled = [hook.dataset for hook in config.custom_hooks if hook.type == 'mmmilan.OnlineEvaluationHook']
+    return next(([each.data_root] for each in labelled if each.get('with_label')), dataset.sources)
 
 
 def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:

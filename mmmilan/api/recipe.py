@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from mmmilan.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
+    from mmmilan.engine.schedule import Schedule
+
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
 BATCH_SIZE = {'cuda': 128, 'cpu': 32}
@@ -19,26 +22,201 @@ EVALUATIONS = 10  # per run
 CHECKPOINTS = 20  # per run
 
 
-def read_base(sources: Sequence[str | os.PathLike], num_images: int, batch_size: int | None, seed: int) -> Config:
-    """The recipe's config with the user's images."""
+def new_config(
+    sources: Sequence[str | os.PathLike],
+    arch: str | dict[str, Any] = 'base',
+    teacher: str | dict[str, Any] = 'ViT-B-16-quickgelu:openai',
+    start: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    img_size: tuple[int, int] | int = 224,
+    patch_size: int = 16,
+    labelled: str | os.PathLike | None = None,
+    seed: int = 0,
+) -> Config:
+    """The config of a new run; arguments of ``mmmilan.pretrain``.
+
+    Raises:
+        InputError: an argument is wrong, or two do not fit.
+    """
     from mmengine.config import Config
 
     from mmmilan.checkpoints.zoo import zoo_root
-    from mmmilan.datasets.splits import evaluation_source, training_sources
+    from mmmilan.datasets.splits import training_sources
 
+    num_images = count_images(training_sources(sources), batch_size)
     config = Config.fromfile(zoo_root() / BASE)
     config.runner_type = 'mmmilan.ConsoleRunner'
-    batch_size = batch_size or default_batch_size(num_images)
+    config.randomness = dict(seed=seed)
+    set_data(config, sources)
+    for loader in (config.train_dataloader, config.test_dataloader):
+        loader.batch_size = batch_size or default_batch_size(num_images)
+        loader.num_workers = min(loader.num_workers, os.cpu_count())
+    set_image_size(config, img_size)
+    add_evaluation(config, sources, labelled)
+    set_start(config, start)
+    set_model(config, arch, teacher, img_size, patch_size)
+    set_schedule(config, num_images, epochs)
+    return config
+
+
+def resumed_config(
+    folder: Path, sources: Sequence[str | os.PathLike] | None, changes: dict[str, Any], **given: Any
+) -> Config:
+    """The config of the run in a folder, with the arguments of ``mmmilan.pretrain`` that are given this time.
+
+    Args:
+        folder: Folder of the run, with its ``config.py``.
+        sources: Images to train on from now on; by default those of the run.
+        changes: Other changes of the config.
+        given: Only arguments that are given.
+
+    Raises:
+        InputError: there is no config, or an argument would make it another run.
+    """
+    from mmmilan.checkpoints.config import own_config, parse_config
+    from mmmilan.checkpoints.newest import find_newest
+
+    path = folder / 'config.py'
+    if path.is_file():
+        config = parse_config(path.read_text(encoding='utf-8'), str(path))
+    else:
+        config = own_config(find_newest(folder))
+    refuse_changes(config, folder, given)
+    schedule = own_schedule(config)
+    if 'teacher' in given:
+        change_teacher(config, folder, given['teacher'])
+    if 'seed' in given:
+        config.randomness = dict(seed=given['seed'])
+    change_images(config, sources, given.get('labelled'))
+    for loader in (config.train_dataloader, config.test_dataloader):
+        loader.batch_size = given.get('batch_size', loader.batch_size)
+    config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
+    config.merge_from_dict(copy.deepcopy(changes))  # MMEngine removes `_delete_` from its argument
+    if schedule is not None:
+        loader = config.train_dataloader
+        change_schedule(config, count_images(loader.dataset.sources, loader.batch_size), schedule)
+    return config
+
+
+def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
+    """Raise an :class:`InputError` if an argument names another encoder or start than that of a run."""
+    from mmmilan.models.teachers.base import pair
+
+    backbone = config.model.backbone
+    own = dict(
+        arch=backbone.arch,
+        img_size=pair(backbone.img_size),
+        patch_size=backbone.patch_size,
+        start=(backbone.get('init_cfg') or {}).get('checkpoint'),
+    )
+    asked = dict(given)
+    if isinstance(asked.get('arch'), str):
+        asked['arch'] = ARCHS.get(asked['arch'], asked['arch'])
+    if 'img_size' in asked:
+        asked['img_size'] = pair(asked['img_size'])
+    if 'start' in asked:
+        asked['start'] = absolute(asked['start'])
+    for name, value in own.items():
+        if name in asked and asked[name] != value:
+            raise InputError(
+                f'The run in {folder} has {name}={value!r}, which a resumed run keeps; leave {name} out, or start a '
+                'new run in another folder.'
+            )
+
+
+def change_teacher(config: Config, folder: Path, teacher: str | dict[str, Any]) -> None:
+    """Take another teacher for the rest of a run.
+
+    Raises:
+        InputError: there is no such teacher, or its features have another width than those that the run predicts.
+    """
+    from mmmilan.models.teachers.base import pair
+
+    model = config.model
+    grid = tuple(side // model.backbone.patch_size for side in pair(model.backbone.img_size))
+    width = set_teacher(config, teacher, grid)
+    if width != model.neck.predict_feature_dim:
+        raise InputError(
+            f'The run in {folder} predicts features of width {model.neck.predict_feature_dim}, the teacher {teacher} '
+            f'has {width}; resume with the teacher of the run, or start a new run in another folder.'
+        )
+
+
+def change_images(
+    config: Config, sources: Sequence[str | os.PathLike] | None, labelled: str | os.PathLike | None
+) -> None:
+    """Train and evaluate on other images from now on, as often as before."""
+    evaluated, hooks = config.test_dataloader.dataset.sources, config.custom_hooks
+    if sources is not None:
+        set_data(config, sources)
+    before = next((hook for hook in hooks if hook.type == 'mmmilan.OnlineEvaluationHook'), None)
+    # images that were not labelled by the user for this purpose follow the data
+    follows = sources is not None and before and before.dataset.get('data_root') in (None, *evaluated)
+    if before and (labelled is not None or follows):
+        add_evaluation(config, sources or evaluated, labelled)
+        config.custom_hooks = [
+            hook if hook is not before else {**before, 'dataset': hooks[-1]['dataset']} for hook in hooks[:-1]
+        ]
+
+
+def own_schedule(config: Config) -> Schedule | None:
+    """The schedule of a run, if it is one of :func:`fit_schedule`; None if the user changed it."""
+    from mmmilan.engine.schedule import fit_schedule
+
+    batch_size, epochs, schedules = (
+        config.train_dataloader.batch_size,
+        config.train_cfg.max_epochs,
+        config.param_scheduler,
+    )
+    steps = schedules[-1].get('end', 0) // epochs if isinstance(schedules, list) and schedules else 0
+    schedule = fit_schedule(steps * batch_size, batch_size, epochs) if steps else None
+    return schedule if schedule and list(map(dict, schedules)) == schedule.param_scheduler() else None
+
+
+def change_schedule(config: Config, num_images: int, before: Schedule) -> None:
+    """Fit schedule and rate to the length of the run; a rate that the user chose stays."""
+    from mmmilan.engine.schedule import fit_schedule
+
+    after = fit_schedule(num_images, config.train_dataloader.batch_size, config.train_cfg.max_epochs)
+    config.param_scheduler = after.param_scheduler()
+    if config.optim_wrapper.optimizer.lr == before.lr:
+        config.optim_wrapper.optimizer.lr = after.lr
+
+
+def set_data(config: Config, sources: Sequence[str | os.PathLike]) -> None:
+    """Set the images of training and evaluation, as absolute paths; what was understood of the folders is logged."""
+    from mmengine.logging import print_log
+
+    from mmmilan.datasets.splits import describe, evaluation_source, training_sources
+
+    print_log(describe(sources), logger='current')
     images = (
         (config.train_dataloader, training_sources(sources)),
         (config.test_dataloader, [evaluation_source(source) for source in sources]),
     )
     for loader, chosen in images:
-        loader.update(batch_size=batch_size, num_workers=min(loader.num_workers, os.cpu_count()))
-        loader.dataset.update(type='mmmilan.ImageSources', sources=[os.fspath(source) for source in chosen])
-        del loader.dataset['data_root']
-    config.randomness = dict(seed=seed)
-    return config
+        loader.dataset.update(type='mmmilan.ImageSources', sources=[absolute(source) for source in chosen])
+        loader.dataset.pop('data_root', None)
+
+
+def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -> int:
+    """The number of images of the sources to train on.
+
+    Raises:
+        InputError: they do not fill a batch.
+    """
+    from mmmilan.datasets.image_folder import list_images
+
+    num_images = len(list_images(sources))
+    if batch_size is not None and batch_size > num_images:
+        raise InputError(f'The {num_images} images do not fill one batch of {batch_size}; lower batch_size.')
+    return num_images
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """The absolute path of a file or folder, so that a run does not depend on where it was started; else the name."""
+    return os.path.abspath(os.path.expanduser(path)) if os.path.exists(os.path.expanduser(path)) else os.fspath(path)
 
 
 def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
@@ -75,7 +253,7 @@ def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelle
     dataset = dict(config.test_dataloader.dataset)
     if classes and (labelled is not None or len(list_images(root)) >= 5 * len(classes)):
         del dataset['sources']
-        dataset.update(type='mmmilan.ImageFolder', data_root=os.fspath(root), with_label=True)
+        dataset.update(type='mmmilan.ImageFolder', data_root=absolute(root), with_label=True)
     config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=dataset))
 
 
@@ -98,7 +276,7 @@ def set_start(config: Config, start: str | None) -> None:
 
     if start is not None:
         resolve_checkpoint(start)
-        config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=os.fspath(start))
+        config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
 
 
 def teacher_config(teacher: str | dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +313,6 @@ def set_model(
     """
     from mmmilan.models.fitting import as_num_patches
     from mmmilan.models.teachers.base import pair
-    from mmmilan.registry import MODELS
 
     if any(side % patch_size for side in pair(img_size)):
         raise InputError(f'img_size={img_size} is not a multiple of patch_size={patch_size}; choose one that is.')
@@ -146,11 +323,21 @@ def set_model(
     model.neck.update(num_patches=as_num_patches(grid), embed_dim=width)
     if width < model.neck.decoder_embed_dim:
         model.neck.update(decoder_embed_dim=width, decoder_depth=4, decoder_num_heads=max(1, width // 32))
-    model.head.teacher = teacher_config(teacher)
-    built = MODELS.build(dict(model.head.teacher))  # downloads it if necessary
+    model.neck.predict_feature_dim = set_teacher(config, teacher, grid)
+
+
+def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, int]) -> int:
+    """Set the teacher, with the encoder's grid of patches; returns the width of its features."""
+    from mmmilan.registry import MODELS
+
+    head = config.model.head
+    head.teacher = teacher_config(teacher)
+    if head.teacher.get('pretrained'):
+        head.teacher.pretrained = absolute(head.teacher.pretrained)
+    built = MODELS.build(dict(head.teacher))  # downloads it if necessary
     if built.grid != grid:
-        model.head.teacher.input_size = tuple(side * built.patch_size for side in grid)
-    model.neck.predict_feature_dim = built.feature_dim
+        head.teacher.input_size = tuple(side * built.patch_size for side in grid)
+    return built.feature_dim
 
 
 def encoder_width(arch: str | dict[str, Any]) -> int:

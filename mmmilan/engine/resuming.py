@@ -204,7 +204,10 @@ def warn_if_finished(runner: Runner, meta: dict[str, Any], source: str) -> None:
     done, whole = (meta['epoch'], runner.max_epochs) if by_epoch else (meta['iter'], runner.max_iters)
     if done >= whole:
         name = 'max_epochs' if by_epoch else 'max_iters'
-        message = f'{source} is from a finished run and no steps are left; raise train_cfg.{name} (now {whole}).'
+        message = (
+            f'{source} is from a finished run and no steps are left; raise train_cfg.{name} (now {whole}) and lengthen '
+            'param_scheduler.'
+        )
         print_log(message, logger='current', level=logging.WARNING)
 
 

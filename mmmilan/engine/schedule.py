@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mmengine.hooks import Hook
-from mmengine.optim import LinearParamScheduler
+from mmengine.optim import LinearParamScheduler, _ParamScheduler
 from mmengine.runner import Runner
 
 from mmmilan.registry import HOOKS
@@ -82,7 +82,7 @@ def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedu
 
 @HOOKS.register_module()
 class ScheduleCheckHook(Hook):
-    """Warn before the first step if a run is too short to learn, or mostly warm-up."""
+    """Warn before the first step if a run is too short to learn, mostly warm-up, or longer than its schedule."""
 
     def before_train(self, runner: Runner) -> None:
         steps = runner.max_iters
@@ -95,7 +95,13 @@ class ScheduleCheckHook(Hook):
         schedulers = (
             schedulers if isinstance(schedulers, list) else [s for each in (schedulers or {}).values() for s in each]
         )
-        warmup = max((warmup_steps(s, runner) for s in schedulers if isinstance(s, LinearParamScheduler)), default=0)
+        warmup = max((last_step(s, runner) for s in schedulers if isinstance(s, LinearParamScheduler)), default=0)
+        end = max((last_step(s, runner) for s in schedulers), default=steps)
+        if end < steps:
+            runner.logger.warning(
+                f'The learning rate stays as it is after step {end} of {steps}, where its schedule ends; lengthen '
+                'param_scheduler or train for less.'
+            )
         if steps > 1 and warmup > steps / 2:
             runner.logger.warning(
                 f'{min(1, warmup / steps):.0%} of the {steps} steps are warm-up (param_scheduler); shorten the warm-up '
@@ -103,6 +109,6 @@ class ScheduleCheckHook(Hook):
             )
 
 
-def warmup_steps(scheduler: LinearParamScheduler, runner: Runner) -> int:
-    """The step at which a warm-up ends."""
+def last_step(scheduler: _ParamScheduler, runner: Runner) -> int:
+    """The step at which a schedule ends."""
     return scheduler.end * (len(runner.train_dataloader) if scheduler.by_epoch else 1)

@@ -12,13 +12,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from mmmilan.checkpoints.archives import read_meta
 from mmmilan.checkpoints.newest import checkpoints_in, find_newest
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError
+from mmmilan.files import write_text
 
 
 @contextmanager
@@ -103,6 +107,22 @@ def refuse_other_config(checkpoint: Path, cfg: Config) -> None:
         return
     if isinstance(meta, dict):
         changed_settings(meta, cfg, str(checkpoint))
+
+
+class ConfigFileHook(Hook):
+    """Write the config of a run when training begins: a run that is refused, as at ``resume``, changes no file.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        write_text(self.path, self.text)
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from mmmilan import cli
 from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.engine.schedule import fit_schedule
 from mmmilan.errors import InputError
 
 
@@ -86,6 +88,75 @@ def test_start_changes_and_resume(image_folder, quick, tmp_path):
     mmmilan.pretrain(image_folder, tmp_path / 'second', start=str(first), resume=True, **quick, **changes)
     assert (tmp_path / 'second/epoch_2.pth').exists()
     assert [row['eval/epoch'] for row in scores_of(tmp_path / 'second')] == [0, 1, 2]
+
+
+@pytest.fixture
+def interrupted(image_folder, quick, tmp_path):
+    """A run of 2 epochs of 3 steps, of which the first is done, with a ratio of its own. Its arguments are relative."""
+    shutil.copytree(image_folder, tmp_path / 'photos')
+    shutil.copy(quick['teacher'], tmp_path / 'teacher.pt')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        arguments = {**quick, 'teacher': 'teacher.pt', 'model.masking.mask_ratio': 0.5}
+        mmmilan.pretrain('photos', 'run', **arguments)
+    for name in ('epoch_2.pth', 'milan.pth', 'report.html', 'last_checkpoint'):
+        (tmp_path / 'run' / name).unlink()
+    return tmp_path / 'run'
+
+
+def test_a_bare_resume_continues_the_run(interrupted, tmp_path, monkeypatch, capfd):
+    """With its own config, from any folder, without another argument."""
+    before = own_config(interrupted / 'epoch_1.pth')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    cli.main(['pretrain', '--out', '../run', '--resume'])
+    assert 'with changes' not in capfd.readouterr().out
+    after = own_config(interrupted / 'milan.pth')
+    keys = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'randomness', 'custom_hooks')
+    assert all(before[key] == after[key] for key in keys) and after.model.masking.mask_ratio == 0.5
+    assert load_checkpoint_file(interrupted / 'milan.pth')['meta']['epoch'] == 2
+    assert (interrupted / 'report.html').exists() and not list(Path().iterdir())
+    # what was written does not depend on the folder either
+    image = str(next((tmp_path / 'photos').rglob('*.jpg')))
+    assert mmmilan.FeatureExtractor('../run/milan.pth')([image]).shape == (1, 48)
+    assert mmmilan.get_model('../run/milan.pth', encoder_only=False).head.teacher is not None
+
+
+def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, tmp_path, capfd):
+    shutil.rmtree(tmp_path / 'photos/class2')  # 16 images remain
+    arguments = ['--epochs', 3, '--batch-size', 4, '--seed', 5, '--model.masking.mask_ratio', 0.75]
+    cli.main(['pretrain', str(tmp_path / 'photos'), '--out', str(interrupted), '--resume', *map(str, arguments)])
+    printed = capfd.readouterr().out
+    for line in (
+        'model.masking.mask_ratio: 0.5 -> 0.75',
+        'train_dataloader.batch_size: 8 -> 4',
+        'train_cfg.max_epochs: 2 -> 3',
+        'randomness.seed: 0 -> 5',
+        'images: 24 -> 16',
+        'optim_wrapper.optimizer.lr: 0.00011 -> 7.5e-05',
+    ):
+        assert printed.count(line) == 1, line
+    config, schedule = own_config(interrupted / 'milan.pth'), fit_schedule(16, 4, 3)
+    assert list(map(dict, config.param_scheduler)) == schedule.param_scheduler()
+    assert load_checkpoint_file(interrupted / 'milan.pth')['meta']['iter'] == 12
+    assert Config.fromfile(interrupted / 'config.py').train_cfg.max_epochs == 3
+
+
+def test_a_refused_resume_writes_nothing(interrupted):
+    before = {path: path.read_bytes() for path in interrupted.rglob('*') if path.is_file()}
+    for change, message in (
+        (dict(arch='tiny'), 'has arch=.*; leave arch out, or start a new run'),
+        (dict(img_size=96), r'has img_size=\(64, 64\)'),
+        (dict(patch_size=8), 'has patch_size=16'),
+        (dict(start='other.pth'), 'has start=None'),
+        (dict(batch_size=25), 'do not fill one batch of 25'),
+        (dict(data='nowhere'), 'nowhere does not exist'),
+        ({'optim_wrapper.optimizer.type': 'SGD'}, "optimizer.type='AdamW', where this one has 'SGD'"),
+        ({'model.neck.decoder_num_heads': 2}, 'decoder_num_heads=1, where this one has 2'),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmmilan.pretrain(out=interrupted, resume=True, **change)
+        assert before == {path: path.read_bytes() for path in interrupted.rglob('*') if path.is_file()}, change
 
 
 @pytest.mark.slow

@@ -52,3 +52,11 @@ def test_a_run_that_is_mostly_warm_up(caplog):
     assert '60% of the 1000 steps are warm-up' in warnings_of(caplog, schedulers(60, by_epoch=True), 1000)
     by_optimizer = dict(encoder=schedulers(10, by_epoch=False), decoder=schedulers(2000, by_epoch=False))
     assert '100% of the 1000 steps are warm-up' in warnings_of(caplog, by_optimizer, 1000)
+
+
+def test_a_run_that_is_longer_than_its_schedule(caplog):
+    """As after raising ``max_epochs`` alone: the rest would be trained at the last, smallest rate."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedules = [LinearLR(optimizer, end=2, by_epoch=False), CosineAnnealingLR(optimizer, T_max=98, end=100)]
+    assert warnings_of(caplog, schedules, 1000) == ''
+    assert 'stays as it is after step 1000 of 2000' in warnings_of(caplog, schedules, 2000)
