@@ -152,7 +152,8 @@ def change_images(
         set_data(config, sources)
     before = next((hook for hook in hooks if hook.type == 'mmmilan.OnlineEvaluationHook'), None)
     # images that were not labelled by the user for this purpose follow the data
-    follows = sources is not None and before and before.dataset.get('data_root') in (None, *evaluated)
+    root = before.dataset.get('data_root') if before else None
+    follows = sources is not None and (root is None or any(Path(root).is_relative_to(each) for each in evaluated))
     if before and (labelled is not None or follows):
         add_evaluation(config, sources or evaluated, labelled)
         config.custom_hooks = [
