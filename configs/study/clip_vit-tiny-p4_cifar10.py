@@ -39,7 +39,7 @@ test_dataloader = dict(
 )
 test_cfg = dict(templates=['a photo of a {}.'])
 
-EPOCHS = 3
+EPOCHS = 6
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, end=1, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', begin=1, T_max=EPOCHS - 1, end=EPOCHS, convert_to_iter_based=True),

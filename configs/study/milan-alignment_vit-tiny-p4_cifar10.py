@@ -8,8 +8,4 @@ model = dict(
     ),
     head=dict(type='mmmilan.LayerAlignment', num_layers=2),
 )
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=130),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=130, T_max=390, end=520),
-]
 train_cfg = dict(max_epochs=2)

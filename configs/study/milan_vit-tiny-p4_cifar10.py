@@ -1,10 +1,10 @@
-# The study's MILAN (docs/reproduction.md): 4 epochs of 4,166 images of CIFAR-10 that its teacher has not seen.
+# The study's MILAN (docs/reproduction.md), on images of CIFAR-10 that its teacher has not seen.
 _base_ = '../demo/milan_vit-tiny-p8_scenes.py'
 
 model = dict(
     backbone=dict(arch=dict(embed_dims=96, num_heads=3, feedforward_channels=384), img_size=32, patch_size=4),
     neck=dict(embed_dim=96, decoder_embed_dim=72, predict_feature_dim=96),
-    head=dict(teacher=dict(pretrained='work_dirs/study/teacher/epoch_3.pth', head_width=32)),
+    head=dict(teacher=dict(pretrained='work_dirs/study/teacher/epoch_6.pth', head_width=32)),
 )
 
 train_dataloader = dict(
@@ -25,11 +25,7 @@ test_dataloader = dict(
     dataset=dict(data_root='data/cifar10/test', pipeline=[dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]),
 )
 
-# 1040 steps: so many are the variants' too, where they see each image fewer times
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=130),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=130, T_max=910, end=1040),
-]
+# tools/study/arms.py sets the schedule, and scales the epochs with the budget
 train_cfg = dict(max_epochs=4)
 custom_hooks = [dict(type='mmmilan.StepSeedHook'), dict(type='mmmilan.NonFiniteLossHook')]
 visualizer = dict(vis_backends=[dict(type='LocalVisBackend')])

@@ -48,29 +48,34 @@ def photographs(tmp_path_factory) -> Path:
 
 def line(arms, arm: str, seed: int, accuracy: float) -> dict:
     """A line of results, of another study."""
+    training = dict(images=1000, epochs=2, cpu_seconds=100 + seed, resumed=seed == 2, gflop_per_image=0.1)
+    curve = [{'epoch': epoch, 'linear probe': accuracy - 2 + epoch} for epoch in (1, 2)]
     measures = {measure: accuracy for measure in arms.MEASURES}
-    return dict(study='0123', arm=arm, seed=seed, images=1000, gflop_per_image=0.1, measures=measures)
+    return dict(study='0123', arm=arm, seed=seed, budget='long', **training, curve=curve, measures=measures)
 
 
 @pytest.mark.slow
-def test_runs_measures_and_goes_on(run_tool, photographs, tmp_path):
-    options = ['--data', photographs, '--work-dir', tmp_path, '--seeds', 0, '--jobs', 1]
-    run_tool('study/study.py', 'run', *options, '--arms', '4 masks, a third, a quarter of the epochs')
+def test_runs_measures_and_goes_on(study, run_tool, photographs, tmp_path):
+    options = ['--data', photographs, '--work-dir', tmp_path, '--seeds', 0, '--jobs', 1, '--budget', 'short']
+    run_tool('study/study.py', 'run', *options, '--arms', 'no pretraining', 'LightlyTrain, distillation')
     results = tmp_path / 'results.jsonl'
-    teacher, run = map(json.loads, results.read_text().splitlines())
-    assert teacher['arm'] == 'teacher' and run['seed'] == 0 and run['images'] == 44
-    assert {'linear probe', 'k-NN, mean token', 'zero-shot'} <= run['measures'].keys()
-    assert run['measures']['linear probe'] > 75 and teacher['measures']['linear probe'] > 75
-    assert 'linear probe, semantic-aware' not in run['measures']
+    teacher, start = map(json.loads, results.read_text().splitlines())  # LightlyTrain is not there
+    assert teacher['arm'] == 'teacher' and teacher['measures']['linear probe'] > 75
+    assert start['images'] == 0 and 'zero-shot' not in start['measures']
 
     # what is there is kept; another arm is added
     run_tool('study/study.py', 'run', *options, '--arms', 'MILAN')
     again = list(map(json.loads, results.read_text().splitlines()))
-    assert again[:2] == [teacher, run] and again[2]['arm'] == 'MILAN'
-    assert 'linear probe, semantic-aware' in again[2]['measures']
-    run_tool('study/study.py', 'report', '--results', results, '--out', tmp_path)
+    assert again[:2] == [teacher, start]
+    run = again[2]
+    assert (run['arm'], run['seed'], run['images'], run['epochs'], run['resumed']) == ('MILAN', 0, 176, 4, False)
+    assert run['measures'].keys() == set(study[1].MEASURES)
+    assert run['measures']['linear probe'] > 75
+    assert [point['epoch'] for point in run['curve']] == [1, 2, 4]
+    assert all(point['linear probe'] > 60 for point in run['curve'])
+    run_tool('study/study.py', 'report', '--results', results, '--out', tmp_path, '--budget', 'short')
     assert (tmp_path / 'table.md').read_text().count('\n') == 5
-    assert cv2.imread(str(tmp_path / 'accuracy.png')).std() > 1
+    assert cv2.imread(str(tmp_path / 'curves.png')).std() > 1
 
 
 def test_table_marks_what_differs(study):
@@ -79,22 +84,23 @@ def test_table_marks_what_differs(study):
     lines += [line(arms, 'MAE', seed, 40.1 + 1.1 * seed) for seed in range(3)]
     lines += [line(arms, 'distillation', seed, accuracy) for seed, accuracy in enumerate((53, 49, 52))]
     table = report.markdown(lines).splitlines()
-    assert table[2].startswith('| MAE | 3 | 0.10 | 41.2 ± 1.1 - |')
-    assert table[3].startswith('| MILAN | 3 | 0.10 | 51.0 ± 1.0 |')
-    assert table[4].startswith('| distillation | 3 | 0.10 | 51.3 ± 2.1 |')
+    assert table[2].startswith('| MAE | 3 | 0.1 | 100 | 41.2 ± 1.1 - |')
+    assert table[3].startswith('| MILAN | 3 | 0.1 | 100 | 51.0 ± 1.0 |')
+    assert table[4].startswith('| distillation | 3 | 0.1 | 100 | 51.3 ± 2.1 |')
+    assert report.curve_of(lines, 'MILAN', 'linear probe') == [(0.5, 50), (1, 51)]
 
 
 def test_published_results_are_of_this_study(study):
-    """The published lines cover every arm and seed, and give the table in docs/reproduction.md."""
+    """The published lines give the table in docs/reproduction.md, which says how many of the runs there are."""
     tool, arms, report = study
     lines = tool.read_results(ROOT / 'docs/reproduction/results.jsonl')
-    assert {(line['arm'], line['seed']) for line in lines} == {('teacher', 0)} | {
-        (arm, seed) for arm in arms.ARMS for seed in arms.SEEDS
-    }
-    assert report.markdown(lines) in (ROOT / 'docs/reproduction.md').read_text()
+    runs = {(line['arm'], line['seed']) for line in lines}
+    assert len(runs) == len(lines) and {line['budget'] for line in lines} <= {'long'}
+    assert runs <= {('teacher', 0)} | {(arm, seed) for arm in arms.ARMS for seed in arms.SEEDS}
+    assert not lines or report.markdown(lines) in (ROOT / 'docs/reproduction.md').read_text()
 
 
-@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'configs/study').glob('m*.py')))
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'configs/study').glob('[lm]*.py')))
 def test_configs_state_their_difference(name, study):
     _, arms, _ = study
     path = ROOT / 'configs/study' / name
@@ -106,18 +112,30 @@ def test_configs_state_their_difference(name, study):
     assert not list(restated(own, inherited.to_dict()))
 
 
-def test_arms_are_what_their_names_say(study):
-    """Arms have the same steps and masked views; alignment has half the steps."""
+def test_arms_have_the_same_steps_and_masked_views(study):
+    """Except alignment and LightlyTrain, with half the steps; the long budget has ten times the short one's."""
     _, arms, _ = study
-    views = {}
-    for arm in arms.ARMS:
-        cfg = arms.read_arm(arm)
-        masks, batch = cfg.model.get('masks_per_image', 1), cfg.train_dataloader.batch_size
-        views[arm] = masks * batch, cfg.train_cfg.max_epochs * masks
-        assert cfg.param_scheduler[-1].end == (520 if arm.startswith('alignment') else 1040)
-        assert abs(4166 // batch * cfg.train_cfg.max_epochs - cfg.param_scheduler[-1].end) <= 1
-    assert views.pop('alignment, half the epochs') == (16, 2)
-    assert set(views.values()) == {(16, 4)}
+    steps = {}
+    for budget in arms.BUDGETS.values():
+        images = len(range(50000)[budget.images])
+        for arm in arms.ARMS:
+            cfg = arms.read_arm(arm)
+            masks, batch = cfg.model.get('masks_per_image', 1), cfg.train_dataloader.batch_size
+            assert masks * batch == 16
+            half = arm in (arms.LIGHTLY, 'alignment, half the epochs')
+            assert cfg.train_cfg.max_epochs * masks == (2 if half else 4)
+            arms.set_schedule(cfg, images, budget)
+            assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs * (images // batch)
+            if arm == 'MILAN':
+                steps[images] = cfg.param_scheduler[-1].end
+    assert steps == {25000: 10934, 4167: 1040}
+
+
+def test_class_token_weighs_a_third(study):
+    _, arms, _ = study
+    for arm in arms.PAPER:
+        head = arms.read_arm(arm).model.head
+        assert head.get('cls_token') == (32 if arm.endswith('class token 32') else None)
 
 
 def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
@@ -140,7 +158,7 @@ def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
 
 
 def test_arm_that_does_not_exist(run_tool, photographs, tmp_path):
-    with pytest.raises(SystemExit, match="The study has no arm 'MILLAN'; choose one of 'MAE', "):
+    with pytest.raises(SystemExit, match="The study has no arm 'MILLAN'; choose one of 'no pretraining', 'MAE', "):
         run_tool('study/study.py', 'run', '--data', photographs, '--work-dir', tmp_path, '--arms', 'MILLAN')
 
 
@@ -148,7 +166,7 @@ def test_results_of_another_study(study, run_tool, photographs, tmp_path):
     _, arms, _ = study
     path = tmp_path / 'results.jsonl'
     path.write_text(json.dumps(line(arms, 'MAE', 0, 1.0)) + '\n')
-    with pytest.raises(SystemExit, match='line 1, is of study 0123, not of .*; name another file'):
+    with pytest.raises(SystemExit, match='line 1, MAE, is of another study .*; name another file'):
         run_tool('study/study.py', 'run', '--data', photographs, '--work-dir', tmp_path)
     path.write_text('{"arm": "MA')
     with pytest.raises(SystemExit, match='line 1, is not complete JSON; remove the line'):

@@ -1,10 +1,12 @@
-"""The design of the study, fixed before its first run: arms, seeds, data and measures."""
+"""The design of the study, fixed before its first run: arms, seeds, data, budgets and measures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 from mmengine.config import Config
 
@@ -12,25 +14,52 @@ from mmmilan.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'study'
 TEACHER = 'clip_vit-tiny-p4_cifar10.py'
-# Name of each arm -> its config; the paper's arms first, then the ones with less computation.
-ARMS = {
+FINE_TUNING = 'finetune_vit-tiny-p4_cifar10.py'
+NO_PRETRAINING = 'no pretraining'
+LIGHTLY = 'LightlyTrain, distillation'
+# Name of each arm -> its config; first the paper's (tables 5 and 10) and what is compared with them.
+PAPER = {
+    NO_PRETRAINING: 'mae_vit-tiny-p4_cifar10.py',
     'MAE': 'mae_vit-tiny-p4_cifar10.py',
     'MAE + CLIP target': 'milan-mae-decoder-random-masking_vit-tiny-p4_cifar10.py',
     'MAE + CLIP target + semantic masking': 'milan-mae-decoder_vit-tiny-p4_cifar10.py',
     'MILAN, random masking': 'milan-random-masking_vit-tiny-p4_cifar10.py',
     'MILAN': 'milan_vit-tiny-p4_cifar10.py',
+    'MILAN, class token 32': 'milan-cls-32_vit-tiny-p4_cifar10.py',
+    'MILAN, random masking, class token 32': 'milan-random-masking-cls-32_vit-tiny-p4_cifar10.py',
     'distillation': 'milan-distillation_vit-tiny-p4_cifar10.py',
+    'distillation, class token 32': 'milan-distillation-cls-32_vit-tiny-p4_cifar10.py',
+    LIGHTLY: 'lightly-train_vit-tiny-p4_cifar10.py',
+}
+# Those with less computation (docs/efficiency.md); they run only where --arms names them.
+CHEAPER = {
     'prompts only, a third predicted': 'milan-prompts-only_vit-tiny-p4_cifar10.py',
     '2 masks, half the epochs': 'milan-2-masks_vit-tiny-p4_cifar10.py',
     '4 masks, a third, a quarter of the epochs': 'milan-4-masks_vit-tiny-p4_cifar10.py',
     'alignment, half the epochs': 'milan-alignment_vit-tiny-p4_cifar10.py',
     'combined: 2 masks, a third, half the epochs': 'milan-fast_vit-tiny-p4_cifar10.py',
 }
+ARMS = PAPER | CHEAPER
 SEEDS = (0, 1, 2)
-# With the images sorted by path, the teacher is trained on the even ones, the student on a sixth of the odd ones. The
-# probes are trained on the student's images and tested on every second test image.
+
+
+class Budget(NamedTuple):
+    """How much an arm is trained.
+
+    Attributes:
+        images: The student's images, of all training images sorted by path.
+        epochs: What the configs' 4 epochs are here; an arm with fewer has as many times fewer, rounded up.
+    """
+
+    images: slice
+    epochs: int
+
+
+# 10,934 and 1,040 steps of 16 images. With the images sorted by path, the teacher is trained on the even ones and the
+# student on the odd ones, or a sixth of them. Probes and fine-tuning use the student's images, and every second test
+# image.
+BUDGETS = dict(long=Budget(slice(1, None, 2), 7), short=Budget(slice(1, None, 12), 4))
 TEACHER_IMAGES = slice(0, None, 2)
-STUDENT_IMAGES = slice(1, None, 12)
 TEST_IMAGES = slice(0, None, 2)
 TEMPLATES = (
     'a photo of a {}.',
@@ -39,9 +68,16 @@ TEMPLATES = (
     'a small photo of one {}.',
     'a {}.',
 )
-# Top-1 accuracies in percent. The last two are semantic-aware probing of MILAN (class token of the half of the patches
-# that are most important to the teacher) and zero-shot accuracy of the class token that the decoder predicts.
+# The curve: after these epochs and the last, linear probe and k-NN by every sixth of the student's images.
+CURVE_EPOCHS = (1, 2, 4)
+CURVE_STEP = 6
+# Fine-tuning: epochs by the share of the labels in percent.
+FINE_TUNING_EPOCHS = {10: 8, 100: 1}
+# Top-1 accuracies in percent. Semantic-aware probing is MILAN's (class token of the half of the patches that are most
+# important to the teacher); zero-shot is by the class token that the decoder predicts.
 MEASURES = (
+    'fine-tuning',
+    'fine-tuning, 10 % of the labels',
     'linear probe',
     'linear probe, 10 % of the labels',
     'linear probe, 1 % of the labels',
@@ -54,7 +90,7 @@ MEASURES = (
     'zero-shot',
 )
 # The parts of a config that determine the result of a run.
-SETTINGS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg')
+SETTINGS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'pretrain')
 
 
 def read_arm(name: str) -> Config:
@@ -68,9 +104,25 @@ def read_arm(name: str) -> Config:
     return Config.fromfile(CONFIGS / ARMS.get(name, TEACHER))
 
 
-def study_id() -> str:
-    """A hash of the design and of the configs, by which results of different studies are told apart."""
-    configs = [read_arm(arm).to_dict() for arm in ('teacher', *ARMS)]
-    fixed = [{key: config[key] for key in SETTINGS} for config in configs]
-    fixed += [str(value) for value in (ARMS, TEACHER_IMAGES, STUDENT_IMAGES, TEST_IMAGES, TEMPLATES, MEASURES)]
+def schedule(steps: int) -> list[dict]:
+    """The learning rate of a training: warm-up over an eighth of the steps, then cosine."""
+    warmup, end = max(1, steps // 8), max(2, steps)
+    return [
+        dict(type='LinearLR', start_factor=1e-2, by_epoch=False, end=warmup),
+        dict(type='CosineAnnealingLR', by_epoch=False, begin=warmup, T_max=end - warmup, end=end),
+    ]
+
+
+def set_schedule(cfg: Config, images: int, budget: Budget) -> None:
+    """Set the epochs and the schedule of an arm with so many images."""
+    cfg.train_cfg.max_epochs = math.ceil(cfg.train_cfg.max_epochs * budget.epochs / 4)
+    cfg.param_scheduler = schedule(cfg.train_cfg.max_epochs * (images // cfg.train_dataloader.batch_size))
+
+
+def study_id(arm: str, budget: str) -> str:
+    """A hash of the design and of the configs that determine an arm's results, by which studies are told apart."""
+    configs = [read_arm('teacher'), read_arm(arm), Config.fromfile(CONFIGS / FINE_TUNING)]
+    fixed = [{key: config.get(key) for key in SETTINGS} for config in configs]
+    design = BUDGETS[budget], TEACHER_IMAGES, TEST_IMAGES, TEMPLATES, CURVE_EPOCHS, CURVE_STEP, FINE_TUNING_EPOCHS
+    fixed += [str(value) for value in (*design, MEASURES)]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]

@@ -12,7 +12,7 @@ from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, write_text
 
 REFERENCE = 'MILAN'
-SHOWN = ('linear probe', 'k-NN')
+CURVES = ('linear probe', 'k-NN', 'linear probe, mean token', 'k-NN, mean token')
 
 
 def values_of(lines: list[dict], arm: str, measure: str) -> dict[int, float]:
@@ -45,42 +45,57 @@ def tflop(line: dict) -> float:
     return line['gflop_per_image'] * line['images'] / 1e3
 
 
+def seconds(lines: list[dict]) -> str:
+    """CPU seconds of the training, the mean over the runs that were not interrupted."""
+    whole = [line['cpu_seconds'] for line in lines if not line['resumed']]
+    return f'{statistics.mean(whole):.0f}' if whole else ''
+
+
 def markdown(lines: list[dict]) -> str:
     """The table in Markdown, one row per arm."""
-    rows = [['', 'seeds', 'TFLOP', *MEASURES], ['---'] * (3 + len(MEASURES))]
+    rows = [['', 'seeds', 'TFLOP', 'seconds', *MEASURES], ['---'] * (4 + len(MEASURES))]
     for arm in ('teacher', *ARMS):
         runs = [line for line in lines if line['arm'] == arm]
         if runs:
-            compute = f'{tflop(runs[0]):.2f}' if 'gflop_per_image' in runs[0] else ''
+            compute = f'{tflop(runs[0]):.1f}' if 'gflop_per_image' in runs[0] else ''
             cells = [cell(values_of(lines, arm, m), values_of(lines, REFERENCE, m)) for m in MEASURES]
-            rows.append([arm, str(len(runs)), compute, *cells])
+            rows.append([arm, str(len(runs)), compute, seconds(runs), *cells])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
+def curve_of(lines: list[dict], arm: str, measure: str) -> list[tuple[float, float]]:
+    """Thousands of images seen, and the mean over seeds of a measure, at each point of an arm's curve."""
+    points: dict[float, list[float]] = {}
+    for line in lines:
+        for point in line['curve'] if line['arm'] == arm and line['epochs'] else ():
+            points.setdefault(line['images'] * point['epoch'] / line['epochs'] / 1e3, []).append(point[measure])
+    return sorted((images, statistics.mean(values)) for images, values in points.items())
+
+
 def draw(lines: list[dict], path: Path) -> None:
-    """Plot accuracy over compute, one dot per run."""
+    """Plot the curves: accuracy over the images that an arm has seen, the mean over seeds."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SHOWN), figsize=(11, 4.2), sharex=True, layout='constrained')
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, layout='constrained')
     colours = pyplot.get_cmap('tab20').colors
-    for axis, measure in zip(axes, SHOWN, strict=True):
+    for axis, measure in zip(axes.flat, CURVES, strict=True):
         for i, arm in enumerate(ARMS):
-            runs = [line for line in lines if line['arm'] == arm]
-            accuracy = [line['measures'][measure] for line in runs]
-            axis.scatter([tflop(line) for line in runs], accuracy, label=arm, color=colours[i], s=28)
-        axis.set(xlabel='TFLOP of the training', ylabel=f'{measure}, class token, %')
+            curve = curve_of(lines, arm, measure)
+            if curve:
+                axis.plot(*zip(*curve, strict=True), label=arm, color=colours[i], marker='o', markersize=4)
+        axis.set(xlabel='thousand images', ylabel=f'{measure}, %', xscale='log')
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
     pyplot.close(figure)
 
 
 def write_report(lines: list[dict], folder: Path) -> None:
-    """Write ``table.md`` and ``accuracy.png``.
+    """Write ``table.md`` and ``curves.png``.
 
     Raises:
         InputError: there is no run yet.
@@ -88,4 +103,4 @@ def write_report(lines: list[dict], folder: Path) -> None:
     if not any(line['arm'] in ARMS for line in lines):
         raise InputError('The results file holds no run of an arm; run the study first.')
     write_text(folder / 'table.md', markdown(lines))
-    draw(lines, folder / 'accuracy.png')
+    draw(lines, folder / 'curves.png')

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from arms import read_arm
+from arms import LIGHTLY, NO_PRETRAINING, read_arm
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -38,7 +38,8 @@ def time_steps(args: argparse.Namespace) -> None:
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     with tempfile.NamedTemporaryFile(suffix='.pth') as file:
         save_random_teacher(file.name)
-        steps = {arm: training_step(arm, file.name) for arm in args.arms}
+        arms = [arm for arm in args.arms if arm not in (LIGHTLY, NO_PRETRAINING)]
+        steps = {arm: training_step(arm, file.name) for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in steps}
     for i in track(range(args.rounds + 1), 'Rounds', transient=True):
         for arm, (step, images) in steps.items():

@@ -4,7 +4,8 @@ python tools/study/study.py run --data data/cifar10 --work-dir work_dirs/study  
 python tools/study/study.py report --results work_dirs/study/results.jsonl --out work_dirs/study
 python tools/study/study.py time --json work_dirs/study/time.json                 # time training steps of all arms
 
---data is a folder of images, train/CLASS/* and test/CLASS/*. arms.py defines the arms.
+--data is a folder of images, train/CLASS/* and test/CLASS/*. arms.py defines the arms and the budgets. LightlyTrain's
+arm is skipped unless --lightly-python is a Python that has lightly-train beside mmmilan.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from arms import ARMS, SEEDS, read_arm, study_id
+from arms import ARMS, BUDGETS, LIGHTLY, PAPER, SEEDS, read_arm, study_id
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,15 +36,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'), help='folder of the runs')
     parser.add_argument('--results', type=Path, help='JSON lines, one per run; default: results.jsonl in the work dir')
-    parser.add_argument('--arms', nargs='+', metavar='ARM', help='only these (default: all)')
+    parser.add_argument('--budget', choices=BUDGETS, default='long', help='how much an arm is trained')
+    parser.add_argument('--arms', nargs='+', metavar='ARM', help="these, in this order (default: the paper's)")
     parser.add_argument('--seeds', nargs='+', type=int, default=list(SEEDS))
+    parser.add_argument('--lightly-python', default=sys.executable, help='a Python that has lightly-train')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
     parser.add_argument('--out', type=Path, help='report: folder of the table and the figure')
     parser.add_argument('--json', type=Path, help='time: write the figures to this file')
     parser.add_argument('--rounds', type=int, default=9, help='time: rounds')
     args = parser.parse_args()
     args.results = args.results or args.work_dir / 'results.jsonl'
-    args.arms = args.arms or list(ARMS)
+    args.arms = args.arms or list(PAPER)
     return args
 
 
@@ -53,16 +56,18 @@ def read_results(path: Path) -> list[dict]:
     Raises:
         InputError: a line is not complete JSON, or belongs to another study.
     """
-    lines, this_study = [], study_id()
+    lines = []
     for number, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
             raise InputError(f'{path}, line {number}, is not complete JSON; remove the line.') from error
-        if lines[-1].get('study') != this_study:
+        line = lines[-1]
+        known = line.get('arm') in (*ARMS, 'teacher') and line.get('budget') in BUDGETS
+        if not known or line.get('study') != study_id(line['arm'], line['budget']):
             raise InputError(
-                f'{path}, line {number}, is of study {lines[-1].get("study")}, not of {this_study} (other arms or '
-                'other configs); name another file.'
+                f'{path}, line {number}, {line.get("arm")}, is of another study (other arms or other configs); '
+                'name another file.'
             )
     return lines
 
@@ -71,6 +76,7 @@ def start(arm: str, seed: int, args: argparse.Namespace) -> subprocess.Popen:
     """Start a run in its own process with one thread; it writes its line to its own file."""
     command = [sys.executable, __file__, 'one', '--data', args.data, '--work-dir', args.work_dir]
     command += ['--arms', arm, '--seeds', seed, '--results', line_path(arm, seed, args)]
+    command += ['--budget', args.budget, '--lightly-python', args.lightly_python]
     log = open(args.work_dir / 'log.txt', 'a', encoding='utf-8')  # noqa: SIM115 (the process keeps it open)
     environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
@@ -78,7 +84,7 @@ def start(arm: str, seed: int, args: argparse.Namespace) -> subprocess.Popen:
 
 def line_path(arm: str, seed: int, args: argparse.Namespace) -> Path:
     """The file to which a run writes its line."""
-    return args.work_dir / 'lines' / f'{arm}-{seed}.json'
+    return args.work_dir / 'lines' / f'{arm}-{seed}-{args.budget}.json'
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -93,8 +99,11 @@ def run_all(args: argparse.Namespace) -> None:
     for arm in args.arms:
         read_arm(arm)
     lines = read_results(args.results)
-    done = {(line['arm'], line['seed']) for line in lines}
+    done = {(line['arm'], line['seed']) for line in lines if line['budget'] == args.budget}
     waiting = [run for run in [('teacher', 0), *((a, s) for s in args.seeds for a in args.arms)] if run not in done]
+    if any(arm == LIGHTLY for arm, _ in waiting) and not has_lightly(args.lightly_python):
+        waiting = [run for run in waiting if run[0] != LIGHTLY]
+        console.print(f'{LIGHTLY} is skipped: {args.lightly_python} has no lightly-train; see --lightly-python.')
     args.work_dir.mkdir(parents=True, exist_ok=True)
     columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
@@ -112,6 +121,11 @@ def run_all(args: argparse.Namespace) -> None:
                 write_text(args.results, ''.join(json.dumps(line) + '\n' for line in lines))
                 progress.advance(task)
                 console.print(f'{key[0]} ({key[1]}): {lines[-1]["measures"]}')
+
+
+def has_lightly(python: str) -> bool:
+    """Whether this Python has LightlyTrain."""
+    return subprocess.run([python, '-c', 'import lightly_train'], capture_output=True, check=False).returncode == 0
 
 
 def finish(run: tuple[str, int], process: subprocess.Popen, args: argparse.Namespace) -> dict:
@@ -135,8 +149,9 @@ def main() -> None:
     elif args.command == 'one':
         from run import run
 
-        line = run(args.arms[0], args.seeds[0], args.data, args.work_dir)
-        write_text(args.results, json.dumps(dict(study=study_id()) | line) + '\n')
+        [arm], [seed] = args.arms, args.seeds
+        line = run(arm, seed, args.budget, args.data, args.work_dir, args.lightly_python)
+        write_text(args.results, json.dumps(dict(study=study_id(arm, args.budget)) | line) + '\n')
     elif args.command == 'time':
         from steps import time_steps
 
@@ -144,7 +159,8 @@ def main() -> None:
     else:
         from report import write_report
 
-        write_report(read_results(args.results), args.out or args.work_dir)
+        lines = [line for line in read_results(args.results) if line['budget'] == args.budget]
+        write_report(lines, args.out or args.work_dir)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,13 @@
+# LightlyTrain's distillation of the same teacher into the same encoder, its schedule fitted to small batches. `pretrain`
+# holds the arguments of lightly_train.pretrain (docs.lightly.ai/train): the rate is for the batch as it is, colours are
+# jittered as it does by default. Half the epochs, as a step takes about twice the time of MILAN's.
+_base_ = './milan_vit-tiny-p4_cifar10.py'
+
+pretrain = dict(
+    method='distillationv3',
+    method_args=dict(reference_batch_size=16),
+    batch_size=16,
+    optim_args=dict(lr=1e-3),
+    transform_args=dict(image_size=(32, 32), random_resize=dict(min_scale=0.5, max_scale=1.0)),
+)
+train_cfg = dict(max_epochs=2)

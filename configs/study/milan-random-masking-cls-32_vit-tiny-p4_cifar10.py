@@ -1,0 +1,4 @@
+# Random masking, and the class token weighs in the loss as much as 32 patches.
+_base_ = './milan-random-masking_vit-tiny-p4_cifar10.py'
+
+model = dict(head=dict(cls_token=32))
