@@ -21,6 +21,7 @@ from mmmilan.errors import InputError
 # Hosts of the same files under the same paths: the original one, and that of the maintained line.
 MIRRORS = ('https://download.openmmlab.com/', 'https://mmassets.onedl.ai/')
 _HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$', re.IGNORECASE)
+_HASH_OF_FOLDER = re.compile(r'/([0-9a-f]{64})/[^/]+$')  # OpenAI's addresses of CLIP
 _LONGEST_NAME = 200  # bytes; file systems take 255, with a hash and '.part'
 _CHUNK = 1 << 20
 
@@ -43,7 +44,8 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
     """The file at a URL, from the cache or from the network.
 
     Args:
-        url: URL of the file; a hash at the end of its name, as in ``-180922e8.pth``, is checked.
+        url: URL of the file; a hash at the end of its name, as in ``-180922e8.pth``, or as the name of its folder is
+            checked.
         sha256: the full hash, if it is known.
         timeout: an attempt fails after this many seconds without data, or with too little.
 
@@ -54,12 +56,13 @@ def download(url: str, sha256: str | None = None, timeout: float = 30) -> Path:
         InputError: no URL gave the file, or it cannot be written. The message contains no passwords.
     """
     try:
-        name = urlsplit(url).path.rpartition('/')[2]  # without query and fragment
+        path = urlsplit(url).path  # without query and fragment
     except ValueError:
-        name = ''
+        path = ''
+    name = path.rpartition('/')[2]
     if name in ('', '.', '..') or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise InputError(f'{shown(url)[:_LONGEST_NAME]!r} names no file; give the URL of one.')
-    in_name = _HASH_IN_NAME.search(name)
+    in_name = _HASH_IN_NAME.search(name) or _HASH_OF_FOLDER.search(path)
     digest = (sha256 or (in_name[1] if in_name else '')).lower() or None
     if digest is None:  # files at different URLs may have this name
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.checkpoints.open_clip_layout import from_open_clip, is_clip_tower
 from mmmilan.checkpoints.sharding import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
@@ -132,11 +133,11 @@ def class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]
 
 
 def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights of a ViT to this project's layout; other weights are returned unchanged."""
+    """Convert weights of a ViT, also that of a CLIP, to this project's layout; others are returned unchanged."""
     try:
         layout = detect_layout(weights)
     except InputError:
-        return weights
+        return from_open_clip(weights) if is_clip_tower(weights) else weights
     return weights if layout.name in ('mmmilan', 'openmmlab') else convert(weights)
 
 

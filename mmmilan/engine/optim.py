@@ -117,6 +117,11 @@ class LARS(MMPretrainLARS):
         return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
 
 
+def depth_in(backbone: nn.Module, name: str) -> tuple[int, int]:
+    """Depth of a parameter, and the number of depths; mmpretrain counts a CLIP's norm before the blocks to the head."""
+    return backbone.get_layer_depth(name.replace('backbone.pre_norm.', 'backbone.patch_embed.'), prefix='backbone.')
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor):
     """mmpretrain's constructor, for any model whose ``backbone`` is a ViT: classifiers, detectors, segmentors.
@@ -153,7 +158,7 @@ class LayerDecayOptimWrapperConstructor(LearningRateDecayOptimWrapperConstructor
                     f'Layer decay needs a ViT as backbone of {type(module).__name__}, not {type(backbone).__name__}; '
                     'use mmmilan.DenseViT or remove optim_wrapper.constructor.'
                 )
-            get_layer_depth = partial(backbone.get_layer_depth, prefix='backbone.')
+            get_layer_depth = partial(depth_in, backbone)
         super().add_params(params, module, prefix, get_layer_depth, **kwargs)
         if not prefix:  # not in a recursive call
             group_by_settings(params)

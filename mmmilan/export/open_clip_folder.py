@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmmilan.checkpoints.io import save_checkpoint_file
-from mmmilan.checkpoints.maskclip_layout import NORM_EPS, to_open_clip
+from mmmilan.checkpoints.open_clip_layout import NORM_EPS, to_open_clip
 from mmmilan.files import write_text
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import check_values
-from mmmilan.checkpoints.maskclip_layout import NORM_EPS, is_maskclip, to_open_clip
+from mmmilan.checkpoints.open_clip_layout import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD

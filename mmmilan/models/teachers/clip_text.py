@@ -8,7 +8,7 @@ from contextlib import suppress
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.config import own_config
-from mmmilan.checkpoints.maskclip_layout import is_maskclip, to_open_clip
+from mmmilan.checkpoints.open_clip_layout import is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.models.teachers.open_clip_zoo import find_config, published_file
 from mmmilan.models.teachers.weights import read_weights

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from PIL import Image
 
-from helpers import TINY_ARCH, assert_clip, build_model, captioned_batch
+from helpers import ROOT, TINY_ARCH, assert_clip, build_model, captioned_batch
 from mmmilan.checkpoints.layouts import convert
+from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.checkpoints.open_clip_layout import from_open_clip
 from mmmilan.errors import InputError
 from mmmilan.export.open_clip_folder import write_open_clip
 from mmmilan.export.preprocessing import Preprocessing
@@ -124,3 +126,59 @@ def test_export_of_weights_without_a_place_in_open_clip(maskclip_cfg, tmp_path):
     with pytest.raises(InputError, match="open_clip's ViT has no place for 'backbone.layers.0.attn.gamma1.weight'"):
         write_open_clip(build_model(maskclip_cfg), PREPROCESSING, tmp_path)
     assert not list(tmp_path.glob('open_clip*'))
+
+
+# -- a CLIP's image tower as encoder
+
+
+@pytest.fixture(params=['open_clip', 'openai', 'tower'])
+def clip_and_file(request, tmp_path):
+    """A small CLIP with QuickGELU, and its weights in a file: whole, as OpenAI's archive, or the image tower alone."""
+    vision = dict(image_size=64, patch_size=16, width=64, layers=2, head_width=32)
+    text = dict(context_length=8, vocab_size=100, width=32, heads=2, layers=1)
+    clip = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True).eval()
+    for parameter in clip.visual.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    weights, path = clip.state_dict(), tmp_path / 'clip.pt'
+    if request.param == 'openai':
+        torch.jit.save(torch.jit.trace(clip.visual, torch.zeros(1, 3, 64, 64), check_trace=False), path)
+    else:
+        torch.save(clip.visual.state_dict() if request.param == 'tower' else weights, path)
+    return clip, path
+
+
+@pytest.mark.parametrize('kind', ['8xb128-coslr-100e', '8xb2048-linear-coslr-100e'])
+@torch.no_grad()
+def test_clip_itself_as_encoder(kind, clip_and_file, monkeypatch):
+    """The encoder of the configs that fine-tune and probe CLIP equals open_clip's forward pass, from pixels on."""
+    clip, path = clip_and_file
+    monkeypatch.setenv('PRETRAIN', str(path))
+    cfg = Config.fromfile(ROOT / f'configs/milan/benchmarks/vit-base-p16_clip-pre_{kind}_in1k.py').model
+    arch = dict(embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=256)
+    cfg.backbone.update(arch=arch, img_size=64, frozen_stages=-1)
+    use_safe_loading()
+    backbone = MODELS.build(cfg.backbone)
+    backbone.init_weights()
+    backbone.eval()
+    pixels = torch.randint(256, (3, 3, 64, 64)).float()
+    mean, std = (torch.tensor(cfg.data_preprocessor[name])[:, None, None] for name in ('mean', 'std'))
+    rgb = (pixels / 255 - torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]) / torch.tensor(
+        open_clip.OPENAI_DATASET_STD
+    )[:, None, None]
+    actual = backbone((pixels - mean) / std)[-1] @ clip.visual.proj
+    assert (actual - clip.encode_image(rgb)).abs().max() < 1e-5 * clip.encode_image(rgb).abs().max()
+
+
+def test_clip_is_no_start_for_a_plain_vit(clip_and_file):
+    """Its norm before the blocks has no place there."""
+    arch = dict(embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=256)
+    init_cfg = dict(type='Pretrained', checkpoint=str(clip_and_file[1]))
+    backbone = MODELS.build(dict(type='mmmilan.MILANViT', arch=arch, img_size=64, init_cfg=init_cfg))
+    with pytest.raises(InputError, match='does not hold all of MILANViT'):
+        backbone.init_weights()
+
+
+def test_an_unknown_part_of_a_clip_is_refused():
+    weights = {'visual.ln_pre.weight': torch.zeros(4), 'visual.attn_pool.query': torch.zeros(4)}
+    with pytest.raises(InputError, match="has no place for 'visual.attn_pool.query'; give a plain CLIP ViT"):
+        from_open_clip(weights)
