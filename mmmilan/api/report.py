@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.model import BaseModel
     from torch import Tensor, nn
 
-    from mmmilan.visualization.report_sections import Images
+    from mmmilan.datasets.image_folder import ImageFolder
+    from mmmilan.visualization.report_sections import Bank, Images
 
 BATCH_SIZE = 64
 
@@ -37,22 +38,23 @@ def report(
 
     The page compares the class token of four encoders: the pretrained one, its starting point, random weights and the
     teacher. If folders name classes, it gives the accuracy of 20 nearest neighbours and of linear probes with 1 %, 10 %
-    and all labels, with 95 % confidence intervals, and one sentence that says whether pretraining helped. Without
-    classes, it gives RankMe and shows nearest neighbours.
+    and all labels, with 95 % confidence intervals, beside that of the most frequent class, and one sentence that says
+    whether pretraining helped. Without classes, it gives RankMe and shows nearest neighbours.
 
     Args:
         checkpoint: a checkpoint of ``mmmilan.pretrain`` or ``tools/train.py``, with its decoder.
         data: folders of images and tar shards that were not trained on, best one folder with a folder for each class.
-            If a folder is divided into splits, ``val`` is taken, or else ``test``.
+            If a folder is divided into splits, ``val`` is taken, or else ``test``, and neighbours and probes learn from
+            the labelled images of ``train``; otherwise from seven tenths of the images.
         out: the page to write, a single self-contained file.
-        max_images: maximum number of images; if there are more, evenly spaced ones are taken.
+        max_images: maximum number of images of a split; if there are more, evenly spaced ones are taken.
         device: where to run, by default on the GPU if there is one.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: there are too few images, or the checkpoint was not pretrained by MILAN.
+        InputError: there are too few images, ``train`` lacks a class, or the checkpoint was not pretrained by MILAN.
 
     Examples:
         >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
@@ -73,12 +75,15 @@ def report(
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
     device = choose_device(device)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        images = read_images(config, sources, max_images)
+        known = read_known(config, sources)
+        images = read_images(config, sources, max_images, known)
         milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device)
         encoders = build_encoders(milan, config, device)
-        features = extract(images, milan.data_preprocessor, encoders)
+        normalise = milan.data_preprocessor
+        features = extract(images.pixels.split(BATCH_SIZE), lambda batch: batch, normalise, encoders, 'images')
+        bank = encode_bank(known, max_images, normalise, encoders) if known and images.labels is not None else None
     page = Page('What pretraining did', sections.introduction(images), PAPER_LINK)
-    sections.add_scores(page, features, images)
+    sections.add_scores(page, features, images, bank)
     sections.add_training(page, checkpoint, config)
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, encoders, images)
@@ -88,16 +93,47 @@ def report(
     return Path(out)
 
 
-def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images: int) -> Images:
-    """At most ``max_images`` images of the sources, with labels if the folders of a single source name classes.
+def read_known(config: Config, sources: Sequence[str | os.PathLike]) -> ImageFolder | None:
+    """The training split of a single source as labelled images; None without splits, or if its folders name no classes.
 
     Raises:
-        InputError: there are too few images.
+        InputError: it holds no image.
+    """
+    from mmengine.registry import DATASETS
+
+    from mmmilan.datasets.splits import class_folders, splits_of
+
+    splits = splits_of(sources[0]) if len(sources) == 1 else None
+    if not splits or not splits.held_out:
+        return None
+    root = next((root for root, classes in map(class_folders, splits.train) if classes), None)
+    if root is None:
+        return None
+    pipeline = config.test_dataloader.dataset.pipeline
+    return DATASETS.build(
+        dict(type='mmmilan.ImageFolder', data_root=os.fspath(root), with_label=True, pipeline=pipeline)
+    )
+
+
+def read_images(
+    config: Config, sources: Sequence[str | os.PathLike], max_images: int, known: ImageFolder | None
+) -> Images:
+    """At most ``max_images`` images of the sources, with labels if the folders of a single source name classes.
+
+    Args:
+        config: Of the pretraining; its test pipeline reads the images.
+        sources: Folders and tar shards.
+        max_images: The most images.
+        known: The labelled training split, whose classes number those of the images.
+
+    Raises:
+        InputError: there are too few images, or one is of a class that the training split lacks.
     """
     import numpy as np
     import torch
     from mmengine.registry import DATASETS
 
+    from mmmilan.datasets.classes import class_names, locate, use_classes
     from mmmilan.datasets.splits import class_folders, evaluation_source
     from mmmilan.visualization.pictures import evenly_spaced
     from mmmilan.visualization.report_sections import QUERIES, Images
@@ -111,12 +147,38 @@ def read_images(config: Config, sources: Sequence[str | os.PathLike], max_images
     dataset = DATASETS.build(dataset | dict(pipeline=config.test_dataloader.dataset.pipeline))
     if len(dataset) < 2 * QUERIES:
         raise InputError(f'{names} holds {len(dataset)} images; give at least {2 * QUERIES}.')
+    if classes and known is not None:
+        use_classes(dataset, class_names(known), locate(known))
     chosen = evenly_spaced(len(dataset), max_images)
     samples = [dataset[i] for i in progress(chosen, 'Reading images', hide_below=500)]
     labels = np.array([int(sample['data_samples'].gt_label) for sample in samples]) if classes else None
-    if labels is not None and np.bincount(labels, minlength=len(classes)).min() < 4:
+    classes = list(class_names(dataset))
+    if labels is not None and known is None and np.bincount(labels, minlength=len(classes)).min() < 4:
         labels = None  # the probes test on three tenths of each class, which would be less than one image
     return Images(names, torch.stack([sample['inputs'] for sample in samples]), labels, classes)
+
+
+def encode_bank(
+    known: ImageFolder, max_images: int, normalise: nn.Module, encoders: dict[str, Callable[[Tensor], Tensor]]
+) -> Bank:
+    """Features and labels of at most ``max_images`` labelled training images."""
+    import numpy as np
+    import torch
+
+    from mmmilan.visualization.pictures import evenly_spaced
+    from mmmilan.visualization.report_sections import Bank
+
+    chosen = evenly_spaced(len(known), max_images)
+    labels: list[int] = []
+
+    def read(indices: list[int]) -> Tensor:
+        samples = [known[index] for index in indices]
+        labels.extend(int(sample['data_samples'].gt_label) for sample in samples)
+        return torch.stack([sample['inputs'] for sample in samples])
+
+    batches = [chosen[start : start + BATCH_SIZE] for start in range(0, len(chosen), BATCH_SIZE)]
+    features = extract(batches, read, normalise, encoders, 'labelled training images')
+    return Bank(known.img_prefix, features, np.array(labels))
 
 
 def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -139,15 +201,21 @@ def build_encoders(milan: BaseModel, config: Config, device: str) -> dict[str, C
 
 def fresh_backbone(config: Config, start: str | None, device: str) -> nn.Module:
     """The encoder before pretraining: from the checkpoint ``start``, or with random weights if that is None."""
+    from mmengine.logging import MMLogger
+
     from mmmilan.checkpoints.loading import use_safe_loading
     from mmmilan.registry import MODELS
 
     use_safe_loading()
     init_cfg = dict(type='Pretrained', checkpoint=start) if start else None
     backbone = MODELS.build({**config.model.backbone, 'init_cfg': init_cfg})
-    logging.disable(logging.INFO)  # MMEngine logs a line for every parameter
-    backbone.init_weights()
-    logging.disable(logging.NOTSET)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # MMEngine logs some lines for every parameter
+    try:
+        backbone.init_weights()
+    finally:
+        logger.setLevel(level)
     backbone.eval()  # mmpretrain's backbones return None from it
     return backbone.to(device)
 
@@ -163,16 +231,28 @@ def class_token(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def extract(
-    images: Images, normalise: nn.Module, encoders: dict[str, Callable[[Tensor], Tensor]]
+    batches: Collection[Any],
+    read: Callable[[Any], Tensor],
+    normalise: nn.Module,
+    encoders: dict[str, Callable[[Tensor], Tensor]],
+    what: str,
 ) -> dict[str, np.ndarray]:
-    """Features [M, D], float32, of all images, by encoder."""
+    """Features [M, D], float32, by encoder.
+
+    Args:
+        batches: What ``read`` turns into images, uint8 [B, 3, H, W].
+        read: Reads a batch.
+        normalise: The model's data preprocessor.
+        encoders: Functions from normalised images to features [B, D], by name.
+        what: What the progress bar calls the images.
+    """
     import numpy as np
     import torch
 
     features: dict[str, list] = {name: [] for name in encoders}
-    for batch in progress(images.pixels.split(BATCH_SIZE), 'Encoding images'):
+    for batch in progress(batches, f'Encoding {what}'):
         with torch.no_grad():
-            inputs = normalise(dict(inputs=batch), False)['inputs']
+            inputs = normalise(dict(inputs=read(batch)), False)['inputs']
             for name, encode in encoders.items():
                 features[name].append(encode(inputs).float().cpu().numpy())
     return {name: np.concatenate(rows) for name, rows in features.items()}

@@ -45,25 +45,43 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score_encoders(features: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, Accuracy]]:
-    """Accuracies by encoder and probe: 20 nearest neighbours, and linear probes with some of the labels.
-
-    Three tenths of the images are for testing, the same for all. Of few labels, each class keeps at least one.
+def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of seven tenths of the images of each class, to learn from, and of the others, to test on.
 
     Args:
-        features: Name of the encoder and its features [M, D], of the same images.
         labels: Classes [M], at least two and four images of each.
     """
-    train, test = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, random_state=0, stratify=labels)
+    return tuple(train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, random_state=0, stratify=labels))
+
+
+def score_encoders(
+    known: dict[str, np.ndarray], known_labels: np.ndarray, asked: dict[str, np.ndarray], labels: np.ndarray
+) -> dict[str, dict[str, Accuracy]]:
+    """Accuracies by encoder and probe: 20 nearest neighbours, and linear probes with some of the labels.
+
+    Of few labels, each class keeps at least one.
+
+    Args:
+        known: Name of the encoder and its features [K, D] of labelled images.
+        known_labels: Their classes [K], at least two.
+        asked: Features [M, D] of the images to tell, by encoder.
+        labels: Their classes [M].
+    """
     scores: dict[str, dict[str, Accuracy]] = {}
-    for name, rows in features.items():
+    for name, rows in known.items():
         scores[name] = {}
         for probe, share in PROBES.items():
-            some = train if share is None else few_labels(train, labels, share)
-            known, asked = (rows[some], labels[some]), rows[test]
-            told = knn_predictions(known, asked) if share is None else linear_probe_predictions(known, asked)
-            scores[name][probe] = Accuracy(told == labels[test])
+            some = np.arange(len(rows)) if share is None else few_labels(np.arange(len(rows)), known_labels, share)
+            bank = rows[some], known_labels[some]
+            predict = knn_predictions if share is None else linear_probe_predictions
+            scores[name][probe] = Accuracy(predict(bank, asked[name]) == labels)
     return scores
+
+
+def most_frequent(known_labels: np.ndarray, labels: np.ndarray) -> tuple[int, Accuracy]:
+    """The most frequent class of the labelled images, and how often it is right by itself."""
+    label = int(np.bincount(known_labels).argmax())
+    return label, Accuracy(labels == label)
 
 
 def few_labels(train: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:

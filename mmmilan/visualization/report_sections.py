@@ -12,7 +12,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from mmmilan.checkpoints.io import load_checkpoint_file
-from mmmilan.evaluation.comparison import PROBES, score_encoders, verdict
+from mmmilan.evaluation.comparison import PROBES, hold_out, most_frequent, score_encoders, verdict
 from mmmilan.evaluation.representation import rankme
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
@@ -48,10 +48,25 @@ class Images:
         return self.classes[self.labels[index]] if self.labels is not None else ''
 
 
+@dataclass
+class Bank:
+    """Labelled images that neighbours and probes learn from.
+
+    Attributes:
+        names: What the page calls them.
+        features: Features [K, D] by encoder.
+        labels: Classes [K].
+    """
+
+    names: str
+    features: dict[str, np.ndarray]
+    labels: np.ndarray
+
+
 def introduction(images: Images) -> str:
     """The sentences at the top of the page."""
     labels = (
-        f'the names of its {len(images.classes)} folders are the classes' if images.labels is not None else 'no labels'
+        f'the names of the folders are the {len(images.classes)} classes' if images.labels is not None else 'no labels'
     )
     return (
         f'{len(images.pixels)} images of {images.names}; {labels}. Encoders are frozen, and their class token is '
@@ -59,8 +74,15 @@ def introduction(images: Images) -> str:
     )
 
 
-def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> None:
-    """Add RankMe, with labels also accuracies, and the sentence that says whether pretraining helped."""
+def add_scores(page: Page, features: dict[str, np.ndarray], images: Images, bank: Bank | None) -> None:
+    """Add RankMe, with labels also accuracies, and the sentence that says whether pretraining helped.
+
+    Args:
+        page: The page.
+        features: Features [M, D] of the images by encoder.
+        images: The images.
+        bank: Labelled training images; without them, a part of the images is taken.
+    """
     before = START if START in features else RANDOM
     ranks = {name: rankme(rows) for name, rows in features.items()}
     if images.labels is None:
@@ -74,16 +96,28 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images) -> N
         )
         page.table(['encoder', 'RankMe'], [[name, f'{rank:.1f}'] for name, rank in ranks.items()])
         return
-    scores = score_encoders(features, images.labels)
-    page.paragraph(verdict(scores[OURS]['k-NN'], scores[before]['k-NN'], before, 'k-NN'), 'verdict')
+    asked, labels = features, images.labels
+    if bank is None:
+        known, tested = hold_out(labels)
+        bank = Bank('the same folders', {name: rows[known] for name, rows in features.items()}, labels[known])
+        asked, labels = {name: rows[tested] for name, rows in features.items()}, labels[tested]
+    scores = score_encoders(bank.features, bank.labels, asked, labels)
+    label, alone = most_frequent(bank.labels, labels)
+    page.paragraph(
+        f'{verdict(scores[OURS]["k-NN"], scores[before]["k-NN"], before, "k-NN")} Always the most frequent class, '
+        f'{images.classes[label]}, is right for {alone.value:.1f} %.',
+        'verdict',
+    )
     page.heading(
         'What the frozen encoders know',
-        'Top-1 accuracy in percent of the 20 nearest neighbours, and of linear probes with some of the labels, on '
-        'three tenths of the images, with 95 % confidence intervals. The best of each column is in bold. RankMe is '
-        'the effective rank of the features.',
+        f'Top-1 accuracy in percent on {len(labels)} images, with 95 % confidence intervals: of the 20 nearest '
+        f'neighbours among {len(bank.labels)} labelled images of {bank.names}, and of linear probes with some of their '
+        'labels. The best of each column is in bold. RankMe is the effective rank of the features.',
     )
     rows = [[name, *map(str, row.values()), f'{ranks[name]:.1f}'] for name, row in scores.items()]
+    rows.append([f'always {images.classes[label]}', *[str(alone)] * len(PROBES), ''])
     values = [[*(accuracy.value for accuracy in row.values()), None] for row in scores.values()]
+    values.append([alone.value] * len(PROBES) + [None])
     page.table(['encoder', *PROBES, 'RankMe'], rows, values)
 
 

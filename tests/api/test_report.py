@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import mmmilan
 from mmmilan.errors import InputError
-from mmmilan.evaluation.comparison import Accuracy, few_labels, score_encoders, verdict
+from mmmilan.evaluation.comparison import Accuracy, few_labels, hold_out, most_frequent, score_encoders, verdict
 from mmmilan.evaluation.representation import rankme
 from mmmilan.visualization.page import Page, best_cells
 from mmmilan.visualization.pictures import nearest_neighbours, read_scalars
@@ -59,13 +59,44 @@ def test_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 50)
     good = np.eye(4)[labels] + 0.3 * rng.standard_normal((200, 4))
-    scores = score_encoders(dict(good=good.astype(np.float32), noise=rng.standard_normal((200, 4))), labels)
+    known, asked = hold_out(labels)
+    features = dict(good=good.astype(np.float32), noise=rng.standard_normal((200, 4)))
+    parts = ({name: rows[part] for name, rows in features.items()} for part in (known, asked))
+    scores = score_encoders(next(parts), labels[known], next(parts), labels[asked])
+    assert len(asked) == 60 and np.bincount(labels[asked]).tolist() == [15] * 4
     assert scores['good']['k-NN'].value > 85 > 45 > scores['noise']['k-NN'].value
     assert scores['good']['probe, all'].value >= scores['good']['probe, 1 % of labels'].value > 40
     assert len(few_labels(np.arange(200), labels, 0.01)) == 4 and len(few_labels(np.arange(200), labels, 0.1)) == 20
     unit = good / np.linalg.norm(good, axis=1, keepdims=True)
     expected = KNeighborsClassifier(5).fit(unit, labels).kneighbors(unit[:3], return_distance=False)[:, 1:]
     assert np.array_equal(nearest_neighbours(good, np.arange(3), 4), expected)
+
+
+def test_the_most_frequent_class():
+    label, alone = most_frequent(np.array([2, 0, 2, 1]), np.array([0, 2, 2, 2, 1]))
+    assert label == 2 and alone.value == 60
+
+
+def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
+    """All images of ``val`` are asked, which may lack a class; nothing of MMEngine's parameters is printed."""
+    data = tmp_path / 'data'
+    for split, names in dict(Train=('class0', 'class1', 'class2'), val=('class0', 'class2')).items():
+        for name in names:
+            shutil.copytree(image_folder / name, data / split / name)
+    weights = mmmilan.pretrain(data, tmp_path / 'run', **quick | dict(epochs=1))
+    capfd.readouterr()
+    page = mmmilan.report(weights, data, tmp_path / 'report.html').read_text()
+    assert 'on 16 images, with 95 % confidence intervals' in page
+    assert f'among 24 labelled images of {data}/Train' in page
+    assert re.search(r'k-NN tells [\d.]+ % of 16 images right .*, class0, is right for 50.0 %\.', page)
+    assert re.search(r'<td>always class0</td><td>(<b>)?50.0', page) and '<small>class2</small>' in page
+    printed = capfd.readouterr()
+    assert len((printed.out + printed.err).splitlines()) < 12
+    (data / 'val/class0').rename(data / 'val/other')
+    with pytest.raises(
+        InputError, match=r'val/? has 1 of its 2 classes, other \(8 samples\), where .*Train/? has class0'
+    ):
+        mmmilan.report(weights, data, tmp_path / 'report.html')
 
 
 def test_rankme():
