@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from mmmilan.engine.throughput import evaluations_left
 from mmmilan.errors import InputError
 from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from mmmilan.evaluation.representation import cosine_to_teacher, rankme
@@ -51,7 +52,7 @@ class OnlineEvaluationHook(Hook):
         self.dataset_cfg = dataset
         self.interval = interval
         self.max_images = max_images
-        self.seconds = 0.0
+        self.seconds, self.evaluations = 0.0, 0
 
     def before_train(self, runner: Runner) -> None:
         dataset = DATASETS.build(self.dataset_cfg)
@@ -75,7 +76,7 @@ class OnlineEvaluationHook(Hook):
         with evaluating(unwrap(runner.model)) as model:
             scores = self.measure(model)
         now = time.monotonic()
-        self.seconds += now - begin
+        self.seconds, self.evaluations = self.seconds + now - begin, self.evaluations + 1
         scores = {f'eval/{name}': value for name, value in scores.items()}
         share = self.seconds / (now - self.start)
         text = '  '.join(f'{name}: {value:.4g}' for name, value in scores.items())
@@ -83,6 +84,11 @@ class OnlineEvaluationHook(Hook):
             f'Evaluation after epoch {epoch}:  {text}  ({now - begin:.1f} s; {share:.1%} of the training time so far)'
         )
         runner.visualizer.add_scalars({**scores, 'eval/epoch': epoch, 'eval/time_share': share}, step=runner.iter)
+
+    def seconds_left(self, runner: Runner) -> float:
+        """How long the evaluations to come will take, if they take as long as those of this run so far."""
+        left = evaluations_left(runner.epoch, runner.max_epochs, self.interval)
+        return left * self.seconds / max(1, self.evaluations)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The scores by name."""

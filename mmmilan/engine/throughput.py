@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmmilan.engine.log import log_is_due
@@ -30,7 +32,8 @@ class ThroughputHook(Hook):
       the first batch. Only for devices whose peak is known;
     * ``data_wait``: share of the time that training waited for data;
     * ``peak_memory_gb``: peak memory of tensors on the GPU, or of the process on a CPU;
-    * ``hours_left``: to the end of the run, at this speed.
+    * ``hours_left``: to the end of the run, at this speed; it and the log's ``eta`` include the evaluations to come,
+      once the first has been timed.
 
     Args:
         peak_tflops: Peak TFLOP/s of one device in dense bfloat16 products, for devices that are not in
@@ -43,6 +46,7 @@ class ThroughputHook(Hook):
         self.peak_tflops = peak_tflops
         self.flops_per_image: float | None = None
         self.images = self.steps = 0
+        self.validations: list[float] = []  # seconds of each
 
     def before_train(self, runner: Runner) -> None:
         device = next(runner.model.parameters()).device
@@ -58,12 +62,30 @@ class ThroughputHook(Hook):
         self.images += images
         self.steps += 1
         if log_is_due(runner, batch_idx):
-            for name, value in self.measure(runner).items():
+            left = self.evaluation_left(runner)
+            for name, value in self.measure(runner, left).items():
                 runner.message_hub.update_scalar(f'train/{name}', value)
+            runner.message_hub.update_info('eta', runner.message_hub.get_info('eta', 0.0) + left)
             self.images = self.steps = 0
 
-    def measure(self, runner: Runner) -> dict[str, float]:
-        """The values since the last log line, by name."""
+    def before_val(self, runner: Runner) -> None:
+        self.validations.append(-time.monotonic())
+
+    def after_val(self, runner: Runner) -> None:
+        self.validations[-1] += time.monotonic()
+
+    def evaluation_left(self, runner: Runner) -> float:
+        """Seconds that evaluations will take until the end of the run, as far as some have been timed."""
+        left = sum(hook.seconds_left(runner) for hook in runner.hooks if hasattr(hook, 'seconds_left'))
+        if self.validations:
+            loop, counts = runner.train_loop, (runner.epoch, runner.max_epochs)
+            if isinstance(loop, IterBasedTrainLoop):
+                counts = runner.iter, runner.max_iters
+            left += fmean(self.validations) * evaluations_left(*counts, loop.val_interval, loop.val_begin)
+        return left
+
+    def measure(self, runner: Runner, evaluation_left: float) -> dict[str, float]:
+        """The values since the last log line, by name; evaluations will take ``evaluation_left`` seconds."""
         seconds, wait = (
             runner.message_hub.get_scalar(f'train/{name}').mean(self.steps) * self.steps
             for name in ('time', 'data_time')
@@ -77,8 +99,22 @@ class ThroughputHook(Hook):
             values['mfu'] = rate * self.flops_per_image / (1e12 * self.peak_tflops)
         values['data_wait'] = wait / seconds
         values['peak_memory_gb'] = peak_memory() / 1e9
-        values['hours_left'] = (runner.max_iters - runner.iter - 1) * seconds / self.steps / 3600
+        steps_left = runner.max_iters - runner.iter - 1
+        values['hours_left'] = (steps_left * seconds / self.steps + evaluation_left) / 3600
         return values
+
+
+def evaluations_left(done: int, end: int, interval: int, begin: int = 1) -> int:
+    """How many evaluations come after ``done`` epochs of ``end``: at multiples of an interval, and at the end.
+
+    Args:
+        done: Epochs (or iterations) so far.
+        end: Epochs of the run.
+        interval: Epochs between two evaluations.
+        begin: The first epoch that may have one.
+    """
+    multiples = end // interval - max(done, begin - 1) // interval
+    return max(0, multiples) + (done < end and end >= begin and end % interval > 0)
 
 
 def flops_per_image(runner: Runner, data_batch: dict) -> float:

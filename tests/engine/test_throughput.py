@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,8 @@ from mmengine.logging import MessageHub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import read_scalars
-from mmmilan.engine import DeferredRuntimeInfoHook
-from mmmilan.engine.throughput import counted_flops, peak_tflops
+from mmmilan.engine import DeferredRuntimeInfoHook, OnlineEvaluationHook
+from mmmilan.engine.throughput import counted_flops, evaluations_left, peak_tflops
 from mmmilan.registry import MODELS
 
 
@@ -41,6 +43,29 @@ def test_throughput_in_the_log(tiny_config, run_tool, tmp_path):
     accumulator = EventAccumulator(str(events)).Reload()
     for name in names:
         assert [event.value for event in accumulator.Scalars(name)] == pytest.approx([r[name] for r in records])
+
+
+@pytest.mark.parametrize('end, interval, begin', [(10, 3, 1), (10, 5, 1), (4, 7, 1), (10, 2, 5), (1, 1, 1), (3, 1, 9)])
+def test_evaluations_to_come(end, interval, begin):
+    """As MMEngine's loops run them."""
+    due = [step for step in range(1, end + 1) if step >= begin and (step % interval == 0 or step == end)]
+    for done in range(end + 1):
+        assert evaluations_left(done, end, interval, begin) == len([step for step in due if step > done])
+
+
+def test_the_time_left_has_the_evaluations(tiny_config, run_tool, tmp_path, monkeypatch, image_folder):
+    monkeypatch.setattr(
+        'mmmilan.engine.online_evaluation.OnlineEvaluationHook.measure', lambda *_: time.sleep(1.1) or {}
+    )
+    dataset = dict(type='mmmilan.ImageFolder', data_root=str(image_folder), pipeline=[])
+    hooks = [dict(type='mmmilan.ThroughputHook'), dict(type='mmmilan.OnlineEvaluationHook', dataset=dataset)]
+    changes = {'custom_hooks': hooks, 'default_hooks.logger': dict(type='LoggerHook', interval=6)}
+    run_tool('train.py', tiny_config(changes | {'train_dataloader.num_workers': 0}))
+    first, last = (3600 * row['hours_left'] for row in read_scalars(tmp_path / 'work') if 'hours_left' in row)
+    assert first > 2.2
+    assert last == pytest.approx(1.1, abs=0.2)  # no step is left, but one evaluation
+    (log,) = (tmp_path / 'work').glob('*/*.log')
+    assert re.findall(r'Epoch\(train\).*eta: (\S+)', log.read_text())[-1] == '0:00:01'
 
 
 def test_no_peak_no_mfu(tiny_config, run_tool, tmp_path):
