@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,27 @@ def title_of(name: str) -> str:
     if is_checkpoint(name):
         return Path(name).stem
     return name.partition(':')[2] or name
+
+
+def titles_of(names: Sequence[str]) -> list[str]:
+    """:func:`title_of` each model; files of one name are told apart by their folders, as in ``first/milan``.
+
+    Raises:
+        InputError: a model is named twice.
+    """
+    short = [title_of(name) for name in names]
+    titles = list(short)
+    paths = [Path(os.path.abspath(name)).with_suffix('').parts for name in names]
+    for i, title in enumerate(short):
+        others = [path for path, other in zip(paths, short, strict=True) if other == title and path is not paths[i]]
+        if not others:
+            continue
+        depths = range(1, len(paths[i]))
+        depth = next((d for d in depths if all(other[-d:] != paths[i][-d:] for other in others)), None)
+        if depth is None or not is_checkpoint(names[i]):
+            raise InputError(f'{names[i]} is named twice among the models to compare; name each once.')
+        titles[i] = '/'.join(paths[i][-depth:])
+    return titles
 
 
 def compare_teacher(teacher: Teacher, device: str) -> ComparedModel:

@@ -56,7 +56,7 @@ def figures(
     import numpy as np
     import torch
 
-    from mmmilan.api.compared_models import load_compared_model, title_of
+    from mmmilan.api.compared_models import load_compared_model, titles_of
     from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
@@ -69,9 +69,8 @@ def figures(
     device = choose_device(device)
     reader = Inferencer(get_model(config), device=device)
     files, labels, classes = list_labelled_images(images)
-    models = {title_of(name): load_compared_model(config, name, device) for name in checkpoints}
-    if len(models) < len(checkpoints):
-        raise InputError(f'Two of {", ".join(checkpoints)} have the same name; rename a file.')
+    named = dict(zip(titles_of(checkpoints), checkpoints, strict=True))
+    models = {title: load_compared_model(config, name, device) for title, name in named.items()}
     random = np.random.default_rng(seed)
     page = Page('Figures', f'{", ".join(models)} on images of {images}, seed {seed}.')
 
@@ -87,7 +86,7 @@ def figures(
     for number, part in (3, pictures[:NUM_SMALL]), (4, pictures[NUM_SMALL:]):
         if part:
             add_attention(page, folder, number, reader, models, part)
-    add_reconstruction(page, folder, reader, config, checkpoints, pictures[:NUM_SMALL], seed, device)
+    add_reconstruction(page, folder, reader, config, named, pictures[:NUM_SMALL], seed, device)
     path = folder / 'index.html'
     page.write(path, f'Written by mmmilan figures with seed {seed}, PyTorch {torch.__version__}.')
     return path
@@ -171,21 +170,20 @@ def add_reconstruction(
     folder: Path,
     reader: Inferencer,
     config: str,
-    checkpoints: Sequence[str],
+    named: dict[str, str],
     files: list[str],
     seed: int,
     device: str,
 ) -> None:
-    """Figure 5: mask and loss per patch, of the first checkpoint that has its decoder."""
+    """Figure 5: mask and loss per patch, of the first checkpoint (by its title) that has its decoder."""
     import torch
 
-    from mmmilan.api.compared_models import title_of
     from mmmilan.api.models import get_model
     from mmmilan.visualization.paper import draw_pictures, save_figure
     from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
 
     reasons = []
-    for name in checkpoints:
+    for title, name in named.items():
         try:
             model = get_model(config, name, device=device, encoder_only=False)
         except InputError as error:
@@ -204,9 +202,9 @@ def add_reconstruction(
             'loss': [draw_heat(image, sample.patch_loss, 'Greens') for image, sample in predicted],
         }
         page.heading(
-            f'Figure 5: what {title_of(name)} sees and misses',
+            f'Figure 5: what {title} sees and misses',
             'The image; the patches that the encoder sees; and the loss of each patch: dark green is high.',
         )
-        page.figure(save_figure(draw_pictures(columns), folder / 'figure5'), f'Mask and loss of {title_of(name)}')
+        page.figure(save_figure(draw_pictures(columns), folder / 'figure5'), f'Mask and loss of {title}')
         return
     warn(page, f'Figure 5 is left out: no checkpoint has the decoder of {config} ({reasons[0]})')

@@ -35,8 +35,9 @@ OF_THE_MODEL = re.compile(
     r'model\.type|model\.backbone\.(type|arch\b.*|patch_size)|model\.neck\.type|model\.(.+\.)?\w*num_heads|'
     r'optim_wrapper\.optimizer\.type'
 )
-OF_THE_RATE = re.compile(r'param_scheduler\b|optim_wrapper\.(optimizer|paramwise_cfg)\b|auto_scale_lr\b')
 OF_SCHEDULES = {'initial_lr', 'initial_momentum', 'momentum'}  # settings that schedules add to a group
+# What changes in the state of a schedule.
+PROGRESS = {'_global_step', 'last_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter'}
 NAMES = 1000  # that stand for all images of a data set
 MAX_WIDTH = 60  # of a value in the log
 
@@ -70,17 +71,19 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
     set_position(runner, meta)
     warn_if_finished(runner, meta, source)
     checkpoint['message_hub'] = clean_message_hub(hub, Path(runner.work_dir))
-    if isinstance(runner.param_schedulers, list):
-        resume_schedules(runner, checkpoint, changes, source)
-    if 'optimizer' not in checkpoint:
+    optimizer, continued = checkpoint.get('optimizer'), False
+    if optimizer is None:
         print_log(
             f'{source} has no optimizer state: the optimizer starts anew.', logger='current', level=logging.WARNING
         )
     elif isinstance(runner.optim_wrapper, OptimWrapper):
-        fault = optimizer_fault(runner.optim_wrapper, checkpoint['optimizer'])
+        fault = optimizer_fault(runner.optim_wrapper, optimizer)
         if fault:
             raise InputError(f'{source}: its optimizer state {fault}; resume with the config that it was trained with.')
-        take_settings(runner, checkpoint['optimizer'])
+    if isinstance(runner.param_schedulers, list):
+        continued = resume_schedules(runner, checkpoint, source)
+    if optimizer is not None and isinstance(runner.optim_wrapper, OptimWrapper):
+        take_settings(runner.optim_wrapper, optimizer, runner.param_schedulers if continued else [])
 
 
 # -- what changes
@@ -290,39 +293,69 @@ def moment_fault(parameter: nn.Parameter, values: Any) -> str:
 # -- schedules
 
 
-def resume_schedules(runner: Runner, checkpoint: dict[str, Any], changes: dict[str, tuple], source: str) -> None:
+def resume_schedules(runner: Runner, checkpoint: dict[str, Any], source: str) -> bool:
     """Bring the schedules of the config to the step at which the run stands.
 
-    A schedule that follows a metric is continued from its state instead, and so are those beside it.
+    Where they are those of the checkpoint, their states are taken from it, else all steps are computed again.
+
+    Returns:
+        Whether they are those of the checkpoint.
 
     Raises:
-        InputError: a schedule follows a metric, and the schedules or rates of the config are not those of the run.
+        InputError: they are not, and one follows a metric, whose past values are not known.
     """
-    schedulers, saved = runner.param_schedulers, checkpoint.get('param_schedulers')
-    following = [scheduler.monitor for scheduler in schedulers if getattr(scheduler, 'need_val_args', False)]
-    if not following:
-        replay(schedulers, runner, **{name: checkpoint['meta'][name] for name in ('epoch', 'iter')})
-        checkpoint['param_schedulers'] = [scheduler.state_dict() for scheduler in schedulers]
-        return
-    changed = [key for key in changes if OF_THE_RATE.match(key)]
-    fits = isinstance(saved, list) and len(saved) == len(schedulers) and all(isinstance(each, dict) for each in saved)
-    if changed or not fits:
-        raise InputError(
-            f'{source}: a schedule follows {following[0]}, so the rates of the run cannot be computed for other '
-            f'settings ({", ".join(changed) or "param_scheduler"}); resume with those that it was trained with.'
+    schedulers, meta = runner.param_schedulers, checkpoint['meta']
+    saved, optimizer = checkpoint.get('param_schedulers'), checkpoint.get('optimizer')
+    continued = (
+        isinstance(saved, list)
+        and isinstance(optimizer, dict)
+        and len(saved) == len(schedulers)
+        and all(
+            continues(
+                scheduler, state, meta['epoch'] if scheduler.by_epoch else meta['iter'], optimizer['param_groups']
+            )
+            for scheduler, state in zip(schedulers, saved, strict=True)
         )
-    for scheduler, state in zip(schedulers, saved, strict=True):
-        own = scheduler.state_dict()
-        own |= {key: value for key, value in state.items() if key in own and is_same_kind(own[key], value)}
-        state.clear()
-        state.update(own)
+    )
+    for scheduler in schedulers:
+        if getattr(scheduler, 'need_val_args', False) and not continued:
+            raise InputError(
+                f'{source}: a schedule follows {scheduler.monitor}, so the rates of its run cannot be computed for '
+                'other schedules or rates; resume with those that it was trained with.'
+            )
+    if not continued:
+        print_log(f'The rates of the first {meta["iter"]} steps are computed for the changed schedules.', 'current')
+        replay(schedulers, runner, meta['epoch'], meta['iter'])
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    if continued:
+        progress = [
+            {key: state[key] for key in PROGRESS & own.keys()} for own, state in zip(states, saved, strict=True)
+        ]
+        states = [own | state for own, state in zip(states, progress, strict=True)]
+    checkpoint['param_schedulers'] = states
+    return continued
 
 
-def replay(schedulers: list, runner: Runner, epoch: int, iter: int) -> None:
+def continues(scheduler: Any, state: Any, steps: int, groups: list[dict]) -> bool:
+    """Whether a state is that of a schedule with the same settings and base values, after this number of steps."""
+    if not isinstance(state, dict) or state.get('_global_step') != steps:
+        return False
+    base = f'initial_{scheduler.param_name}'
+    for own, saved in zip(scheduler.optimizer.param_groups, groups, strict=False):  # MMEngine adds one for the base
+        if not is_number(saved.get(base)) or saved[base] != own.get(base):
+            return False
+    return all(
+        is_same_kind(own, state.get(key)) and (key in PROGRESS or own == state[key])
+        for key, own in scheduler.state_dict().items()
+        if not callable(own)
+    )
+
+
+def replay(schedulers: list, runner: Runner, epochs: int, steps: int) -> None:
     """Step new schedules as the run has done, in the order in which its hook calls them."""
     by_step = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
     by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
-    epochs, steps = min(epoch, runner.max_epochs), min(iter, runner.max_iters)  # a finished run needs no more
+    epochs, steps = min(epochs, runner.max_epochs), min(steps, runner.max_iters)  # a finished run needs no more
     runner.optim_wrapper._global_step = steps  # MMEngine warns of schedules that step before the optimizer
     length = len(runner.train_loop.dataloader)
     for step in range(1, steps + 1):
@@ -333,13 +366,13 @@ def replay(schedulers: list, runner: Runner, epoch: int, iter: int) -> None:
                 scheduler.step()
 
 
-def take_settings(runner: Runner, state: dict[str, Any]) -> None:
-    """Replace the settings in an optimizer's state by the runner's own, but for those that follow a metric."""
-    wrapper, schedulers = runner.optim_wrapper, runner.param_schedulers
-    following = isinstance(schedulers, list) and any(getattr(each, 'need_val_args', False) for each in schedulers)
-    kept = {each.param_name for each in schedulers} if following else set()
+def take_settings(wrapper: OptimWrapper, state: dict[str, Any], schedulers: list) -> None:
+    """Replace the settings in an optimizer's state by the optimizer's own, but for what these schedules have set."""
+    kept = {scheduler.param_name for scheduler in schedulers}
     for own, saved in zip(wrapper.optimizer.param_groups, state['param_groups'], strict=True):
         settings = own | {key: saved[key] for key in kept if is_number(saved.get(key))} | {'params': saved['params']}
+        if 'momentum' in kept and 'betas' in own:  # MMEngine's schedules of the momentum set the first beta
+            settings['betas'] = (settings['momentum'], own['betas'][1])
         saved.clear()
         saved.update(settings)
     base = state.pop('base_param_settings', None)

@@ -24,6 +24,8 @@ from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError
 from mmmilan.files import write_text
 
+FILES, FOLDERS = ('pretrained', 'checkpoint', 'load_from'), ('data_root', 'cache', 'db_path')  # keys in a config
+
 
 @contextmanager
 def locked(work_dir: Path) -> Iterator[None]:
@@ -55,9 +57,23 @@ def training_in(cfg: Config) -> Iterator[None]:
     """Lock and prepare the work dir of a training run; find the checkpoint to resume from."""
     main = is_main(cfg)
     use_epoch_loop(cfg)
+    make_paths_absolute(cfg._cfg_dict)
     with locked(Path(cfg.work_dir)) if main else nullcontext():
         prepare(cfg, main)
         yield
+
+
+def make_paths_absolute(part: dict | list) -> None:
+    """Make paths in a config absolute, in place, so that what the run writes can be used from any folder."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        if isinstance(value, (dict, list)):
+            make_paths_absolute(value)
+        elif isinstance(value, str) and (
+            (key in FILES and os.path.isfile(value))
+            or (key in FOLDERS and os.path.isdir(value))
+            or (key == 'ann_file' and 'data_root' not in part and os.path.isfile(value))
+        ):
+            part[key] = os.path.abspath(value)
 
 
 def is_main(cfg: Config) -> bool:

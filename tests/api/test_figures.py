@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmpretrain.models import VisionTransformer
 
-from mmmilan.api.compared_models import load_compared_model
+from mmmilan.api.compared_models import load_compared_model, titles_of
 from mmmilan.api.figures import figures, sample_classes
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
@@ -170,6 +170,21 @@ def test_what_cannot_be_drawn(models, image_folder, tmp_path):
     assert error() == 'No checkpoint was given; name at least one model to compare.'
     assert 'nowhere does not exist' in error(str(files['mae']), images=tmp_path / 'nowhere')
     assert 'is neither a file nor a URL nor a model of the zoo' in error('nothing')
-    assert 'have the same name; rename a file' in error(str(files['mae']), str(files['mae']))
+    assert 'is named twice' in error(str(files['mae']), str(files['mae']))
     (tmp_path / 'clip-only.pth').write_bytes(b'')
     assert 'clip-only.pth' in error(str(tmp_path / 'clip-only.pth'))
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    runs = ['a/one/milan.pth', 'b/one/milan.pth', './a/two/milan.pth']
+    assert titles_of(runs) == ['a/one/milan', 'b/one/milan', 'two/milan']
+    assert titles_of(['a/milan.pth', 'a/other.pth', 'teacher', 'b/milan.safetensors']) == [
+        'a/milan',
+        'other',
+        'teacher',
+        'b/milan',
+    ]
+    with pytest.raises(InputError, match='a/milan.pth is named twice'):
+        titles_of(['a/milan.pth', './a/milan.pth'])
+    with pytest.raises(InputError, match='teacher is named twice'):
+        titles_of(['teacher', 'teacher'])

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.runner import Runner
 
+from mmmilan.checkpoints.config import own_config
 from mmmilan.errors import InputError
 from small_runs import Model, runner
 
@@ -167,6 +168,15 @@ def test_rates_are_those_of_a_run_with_the_new_config(tmp_path, safe_mmengine, c
     begin = stop or 8
     assert sorted(actual) == list(range(begin, 4 * new['epochs']))
     assert actual == {step: expected[step] for step in actual}
+
+
+def test_an_unchanged_schedule_is_not_computed_again(tmp_path, safe_mmengine, monkeypatch):
+    """Its state is in the checkpoint; a million steps would take minutes."""
+    settings = dict(length=8, epochs=6, param_scheduler=[*warm_cosine(6), MULTI_STEP | dict(milestones=[2, 4])])
+    expected = train(runner(tmp_path, **settings))
+    monkeypatch.setattr('mmmilan.engine.resuming.replay', lambda *args: pytest.fail('computed again'))
+    resumed = train(runner(tmp_path, load_from=str(tmp_path / 'epoch_3.pth'), resume=True, **settings))
+    assert resumed == {step: expected[step] for step in range(12, 24)}
 
 
 def test_the_cosine_has_its_closed_form(tmp_path, safe_mmengine):
@@ -347,10 +357,30 @@ def test_schedules_that_follow_a_metric(tmp_path, safe_mmengine):
         built.register_hook(Validated())
         return train(built)
 
-    expected = run('whole', 4, **described(optim_wrapper=dict(optimizer=dict(lr=0.01))))
+    expected = run('whole', 4)
     assert expected[7][0]['lr'] < 0.01 * 0.9**3 / 10
     resume = dict(load_from=str(tmp_path / 'whole/epoch_2.pth'), resume=True)
-    actual = run('resumed', 4, **described(optim_wrapper=dict(optimizer=dict(lr=0.01))), **resume)
+    actual = run('resumed', 4, **resume)
     assert actual == {step: expected[step] for step in range(4, 8)}
-    with pytest.raises(InputError, match='follows score, so .*optim_wrapper.optimizer.lr'):
-        run('other', 4, **described(optim_wrapper=dict(optimizer=dict(lr=0.1))), **resume)
+    with pytest.raises(InputError, match='epoch_2.pth: a schedule follows score'):
+        run('other', 4, optim_wrapper=adamw(0.1), **resume)
+    schedules[0] |= dict(patience=1)
+    with pytest.raises(InputError, match='epoch_2.pth: a schedule follows score'):
+        run('another', 4, **resume)
+
+
+def test_what_a_run_writes_does_not_depend_on_the_folder(
+    tiny_config, run_tool, clip_file, image_folder, tmp_path, monkeypatch
+):
+    """Files and folders that a config names have absolute paths in the checkpoint; names stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'photos').symlink_to(image_folder)
+    changes = {'model.head.teacher.pretrained': Path(clip_file).name, 'train_dataloader.dataset.data_root': 'photos'}
+    changes |= {'train_dataloader.num_workers': 0, 'train_cfg.max_epochs': 1}
+    run_tool('train.py', tiny_config(changes), '--work-dir', 'run')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    config = own_config('../run/epoch_1.pth')
+    assert config.model.head.teacher.pretrained == clip_file
+    assert config.train_dataloader.dataset.data_root == str(tmp_path / 'photos')
+    run_tool('test.py', '../run/epoch_1.pth')
