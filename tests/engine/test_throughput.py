@@ -54,9 +54,7 @@ def test_evaluations_to_come(end, interval, begin):
 
 
 def test_the_time_left_has_the_evaluations(tiny_config, run_tool, tmp_path, monkeypatch, image_folder):
-    monkeypatch.setattr(
-        'mmmilan.engine.online_evaluation.OnlineEvaluationHook.measure', lambda *_: time.sleep(1.1) or {}
-    )
+    monkeypatch.setattr(OnlineEvaluationHook, 'measure', lambda *_: time.sleep(1.1) or {})
     dataset = dict(type='mmmilan.ImageFolder', data_root=str(image_folder), pipeline=[])
     hooks = [dict(type='mmmilan.ThroughputHook'), dict(type='mmmilan.OnlineEvaluationHook', dataset=dataset)]
     changes = {'custom_hooks': hooks, 'default_hooks.logger': dict(type='LoggerHook', interval=6)}
