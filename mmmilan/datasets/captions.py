@@ -194,6 +194,9 @@ def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
 class TokenizeCaption(BaseTransform):
     """Tokenize ``results['captions']`` into ``results['text']``, int64.
 
+    mmpretrain's data sets of images and texts give their texts, one or a list, as ``results['text']``; these are read
+    where there are no ``captions``.
+
     Args:
         context_length: Number of tokens L; longer texts are truncated.
         all_captions: Give all texts of the image [T, L], for evaluation; by default one [L], drawn at random.
@@ -206,7 +209,8 @@ class TokenizeCaption(BaseTransform):
         self.all_captions = all_captions
 
     def transform(self, results: dict) -> dict:
-        captions = results['captions']
+        captions = results['captions'] if 'captions' in results else results['text']
+        captions = [captions] if isinstance(captions, str) else captions
         if self.all_captions:
             results['text'] = self.tokenizer(captions)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class ZeroShotLoop(TestLoop):
         runner: The runner.
         dataloader: Loader of the labelled test images, or its config.
         evaluator: Evaluator, or its config, e.g. of mmpretrain's ``Accuracy``.
-        templates: Prompts with ``{}`` for the name of the class; 'openai' for CLIP's 80 prompts for ImageNet.
+        templates: Prompts with ``{}`` for the name of the class, in a list or a text file (.txt), one a line; 'openai'
+            for CLIP's 80 prompts for ImageNet.
         class_names: A dictionary from the data set's classes to their names, or names in the order of its classes;
             None for the data set's own, 'imagenet' for open_clip's names of the classes of ImageNet-1k, of which the
             data set may have some.
@@ -123,11 +125,19 @@ def embed_classes(tower: TextTower, names: Sequence[str], prompts: Sequence[Call
 
 
 def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]:
-    """Functions from the name of a class to a prompt."""
+    """Functions from the name of a class to a prompt.
+
+    Raises:
+        InputError: there is no such file, or a prompt has no place for the name.
+    """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     if templates == 'openai':
         return list(OPENAI_IMAGENET_TEMPLATES)
+    if isinstance(templates, str):
+        if not Path(templates).is_file():
+            raise InputError(f"templates={templates!r} is neither 'openai' nor a file; correct its path.")
+        templates = [line.strip() for line in Path(templates).read_text(encoding='utf-8').splitlines() if line.strip()]
     faulty = [template for template in templates if '{}' not in template]
     if faulty or not templates:
         raise InputError(

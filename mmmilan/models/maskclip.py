@@ -15,6 +15,7 @@ from torch.distributed.nn.functional import all_gather
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.masking import split_patches
+from mmmilan.models.self_distillation import DistillationTarget
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens
 from mmmilan.models.wrapping import MeanTeacher
@@ -62,7 +63,7 @@ class MaskCLIP(BaseModel):
         masking: Config of the masking of images, as for :class:`MILAN`.
         neck: Config of the decoder, as for :class:`MILAN`.
         head: Config of a :class:`CodewordTarget` or :class:`FeatureTarget`, which may bring a frozen teacher to be
-            distilled in place of the mean teacher.
+            distilled in place of the mean teacher; or of a :class:`PixelTarget` (CLIP + MAE).
         language: Config of a :class:`MaskedLanguageModel`, without width and vocabulary.
         distillation_weight: Weight of the masked self-distillation.
         language_weight: Weight of the masked language modelling.
@@ -102,8 +103,11 @@ class MaskCLIP(BaseModel):
             self.masking = TRANSFORMS.build(require_cfg(masking, 'masking', 'distillation_weight'))
             self.neck = MODELS.build(require_cfg(neck, 'neck', 'distillation_weight'))
             self.head = MODELS.build(require_cfg(head, 'head', 'distillation_weight'))
-            self.mean_teacher = MeanTeacher(self.backbone) if self.head.teacher is None else None
-            target_dim = self.backbone.embed_dims if self.head.teacher is None else self.head.teacher.feature_dim
+            learns_from_itself = isinstance(self.head, DistillationTarget) and self.head.teacher is None
+            self.mean_teacher = MeanTeacher(self.backbone) if learns_from_itself else None
+            target_dim = self.head.feature_dim
+            if isinstance(self.head, DistillationTarget):
+                target_dim = self.backbone.embed_dims if learns_from_itself else self.head.teacher.feature_dim
             check_parts(self.backbone, self.masking, self.neck, self.head, target_dim)
             self.masking.prepare(self.head.teacher)
         if language_weight:
@@ -175,7 +179,7 @@ class MaskCLIP(BaseModel):
         losses = dict(loss_contrastive=contrastive_loss(self.encode_image(inputs), self.encode_text(text), scale))
         if self.distillation_weight:
             losses['loss_distillation'] = self.distillation_weight * self.distil(inputs)
-            losses |= self.head.statistics
+            losses |= getattr(self.head, 'statistics', {})
         if self.language_weight:
             num_words = [sample.get('num_words') for sample in data_samples]
             num_words = None if None in num_words else torch.tensor(num_words)
@@ -185,9 +189,10 @@ class MaskCLIP(BaseModel):
     def distil(self, images: Tensor) -> Tensor:
         """Masked self-distillation: the loss of the masked patches of images [B, 3, H, W], a scalar."""
         if self.mean_teacher is None:
-            target, importance = self.head.run_teacher(images)  # [B, 1+N, C], [B, N]
+            features, importance = self.head.run_teacher(images)  # [B, 1+N, C], [B, N]
         else:
-            target, importance = self.encode_tokens(self.mean_teacher, images), None
+            features, importance = self.encode_tokens(self.mean_teacher, images), None
+        target = self.head.target(images, features)  # [B, 1+N, C]: the features themselves, or pixels
         num_patches = self.backbone.num_patches
         mask = self.masking.draw(importance, (len(images), num_patches), images.device)
         visible, masked = split_patches(mask, self.masking.num_visible(num_patches))  # [B, V], [B, N-V]

@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from helpers import ROOT, own_settings, restated
-from mmmilan.models import CodewordTarget, FeatureTarget, MaskCLIP, OpenCLIPTeacher
+from mmmilan.models import CodewordTarget, FeatureTarget, MaskCLIP, OpenCLIPTeacher, PixelTarget
 from mmmilan.registry import MODELS
 
 FOLDER = ROOT / 'configs/maskclip'
@@ -47,6 +47,7 @@ PARTS = {
     'maskclip-decoder8': (0.05, 0.05, CodewordTarget, 8, 1),
     'maskclip-text-decoder4': (0.05, 0.05, CodewordTarget, 1, 4),
     'maskclip-external-teacher': (0.05, 0.05, CodewordTarget, 1, 1),
+    'clip-mae': (0.05, 0, PixelTarget, 1, None),
 }
 
 
@@ -66,13 +67,26 @@ def test_ablation_at_its_real_size(name, on_meta):
     ) == PARTS[name]
     if head is not None:
         assert model.masking.num_visible(196) == 49
-        assert isinstance(head.teacher, OpenCLIPTeacher) == (model.mean_teacher is None) == ('external' in name)
-        if name != 'maskclip-mse':
+        assert isinstance(head.teacher, OpenCLIPTeacher) == ('external' in name)
+        assert (model.mean_teacher is None) == (name in ('maskclip-external-teacher', 'clip-mae'))
+        if isinstance(head, CodewordTarget):
             assert head.tokenizer.weight.shape == (8192, 512 if 'external' in name else 768)
 
 
 def test_every_config_is_an_ablation_of_the_table():
-    assert {f'{name}{SUFFIX}' for name in PARTS} == set(CONFIGS)
+    assert {f'{name}{SUFFIX}' for name in (*PARTS, 'two-stage')} == set(CONFIGS)
+
+
+def test_two_stages(monkeypatch, clip_file):
+    """The second is a masked image model of the features of the CLIP that was trained first."""
+    first = f'work_dirs/clip{SUFFIX}/epoch_25.pth'
+    assert Config.fromfile(CONFIGS[f'two-stage{SUFFIX}']).model.head.teacher.pretrained == first
+    monkeypatch.setenv('PRETRAIN', clip_file)
+    cfg = Config.fromfile(CONFIGS[f'two-stage{SUFFIX}'])
+    assert MODELS.build(cfg.model.head).teacher.feature_dim == 24
+    own, base = cfg.train_dataloader, Config.fromfile(CONFIGS[BASE]).train_dataloader
+    assert (own.sampler, own.dataset.type) == (base.sampler, base.dataset.type)
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 25
 
 
 def test_recipe():
@@ -124,11 +138,13 @@ def test_transfer_starts_from_the_checkpoint_of_the_recipe(name):
 
 
 def test_evaluations():
-    assert set(BENCHMARKS) - set(ENCODERS) == {'maskclip_vit-base-p16_retrieval_flickr30k'}
+    retrievals = [f'maskclip_vit-base-p16_retrieval_{name}' for name in ('flickr30k', 'coco')]
+    assert set(BENCHMARKS) - set(ENCODERS) == {*retrievals, 'maskclip_vit-base-p16_zero-shot_custom'}
     zero_shot = Config.fromfile(CONFIGS[BASE])
     assert (zero_shot.test_cfg.type, zero_shot.test_evaluator.type) == ('mmmilan.ZeroShotLoop', 'mmpretrain.Accuracy')
-    retrieval = Config.fromfile(BENCHMARKS['maskclip_vit-base-p16_retrieval_flickr30k'])
-    assert 'type' not in retrieval.test_cfg and retrieval.test_evaluator.type == 'mmmilan.RetrievalRecall'
+    for name in retrievals:
+        retrieval = Config.fromfile(BENCHMARKS[name])
+        assert 'type' not in retrieval.test_cfg and retrieval.test_evaluator.type == 'mmmilan.RetrievalRecall'
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')

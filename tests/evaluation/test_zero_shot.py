@@ -15,6 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from helpers import ROOT, assert_identical, load_trusted, read_metrics, read_scalars, slow_recall
+from mmmilan.errors import InputError
 from mmmilan.evaluation.zero_shot import read_templates
 from mmmilan.models import MaskCLIP
 from mmmilan.registry import DATASETS, MODELS
@@ -212,3 +213,16 @@ def test_short_training_retrieves_captions_of_new_images(run_tool, tmp_path):
     run_tool('test.py', config, tmp_path / 'work/epoch_5.pth')
     result = result_of(tmp_path / 'retrieval')
     assert result['retrieval/image_recall@10'] > 20 and result['retrieval/text_recall@10'] > 20, result
+
+
+def test_templates_of_a_file(tmp_path):
+    path = tmp_path / 'food101.txt'
+    path.write_text('a photo of {}, a type of food.\n\nart of the {}.\n')
+    assert [prompt('ramen') for prompt in read_templates(str(path))] == [
+        'a photo of ramen, a type of food.', 'art of the ramen.',
+    ]  # fmt: skip
+    path.write_text('a photo\n')
+    with pytest.raises(InputError, match='has no place for the name of a class'):
+        read_templates(str(path))
+    with pytest.raises(InputError, match="templates='food102.txt' is neither 'openai' nor a file"):
+        read_templates('food102.txt')

@@ -262,6 +262,23 @@ def test_frozen_teacher_in_place_of_the_mean_teacher(maskclip_cfg, clip_file):
     assert torch.allclose(loss, 0.05 * expected, rtol=1e-5)
 
 
+def test_clip_and_mae(maskclip_cfg):
+    """Pixels of the masked patches, normalised by patch, are what is predicted; there is no mean teacher."""
+    maskclip_cfg['head'] = dict(type='mmmilan.PixelTarget', norm_pix=True)
+    maskclip_cfg['neck']['predict_feature_dim'] = 768
+    model = build_model(maskclip_cfg)
+    assert model.mean_teacher is None
+    images, samples = captioned_batch(4)
+    mask = FixedDraws(model, 0).patches(None, (4, 16), torch.device('cpu'))
+    loss = model.loss(images, samples)['loss_distillation']
+    visible, masked = mask.byte().argsort(dim=1, stable=True).split([4, 12], dim=1)
+    pred = model.neck(model.backbone(images, visible), visible, masked)[:, 5:]
+    patches = F.unfold(images, 16, stride=16).transpose(1, 2).unflatten(2, (3, 256)).transpose(2, 3).flatten(2)
+    target = torch.stack([rows[row] for rows, row in zip(patches, mask, strict=True)])
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(loss, 0.05 * F.mse_loss(pred, target), rtol=1e-5)
+
+
 # -- what does not fit
 
 
