@@ -98,7 +98,7 @@ def pretrain(
         config.work_dir = str(folder.absolute())
         weights = train(config, folder, resume)
         if sources is None:
-            sources = evaluated_images(config)
+            sources = reported_images(config)
         write_report(weights, sources if labelled is None else [labelled])
     return weights
 
@@ -152,11 +152,19 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
     return weights
 
 
-def evaluated_images(config: Config) -> list[str]:
-    """What a run evaluates on: its labelled folder, or else the sources of its test images."""
-    dataset = config.test_dataloader.dataset
-    labelled = [hook.dataset for hook in config.custom_hooks if hook.type == 'mmmilan.OnlineEvaluationHook']
-    return next(([each.data_root] for each in labelled if each.get('with_label')), dataset.sources)
+def reported_images(config: Config) -> list[str]:
+    """What a resumed run reports on: its labelled folder, or else its data, with the splits if it has some."""
+    from mmmilan.datasets.splits import evaluation_source, training_sources
+
+    trained, held_out = config.train_dataloader.dataset.sources, config.test_dataloader.dataset.sources
+    evaluated = [hook.dataset for hook in config.custom_hooks if hook.type == 'mmmilan.OnlineEvaluationHook']
+    for root in (each.data_root for each in evaluated if each.get('with_label')):
+        if not any(Path(root).is_relative_to(each) for each in held_out):
+            return [root]
+    whole = os.path.dirname(held_out[0])
+    if held_out != trained and [os.fspath(evaluation_source(whole))] == held_out:
+        return [whole] if list(map(os.fspath, training_sources(whole))) == trained else held_out
+    return held_out
 
 
 def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:

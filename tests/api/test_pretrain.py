@@ -18,6 +18,7 @@ from PIL import Image
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
+from mmmilan.api.pretrain import reported_images
 from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
@@ -140,6 +141,28 @@ def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, tmp_path, 
     assert list(map(dict, config.param_scheduler)) == schedule.param_scheduler()
     assert load_checkpoint_file(interrupted / 'milan.pth')['meta']['iter'] == 12
     assert Config.fromfile(interrupted / 'config.py').train_cfg.max_epochs == 3
+
+
+def test_a_resumed_run_reports_on_all_splits(tmp_path):
+    """Its config names the parts; the report needs the whole, for its bank of training images."""
+
+    def reported(trained: str, held_out: str, labelled: str | None = None) -> list[str]:
+        evaluated = dict(data_root=str(tmp_path / labelled), with_label=True) if labelled else {}
+        loaders = {
+            f'{task}_dataloader': dict(dataset=dict(sources=[str(tmp_path / folder)]))
+            for task, folder in (('train', trained), ('test', held_out))
+        }
+        hook = dict(type='mmmilan.OnlineEvaluationHook', dataset=evaluated)
+        return reported_images(Config(dict(**loaders, custom_hooks=[hook])))
+
+    for folder in ('data/train/a', 'data/train/b', 'data/val/a', 'data/val/b', 'flat', 'other/a', 'other/b'):
+        (tmp_path / folder).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / folder / '0.png'), np.zeros((4, 4, 3), np.uint8))
+    assert reported('data/train', 'data/val') == [str(tmp_path / 'data')]
+    assert reported('data/train', 'data/val', 'data/val') == [str(tmp_path / 'data')]
+    assert reported('data/train', 'data/val', 'other') == [str(tmp_path / 'other')]
+    assert reported('flat', 'flat') == [str(tmp_path / 'flat')]
+    assert reported('flat', 'data/val') == [str(tmp_path / 'data/val')]
 
 
 def test_a_refused_resume_writes_nothing(interrupted):
