@@ -39,7 +39,7 @@ def hide_debug_lines(module: ModuleType) -> None:
 
 
 def extend_mmengine(module: ModuleType) -> None:
-    """Let ``_base_ = 'mmmilan::…'`` and ``mmengine.hub.get_config('mmmilan::…')`` find our configs.
+    """Let ``_base_ = 'mmmilan::…'`` and ``mmengine.hub.get_config('mmmilan::…')`` find our configs; dump all exactly.
 
     MMEngine would look up every type in such a base in the scope ``mmmilan``. Our configs write the scope of each type.
     """
@@ -53,6 +53,10 @@ def extend_mmengine(module: ModuleType) -> None:
         return path, None if scope == 'mmmilan' else scope
 
     module.Config._get_cfg_path = staticmethod(get_path_and_scope)
+    pretty_text = module.Config.pretty_text.fget
+    # `Config.fromfile` substitutes {{fileDirname}} and {{$HOME:default}} in the text, within a path too. Two braces
+    # stand only in strings here, where an escaped brace is the same.
+    module.Config.pretty_text = property(lambda config: pretty_text(config).replace('{{', '{\\x7b'))
 
 
 def extend_mmpretrain(module: ModuleType) -> None:

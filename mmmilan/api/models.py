@@ -45,10 +45,13 @@ def get_model(
         The model. mmpretrain's inferencers accept it too.
 
     Raises:
-        InputError: the name is unknown, or weights are missing or do not fit.
+        InputError: the name is unknown, weights are missing or do not fit, or the config in a checkpoint could run code
+            or asks for much more memory than its weights.
     """
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
+
+    from mmmilan.checkpoints.foreign_config import within_weights
 
     own = is_checkpoint(name)
     config = _read_config(name, encoder_only)
@@ -58,7 +61,8 @@ def get_model(
     weights = resolve_checkpoint(source) if pretrained or own else None  # fails before the model is built
     config.merge_from_dict({'model': copy.deepcopy(kwargs)})  # MMEngine removes `_delete_` from its argument
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(config.model)
+        with within_weights(config):
+            model = MODELS.build(config.model)
         model._dataset_meta = _dataset_meta(config)
     model._config, model._metainfo = config, None
     if weights is not None:
@@ -113,18 +117,20 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     """
     from mmengine.registry import DefaultScope
 
+    from mmmilan.checkpoints.foreign_config import within_weights
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
     from mmmilan.models.embedding import Embedder
     from mmmilan.registry import MODELS
 
-    config, neck = read_config(checkpoint).model, None
+    whole, neck = read_config(checkpoint), None
+    config = whole.model
     of_clip = (config.get('head') or {}).get('type') == 'mmmilan.CLIPTarget'
     if of_clip and hasattr(MODELS.get(config.neck.type), 'project'):
         path = resolve_checkpoint(checkpoint)
         content = load_checkpoint_file(path)
         if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):
-            with DefaultScope.overwrite_default_scope('mmpretrain'):
+            with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
                 neck = MODELS.build(config.neck)
             load_weights(neck, content, str(path), 'neck')
     device = next(model.parameters()).device

@@ -13,39 +13,69 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.checkpoints.foreign_config import check_foreign_config, mark_foreign
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
+from mmmilan.files import first_line
 
+_RESERVED = {'filename', 'text', 'pretty_text', 'env_variables', '_base_'}  # MMEngine's, of a config's attributes
 _NUMBERS = {'inf': float('inf'), 'nan': float('nan')}
+
+
+class NoConfig(InputError):
+    """A checkpoint has no config that is plain data."""
 
 
 def own_config(checkpoint: str | os.PathLike) -> Config:
     """The config in a checkpoint file, or else the only one in its folder.
 
+    What is built from it is safe, see :mod:`mmmilan.checkpoints.foreign_config`.
+
     Raises:
-        InputError: the file cannot be read, there is no config, or it is not plain data.
+        NoConfig: there is none, or it is not plain data, or describes no model.
+        InputError: the file cannot be read, or its config could run code.
     """
     path = Path(checkpoint)
-    meta = load_checkpoint_file(path).get('meta')
-    text = meta.get('cfg') if isinstance(meta, dict) else None
-    if isinstance(text, str):
-        return parse_config(text, f'the config in {path}')
-    beside = sorted(path.absolute().parent.glob('*.py'))
-    if len(beside) != 1:
-        found = 'several are' if beside else 'none is'
-        raise InputError(f'{path} holds no config and {found} beside it; give the config or a name of the zoo as well.')
-    return parse_config(beside[0].read_text(encoding='utf-8'), str(beside[0]))
+    content = load_checkpoint_file(path)
+    meta = content.get('meta')
+    text, source = meta.get('cfg') if isinstance(meta, dict) else None, f'the config in {path}'
+    if not isinstance(text, str):
+        beside = sorted(path.absolute().parent.glob('*.py'))
+        if len(beside) != 1:
+            found = 'several are' if beside else 'none is'
+            raise NoConfig(
+                f'{path} holds no config and {found} beside it; give the config or a name of the zoo as well.'
+            )
+        text, source = read_text(beside[0]), str(beside[0])
+    config = parse_config(text, source)
+    if not isinstance(config.get('model'), dict):
+        raise NoConfig(f'There is no model in {source}; give a config file as well.')
+    check_foreign_config(config.to_dict(), source)
+    mark_foreign(config, source, get_state_dict(content, str(path)))
+    return config
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file.
+
+    Raises:
+        InputError: it is not UTF-8, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{path} cannot be read ({error}); correct or remove it.') from error
 
 
 def parse_config(text: str, source: str) -> Config:
-    """A dumped config from its text.
+    """A dumped config from its text. Nothing is executed; what it names is not checked, see :func:`own_config`.
 
     Args:
         text: assignments of literals and ``dict(...)`` to names.
         source: name of the config in messages.
 
     Raises:
-        InputError: a line is anything else.
+        NoConfig: a line is anything else.
     """
     values: dict[str, Any] = {}
     try:
@@ -54,9 +84,16 @@ def parse_config(text: str, source: str) -> Config:
                 raise _NotData(statement)
             values[statement.targets[0].id] = _value(statement.value)
     except (SyntaxError, _NotData) as error:
-        raise InputError(
+        raise NoConfig(
             f'Line {error.lineno} of {source} is not plain data; give the config that MMEngine wrote to the work dir.'
         ) from error
+    except (MemoryError, RecursionError, TypeError, ValueError) as error:  # nested without end; [] as a key; zero bytes
+        raise NoConfig(
+            f'No plain data is in {source} ({first_line(error)}); give the config that MMEngine wrote to the work dir.'
+        ) from error
+    reserved = values.keys() & _RESERVED
+    if reserved:
+        raise NoConfig(f'{min(reserved)} of {source} is a name of MMEngine; remove it.')
     return Config(values)
 
 

@@ -16,6 +16,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.config_check import check_data, check_data_sets, unread_options, use_boxes_alone
@@ -88,7 +89,8 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
     changed = use_boxes_alone(cfg, task)
     use_safe_loading()
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        with within_weights(cfg):
+            runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if changed:
             runner.logger.warning(changed)
         runner.register_hook(ExactLoadingHook())

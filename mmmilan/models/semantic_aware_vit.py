@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_grid
 from mmmilan.models.teachers import Teacher
@@ -32,7 +33,10 @@ class SemanticAwareViT(MILANViT):
 
     def __init__(self, teacher: dict | Teacher, keep_ratio: float = 0.7, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.teacher = Frozen(MODELS.build(teacher) if isinstance(teacher, dict) else teacher)
+        if isinstance(teacher, dict):
+            with of_another_file():
+                teacher = MODELS.build(teacher)
+        self.teacher = Frozen(teacher)
         self.num_visible = int(round(keep_ratio * self.num_patches, 6))
         if not 1 <= self.num_visible <= self.num_patches:
             raise InputError(

@@ -10,6 +10,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.errors import InputError
 from mmmilan.models.teachers import CachedTeacher, Teacher
 from mmmilan.models.wrapping import Frozen
@@ -35,7 +36,8 @@ class Target(BaseModule):
     def __init__(self, teacher: dict | Teacher | None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         if isinstance(teacher, dict):
-            teacher = MODELS.build(teacher)
+            with of_another_file():
+                teacher = MODELS.build(teacher)
         self._teacher = Frozen(teacher) if teacher is not None else None
 
     @property

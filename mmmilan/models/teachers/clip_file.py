@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.open_clip_layout import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
@@ -35,11 +35,11 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
 
     weights = read_weights(path)
     of_maskclip = is_maskclip(weights)
-    own = own_backbone(path) if of_maskclip else None
     image_size = None
-    if own:
-        head_width, image_size = own
     try:
+        own = own_backbone(path) if of_maskclip else None
+        if own:
+            head_width, image_size = own
         state_dict = visual_state_dict(to_open_clip(weights) if of_maskclip else weights, path)
         sizes = tower_sizes(state_dict, path, head_width, image_size, of_maskclip)
         with torch.device('meta'):  # without the memory that a forged shape would ask for
@@ -47,7 +47,7 @@ def build_from_file(path: str, head_width: int) -> tuple[nn.Module, tuple[Sequen
         wrong = [key for key in tower.keys() | state_dict.keys() if shape(tower, key) != shape(state_dict, key)]
     except InputError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError) as error:
         raise InputError(
             f'{path} looks like a CLIP image tower but does not fit ({first_line(error)}); name its model.'
         ) from error
@@ -66,7 +66,7 @@ def own_backbone(path: str) -> tuple[int, int | Sequence[int]] | None:
     """Width of the attention heads and image size by the config in a checkpoint of MaskCLIP; None where it has none."""
     from mmpretrain.models import VisionTransformer
 
-    with suppress(InputError):
+    with suppress(NoConfig):
         backbone = own_config(path).model.backbone
         arch = VisionTransformer.arch_zoo[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         return arch['embed_dims'] // arch['num_heads'], backbone.get('img_size', 224)

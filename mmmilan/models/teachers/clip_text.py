@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.open_clip_layout import is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.models.teachers.open_clip_zoo import find_config, published_file
@@ -84,8 +84,8 @@ def read_text_tower(path: str, head_width: int) -> TextTower:
         layers=len({key.split('.')[2] for key in own if key.startswith('transformer.resblocks.')}),
     )
     if of_maskclip:
-        with suppress(InputError):  # the file holds no config
-            options |= own_config(path).model.text
+        with suppress(NoConfig):  # the file holds no config
+            options['heads'] = own_config(path).model.text.heads  # all else is in the shapes
     elif width % head_width:
         raise InputError(
             f'The text tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.'
