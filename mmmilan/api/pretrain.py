@@ -133,7 +133,7 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
     from mmmilan.engine.work_dir import ConfigFileHook, checkpoint_folder
 
     path = folder / 'config.py'
-    text = f'# python tools/train.py {path}\n{config.pretty_text}'
+    text = f'# python tools/train.py {str(path)!r}\n{config.pretty_text}'
     config = parse_config(text, str(path))  # the values that tools/train.py reads
     config.resume = resume
     config.load_from = None if resume else config.get('load_from')  # resumed is the newest checkpoint

@@ -74,12 +74,14 @@ def resumed_config(
     Raises:
         InputError: there is no config, or an argument would make it another run.
     """
-    from mmmilan.checkpoints.config import own_config, parse_config
+    from mmmilan.checkpoints.config import own_config, parse_config, read_text
+    from mmmilan.checkpoints.foreign_config import check_foreign_config
     from mmmilan.checkpoints.newest import find_newest
 
     path = folder / 'config.py'
     if path.is_file():
-        config = parse_config(path.read_text(encoding='utf-8'), str(path))
+        config = parse_config(read_text(path), str(path))
+        check_foreign_config(config.to_dict(), str(path))
     else:
         config = own_config(find_newest(folder))
     refuse_changes(config, folder, given)

@@ -39,16 +39,19 @@ REFUSED = re.compile(
     r'|mmseg\.(evaluation\.metrics\.citys_metric|utils\.tokenizer|models\.text_encoder.*\.CLIPTextEncoder)\b'
     r'|mmcv\.cnn\.rfsearch\b|mmengine\.hooks\.profiler_hook\b'
     r'|.*\.(DumpResults|DumpDetResults|DumpProposals'
-    r'|(Wandb|ClearML|Neptune|DVCLive|Aim|MLflow)VisBackend|FileClient)$'
+    r'|DVCLiveVisBackend)$'
 )
 # Operators of mmcv that mmdet and mmseg find by `eval` or `getattr`, not in a registry.
-OPERATORS = {'nms', 'soft_nms', 'nms_match', 'nms_rotated', 'nms_quadri', 'RoIAlign', 'RoIPool', 'RoIAlignRotated'}
+OPERATORS = {
+    'nms', 'soft_nms', 'nms_match', 'nms_rotated', 'nms_quadri', 'RoIAlign', 'RoIPool', 'RoIAlignRotated',
+    'SimpleRoIAlign', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack',
+}  # fmt: skip
 # Keys other than `type` whose string MMEngine or a component looks up in a registry.
 _NAMES_A_TYPE = re.compile(r'\w+_type|(\w+_)?constructor|(norm|act|conv)_layer|(\w+_)?fn|(\w+_)?policy')
 # Keys that say where to write, or which folder to delete.
 _OUTPUT = re.compile(
     r'((seg|test|img|json)_)?(out|output|outfile|save|log|result|trace|dump|collect)s?_?(dir|file|path|prefix|file_path)'
-    r'|file_path|json_trace_path|(img|config|scalar)_save_(dir|file)|tmpdir|format_dir|eval_result_file|submission_prefix'
+    r'|file_path|json_trace_path|(img|config|scalar)_save_(dir|file)|tmpdir|format_dir|tracking_uri|base_url|artifact_location|repo|eval_result_file|submission_prefix'
 )
 _CODE = ('py', 'pkl', 'pickle', 'yml', 'yaml')  # files that MMEngine reads as code
 _KEY = re.compile(r'[^\'"\\\n\r]*')  # what MMEngine writes to a config and reads back as it was
@@ -83,13 +86,20 @@ def check_foreign_config(values: Mapping[str, Any], source: str) -> None:
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Where a config does what it may not, and what."""
-    if values.get('custom_imports'):
+    if not set(_packages(values.get('custom_imports'))) <= set(SCOPES):
         yield 'custom_imports', 'imports modules'
     scope = values.get('default_scope') or 'mmpretrain'
     if scope not in SCOPES:
         yield 'default_scope', f'is {scope!r}, which would be imported'
     else:
         yield from _faults_in(values, '', ('mmengine', 'mmpretrain', scope))
+
+
+def _packages(custom_imports: Any) -> list[str]:
+    """The packages that ``custom_imports`` names; nothing imports them."""
+    names = custom_imports.get('imports') if isinstance(custom_imports, dict) else custom_imports
+    names = [names] if isinstance(names, str) else names or []
+    return [str(name).partition('.')[0] for name in names]
 
 
 def _faults_in(value: Any, where: str, scopes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -118,6 +128,8 @@ def _faults_in(value: Any, where: str, scopes: tuple[str, ...]) -> Iterator[tupl
 def _limit(where: str) -> int | None:
     """The largest number in this place; None where it costs nothing, as a number of epochs."""
     parts = where.split('.')
+    if parts[-1] == 'times':  # of a data set, which is not copied
+        return None
     named = next((_LIMITS[part] for part in parts if part in _LIMITS), None)
     if named:
         return named
@@ -214,8 +226,9 @@ def is_allowed(registered: Any) -> bool:
     """Whether a registered type comes from a package of OpenMMLab or PyTorch, and runs no code and writes no files."""
     if isinstance(registered, functools.partial):
         registered = registered.func
-    name = f'{getattr(registered, "__module__", "")}.{getattr(registered, "__qualname__", "")}'
-    return name.partition('.')[0] in PACKAGES and not REFUSED.match(name)
+    # a subclass does what its bases do
+    names = [f'{each.__module__}.{each.__qualname__}' for each in getattr(registered, '__mro__', [registered])]
+    return names[0].partition('.')[0] in PACKAGES and not any(map(REFUSED.match, names))
 
 
 # -- memory

@@ -198,26 +198,28 @@ def test_shards_and_flat_folders(tmp_path, quick):
 
 
 def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
-    """``train`` is for training; ``val`` is for evaluation and the report."""
-    shutil.copytree(image_folder, tmp_path / 'data/train')
+    """``train`` is for training; ``val`` is for evaluation and the report. Braces in names are no variables."""
+    data, run = tmp_path / 'my{{fileDirname}}photos', tmp_path / 'run_{{$HOME:x}}'
+    shutil.copytree(image_folder, data / 'train')
     for i in range(18):
-        path = tmp_path / f'data/val/class{i % 2}/{i}.jpg'
+        path = data / f'val/class{i % 2}/{i}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), np.random.default_rng(i).integers(0, 255, (70, 70, 3), dtype=np.uint8))
     quick['epochs'] = 1
-    weights = mmmilan.pretrain(tmp_path / 'data', tmp_path / 'run', **quick)
+    weights = mmmilan.pretrain(data, run, **quick)
     config = own_config(weights)
-    assert config.train_dataloader.dataset.sources == [str(tmp_path / 'data/train')]
-    assert config.custom_hooks[-1].dataset.data_root == str(tmp_path / 'data/val')
+    assert config.train_dataloader.dataset.sources == [str(data / 'train')]
+    assert config.custom_hooks[-1].dataset.data_root == str(data / 'val')
     assert load_checkpoint_file(weights)['meta']['iter'] == 3  # 24 images, and none of the 18
-    assert 'eval/knn' in scores_of(tmp_path / 'run')[0]
-    report = (tmp_path / 'run/report.html').read_text()
-    assert f'18 images of {tmp_path}/data/val; the names of its 2 folders are the classes' in report
+    assert 'eval/knn' in scores_of(run)[0]
+    assert Config.fromfile(run / 'config.py').train_dataloader.dataset.sources == [str(data / 'train')]
+    report = (run / 'report.html').read_text()
+    assert f'18 images of {data}/val; the names of its 2 folders are the classes' in report
 
-    shutil.rmtree(tmp_path / 'data/val/class1')  # too few for a report
-    mmmilan.pretrain(tmp_path / 'data', tmp_path / 'other', **quick)
+    shutil.rmtree(data / 'val/class1')  # too few for a report
+    mmmilan.pretrain(data, tmp_path / 'other', **quick)
     assert not (tmp_path / 'other/report.html').exists()
-    assert 'data/val holds 9 images; give at least 12' in capfd.readouterr().out
+    assert '/val holds 9 images; give at least 12' in capfd.readouterr().out
 
 
 def test_rectangles(image_folder, quick, tmp_path):

@@ -56,6 +56,22 @@ def test_negative_and_infinite_numbers():
     assert parse_config(text.replace('e=float', 'e=inf'), 'x').a.c == (1, float('-inf'))
 
 
+@pytest.mark.parametrize(
+    'name',
+    ['my{{fileDirname}}photos', 'photos_{{$HOME:x}}', "{{ $PATH:'a' }}", '{{_base_.x}}', '{{{{', "it's \\{{a}}\n"],
+)
+def test_braces_in_paths_are_no_variables(tmp_path, name):
+    """MMEngine substitutes them when it reads a config, also where a user's folder is called so."""
+    values = dict(model=dict(path=name, classes=[name, 'ant'], pair=(name,)), work_dir=f'/a/{name}', note={'a b': name})
+    path = tmp_path / 'config.py'
+    Config(values).dump(path)
+    assert Config.fromfile(path).to_dict() == values
+    assert parse_config(path.read_text(), 'x').to_dict() == values
+    again = tmp_path / 'again.py'
+    Config.fromfile(path).dump(again)  # as the runner does
+    assert Config.fromfile(again).to_dict() == values
+
+
 @pytest.fixture
 def own(tiny_config, milan_cfg, tmp_path):
     """A checkpoint of the small model as MMEngine writes it, its config and the model."""
