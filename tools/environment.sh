@@ -57,7 +57,7 @@ build_mmcv() {  # with operators, into folder $1
 }
 
 make_environment() {
-    local python tag wheels wheel
+    local python tag wheels
     python=$(find_python)
     echo "-- making the environment in $venv with $("$python" --version): several GB, about 4 minutes"
     "$python" -m venv "$venv"
@@ -65,18 +65,18 @@ make_environment() {
     install --constraint "$constraints" torch torchvision numpy setuptools ninja wheel psutil
     tag=$("$venv/bin/python" -c 'import sys; print(f"cp{sys.version_info.major}{sys.version_info.minor}")')
     wheels=${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/torch-$(tested_version torch)-$tag
-    wheel=$wheels/onedl_mmcv-$(tested_version onedl-mmcv)-*.whl
-    compgen -G "$wheel" >/dev/null || build_mmcv "$wheels"
+    find_wheel() { compgen -G "$wheels/onedl_mmcv-$(tested_version onedl-mmcv)-*.whl"; }
+    find_wheel >/dev/null || build_mmcv "$wheels"
     echo '-- installing mmmilan and what it needs: the OpenMMLab packages, open_clip, timm'
-    # shellcheck disable=SC2086  # a pattern
-    install --constraint "$constraints" $wheel
+    install --constraint "$constraints" "$(find_wheel | head -n 1)"
     install --constraint "$constraints" --no-build-isolation --editable "$root[dense,docs,onnx,parquet,test]"
     touch "$stamp"
 }
 
 [ -e "$stamp" ] || make_environment
 export PATH="$venv/bin:$PATH"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"  # MMMILAN_VENV may have been made for another checkout
 
 say_how_to_activate() {  # the last line of demo.sh and test.sh
-    echo "To use this environment in your shell: source $venv/bin/activate"
+    printf 'To use this environment in your shell: source %q\n' "$venv/bin/activate"
 }

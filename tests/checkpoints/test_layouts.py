@@ -11,13 +11,11 @@ from timm.models import VisionTransformer as TimmViT
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from helpers import ROOT, assert_within, strip_prefix
+from helpers import assert_within, real_data, strip_prefix
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.errors import InputError
 from mmmilan.models import MAEDecoder, MILANViT, PromptingDecoder
 
-REFERENCE = ROOT.parent / 'shared/reference'
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason='needs ../shared/reference')
 ARCH = dict(embed_dims=48, num_layers=3, num_heads=3, feedforward_channels=96)
 VIT = dict(arch=ARCH, img_size=32, patch_size=8, out_type='raw')
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -147,10 +145,10 @@ def test_published_pretraining_weights_give_the_recorded_latent(official):
     assert_same(convert(weights, 'official'), published)
 
 
-@needs_reference
+@pytest.mark.data
 @pytest.mark.parametrize('size, dims, depth', [('base', 768, 12), ('large', 1024, 24)])
 def test_published_layouts_fill_our_models_exactly(size, dims, depth):
-    layouts = json.loads((REFERENCE / 'state_dict_layouts.json').read_text())
+    layouts = json.loads(real_data('../reference/state_dict_layouts.json').read_text())
     with torch.device('meta'):
         published = {key: torch.empty(shape) for key, shape in layouts[f'milan_vit_{size}_patch16'].items()}
         vit = MILANViT(size)

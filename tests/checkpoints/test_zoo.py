@@ -11,10 +11,8 @@ import pytest
 from mmengine.config import Config
 
 import mmmilan
-from helpers import FINE_TUNED, PRETRAINED, ROOT
+from helpers import FINE_TUNED, PRETRAINED, ROOT, real_data
 from mmmilan.checkpoints import zoo
-
-PAGE = ROOT.parent / 'shared' / 'paper' / 'mmselfsup_milan_readme.md'
 
 
 def test_metafiles_are_in_openmmlabs_form():
@@ -36,9 +34,10 @@ def test_metafiles_are_in_openmmlabs_form():
     }
 
 
-@pytest.mark.skipif(not PAGE.is_file(), reason='needs ../shared/paper')
+@pytest.mark.data
 def test_zoo_has_the_checkpoints_of_the_model_zoo_page():
-    urls = set(re.findall(r'https://download\.openmmlab\.com/\S+?\.pth', PAGE.read_text()))
+    page = real_data('../paper/mmselfsup_milan_readme.md')
+    urls = set(re.findall(r'https://download\.openmmlab\.com/\S+?\.pth', page.read_text()))
     assert len(urls) == 3
     assert {model.weights for model in zoo.zoo_models().values() if model.weights} == urls
 

@@ -6,6 +6,7 @@ CPU. :class:`Watch` records each of its operations.
 
 from __future__ import annotations
 
+import linecache
 import traceback
 import weakref
 from collections import Counter, defaultdict
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
 # Operations for which the host waits until the device has computed a value or a shape.
 WAITING = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', '_unique2', 'repeat_interleave'}
-PACKAGES = ('/mmmilan/', '/mmpretrain/', '/mmengine/', '/mmcv/', '/mmseg/', '/mmdet/', '/open_clip/', '/timm/')
+PACKAGES = {'mmmilan', 'mmpretrain', 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'open_clip', 'timm'}
 
 
 @contextmanager
@@ -238,11 +239,12 @@ class Watch(TorchDispatchMode):
 
 
 def place() -> str:
-    """The innermost line on the stack that is in ``PACKAGES``."""
-    for frame in reversed(traceback.extract_stack()):
-        for package in PACKAGES:
-            if package in frame.filename:
-                return f'{frame.filename[frame.filename.rindex(package) + 1 :]}:{frame.lineno} {frame.line}'
+    """The innermost line on the stack in a module of ``PACKAGES``, wherever their files are."""
+    for frame, number in traceback.walk_stack(None):  # the innermost first
+        module = frame.f_globals.get('__name__', '')
+        if module.partition('.')[0] in PACKAGES:
+            line = linecache.getline(frame.f_code.co_filename, number).strip()
+            return f'{module.replace(".", "/")}.py:{number} {line}'
     return 'elsewhere'
 
 
