@@ -1,11 +1,19 @@
 """mmmilan: MILAN pretraining (arXiv 2208.06049) as a plugin of the OpenMMLab ecosystem."""
 
 import importlib
+from contextlib import nullcontext
 
-from mmmilan.openmmlab import extend_openmmlab
-from mmmilan.version import __version__, check_versions
+from mmmilan.interrupts import end_at_interrupt, is_command
 
-check_versions()
+if is_command():
+    end_at_interrupt()  # before imports, which may take seconds
+
+from mmmilan.errors import exit_on_input_error  # noqa: E402
+from mmmilan.openmmlab import extend_openmmlab  # noqa: E402
+from mmmilan.version import __version__, check_versions  # noqa: E402
+
+with exit_on_input_error() if is_command() else nullcontext():
+    check_versions()
 extend_openmmlab()
 
 # The public functions and their modules, which are imported on first use.

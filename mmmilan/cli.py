@@ -7,11 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-
-from cyclopts import App, CycloptsError, Parameter
+from typing import TYPE_CHECKING
 
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.version import __version__
+
+if TYPE_CHECKING:  # imported where they are used, where Ctrl-C is handled already
+    from cyclopts import App
 
 # Command -> function. A command is imported only when it is run.
 COMMANDS = {
@@ -29,6 +31,8 @@ COMMANDS = {
 
 def make_app() -> App:
     """Build the command line; parameters that are positional in Python are positional here too."""
+    from cyclopts import App, Parameter
+
     app = App(
         name='mmmilan',
         help='MILAN pretraining on your own images, and what comes after it.',
@@ -82,6 +86,8 @@ def print_result(result: object) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and print its result."""
     with exit_on_input_error():
+        from cyclopts import CycloptsError
+
         arguments, changes = split_changes(sys.argv[1:] if argv is None else argv)
         try:
             function, bound, _ = make_app().parse_args(arguments)

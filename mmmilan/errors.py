@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from mmmilan.interrupts import end_at_interrupt
 
 
 def printable(text: str) -> str:
@@ -21,11 +24,14 @@ class InputError(ValueError):
     """An error that a user can fix: a wrong file, key or option.
 
     The message is one sentence, ``cause; remedy.``, that names the file, key or option. The tools print it without a
-    stack trace.
+    stack trace. Control characters of names are escaped, so that a file cannot write to the terminal.
     """
 
     def __init__(self, message: object = '') -> None:
-        super().__init__(printable(str(message)))
+        message = str(message).strip()
+        if message.startswith('Caught ') and '\n' in message:  # PyTorch puts the trace of a data worker before it
+            message = message.rpartition('\n')[2].partition(': ')[2]
+        super().__init__(printable(message).replace('\n', '\\n'))
 
 
 class CorruptImageError(InputError):
@@ -36,17 +42,33 @@ class CorruptImageError(InputError):
 def exit_on_input_error() -> Iterator[None]:
     """End the program with the message of an ``InputError`` raised in this context, and exit status 1.
 
-    A process that torchrun started sends the message to torchrun, which prints one message for all processes, see
-    ``mmmilan.torchrun``.
+    An error of the operating system, such as a full disk or a folder that may not be read, ends it in one sentence as
+    well, and Ctrl-C as :mod:`mmmilan.interrupts` describes. A process that torchrun started sends the message to
+    torchrun, which prints one message for all processes, see ``mmmilan.torchrun``.
     """
+    end_at_interrupt()
+    logging.raiseExceptions = False  # on a full disk each line of the log would print a stack trace
     try:
         yield
-    except InputError as error:
-        message = str(error)
-        if message.startswith('Caught '):  # PyTorch puts the stack trace of a data worker before its message
-            message = message.rpartition('Error: ')[2]
-        message = f'error: {message.strip()}'
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno is None:  # a library's own
+                raise
+            error = from_system(error)
+        message = f'error: {error}'
         sys.exit(1 if send_to_torchrun(message) else message)
+
+
+def from_system(error: OSError, doing: str = '') -> InputError:
+    """An error of the operating system as one that a user can fix.
+
+    Args:
+        error: names the file, or else ``doing`` does.
+        doing: what cannot be done, such as 'photos cannot be read'.
+    """
+    where = f' ({os.fsdecode(error.filename)})' if error.filename and not doing else ''
+    doing = doing or 'The system refused an access to a file'
+    return InputError(f'{doing}: {error.strerror}{where}; check the path, its permissions and the free space.')
 
 
 def send_to_torchrun(message: str) -> bool:

@@ -1,14 +1,153 @@
-"""Write files whole or not at all."""
+"""Where a command may write, decided before its work begins; files and folders written whole or not at all.
+
+An output is never an input, never a device, and never outside the folder that was named. A file that exists is replaced
+only with ``overwrite`` (``--overwrite``), or where it says itself that the same command wrote it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmmilan.errors import InputError
+from mmmilan.interrupts import UNFINISHED
+
+ENDING = '.mmmilan-tmp'  # of temporary files and folders
+
+
+def check_output(
+    path: str | os.PathLike,
+    inputs: Iterable[str | os.PathLike] = (),
+    *,
+    endings: Sequence[str] = (),
+    overwrite: bool = False,
+    mark: str | None = None,
+) -> Path:
+    """Decide whether a command may write a file, before it does anything else.
+
+    Args:
+        path: the file.
+        inputs: the files and folders that the command reads; names of anything else are ignored.
+        endings: how the name may end, such as '.html'.
+        overwrite: whether the user allows a file to be replaced.
+        mark: a text by which the command recognises a file that it wrote itself, and may replace.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the command must not write there, or cannot.
+    """
+    path = Path(path)
+    if endings and path.suffix not in endings:
+        raise InputError(f'{path} does not end in {" or ".join(endings)}; choose a name that does.')
+    try:
+        exists = os.lstat(path) is not None
+    except FileNotFoundError:
+        exists = False
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be written ({_reason(error)}); choose another name.') from error
+    if path.is_dir():
+        raise InputError(f'{path} is a folder; give the name of a file.')
+    if exists and not path.is_file() and not path.is_symlink():
+        raise InputError(f'{path} is a device or a pipe; give the name of a file.')
+    if exists and any(is_same(path, each) for each in inputs):
+        raise InputError(f'{path} would be replaced, which is read by the same command; choose another name.')
+    if exists and not overwrite and not (mark and contains(path, mark)):
+        raise InputError(f'{path} exists; choose another name, or add --overwrite (overwrite=True) to replace it.')
+    _check_folder(path.parent)
+    return path
+
+
+def check_output_folder(
+    folder: str | os.PathLike,
+    names: Iterable[str] = (),
+    inputs: Iterable[str | os.PathLike] = (),
+    *,
+    overwrite: bool = False,
+    pictures: bool = False,
+) -> Path:
+    """Decide whether a command may write files of these names into a folder, before it does anything else.
+
+    Args:
+        folder: the folder, which need not exist.
+        names: of the files.
+        inputs: as for :func:`check_output`.
+        overwrite: as for :func:`check_output`.
+        pictures: whether images are written, which must not lie in a folder of images that the command reads.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the command must not write there, or cannot.
+    """
+    folder, inputs = Path(folder), list(inputs)
+    _check_folder(folder)
+    for each in inputs if pictures else ():
+        if os.path.isdir(each) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(each)):
+            raise InputError(
+                f'{folder} lies in {each}, whose images are read: the pictures would be among them; choose another '
+                'folder.'
+            )
+    for name in names:
+        check_name(name)
+        check_output(folder / name, inputs, overwrite=overwrite)
+    return folder
+
+
+def check_name(name: str) -> str:
+    """The name of a file without folders.
+
+    Raises:
+        InputError: it has a folder, or is empty.
+    """
+    if name in ('', '.', '..') or '/' in name or '\0' in name:
+        raise InputError(f'The name {name!r} does not stay in the folder of the output; leave out / and ..')
+    return name
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{folder} cannot be made ({_reason(error)}); choose another folder.') from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that files can be written in a folder, or in the nearest one above it that exists."""
+    above = folder
+    try:
+        while not os.path.lexists(above) and above != above.parent:
+            above = above.parent
+        with tempfile.TemporaryFile(dir=above):  # without a name; permissions do not tell of a read-only disk
+            pass
+    except (OSError, ValueError) as error:
+        raise InputError(f'Nothing can be written in {folder} ({_reason(error)}); choose another folder.') from error
+
+
+def is_same(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two paths lead to one file, by links too."""
+    with suppress(OSError, ValueError):
+        return os.path.samefile(path, other)
+    return False
+
+
+def contains(path: Path, mark: str) -> bool:
+    """Whether a text file contains a text."""
+    with suppress(OSError):
+        return mark in path.read_text(encoding='utf-8', errors='replace')
+    return False
 
 
 @contextmanager
@@ -16,21 +155,41 @@ def atomic_write(path: Path) -> Iterator[str]:
     """Yield a temporary file name beside ``path``; it is renamed to ``path`` unless an exception is raised.
 
     The file is on the disk before it is renamed, so that a crash of the machine leaves the old file or the new one.
+    What killed processes left in the folder is removed.
 
     Raises:
         InputError: the file cannot be written.
     """
+    with _unfinished(path, folder=False) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # only the owner can read a temporary file
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``, which must not exist or be empty; then as :func:`atomic_write`.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    with _unfinished(path, folder=True) as temporary:
+        yield Path(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+
+
+@contextmanager
+def _unfinished(path: Path, folder: bool) -> Iterator[str]:
+    """Make a temporary file or folder, locked as long as this process lives, and rename it to ``path``."""
+    make_folder(path.parent)
+    remove_leftovers(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        os.close(handle)
+        temporary, lock = _make_temporary(path, folder)
     except OSError as error:
         raise InputError(f'{path} cannot be written ({error.strerror}); choose another folder.') from error
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read it
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
@@ -38,7 +197,54 @@ def atomic_write(path: Path) -> Iterator[str]:
             f'{path} was not written ({first_line(error)}); free space or choose another folder.'
         ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            Path(temporary).unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_temporary(path: Path, folder: bool) -> tuple[str, int | None]:
+    arguments = dict(dir=path.parent, prefix=f'.{path.name[:60]}.', suffix=ENDING)
+    while True:
+        if folder:
+            temporary = tempfile.mkdtemp(**arguments)
+        else:
+            handle, temporary = tempfile.mkstemp(**arguments)
+            os.close(handle)
+        UNFINISHED.add(temporary)
+        with suppress(FileNotFoundError):
+            lock = _lock(temporary)
+            if lock is None or os.fstat(lock).st_nlink:
+                return temporary, lock
+            os.close(lock)
+        UNFINISHED.discard(temporary)  # another process took it for a leftover before it was locked
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders of processes that were killed: those that no process has locked."""
+    for path in folder.glob(f'.*{ENDING}'):
+        with suppress(OSError):  # another process removes it too
+            lock = _lock(path, fcntl.LOCK_NB)
+            if lock is None:
+                continue
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(lock)
+
+
+def _lock(path: str | os.PathLike, flags: int = 0) -> int | None:
+    """Lock a file or folder until the handle is closed; None if that fails, as on file systems without locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _sync_folder(folder: Path) -> None:
@@ -62,6 +268,10 @@ def write_text(path: Path, text: str) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or the exception's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, 'strerror', None) or first_line(error)
 
 
 def _umask() -> int:

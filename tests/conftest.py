@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import logging
 import runpy
+import signal
 import sys
 import time
 import uuid
@@ -55,6 +57,15 @@ def reproducible():
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_ctrl_c():
+    """Commands that run in this process do not keep pytest's Ctrl-C."""
+    handler, raises = signal.getsignal(signal.SIGINT), logging.raiseExceptions
+    yield
+    signal.signal(signal.SIGINT, handler)
+    logging.raiseExceptions = raises
 
 
 @pytest.fixture

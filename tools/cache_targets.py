@@ -7,8 +7,12 @@ Run it again to resume. docs/efficiency.md describes how to train with a cache, 
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +27,9 @@ from torch.utils.data import DataLoader
 
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import CachedTargets, Draw, ImageFolder
-from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, encode
+from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, encode, read_manifest
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.files import atomic_write, write_text
+from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
 
 
@@ -36,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, required=True, help='epochs of crops; training starts over after them')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config')
     args = parser.parse_args()
+    check_output_folder(args.folder)
     if args.epochs < 1:
         raise InputError(f'--epochs {args.epochs} leaves nothing to cache; choose 1 or more.')
     return args
@@ -66,10 +71,10 @@ def finished_epochs(folder: Path, wanted: dict) -> int:
     Raises:
         InputError: the folder holds another cache.
     """
-    path = folder / 'manifest.json'
-    if not path.exists():
+    if not os.path.lexists(folder / 'manifest.json'):
+        check_output_folder(folder, ['epoch_0.bin'])  # may be another's
         return 0
-    found = json.loads(path.read_text(encoding='utf-8'))
+    found = read_manifest(folder)
     other = [key for key, value in wanted.items() if found.get(key) != value]
     if other:
         raise InputError(f'{folder} holds a cache of another {", ".join(other)}; choose another folder.')
@@ -105,6 +110,11 @@ def write_epoch(path: Path, model: MILAN, loader: DataLoader, epoch: int) -> flo
     return rounding_loss(features, records)
 
 
+def write_manifest(folder: Path, manifest: dict, epochs: int) -> None:
+    """Write the manifest with the number of complete epochs; it says that the files in the folder are ours."""
+    write_text(folder / 'manifest.json', json.dumps(manifest | dict(epochs=epochs), indent=2) + '\n')
+
+
 def main() -> None:
     args = parse_args()
     use_safe_loading()
@@ -120,7 +130,10 @@ def main() -> None:
     if isinstance(dataset, CachedTargets):
         raise InputError(f'{args.config} trains with a cache already; take the config that the cache was made with.')
     manifest = describe(cfg, model, dataset)
-    for epoch in range(finished_epochs(args.folder, manifest), args.epochs):
+    first = finished_epochs(args.folder, manifest)
+    if not first:
+        write_manifest(args.folder, manifest, 0)
+    for epoch in range(first, args.epochs):
         loader = DataLoader(
             dataset,
             cfg.train_dataloader.batch_size,
@@ -129,7 +142,7 @@ def main() -> None:
             collate_fn=FUNCTIONS.get('default_collate'),
         )
         loss = write_epoch(args.folder / f'epoch_{epoch}.bin', model, loader, epoch)
-        write_text(args.folder / 'manifest.json', json.dumps(manifest | dict(epochs=epoch + 1), indent=2) + '\n')
+        write_manifest(args.folder, manifest, epoch + 1)
         print(f'Epoch {epoch}: rounding to 8 bits alone causes a loss of {loss:.2e} (2 - 2 cos).')
     size = (args.folder / 'epoch_0.bin').stat().st_size
     print(f'{args.folder}: {args.epochs} epochs, {size / len(dataset) / 1e3:.1f} KB per image and epoch.')

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 from pathlib import Path
 
 from mmmilan.api.models import get_model, read_config
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.export.open_clip_folder import write_open_clip
+from mmmilan.export.open_clip_folder import FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
+from mmmilan.files import check_output_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,17 +20,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', type=Path, help='checkpoint of MMEngine')
     parser.add_argument('folder', type=Path, help='folder for open_clip_config.json and the weights')
+    parser.add_argument('--overwrite', action='store_true', help='replace these files if they exist')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    check_output_folder(args.folder, FILES, [args.config, args.checkpoint], overwrite=args.overwrite)
     config = read_config(args.config)
     kind = config.model.type.rpartition('.')[2]
     if kind != 'MaskCLIP':
         raise InputError(f'{args.config} is a config of {kind}; give one of MaskCLIP.')
     model = get_model(args.config, args.checkpoint, encoder_only=False)
-    write_open_clip(model, read_preprocessing(config, model), args.folder)
+    write_open_clip(model, read_preprocessing(config, model), args.folder, overwrite=args.overwrite)
     print(f"open_clip.create_model_and_transforms('local-dir:{args.folder}') loads the model.")
 
 

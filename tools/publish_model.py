@@ -5,27 +5,33 @@ With --hub-dir it also writes a folder for the Hugging Face Hub, from which timm
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
-import os
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mmengine.config import Config
 from torch import Tensor
 
 from mmmilan.api.models import get_model
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import config_text, own_config
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
+from mmmilan.export.hub import FILES as HUB_FILES
 from mmmilan.export.hub import write_hub_dir
-from mmmilan.export.open_clip_folder import write_open_clip
+from mmmilan.export.open_clip_folder import FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
-from mmmilan.files import write_text
+from mmmilan.files import check_name, check_output_folder, write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the other entries reveal the training machine
 
@@ -47,18 +53,30 @@ def parse_args() -> argparse.Namespace:
         help='a result that you measured (with --dataset)',
     )
     parser.add_argument('--hub-dir', type=Path, help='folder for the Hugging Face Hub')
+    parser.add_argument('--overwrite', action='store_true', help='replace the files of an earlier publication')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    check_name(args.name or args.config.stem)
+    inputs = [args.config, args.checkpoint]
+    check_output_folder(args.out_dir)
+    if args.hub_dir:
+        check_output_folder(args.hub_dir, {*HUB_FILES, *FILES, 'README.md'}, inputs, overwrite=args.overwrite)
     checkpoint = load_checkpoint_file(args.checkpoint)
     weights = convert(get_state_dict(checkpoint))
     config = Config.fromfile(args.config)
     facts = gather_facts(args, config, checkpoint, weights)
+    public = config_text(public_config(config))
 
-    path = write_weights(args.out_dir / f'{facts.name}.pth', weights, checkpoint.get('meta') or {})
-    write_text(path.with_suffix('.py'), public_config(config).pretty_text)
+    meta = {key: value for key, value in (checkpoint.get('meta') or {}).items() if key in META}
+    path = weights_path(args.out_dir, facts.name, dict(state_dict=weights, meta=meta))
+    names = [path.with_suffix(ending).name for ending in ('.pth', '.safetensors', '.py', '.yml', '.md')]
+    check_output_folder(args.out_dir, names, inputs, overwrite=args.overwrite)
+    for ending in ('.pth', '.safetensors'):
+        save_checkpoint_file(dict(state_dict=weights, meta=meta), path.with_suffix(ending))
+    write_text(path.with_suffix('.py'), public)
     url = f'{args.url.rstrip("/")}/{path.name}' if args.url else path.name
     entry = metafile_entry(facts, url, entry_config(args.config, path), file_sha256(path))
     write_text(path.with_suffix('.yml'), yaml.safe_dump({'Models': [entry]}, sort_keys=False))
@@ -67,7 +85,7 @@ def main() -> None:
     print(f'{path} and its .safetensors, .py, .yml and .md: {facts.layout}')
 
     if args.hub_dir:
-        libraries = write_hub(args.hub_dir, facts, path)
+        libraries = write_hub(args.hub_dir, facts, path, args.overwrite)
         write_text(args.hub_dir / 'README.md', hub_card(facts, card, libraries))
         print(f'{args.hub_dir}: can be loaded by {" and ".join(libraries)}')
 
@@ -116,13 +134,13 @@ def entry_config(config: Path, path: Path) -> str:
     return str(config.resolve().relative_to(inside[0])) if inside else path.with_suffix('.py').name
 
 
-def write_hub(folder: Path, facts: Facts, path: Path) -> list[str]:
+def write_hub(folder: Path, facts: Facts, path: Path, overwrite: bool) -> list[str]:
     """Write the folder for the Hub; returns the libraries that can load it."""
     if facts.kind == 'image-text model':
         model = get_model(path, encoder_only=False)
-        write_open_clip(model, read_preprocessing(model._config, model), folder)
+        write_open_clip(model, read_preprocessing(model._config, model), folder, overwrite=overwrite)
         return ['open_clip']
-    return write_hub_dir(folder, get_model(path), facts.name)
+    return write_hub_dir(folder, get_model(path), facts.name, overwrite=overwrite)
 
 
 def read_metric(text: str) -> tuple[str, float]:
@@ -138,14 +156,11 @@ def read_metric(text: str) -> tuple[str, float]:
         raise InputError(f'--metric {text} is not NAME=VALUE; give e.g. "Top 1 Accuracy=85.4".') from None
 
 
-def write_weights(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write ``NAME-HASH.pth`` and the same weights as ``.safetensors``; returns the path of the first."""
-    meta = {key: value for key, value in meta.items() if key in META}
-    save_checkpoint_file({'state_dict': weights, 'meta': meta}, path)
-    final = path.with_name(f'{path.stem}-{file_sha256(path)[:8]}.pth')
-    os.replace(path, final)
-    save_checkpoint_file({'state_dict': weights, 'meta': meta}, final.with_suffix('.safetensors'))
-    return final
+def weights_path(folder: Path, name: str, checkpoint: dict[str, Any]) -> Path:
+    """``NAME-HASH.pth``, with the hash that the file will have."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    return folder / f'{name}-{hashlib.sha256(content.getbuffer()).hexdigest()[:8]}.pth'
 
 
 def count_parameters(weights: dict[str, Tensor]) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
+import pickle
+from pathlib import Path
 
 from mmengine.evaluator import DumpResults
+from mmengine.logging import print_log
 
 from mmmilan.engine.launch import add_shared_arguments, launched, read_config
 from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.files import atomic_write, check_output
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,10 +24,24 @@ def parse_args() -> argparse.Namespace:
         'checkpoint', nargs='?', help='file, URL or name of a model of the zoo; leave it out after a checkpoint'
     )
     parser.add_argument('--out', help='write all predictions to this .pkl file')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file of --out if it exists')
     args = parser.parse_args()
     if args.checkpoint is None and args.config.endswith('.py'):
         raise InputError(f'{args.config} is a config without weights; give a checkpoint after it.')
+    if args.out is not None:
+        inputs = [args.config, args.checkpoint or args.config]
+        check_output(args.out, inputs, endings=('.pkl', '.pickle'), overwrite=args.overwrite)
     return args
+
+
+class SavedPredictions(DumpResults):
+    """MMEngine's ``DumpResults``, whose file is written whole or not at all."""
+
+    def compute_metrics(self, results: list) -> dict:
+        with atomic_write(Path(self.out_file_path)) as temporary, open(temporary, 'wb') as file:
+            pickle.dump(results, file)
+        print_log(f'{self.out_file_path}: {len(results)} predictions.', logger='current')
+        return {}
 
 
 def main() -> None:
@@ -30,7 +51,7 @@ def main() -> None:
     cfg.resume = False
     with launched(cfg, 'test') as runner:
         if args.out:
-            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+            runner.test_evaluator.metrics.append(SavedPredictions(args.out))
         runner.test()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmmilan.api.feature_files import check_extension, write_features
+from mmmilan.api.feature_files import check_features_output, write_features
 from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
@@ -28,6 +28,7 @@ def embed(
     batch_size: int = 32,
     num_workers: int | None = None,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the features of images to a file.
 
@@ -44,12 +45,13 @@ def embed(
         batch_size: number of images that the model sees at once.
         num_workers: number of processes that read images, by default one per core and at most 8.
         device: where to run, by default on the GPU if there is one.
+        overwrite: replace the file if there is one.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: an image is missing, none can be read, or the file cannot be written.
+        InputError: an image is missing, none can be read, or the file must not or cannot be written.
 
     Examples:
         >>> mmmilan.embed('photos', 'runs/photos/milan.pth', 'photos.npz')
@@ -59,10 +61,9 @@ def embed(
     import numpy as np
     from mmengine.logging import print_log
 
-    from mmmilan.datasets.image_folder import list_images
+    from mmmilan.datasets.image_folder import as_sources, list_images
 
-    path = Path(out)
-    check_extension(path)
+    path = check_features_output(out, [checkpoint, *as_sources(images)], overwrite)
     files = list_images(images)
     rows: dict[str, list[np.ndarray]] = {}
     for batch in features_of(files, checkpoint, batch_size, num_workers, device):

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmmilan.errors import InputError
+from mmmilan.files import first_line
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
     from torch import Tensor
+
+
+# Kind of numpy's dtypes and number of dimensions of the columns that are read.
+COLUMNS = {'paths': ('U', 1), 'ok': ('b', 1), 'class_token': ('f', 2), 'patch_tokens': ('f', 3), 'embedding': ('f', 2)}
 
 
 def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool:
@@ -23,21 +28,38 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
     """Paths of the images in a file of ``mmmilan.embed`` that could be read, and the columns [M, ...] of the file.
 
     Raises:
-        InputError: there is no such file, or it lacks a column.
+        InputError: there is no such file, it is damaged, lacks a column, or has columns of another kind.
     """
     import numpy as np
 
     if not os.path.isfile(path):
         raise InputError(f'{path} is not a file; write it with mmmilan embed.')
-    with np.load(path, allow_pickle=False) as file:
-        missing = [name for name in ('paths', *columns) if name not in file.files]
-        if missing:
-            raise InputError(
-                f'{path} has no {missing[0]} (it has {", ".join(file.files)}); write it with mmmilan embed, from a '
-                'checkpoint with its decoder, and for heat maps with patches.'
-            )
-        ok = file['ok'] if 'ok' in file.files else np.ones(len(file['paths']), bool)
-        return file['paths'][ok].tolist(), [file[name][ok].astype(np.float32) for name in columns]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in ('paths', 'ok', *columns) if name in file.files}
+            names = ', '.join(file.files)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(
+            f'{path} is damaged, or no file of features ({first_line(error)}); write it with mmmilan embed.'
+        ) from error
+    missing = [name for name in ('paths', *columns) if name not in found]
+    if missing:
+        raise InputError(
+            f'{path} has no {missing[0]} (it has {names}); write it with mmmilan embed, from a checkpoint with its '
+            'decoder, and for heat maps with patches.'
+        )
+    found.setdefault('ok', np.ones(found['paths'].shape, bool))
+    kinds = {name: COLUMNS[name] for name in found}
+    odd = [name for name, (kind, ndim) in kinds.items() if found[name].dtype.kind != kind or found[name].ndim != ndim]
+    odd += [name for name in found if not odd and len(found[name]) != len(found['paths'])]
+    if odd:
+        rows = found[odd[0]]
+        raise InputError(
+            f'The column {odd[0]} of {path} is {rows.dtype} {list(rows.shape)}, which mmmilan embed did not write; '
+            'write the file again.'
+        )
+    ok = found['ok']
+    return found['paths'][ok].tolist(), [found[name][ok].astype(np.float32) for name in columns]
 
 
 def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
@@ -52,19 +74,22 @@ def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
     return paths, torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=1)
 
 
-def check_extension(path: Path) -> None:
-    """Refuse a path that :func:`write_features` could not write, before the features are computed.
+def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool) -> Path:
+    """Refuse a path that :func:`write_features` could not or must not write, before the features are computed.
 
     Raises:
-        InputError: the file is neither ``.npz`` nor ``.parquet``, or pyarrow is missing.
+        InputError: the file is neither ``.npz`` nor ``.parquet``, pyarrow is missing, or as
+            :func:`mmmilan.files.check_output` says.
     """
-    if path.suffix not in ('.npz', '.parquet'):
-        raise InputError(f'{path} ends in neither .npz nor .parquet; choose one of them.')
+    from mmmilan.files import check_output
+
+    path = check_output(out, inputs, endings=('.npz', '.parquet'), overwrite=overwrite)
     if path.suffix == '.parquet':
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise InputError(f'{path} needs pyarrow; pip install pyarrow, or write .npz.') from error
+    return path
 
 
 def write_features(path: Path, columns: dict[str, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmmilan.visualization.page import Page
 
 NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
+FILES = ('index.html', *(f'figure{number}.{kind}' for number in (2, 3, 4, 5) for kind in ('png', 'pdf')))
 
 
 def figures(
@@ -29,6 +30,7 @@ def figures(
     images_per_class: int = 50,
     seed: int = 0,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Draw figures 2 to 5 of the paper: t-SNE, attention of several models side by side, mask and loss per patch.
 
@@ -46,12 +48,14 @@ def figures(
         images_per_class: maximum number of images per class in figure 2.
         seed: seed of the sample of images, of t-SNE, and of the masks in figure 5.
         device: where to run, by default on the GPU if there is one.
+        overwrite: replace the figures and the page in ``out``.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: there is no image or no checkpoint, or a checkpoint does not fit the config.
+        InputError: there is no image or no checkpoint, a checkpoint does not fit the config, or ``out`` must not or
+            cannot be written.
     """
     import numpy as np
     import torch
@@ -61,11 +65,13 @@ def figures(
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
     from mmmilan.datasets.splits import list_labelled_images
+    from mmmilan.files import check_output_folder
     from mmmilan.visualization.page import Page
 
     if not checkpoints:
         raise InputError('No checkpoint was given; name at least one model to compare.')
-    folder = Path(out)
+    inputs = [config, *checkpoints, images]
+    folder = check_output_folder(out, FILES, inputs, overwrite=overwrite, pictures=True)
     device = choose_device(device)
     reader = Inferencer(get_model(config), device=device)
     files, labels, classes = list_labelled_images(images)

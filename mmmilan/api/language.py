@@ -129,6 +129,7 @@ def heat_maps(
     *,
     batch_size: int = 32,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Show where texts apply in images: the cosine of each patch with each text, with an open vocabulary.
 
@@ -143,21 +144,28 @@ def heat_maps(
         out: folder to write.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
+        overwrite: replace the files that are in ``out``.
 
     Returns:
         The file of cosines.
 
     Raises:
-        InputError: there is no image, the file has no patches, or the checkpoint has no decoder or no text tower.
+        InputError: there is no image, the file has no patches, the checkpoint has no decoder or no text tower, or
+            ``out`` must not or cannot be written.
     """
     import numpy as np
     import torch
 
-    from mmmilan.datasets.image_folder import list_images
+    from mmmilan.datasets.image_folder import as_sources, list_images
+    from mmmilan.files import check_output_folder
 
     from_file = is_features(images)
     found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
-    space, folder = JointSpace(checkpoint, device), Path(out)
+    pictures = {} if from_file else {path: f'{i:04}-{Path(path).stem}' for i, path in enumerate(found)}
+    names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures.values() for ending in ('.pdf', '.png'))]
+    inputs = [checkpoint, *as_sources(images)]
+    folder = check_output_folder(out, names, inputs, overwrite=overwrite, pictures=not from_file)
+    space = JointSpace(checkpoint, device)
     texts = [texts] if isinstance(texts, str) else list(texts)
     wanted = space.embed_texts(texts)
     batches = project_tokens(space, *found) if from_file else space.embed_images(found, batch_size)
@@ -165,7 +173,7 @@ def heat_maps(
     for names, pixels, embeddings in batches:
         cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)  # [B, T, N]
         if pixels is not None:
-            draw_maps(space, folder, len(paths), names, pixels, cosine, texts)
+            draw_maps(space, [folder / pictures[name] for name in names], pixels, cosine, texts)
         paths += names
         parts.append(cosine.unflatten(2, tuple(space.model.backbone.patch_resolution)).cpu())
     if not parts:
@@ -193,18 +201,16 @@ def project_tokens(
             yield paths[rows], None, space.model.project_joint(latent)
 
 
-def draw_maps(
-    space: JointSpace, folder: Path, first: int, names: list[str], pixels: Tensor, cosine: Tensor, texts: list[str]
-) -> None:
-    """Draw a figure for each image of a batch; ``first`` is the number of its first image among all images."""
+def draw_maps(space: JointSpace, paths: Sequence[Path], pixels: Tensor, cosine: Tensor, texts: Sequence[str]) -> None:
+    """Draw a figure for each image of a batch, at ``paths`` without ending."""
     from mmmilan.visualization.paper import draw_pictures, save_figure
     from mmmilan.visualization.pictures import draw_heat, to_images
 
     images = to_images(pixels, space.model.data_preprocessor)
-    for number, (name, image, maps) in enumerate(zip(names, images, cosine, strict=True), start=first):
+    for path, image, maps in zip(paths, images, cosine, strict=True):
         columns = {'image': [image]}
         columns |= {text: [draw_heat(image, values, 'inferno')] for text, values in zip(texts, maps, strict=True)}
-        save_figure(draw_pictures(columns), folder / f'{number:04}-{Path(name).stem}')
+        save_figure(draw_pictures(columns), path)
 
 
 def zero_shot(

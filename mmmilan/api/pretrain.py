@@ -13,6 +13,8 @@ from mmmilan.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
+FILES = ('config.py', 'milan.pth', 'report.html')  # what pretrain itself writes beside the files of the run
+
 
 def pretrain(
     data: Sequence[str | os.PathLike] | str | os.PathLike | None = None,
@@ -104,18 +106,29 @@ def pretrain(
 
 
 def check_out(folder: Path, resume: bool) -> None:
-    """Refuse to overwrite a run, or to resume where there is none.
+    """Refuse to overwrite a run or other files, or to resume where there is no run.
+
+    The config of a run that was stopped before its first checkpoint may be replaced.
 
     Raises:
-        InputError: the folder holds a run and ``resume`` is False, or the other way round.
+        InputError: the folder holds a run or another's files and ``resume`` is False, or there is no run to resume; or
+            nothing can be written there.
     """
+    from mmmilan.checkpoints.config import WRITTEN
     from mmmilan.checkpoints.newest import checkpoints_in
+    from mmmilan.files import check_output_folder, contains
 
+    check_output_folder(folder)
     has_run = bool(checkpoints_in(folder))
     if has_run and not resume:
         raise InputError(f'{folder} holds a run already; choose another folder, or resume the run (--resume).')
     if resume and not has_run:
         raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
+    found = [name for name in FILES if os.path.lexists(folder / name)]
+    if found == ['config.py'] and contains(folder / 'config.py', WRITTEN):
+        found = []
+    if found and not resume:
+        raise InputError(f'{folder} holds {", ".join(found)} already, which would be replaced; choose another folder.')
 
 
 def train(config: Config, folder: Path, resume: bool) -> Path:
@@ -126,14 +139,14 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
     import time
 
     from mmmilan.api.devices import choose_device, device_name
-    from mmmilan.checkpoints.config import parse_config
+    from mmmilan.checkpoints.config import config_text, parse_config
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
     from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
     from mmmilan.engine.work_dir import ConfigFileHook, checkpoint_folder
 
     path = folder / 'config.py'
-    text = f'# python tools/train.py {str(path)!r}\n{config.pretty_text}'
+    text = config_text(config)
     config = parse_config(text, str(path))  # the values that tools/train.py reads
     config.resume = resume
     config.load_from = None if resume else config.get('load_from')  # resumed is the newest checkpoint
@@ -174,7 +187,7 @@ def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:
     from mmmilan.api.report import report
 
     try:
-        page = report(weights, sources, weights.with_name('report.html'))
+        page = report(weights, sources, weights.with_name('report.html'), overwrite=True)
         print_log(f'Was it worth it? {page} says what can be said.', logger='current')
     except InputError as error:
         print_log(f'No report: {error}', logger='current', level=logging.WARNING)

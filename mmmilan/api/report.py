@@ -33,6 +33,7 @@ def report(
     *,
     max_images: int = 2000,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a page that says whether pretraining helped on your images.
 
@@ -46,15 +47,17 @@ def report(
         data: folders of images and tar shards that were not trained on, best one folder with a folder for each class.
             If a folder is divided into splits, ``val`` is taken, or else ``test``, and neighbours and probes learn from
             the labelled images of ``train``; otherwise from seven tenths of the images.
-        out: the page to write, a single self-contained file.
+        out: the page to write, a single self-contained file, .html.
         max_images: maximum number of images of a split; if there are more, evenly spaced ones are taken.
         device: where to run, by default on the GPU if there is one.
+        overwrite: replace the page if there is one.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: there are too few images, ``train`` lacks a class, or the checkpoint was not pretrained by MILAN.
+        InputError: there are too few images, ``train`` lacks a class, the checkpoint was not pretrained by MILAN, or
+            the page must not or cannot be written there.
 
     Examples:
         >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
@@ -65,11 +68,13 @@ def report(
     from mmmilan.api.devices import choose_device, device_name
     from mmmilan.api.models import get_model, read_config
     from mmmilan.datasets.image_folder import as_sources
+    from mmmilan.files import check_output
     from mmmilan.visualization import report_sections as sections
     from mmmilan.visualization.page import PAPER_LINK, Page
 
     begin = time.monotonic()
     sources = as_sources(data)
+    path = check_output(out, [checkpoint, *sources], endings=('.html',), overwrite=overwrite)
     config = read_config(checkpoint)
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
@@ -89,8 +94,8 @@ def report(
     sections.add_pictures(page, milan, encoders, images)
     page.paragraph(f'mmmilan report {checkpoint} {" ".join(map(os.fspath, sources))} --out {out}', 'code')
     minutes = (time.monotonic() - begin) / 60
-    page.write(Path(out), f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
-    return Path(out)
+    page.write(path, f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
+    return path
 
 
 def read_known(config: Config, sources: Sequence[str | os.PathLike]) -> ImageFolder | None:

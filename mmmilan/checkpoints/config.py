@@ -7,6 +7,8 @@ only literals and ``dict(...)``; nothing else is accepted here, and nothing is e
 from __future__ import annotations
 
 import ast
+import keyword
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
 _RESERVED = {'filename', 'text', 'pretty_text', 'env_variables', '_base_'}  # MMEngine's, of a config's attributes
+WRITTEN = '# Written by mmmilan.'  # first line of a config that a run may replace
 _NUMBERS = {'inf': float('inf'), 'nan': float('nan')}
 
 
@@ -65,6 +68,41 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{path} cannot be read ({error}); correct or remove it.') from error
+
+
+def config_text(config: Config) -> str:
+    """A config as MMEngine writes it, with a first line by which :data:`WRITTEN` is recognised.
+
+    Raises:
+        InputError: it could not be read again, because of the name or the value of an option.
+    """
+    check_plain(config.to_dict())
+    return f'{WRITTEN}\n{config.pretty_text}'
+
+
+def check_plain(value: Any, name: str = '') -> None:
+    """Check that MMEngine can write an option, and all below it, as Python that gives the same value.
+
+    Raises:
+        InputError: it cannot; the message names the option.
+    """
+    if isinstance(value, dict):
+        for key, each in value.items():
+            text = str(key)
+            identifier = text.isidentifier() and not keyword.iskeyword(text)
+            # if one key is no identifier, MMEngine writes the keys of this dictionary between quotes
+            if not identifier and (not name or keyword.iskeyword(text) or repr(key).strip("'") != text):
+                raise InputError(f'{text!r} in {name or "the config"} is no name of an option; correct it.')
+            check_plain(each, f'{name}.{text}' if name else text)
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            check_plain(each, f'{name}.{i}')
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f'{name} is {value}; give a finite number, such as 1e30.')
+    elif not (value is None or isinstance(value, (bool, int, float, str))):
+        raise InputError(
+            f'{name} is a {type(value).__name__}, which a config cannot hold; give a number, a text, a list or a dict.'
+        )
 
 
 def parse_config(text: str, source: str) -> Config:

@@ -70,6 +70,8 @@ def load_checkpoint_file(
         )
     if isinstance(checkpoint.get('meta'), dict):
         checkpoint['meta'].pop('config', None)
+    elif not isinstance(checkpoint.get('meta'), Tensor):
+        checkpoint.pop('meta', None)  # of another program
     if isinstance(map_location, (str, torch.device)) and torch.device(map_location).type != 'cpu':
         checkpoint = tree_map_only(Tensor, lambda tensor: tensor.to(map_location), checkpoint)
     return checkpoint

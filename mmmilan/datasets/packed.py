@@ -7,12 +7,12 @@ images relative to the folder, the values their files, unchanged.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 from mmmilan.errors import InputError
+from mmmilan.files import atomic_folder, check_output_folder
 
 COMMIT_EVERY = 10000
 
@@ -57,26 +57,37 @@ def pack_images(folder: Path, paths: Iterable[Path], db_path: Path) -> None:
     """Write the images at ``paths``, all below ``folder``, into a new database, whole or not at all.
 
     Raises:
-        InputError: the database exists, or a name is too long or not ASCII (which MMEngine's backend requires).
+        InputError: the database exists or cannot be written, an image cannot be read, or a name is too long or not
+            ASCII (which MMEngine's backend requires).
     """
     lmdb = import_lmdb()
-    if db_path.exists():
+    if os.path.lexists(db_path):
         raise InputError(f'{db_path} exists; remove it or choose another name.')
-    unfinished = db_path.with_name(f'{db_path.name}.{os.getpid()}.tmp')
-    # map_size limits the size of the file; no memory is taken up
-    database = lmdb.open(str(unfinished), map_size=1 << 42)
+    check_output_folder(db_path)
     try:
-        transaction = database.begin(write=True)
-        for i, path in enumerate(paths):
-            name = path.relative_to(folder).as_posix()
-            if not name.isascii() or len(name) > database.max_key_size():
-                raise InputError(f'The name {name} is not ASCII, or longer than {database.max_key_size()}; rename it.')
-            transaction.put(name.encode(), path.read_bytes())
-            if i % COMMIT_EVERY == COMMIT_EVERY - 1:
-                transaction.commit()
-                transaction = database.begin(write=True)
-        transaction.commit()
-        database.close()
-        os.replace(unfinished, db_path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # map_size limits the size of the file; no memory is taken up
+        with (
+            atomic_folder(db_path) as unfinished,
+            lmdb.open(str(unfinished), map_size=1 << 42) as database,
+        ):
+            transaction = database.begin(write=True)
+            for i, path in enumerate(paths):
+                transaction.put(key_of(path.relative_to(folder), database.max_key_size()), path.read_bytes())
+                if i % COMMIT_EVERY == COMMIT_EVERY - 1:
+                    transaction.commit()
+                    transaction = database.begin(write=True)
+            transaction.commit()
+    except lmdb.Error as error:
+        raise InputError(f'{db_path} was not written ({error}); free space or choose another folder.') from error
+
+
+def key_of(path: Path, longest: int) -> bytes:
+    """The key of an image.
+
+    Raises:
+        InputError: it is longer than ``longest`` bytes, or not ASCII.
+    """
+    name = path.as_posix()
+    if not name.isascii() or len(name) > longest:
+        raise InputError(f'The name {name} is not ASCII, or longer than {longest}; rename it.')
+    return name.encode()

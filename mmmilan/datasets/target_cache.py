@@ -81,6 +81,34 @@ def checksum_of_names(dataset: ImageFolder) -> int:
     return zlib.crc32('\n'.join(names).encode())
 
 
+def read_manifest(folder: Path) -> dict:
+    """The manifest of the cache in a folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or of another version.
+    """
+    path = folder / 'manifest.json'
+    try:
+        manifest = dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f'{folder} holds no readable manifest.json; make a cache with tools/cache_targets.py.'
+        ) from error
+    if manifest.get('version') != VERSION:
+        raise InputError(f'{folder} is a cache of another version; make it again with tools/cache_targets.py.')
+    counts = ('epochs', 'seed', 'images', 'names', 'feature_dim', 'num_patches', 'width', 'patch_size')
+    faulty = [name for name in counts if not _are_counts([manifest.get(name)], 1)]
+    faulty += [name for name in ('grid', 'input_size') if not _are_counts(manifest.get(name), 2)]
+    faulty += [name for name in ('teacher', 'pipeline') if name not in manifest]
+    if faulty:
+        raise InputError(f'{path} has no {faulty[0]}, or an odd one; make the cache again.')
+    return manifest
+
+
+def _are_counts(values: object, number: int) -> bool:
+    return isinstance(values, list) and len(values) == number and all(type(n) is int and 0 <= n < 2**32 for n in values)
+
+
 class TargetCache:
     """A cache, opened for reading.
 
@@ -93,16 +121,14 @@ class TargetCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        try:
-            self.manifest = json.loads((self.folder / 'manifest.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f'{self.folder} holds no readable manifest.json; make a cache with tools/cache_targets.py.'
-            ) from error
-        if self.manifest.get('version') != VERSION:
-            raise InputError(f'{self.folder} is a cache of another version; make it again with tools/cache_targets.py.')
+        self.manifest = read_manifest(self.folder)
         self.epochs, self.seed = self.manifest['epochs'], self.manifest['seed']
-        self.dtype = record_dtype(self.manifest['num_patches'], self.manifest['feature_dim'])
+        try:
+            self.dtype = record_dtype(self.manifest['num_patches'], self.manifest['feature_dim'])
+        except ValueError as error:  # numpy's limit
+            raise InputError(f'{folder} has records of an impossible size ({error}); make the cache again.') from error
+        if not self.epochs:
+            raise InputError(f'{folder} holds no complete epoch; run tools/cache_targets.py again.')
         for epoch in range(self.epochs):
             path, size = self.path(epoch), self.dtype.itemsize * self.manifest['images']
             found = path.stat().st_size if path.exists() else 0
@@ -119,10 +145,10 @@ class TargetCache:
         Raises:
             InputError: the record is damaged.
         """
-        record = np.fromfile(self.path(epoch), self.dtype, count=1, offset=index * self.dtype.itemsize)[0]
-        if checksum(record) != record['checksum']:
+        records = np.fromfile(self.path(epoch), self.dtype, count=1, offset=index * self.dtype.itemsize)
+        if not len(records) or checksum(records[0]) != records[0]['checksum']:
             raise InputError(f'Record {index} of {self.path(epoch)} is damaged; make the cache again.')
-        return record
+        return records[0]
 
 
 @DATASETS.register_module()

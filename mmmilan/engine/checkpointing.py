@@ -25,7 +25,7 @@ from mmmilan.checkpoints.newest import STOPPED
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.engine.resuming import describe_data
 from mmmilan.errors import InputError
-from mmmilan.files import atomic_write, write_text
+from mmmilan.files import atomic_write, remove_leftovers, write_text
 from mmmilan.registry import HOOKS
 
 
@@ -54,8 +54,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             raise InputError(f'{self.out_dir} is not a folder; set default_hooks.checkpoint.out_dir to one.')
         if is_main_process():  # leftovers of a run that was killed while it wrote or deleted
             remove(self._paths(runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])))
-            for leftover in Path(self.out_dir).glob('.*.pth.????????'):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(Path(self.out_dir))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         meta, loop = checkpoint['meta'], runner.train_loop

@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import check_plain, own_config
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.class_names import ClassCountHook
@@ -25,8 +25,9 @@ from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.stopping import StopHook
-from mmmilan.engine.work_dir import training_in
+from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError
+from mmmilan.files import check_output_folder
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """The config with the command line's options merged in.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or an option has a name or a value that no config can have.
     """
     if not os.path.isfile(args.config):
         raise InputError(f'The config {args.config} does not exist; correct its path.')
@@ -54,6 +55,7 @@ def read_config(args: argparse.Namespace) -> Config:
         for sentence in unread_options(cfg, args.cfg_options):
             print_log(sentence, logger='current', level=logging.WARNING)
         cfg.merge_from_dict(args.cfg_options)
+    check_plain(cfg.to_dict())
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(cfg, args.config)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return cfg
@@ -87,7 +89,10 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
         )
     check_data(cfg, task)
     changed = use_boxes_alone(cfg, task)
+    if is_main(cfg):
+        check_output_folder(cfg.work_dir)
     use_safe_loading()
+    Runner.dump_config = write_config
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
         with within_weights(cfg):
             runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -48,7 +48,8 @@ class StopHook(Hook):
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
+            self.restore()
+            os.kill(os.getpid(), number)
         self.received = number
 
     def after_train_iter(

@@ -18,11 +18,12 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.archives import read_meta
+from mmmilan.checkpoints.config import WRITTEN, config_text
 from mmmilan.checkpoints.newest import checkpoints_in, find_newest
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError
-from mmmilan.files import write_text
+from mmmilan.files import check_output, contains, is_same, make_folder, write_text
 
 FILES, FOLDERS = ('pretrained', 'checkpoint', 'load_from'), ('data_root', 'cache', 'db_path')  # keys in a config
 
@@ -34,8 +35,8 @@ def locked(work_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another run holds the lock.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with open(work_dir / '.lock', 'a+') as file:
+    make_folder(work_dir)
+    with open(check_output(work_dir / '.lock', overwrite=True), 'a+') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers would inherit a flock
         except OSError as error:
@@ -86,6 +87,19 @@ def checkpoint_folder(cfg: Config) -> Path:
     """Where the checkpoint hook writes."""
     out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
+
+
+@master_only
+def write_config(runner: Runner) -> None:
+    """Write the config of a runner into its work dir, or beside its log if it would replace another file there.
+
+    MMEngine's ``Runner.dump_config`` replaces any file of the config's name, be it the one that was read.
+    """
+    cfg, work_dir = runner.cfg, Path(runner.work_dir)
+    path = work_dir / Path(cfg.filename or '').name
+    if not cfg.filename or is_same(path, cfg.filename) or (path.exists() and not contains(path, WRITTEN)):
+        path = Path(runner.log_dir, path.name if cfg.filename else 'config.py')
+    write_text(path, config_text(cfg))
 
 
 def prepare(cfg: Config, main: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,4 +145,4 @@ def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]
             f'test_cfg.templates={templates!r} has no place for the name of a class; give a list of prompts '
             "with {} in each, or 'openai'."
         )
-    return [template.format for template in templates]
+    return [partial(str.replace, template, '{}') for template in templates]  # other braces are part of the text

@@ -8,6 +8,7 @@ from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint
 from mmmilan.checkpoints.layouts import COLUMN, TITLE, convert, detect_layout
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
+from mmmilan.files import check_output
 
 
 def convert_checkpoint(
@@ -17,6 +18,7 @@ def convert_checkpoint(
     to: Literal['mmmilan', 'openmmlab', 'official', 'timm', 'huggingface'] = 'mmmilan',
     encoder_only: bool = False,
     allow_pickle: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Convert a checkpoint between the layouts of mmmilan, OpenMMLab, the published repository, timm and Hugging Face.
 
@@ -26,12 +28,14 @@ def convert_checkpoint(
         to: layout to write.
         encoder_only: leave out decoder, head and detector parts.
         allow_pickle: read a pickle that can run any code while it is read; use it only for files that you trust.
+        overwrite: replace the file if there is one.
 
     Raises:
         InputError: the file cannot be read or written, its layout is unknown, or the new layout has no place for some
             weights.
     """
     path = resolve_checkpoint(src)
+    check_output(dst, [path], endings=('.pth', '.pt', '.bin', '.safetensors'), overwrite=overwrite)
     checkpoint = load_checkpoint_file(path, allow_pickle)
     weights = get_state_dict(checkpoint, str(path))
     try:

@@ -11,10 +11,12 @@ from mmpretrain.models import ImageClassifier, VisionTransformer
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
-from mmmilan.files import write_text
+from mmmilan.files import check_output_folder, write_text
+
+FILES = ('model.safetensors', 'transformers.safetensors', 'preprocessor_config.json', 'config.json')
 
 
-def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
+def write_hub_dir(folder: Path, model: ImageClassifier, name: str, *, overwrite: bool = False) -> list[str]:
     """Write weights and configs for timm and, unless the model is a classifier on the mean token, for transformers.
 
     Args:
@@ -22,14 +24,16 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str) -> list[str]:
             transformers (>= 4.53, which finds the name of this file in ``config.json``).
         model: an encoder or classifier as ``mmmilan.get_model`` returns it.
         name: name of the model in the configs.
+        overwrite: replace these files.
 
     Returns:
         The libraries that can load the folder.
 
     Raises:
         InputError: timm lacks a part of the model, such as the batch norm of a linear probe, or the preprocessing
-            cannot be expressed in timm or transformers.
+            cannot be expressed in timm or transformers, or the files must not or cannot be written.
     """
+    check_output_folder(folder, FILES, overwrite=overwrite)
     preprocessing = read_preprocessing(model._config, model)
     weights = model.state_dict()
     save_checkpoint_file(convert(weights, 'timm'), folder / 'model.safetensors')

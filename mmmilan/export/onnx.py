@@ -18,7 +18,7 @@ PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 BOUND = 1e-4  # of a relative error in float32
 
 
-def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Write an encoder as ONNX, and compare its outputs in onnxruntime with those of PyTorch.
 
     The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the model includes the normalisation. The
@@ -30,13 +30,14 @@ def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
     Args:
         checkpoint: a model of the zoo, or a checkpoint of your own.
         out: file to write, .onnx.
+        overwrite: replace the file if there is one.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, or the outputs
-            differ. In these cases nothing is written.
+        InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, the outputs differ,
+            or the file must not or cannot be written. In these cases nothing is written.
 
     Examples:
         >>> mmmilan.export_onnx('runs/photos/milan.pth', 'photos.onnx')
@@ -44,14 +45,12 @@ def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
     import torch
 
     from mmmilan.api.models import get_model
-    from mmmilan.files import atomic_write
+    from mmmilan.files import atomic_write, check_output
 
-    path = Path(out)
+    path = check_output(out, [checkpoint], endings=('.onnx',), overwrite=overwrite)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f'ONNX needs {" and ".join(missing)}; pip install {" ".join(missing)}.')
-    if path.suffix != '.onnx':
-        raise InputError(f'{path} does not end in .onnx; choose a name that does.')
     model = get_model(checkpoint, pretrained=True, device='cpu')
     encoder = build_encoder(model, checkpoint).eval()
     generator = torch.Generator().manual_seed(0)

@@ -8,27 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.open_clip_layout import NORM_EPS, to_open_clip
-from mmmilan.files import write_text
+from mmmilan.files import check_output_folder, write_text
 
 if TYPE_CHECKING:
     from mmmilan.export.preprocessing import Preprocessing
     from mmmilan.models.maskclip import MaskCLIP
 
 
-def write_open_clip(model: MaskCLIP, preprocessing: Preprocessing, folder: str | Path) -> None:
+FILES = ('open_clip_config.json', 'open_clip_model.safetensors')
+
+
+def write_open_clip(
+    model: MaskCLIP, preprocessing: Preprocessing, folder: str | Path, *, overwrite: bool = False
+) -> None:
     """Write a model so that ``open_clip.create_model_and_transforms('local-dir:FOLDER')`` loads it.
 
     Args:
         model: The model; in ``open_clip`` it gives the same embeddings.
         preprocessing: The preprocessing of its images.
         folder: Folder to write ``open_clip_config.json`` and ``open_clip_model.safetensors`` to.
+        overwrite: Replace these files.
 
     Raises:
-        InputError: the encoder is not a plain ViT, or its preprocessing cannot be expressed in open_clip.
+        InputError: the encoder is not a plain ViT, its preprocessing cannot be expressed in open_clip, or the files
+            must not or cannot be written.
     """
+    folder = check_output_folder(folder, FILES, overwrite=overwrite)
     config = dict(model_cfg=open_clip_config(model), preprocess_cfg=preprocessing.open_clip())
-    save_checkpoint_file(to_open_clip(model.state_dict()), Path(folder, 'open_clip_model.safetensors'))
-    write_text(Path(folder, 'open_clip_config.json'), json.dumps(config, indent=2))
+    save_checkpoint_file(to_open_clip(model.state_dict()), folder / 'open_clip_model.safetensors')
+    write_text(folder / 'open_clip_config.json', json.dumps(config, indent=2))
 
 
 def open_clip_config(model: MaskCLIP) -> dict[str, Any]:

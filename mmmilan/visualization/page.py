@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -171,6 +172,7 @@ def _img(image: np.ndarray, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
+@matplotlib.rc_context({'text.parse_math': False})  # names may hold $, which is no formula
 def draw_curve(epochs: list[float], values: list[float], title: str) -> str:
     """Draw values over epochs as an SVG element."""
     figure = Figure(figsize=(3.4, 2.4), layout='constrained')

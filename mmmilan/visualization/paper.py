@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -16,6 +17,11 @@ DPI = 150
 WIDTH, TITLE = 1.5, 0.25  # inches: width of an image, height of the titles
 
 
+# names of models and classes, and texts of users, may hold $, which is no formula
+plain_text = matplotlib.rc_context({'text.parse_math': False})
+
+
+@plain_text
 def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> Figure:
     """Features in two dimensions by t-SNE, one panel per model, with the silhouette of the classes (paper, figure 2).
 
@@ -47,6 +53,7 @@ def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequ
     return figure
 
 
+@plain_text
 def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
     """A grid of images: one row per image, one column per view of it (paper, figures 3 to 5).
 
@@ -69,10 +76,10 @@ def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> bytes:
-    """Write a figure as .png and .pdf, each whole or not at all, with the same bytes each time; returns the PNG."""
+    """Write a figure as ``path`` with .png and .pdf at its end, with the same bytes each time; returns the PNG."""
     for ending, metadata in (('.pdf', dict(CreationDate=None)), ('.png', dict(Software=None))):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=ending[1:], dpi=DPI, metadata=metadata)
-        with atomic_write(path.with_suffix(ending)) as temporary:
+        with atomic_write(path.with_name(f'{path.name}{ending}')) as temporary:
             Path(temporary).write_bytes(buffer.getvalue())
     return buffer.getvalue()

@@ -77,10 +77,19 @@ def read_scalars(folder: Path) -> list[dict]:
     """Read the log of MMEngine's visualizer in a work dir; for steps that several runs trained, the last run counts."""
     rows: list[dict] = []
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        run = [json.loads(line) for line in path.read_text().splitlines()]
+        run = [row for line in path.read_text(errors='replace').splitlines() if (row := _read_row(line))]
         if run:
             rows = [row for row in rows if row['step'] < run[0]['step']] + run
     return rows
+
+
+def _read_row(line: str) -> dict[str, float]:
+    """The numbers of a line of a log; {} for one that is not complete, as the last one of a killed run may be."""
+    try:
+        row = {key: value for key, value in json.loads(line).items() if isinstance(value, (int, float))}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return row if 'step' in row else {}
 
 
 def loss_curve(folder: Path) -> Curve:

@@ -131,8 +131,8 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> N
         f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}; the teacher is '
         f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}.'
     )
-    if 'training_seconds' in meta:
-        text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta["training_device"]}.'
+    if isinstance(meta.get('training_seconds'), float):
+        text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta.get("training_device")}.'
     page.heading('How it was trained', text + ' Over the epochs: the training loss, and evaluations during training.')
     curves = {'training loss': loss_curve(folder)} | evaluation_curves(folder)
     curves = {name: curve for name, curve in curves.items() if curve[0]}

@@ -110,7 +110,7 @@ def test_parquet(images, checkpoint, tmp_path):
 
 def test_what_cannot_be_embedded(images, checkpoint, tmp_path):
     for source, out, message in (
-        (images, 'f.csv', 'neither .npz nor .parquet'),
+        (images, 'f.csv', 'does not end in .npz or .parquet'),
         (images / 'none.jpg', 'f.npz', 'none.jpg does not exist'),
         (images / 'c/broken.jpg', 'f.npz', 'None of the 1 images can be read'),
     ):

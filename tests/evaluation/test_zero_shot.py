@@ -108,7 +108,7 @@ def test_export_to_open_clip(folder, trained, run_tool):
     assert torch.allclose(clip.encode_text(text, normalize=True), model.encode_text(text), atol=1e-5)
     milan = ROOT / 'configs/milan/ablations/mae_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
     with pytest.raises(SystemExit, match='is a config of MILAN; give one of MaskCLIP'):
-        run_tool('export_open_clip.py', milan, trained / 'epoch_2.pth', folder / 'open_clip')
+        run_tool('export_open_clip.py', milan, trained / 'epoch_2.pth', folder / 'other')
 
 
 TEMPLATES = ['a {}', 'a photo of a {} on grass']

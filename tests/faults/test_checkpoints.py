@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    (tmp_path / '.epoch_1.pth.ab12_xyz').write_bytes(b'half')
+    (tmp_path / '.epoch_1.pth.ab12_xyz.mmmilan-tmp').write_bytes(b'half')
     runner(tmp_path, epochs=1).train()
     assert not list(tmp_path.glob('.*'))
 

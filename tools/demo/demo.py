@@ -7,6 +7,9 @@ segmentation.
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import json
 import sys
@@ -28,7 +31,7 @@ from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.datasets.image_folder import list_images
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.files import write_text
+from mmmilan.files import check_output, write_text
 from mmmilan.models import MILAN
 from mmmilan.models.text_tower import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
@@ -37,6 +40,7 @@ from sections import add_curves, add_heat_maps, add_pictures, add_scores, add_tr
 from training import PROBES, TeacherEncoder, console, probe, probing_datasets, train
 from transfer import Transfer, test_set, transfer, transfer_pictures
 
+MARK = 'Written by the demo of mmmilan'  # on its page, which the next run may replace
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
 
 
@@ -203,6 +207,7 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.time()
     use_safe_loading()
     init_default_scope('mmpretrain')
+    path = check_output(args.out / 'index.html', mark=MARK)
     if args.data:
         list_images(args.data)  # fails before anything is trained or downloaded
     teacher_cfg, results = make_teacher(args)
@@ -232,9 +237,8 @@ def run_demo(args: argparse.Namespace) -> None:
         add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred), classes)
         results['transfer'] = transferred.scores
 
-    path = args.out / 'index.html'
     page.paragraph(f'bash tools/demo.sh {" ".join(sys.argv[1:])}', 'code')
-    page.write(path, f'Written with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
+    page.write(path, f'{MARK} with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')
     write_text(args.out / f'results-seed{args.seed}.json', json.dumps(results, indent=2))
     console.print(f'The page: {path.resolve()}  ({(time.time() - start) / 60:.1f} minutes in all)')
 

@@ -6,6 +6,9 @@ python tools/speed/benchmark.py data --data-root images   # the input pipeline, 
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import json
 import logging
@@ -26,7 +29,7 @@ from timing import Result, compete
 
 from mmmilan.engine.throughput import peak_tflops
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.files import write_text
+from mmmilan.files import check_output, write_text
 
 # image size and batch size of each command, on a GPU and on a CPU
 DEFAULTS = dict(
@@ -74,7 +77,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=10, help='timed rounds')
     parser.add_argument('--peak-tflops', type=float, help='dense TFLOP/s of the device, if it is not in the list')
     parser.add_argument('--json', type=Path, help='write all figures to this file')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file of --json if it exists')
     args = parser.parse_args()
+    if args.json:
+        check_output(args.json, endings=('.json',), overwrite=args.overwrite)
     img_size, *batch_sizes = DEFAULTS[args.command]
     args.img_size = args.img_size or img_size
     args.batch_size = args.batch_size or batch_sizes[not args.device.startswith('cuda')]

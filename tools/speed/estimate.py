@@ -10,6 +10,9 @@ Everything is in bfloat16.
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import logging
 from collections.abc import Iterator

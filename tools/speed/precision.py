@@ -8,6 +8,9 @@ importance also the total variation of the distribution of masks; student and ma
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import copy
 import logging

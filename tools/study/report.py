@@ -94,6 +94,9 @@ def draw(lines: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+FILES = ('table.md', 'accuracy.png')
+
+
 def write_report(lines: list[dict], folder: Path) -> None:
     """Write ``table.md`` and ``curves.png``.
 

@@ -10,6 +10,9 @@ arm is skipped unless --lightly-python is a Python that has lightly-train beside
 
 from __future__ import annotations
 
+import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imported)
+
+# isort: split
 import argparse
 import json
 import os
@@ -23,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.files import write_text
+from mmmilan.files import check_output, check_output_folder, make_folder, write_text
 
 console = Console()
 
@@ -44,9 +47,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, help='report: folder of the table and the figure')
     parser.add_argument('--json', type=Path, help='time: write the figures to this file')
     parser.add_argument('--rounds', type=int, default=9, help='time: rounds')
+    parser.add_argument('--overwrite', action='store_true', help='report, time: replace the files that exist')
     args = parser.parse_args()
     args.results = args.results or args.work_dir / 'results.jsonl'
     args.arms = args.arms or list(PAPER)
+    if args.json:
+        check_output(args.json, endings=('.json',), overwrite=args.overwrite)
     return args
 
 
@@ -59,8 +65,8 @@ def read_results(path: Path) -> list[dict]:
     lines = []
     for number, text in enumerate(path.read_text(encoding='utf-8').splitlines() if path.exists() else [], start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f'{path}, line {number}, is not complete JSON; remove the line.') from error
         line = lines[-1]
         known = line.get('arm') in (*ARMS, 'teacher') and line.get('budget') in BUDGETS
@@ -100,11 +106,12 @@ def run_all(args: argparse.Namespace) -> None:
         read_arm(arm)
     lines = read_results(args.results)
     done = {(line['arm'], line['seed']) for line in lines if line['budget'] == args.budget}
+    check_output(args.results, overwrite=True)  # all its lines are of this study
+    make_folder(args.work_dir)
     waiting = [run for run in [('teacher', 0), *((a, s) for s in args.seeds for a in args.arms)] if run not in done]
     if any(arm == LIGHTLY for arm, _ in waiting) and not has_lightly(args.lightly_python):
         waiting = [run for run in waiting if run[0] != LIGHTLY]
         console.print(f'{LIGHTLY} is skipped: {args.lightly_python} has no lightly-train; see --lightly-python.')
-    args.work_dir.mkdir(parents=True, exist_ok=True)
     columns = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task('runs', total=len(waiting))
@@ -157,10 +164,12 @@ def main() -> None:
 
         time_steps(args)
     else:
-        from report import write_report
+        from report import FILES, write_report
 
+        folder = args.out or args.work_dir
+        check_output_folder(folder, FILES, [args.results], overwrite=args.overwrite)
         lines = [line for line in read_results(args.results) if line['budget'] == args.budget]
-        write_report(lines, args.out or args.work_dir)
+        write_report(lines, folder)
 
 
 if __name__ == '__main__':

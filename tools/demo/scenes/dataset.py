@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from mmmilan.errors import InputError
+from mmmilan.files import atomic_folder
 from scenes.appearance import KINDS, SEMANTIC_CLASSES, Array
 from scenes.drawing import Scene, make_scene
 
@@ -147,15 +146,9 @@ def write_scenes(root: Path, num_train: int, num_val: int, image_size: int = 96,
     if is_written(root, meta):
         print(f'{root}: reusing the scenes written before.')
         return
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as temporary:
-            folder = Path(temporary) / root.name
-            with ProcessPoolExecutor() as pool:
-                write_split(pool, folder, 'train', num_train, image_size, seed)
-                write_split(pool, folder, 'val', num_val, image_size, seed)
-            (folder / 'semantic' / 'classes.json').write_text(json.dumps(SEMANTIC_CLASSES))
-            (folder / 'meta.json').write_text(json.dumps(meta, indent=2))
-            os.replace(folder, root)
-    except OSError as error:
-        raise InputError(f'{root} could not be written ({error.strerror}); choose another folder.') from error
+    with atomic_folder(root) as folder:
+        with ProcessPoolExecutor() as pool:
+            write_split(pool, folder, 'train', num_train, image_size, seed)
+            write_split(pool, folder, 'val', num_val, image_size, seed)
+        (folder / 'semantic' / 'classes.json').write_text(json.dumps(SEMANTIC_CLASSES))
+        (folder / 'meta.json').write_text(json.dumps(meta, indent=2))
