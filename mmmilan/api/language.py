@@ -237,19 +237,16 @@ def zero_shot(
         Top-1 accuracy in percent, over the images that decode.
 
     Raises:
-        InputError: there are fewer than two classes, the number of names is not the number of classes, or the
-            checkpoint has no decoder or no text tower.
+        InputError: there are fewer than two classes, the number of names is not the number of classes, the names are
+            the folders' in another order, or the checkpoint has no decoder or no text tower.
     """
     from mmmilan.datasets.splits import list_labelled_images
-    from mmmilan.evaluation.zero_shot import embed_classes, read_templates
+    from mmmilan.evaluation.zero_shot import embed_classes, name_classes, read_templates
 
     files, labels, classes = list_labelled_images(data)
-    names = list(class_names or classes)
-    if len(classes) < 2 or len(names) != len(classes):
-        raise InputError(
-            f'{data} has {len(classes)} folders of classes but {len(names)} names were given; give two or more folders '
-            'and a name for each.'
-        )
+    if len(classes) < 2:
+        raise InputError(f'{data} has no folders of classes; give a folder with one folder of images for each class.')
+    names = name_classes(classes, class_names or classes, 'class_names')
     space = JointSpace(checkpoint, device)
     classifier = embed_classes(space.texts, names, read_templates(templates))
     label_of, hits, total = dict(zip(files, labels.tolist(), strict=True)), 0, 0

@@ -58,32 +58,10 @@ class ZeroShotLoop(TestLoop):
 
     def read_class_names(self, names: Mapping[str, str] | Sequence[str] | str | None) -> Sequence[str]:
         """What the texts call each class of the data set."""
-        classes = self.dataloader.dataset.metainfo.get('classes') or ()
-        folders = class_names(self.dataloader.dataset)
-        if names == 'imagenet':
-            names = imagenet_names()
-        if isinstance(names, Mapping):
-            lacking = [name for name in folders if name not in names]
-            if lacking or not folders:
-                raise InputError(
-                    f'{len(lacking)} of the {len(folders)} classes of the data set have no name in '
-                    f'test_cfg.class_names ({listed(lacking)}); name the folders as they are named there, and set '
-                    'with_label=True.'
-                )
-            return [names[name] for name in folders]
-        names = classes if names is None else names
-        if len(names) != len(classes) or not names:
-            raise InputError(
-                f'test_cfg.class_names names {len(names)} classes and the data set has {len(classes)}; give a name '
-                "for each (and the data set with_label=True), or 'imagenet'."
-            )
-        moved = [name for name, folder in zip(names, folders, strict=True) if name != folder and name in folders]
-        if moved:
-            raise InputError(
-                f'test_cfg.class_names has {listed(moved)} at other places than the data set, whose classes are '
-                f'{listed(folders)}; give a dictionary from the classes to their names.'
-            )
-        return names
+        dataset = self.dataloader.dataset
+        if names is None:
+            names = dataset.metainfo.get('classes') or ()
+        return name_classes(class_names(dataset), names, 'test_cfg.class_names')
 
     def run(self) -> dict:
         """Encode the prompts, then test."""
@@ -108,6 +86,44 @@ class ZeroShotLoop(TestLoop):
         outputs = [sample.set_pred_score(score) for sample, score in zip(data['data_samples'], scores, strict=True)]
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
         self.runner.call_hook('after_test_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
+
+
+def name_classes(classes: Sequence[str], names: Mapping[str, str] | Sequence[str] | str, option: str) -> Sequence[str]:
+    """What texts call each class of a data set.
+
+    Args:
+        classes: The classes, as their folders are named.
+        names: A dictionary from the classes to their names, or names in the order of the classes; 'imagenet' for
+            open_clip's names of the classes of ImageNet-1k.
+        option: What gives these names, for errors.
+
+    Raises:
+        InputError: there are other numbers of names and classes, a class has no name, or the names are classes in
+            another order.
+    """
+    if isinstance(names, str) and names == 'imagenet':
+        names = imagenet_names()
+    if isinstance(names, Mapping):
+        lacking = [name for name in classes if name not in names]
+        if lacking or not classes:
+            raise InputError(
+                f'{len(lacking)} of the {len(classes)} classes of the data set have no name in {option} '
+                f'({listed(lacking)}); name the folders as they are named there, and set with_label=True.'
+            )
+        return [names[name] for name in classes]
+    if isinstance(names, str) or len(names) != len(classes) or not names:
+        count = repr(names) if isinstance(names, str) else f'{len(names)} classes'
+        raise InputError(
+            f'{option} names {count} and the data set has {len(classes)}; give a name for each (and the data set '
+            "with_label=True), or 'imagenet'."
+        )
+    moved = [name for name, folder in zip(names, classes, strict=True) if name != folder and name in classes]
+    if moved:
+        raise InputError(
+            f'{option} has {listed(moved)} at other places than the data set, whose classes are {listed(classes)}; '
+            'give a dictionary from the classes to their names.'
+        )
+    return names
 
 
 def imagenet_names() -> dict[str, str]:
