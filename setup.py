@@ -79,7 +79,8 @@ setup(
         'dense': ['onedl-mmdetection>=3.5,<4.0', 'onedl-mmsegmentation>=1.4,<2.0'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'parquet': ['pyarrow'],
+        'heic': ['pillow-heif'],
         'docs': ['mkdocs-material', 'mkdocstrings[python]'],
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
+        'test': ['pillow-heif', 'pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
     },
 )

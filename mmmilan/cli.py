@@ -85,6 +85,8 @@ def print_result(result: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and print its result."""
+    if hasattr(sys.stdout, 'reconfigure'):  # names of files that are not UTF-8 are printed as they are
+        sys.stdout.reconfigure(errors='surrogateescape')
     with exit_on_input_error():
         from cyclopts import CycloptsError
 

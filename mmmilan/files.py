@@ -262,7 +262,7 @@ def write_text(path: Path, text: str) -> None:
         InputError: the file cannot be written.
     """
     with atomic_write(path) as temporary:
-        Path(temporary).write_text(text, encoding='utf-8')
+        Path(temporary).write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def first_line(error: Exception) -> str:

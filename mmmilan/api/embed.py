@@ -115,7 +115,10 @@ class _Images:
     """Data set of images, uint8 [3, H, W], and whether each could be read; an image that could not is black."""
 
     def __init__(self, files: list[str], extract: FeatureExtractor) -> None:
-        self.files, self.extract = files, extract
+        import numpy as np
+
+        # one array, as a list would be copied into each worker, string by string
+        self.files, self.extract = np.array([os.fsencode(file) for file in files]), extract
 
     def __len__(self) -> int:
         return len(self.files)
@@ -124,7 +127,7 @@ class _Images:
         import torch
 
         try:
-            image = self.extract.load(dict(img_path=self.files[index]))
+            image = self.extract.load(dict(img_path=os.fsdecode(self.files[index])))
         except InputError:
             return torch.zeros(3, *self.extract.model.backbone.img_size, dtype=torch.uint8), False
         return self.extract.prepare(image)['inputs'], True

@@ -102,9 +102,12 @@ def write_features(path: Path, columns: dict[str, np.ndarray]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    arrays = {
-        name: pa.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows) for name, rows in columns.items()
-    }
+    def column(rows: np.ndarray) -> pa.Array:
+        if rows.dtype.kind == 'U':  # Parquet takes UTF-8 alone, file names are any bytes
+            return pa.array([str(text).encode(errors='backslashreplace').decode() for text in rows])
+        return pa.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows)
+
+    arrays = {name: column(rows) for name, rows in columns.items()}
     with atomic_write(path) as temporary, open(temporary, 'wb') as file:
         pyarrow.parquet.write_table(pa.table(arrays), file)
 

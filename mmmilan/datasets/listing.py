@@ -123,12 +123,12 @@ def walk(top: str, kinds: frozenset[str]) -> Listing:
         if here in parents:
             continue
         for entry in entries:
-            name, hidden = entry.name, is_leaving(entry.name)
-            if extension(name) in kinds and not hidden and is_kind(entry, entry.is_file):
+            name = entry.name
+            if name[name.rfind('.') :].lower() in kinds and name[0] != '.' and is_kind(entry.is_file):
                 files.append(prefix + name)
-            elif not is_kind(entry, entry.is_dir):
-                left_out[kind_of(entry, hidden)] += 1
-            elif hidden:
+            elif not is_kind(entry.is_dir):
+                left_out[kind_of(entry)] += 1
+            elif is_leaving(name):
                 left_out['hidden folders'] += 1
             else:
                 waiting.append((entry.path, f'{prefix}{name}/', (*parents, here)))
@@ -138,7 +138,7 @@ def walk(top: str, kinds: frozenset[str]) -> Listing:
     return Listing(sorted(files), sorted(folders), left_out)
 
 
-def is_kind(entry: os.DirEntry, test: Callable[[], bool]) -> bool:
+def is_kind(test: Callable[[], bool]) -> bool:
     """Whether an entry is a file or a folder; False for a link to itself."""
     try:
         return test()
@@ -146,12 +146,12 @@ def is_kind(entry: os.DirEntry, test: Callable[[], bool]) -> bool:
         return False
 
 
-def kind_of(entry: os.DirEntry, hidden: bool) -> str:
+def kind_of(entry: os.DirEntry) -> str:
     """What the log calls a file that is left out; '' for one that nobody misses."""
     name, kind = entry.name, extension(entry.name)
-    if hidden or name.endswith(OWN):
+    if is_leaving(name) or name.endswith(OWN):
         return 'hidden images' if kind in EXTENSIONS else ''
-    if not is_kind(entry, entry.is_file):
+    if not is_kind(entry.is_file):
         return 'broken links' if entry.is_symlink() else 'special files'
     return f'{kind} ({REMEDIES[kind]})' if kind in REMEDIES else kind or 'without extension'
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, images_in, list_images
-from mmmilan.datasets.listing import list_folder
+from mmmilan.datasets.listing import list_folder, remember
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
 VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'holdout'}
@@ -111,6 +111,10 @@ class Folder(NamedTuple):
 def look_into(source: Source) -> Folder:
     """Go down into a folder until images or several folders with images lie there, or splits."""
     root = os.path.expanduser(os.fspath(source))
+    return remember(('look into', root), lambda: _look_into(root))
+
+
+def _look_into(root: str) -> Folder:
     files = list_folder(root).files if os.path.isdir(root) else []
     while True:
         counts = Counter(file.partition('/')[0] for file in files if '/' in file)

@@ -188,3 +188,20 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
     torch.save(dict(state_dict=encoder.state_dict(), meta=dict(cfg=encoder._config.pretty_text)), tmp_path / 'vit.pth')
     message = error(mmmilan.search, photos, 'a', tmp_path / 'vit.pth')
     assert 'is a ImageClassifier; texts need a checkpoint of MILAN or MaskCLIP' in message
+
+
+def test_one_image_stops_nothing_and_one_listed_twice_is_found_twice(checkpoint, photos, tmp_path, log):
+    good = sorted(photos.glob('*.jpg'))[:2]
+    shutil.copy(good[0], photos / 'good.jpg')
+    Image.fromarray(np.ones((40, 40), np.float32)).save(photos / 'depth.tif')
+    Image.fromarray(np.ones((40, 40, 4), np.uint8), 'CMYK').save(photos / 'print.tif')
+    (photos / 'cut.png').write_bytes(b'no image')
+    Image.new('L', (9000, 1)).save(photos / 'strip.png')
+    bad = ['depth.tif', 'print.tif', 'cut.png', 'strip.png']
+    files = [good[0], *(photos / name for name in bad), good[1], good[0]]
+    found = mmmilan.search(files, 'a red boat', checkpoint)
+    assert sorted(each.path for each in found) == sorted(map(str, [good[0], good[0], good[1]]))
+    assert all(f'Left out: {photos / name} ' in log.text for name in bad)
+    assert '4 of 7 images were left out' in log.text
+    with np.load(mmmilan.heat_maps(files, ['a boat'], checkpoint, tmp_path / 'maps')) as file:
+        assert file['paths'].tolist() == list(map(str, [good[0], good[1], good[0]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from helpers import grey_png
 from mmmilan.datasets import CaptionedShards, ShardSampler
-from mmmilan.datasets.shards import load_index
+from mmmilan.datasets.shards import load_index, pair_by_name
 from mmmilan.errors import InputError
 
 LOAD = [dict(type='mmmilan.LoadImage')]
@@ -105,3 +106,43 @@ def test_processes_share_the_shards(shards, monkeypatch):
     monkeypatch.undo()
     whole = [draw.index for draw in ShardSampler(dataset, seed=0)]
     assert parts == [whole[::2], whole[1::2] + whole[:1]]
+
+
+def test_names_with_several_dots(tmp_path, log):
+    names = ['2021-05-06 10.11.12', '2021-05-06 10.11.13', './a.b/c.d']
+    files = {f'{name}.{e}': v for name in names for e, v in (('jpg', grey_png(1)), ('txt', name.encode()))}
+    files |= {'._x.jpg': b'', '__MACOSX/y.jpg': b'', '3.cls': b'1', 'orphan.txt': b'text', '7.8.txt': b'\xff\xff'}
+    write_shard(tmp_path / 'x.tar', files)
+    for _ in range(2):  # the second time from the stored index
+        dataset = CaptionedShards(str(tmp_path), pipeline=[])
+        assert [dataset.get_data_info(i)['captions'] for i in range(3)] == [[name] for name in names]
+    line = '2 hidden, 1 .cls, 1 .txt, 1 .txt without image.'
+    assert log.text.count(line) == 2
+
+
+@pytest.mark.parametrize(
+    'images, texts, expected',
+    [
+        ('7.jpg', '7.txt 7.en.txt', '7.txt 7.en.txt'),
+        ('7.image.jpg', '7.caption.txt', '7.caption.txt'),
+        ('7.left.jpg 7.right.jpg', '7.txt', '7.txt 7.txt'),
+        ('7.jpg 7.copy.jpg', '7.txt 7.copy.txt', '7.txt 7.copy.txt'),
+        ('7.8.jpg', '7.9.txt', ''),
+        ('a/7.jpg', 'b/7.txt', ''),
+    ],
+)
+def test_pairs(images, texts, expected):
+    found = pair_by_name(images.split(), texts.split())
+    assert [name for names in found.values() for name in names] == expected.split()
+
+
+@pytest.mark.parametrize('offset, size', [(-5, 10), (-512, 600), (0, -1), (10**9, 1), (1.5, 2), (True, 1)])
+def test_a_stored_index_out_of_the_tar(shards, offset, size):
+    good = load_index(shards / '00000.tar')
+    path = shards / '00000.tar.index.json'
+    index = json.loads(path.read_text())
+    index['samples'][0][1:3] = offset, size
+    path.write_text(json.dumps(index))
+    assert load_index(shards / '00000.tar') == good
+    path.write_text('{"stamp": ' + '[' * 100_000)
+    assert load_index(shards / '00000.tar') == good
