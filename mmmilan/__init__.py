@@ -17,9 +17,10 @@ with exit_on_input_error() if is_command() else nullcontext():
 extend_openmmlab()
 
 # The public functions and their modules, which are imported on first use.
-_MODULES = {
+MODULES = {
     'FeatureExtractor': 'mmmilan.api.inference',
     'ImageClassificationInferencer': 'mmmilan.api.inference',
+    'convert': 'mmmilan.export.convert',
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',
     'figures': 'mmmilan.api.figures',
@@ -29,13 +30,19 @@ _MODULES = {
     'pretrain': 'mmmilan.api.pretrain',
     'report': 'mmmilan.api.report',
     'search': 'mmmilan.api.language',
+    'test': 'mmmilan.engine.launch',
+    'train': 'mmmilan.engine.launch',
     'zero_shot': 'mmmilan.api.language',
 }
 
-__all__ = ['__version__', *_MODULES]
+__all__ = ['__version__', *MODULES]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES])
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in MODULES:
+        return getattr(importlib.import_module(MODULES[name]), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

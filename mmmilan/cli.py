@@ -1,78 +1,39 @@
-"""The console script ``mmmilan``: each command is a public function, and its help text is the function's docstring."""
+"""The console script ``mmmilan``: each command is the function of that name, its help the function's docstring."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
+from cyclopts import App, CycloptsError, Group, Parameter
+
+import mmmilan
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.version import __version__
 
-if TYPE_CHECKING:  # imported where they are used, where Ctrl-C is handled already
-    from cyclopts import App
-
-# Command -> function. A command is imported only when it is run.
+# What a person wants -> the commands for it.
 COMMANDS = {
-    'pretrain': 'mmmilan.api.pretrain:pretrain',
-    'embed': 'mmmilan.api.embed:embed',
-    'export-onnx': 'mmmilan.export.onnx:export_onnx',
-    'report': 'mmmilan.api.report:report',
-    'convert': 'mmmilan.export.convert:convert_checkpoint',
-    'figures': 'mmmilan.api.figures:figures',
-    'heat-maps': 'mmmilan.api.language:heat_maps',
-    'search': 'mmmilan.api.language:search',
-    'zero-shot': 'mmmilan.api.language:zero_shot',
+    'Your own images': ('pretrain', 'report', 'embed', 'zero-shot', 'search', 'heat-maps', 'figures'),
+    "Configs of OpenMMLab's kind": ('train', 'test'),
+    'Models for other programs': ('convert', 'export-onnx'),
 }
+POSITIONAL = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 
 
-def make_app() -> App:
-    """Build the command line; parameters that are positional in Python are positional here too."""
-    from cyclopts import App, Parameter
-
-    app = App(
-        name='mmmilan',
-        help='MILAN pretraining on your own images, and what comes after it.',
-        version=__version__,
-        default_parameter=Parameter(negative=(), consume_multiple=True),
-        exit_on_error=False,
-        print_error=False,
-    )
-    for name, function in COMMANDS.items():
-        app.command(function, name=name)
-    return app
-
-
-def split_changes(tokens: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """Separate changes of the config, ``--model.masking.mask_ratio 0.6`` or ``--…=0.6``, from the other arguments.
-
-    An option is a change of the config if its name has a dot.
-
-    Returns:
-        The other arguments, and the changes, e.g. ``{'model.masking.mask_ratio': 0.6}``.
-
-    Raises:
-        InputError: a change has no value.
-    """
-    from mmengine.config import DictAction
-
-    others, changes = [], {}
-    left = list(tokens)
-    while left:
-        token = left.pop(0)
-        key, equals, value = token.partition('=')
-        if not re.fullmatch(r'--\w+(\.\w+)+', key):
-            others.append(token)
-            continue
-        if not equals:
-            value = left.pop(0) if left else ''
-        if not value or value.startswith('--'):
-            raise InputError(f'{key} has no value; write {key}=VALUE.')
-        changes[key[2:]] = DictAction._parse_iterable(value)
-    return others, changes
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and print its result."""
+    if hasattr(sys.stdout, 'reconfigure'):  # names of files that are not UTF-8 are printed as they are
+        sys.stdout.reconfigure(errors='surrogateescape')
+    with exit_on_input_error():
+        result = run(list(sys.argv[1:] if argv is None else argv))
+        for row in result if isinstance(result, list) else [result]:
+            print_result(row)
 
 
 def print_result(result: object) -> None:
@@ -83,25 +44,201 @@ def print_result(result: object) -> None:
         print(result)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and print its result."""
-    if hasattr(sys.stdout, 'reconfigure'):  # names of files that are not UTF-8 are printed as they are
-        sys.stdout.reconfigure(errors='surrogateescape')
-    with exit_on_input_error():
-        from cyclopts import CycloptsError
+def run(tokens: list[str]) -> Any:
+    """Run the command that the first token names; returns what its function returns.
 
-        arguments, changes = split_changes(sys.argv[1:] if argv is None else argv)
-        try:
-            function, bound, _ = make_app().parse_args(arguments)
-        except CycloptsError as error:
-            error.verbose = False
-            raise InputError(f'{" ".join(str(error).split()).rstrip(".")}; see mmmilan COMMAND --help.') from error
-        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-        if changes and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise InputError(f'--{next(iter(changes))} is unknown here; see mmmilan COMMAND --help.')
-        result = function(*bound.args, **bound.kwargs, **changes)
-    for row in result if isinstance(result, list) else [result]:
-        print_result(row)
+    Raises:
+        InputError: a command, an argument or an option is wrong.
+    """
+    command, rest = (tokens[:1] or [''])[0], tokens[1:]
+    function, given, changes = None, {}, {}
+    if command in [name for names in COMMANDS.values() for name in names]:
+        function = getattr(mmmilan, command.replace('-', '_'))
+        rest, given, changes = split_tokens(rest, inspect.signature(function))
+        tokens = [command, *rest]
+    try:
+        target, bound, _ = make_app(command, function, given).parse_args(tokens)
+    except CycloptsError as error:
+        error.verbose = False
+        raise InputError(f'{" ".join(str(error).split()).rstrip(".")}; see mmmilan {command} --help.') from error
+    if target.__name__ != 'command':  # --help and --version are functions of cyclopts
+        return target(*bound.args, **bound.kwargs)
+    return function(**bound.arguments.pop('changes', {}) | bound.arguments | given | changes)
+
+
+def make_app(command: str, function: Callable | None, given: Mapping[str, Any]) -> App:
+    """The command line; only the function of the command that is run is imported."""
+    app = App(
+        name='mmmilan',
+        help='MILAN pretraining on your own images, and what comes after it.',
+        version=mmmilan.__version__,
+        default_parameter=Parameter(negative=(), consume_multiple=True),
+        exit_on_error=False,
+        print_error=False,
+    )
+    for position, (title, names) in enumerate(COMMANDS.items()):
+        group = Group(title, sort_key=position)
+        for name in names:
+            if name == command and function is not None:
+                app.command(as_command(function, given), name=name, group=group, usage=usage(name, function))
+            else:
+                app.command(print, name=name, group=group, help=summary(name))
+    return app
+
+
+def summary(name: str) -> str:
+    """The first line of the docstring of a command's function, which is not imported."""
+    function = name.replace('-', '_')
+    file = Path(mmmilan.__file__).parents[1].joinpath(*mmmilan.MODULES[function].split('.')).with_suffix('.py')
+    source = file.read_text(encoding='utf-8')
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return ast.get_docstring(node).partition('\n')[0]
+    raise LookupError(function)
+
+
+def split_tokens(tokens: list[str], signature: inspect.Signature) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Take out of a command line what cyclopts cannot read.
+
+    These are changes of the config, ``--model.masking.mask_ratio 0.6`` or ``--cfg-options a.b=3 c=None``; parts of an
+    argument that is a dict, ``--arch.embed_dims 48``; and, beside an argument that is a list, the other ones by name.
+
+    Returns:
+        The other tokens; arguments of the function; changes of the config, e.g. ``{'model.masking.mask_ratio': 0.6}``.
+
+    Raises:
+        InputError: an option has no value, or the command takes no changes.
+    """
+    parameters = signature.parameters
+    takes_changes = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    by_name = {
+        name for name, each in parameters.items() if each.kind in POSITIONAL and each.default in (each.empty, None)
+    }
+    by_name = by_name if any(map(is_list, parameters.values())) else set()
+    others, given, changes, left = [], {}, {}, list(tokens)
+    while left:
+        token = left.pop(0)
+        option, equals, value = token.partition('=')
+        name = option.removeprefix('--').replace('-', '_')
+        dotted = re.fullmatch(r'--\w+(\.[\w-]+)+', option)
+        if token == '--' or not option.startswith('--') or not (dotted or name in by_name or name == 'cfg_options'):
+            others.append(token)
+            continue
+        values = [value] if equals else []
+        several = not equals and (name == 'cfg_options' or (name in by_name and is_list(parameters[name])))
+        while left and not left[0].startswith('--') and (several or not (values or equals)):
+            values.append(left.pop(0))
+        if not values or '' in values:
+            raise InputError(f'{option} has no value; write {option}=VALUE.')
+        if name in by_name and not dotted:
+            given[name] = values if several else values[0]
+        elif name == 'cfg_options' and takes_changes:
+            changes |= dict(map(read_change, values))
+        elif dotted and (first := option[2:].partition('.')[0]) in parameters and first not in by_name:
+            given[first] = set_inside(given.get(first, {}), option[2:].split('.')[1:], option_value(values[0]))
+        elif dotted and takes_changes:
+            changes[option[2:]] = option_value(values[0])
+        else:
+            raise InputError(f'{option} is unknown here; see mmmilan COMMAND --help.')
+    return others, given, changes
+
+
+def read_change(word: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` as a change of the config.
+
+    Raises:
+        InputError: it is something else.
+    """
+    key, equals, value = word.partition('=')
+    if not re.fullmatch(r'\w+(\.[^.\s]+)*', key) or not equals:
+        raise InputError(f'--cfg-options {word} is not KEY=VALUE; write for instance train_cfg.max_epochs=10.')
+    return key, option_value(value)
+
+
+def set_inside(part: dict, keys: list[str], value: Any) -> dict:
+    """A dict with a value below nested keys."""
+    *path, last = keys
+    inner = part
+    for key in path:
+        inner = inner.setdefault(key, {})
+    inner[last] = value
+    return part
+
+
+def is_list(parameter: inspect.Parameter) -> bool:
+    """Whether a positional parameter takes several words."""
+    return parameter.kind in POSITIONAL and any(word in str(parameter.annotation) for word in ('Paths', 'Sequence'))
+
+
+def as_command(function: Callable, given: Mapping[str, Any]) -> Callable:
+    """The function with the signature of a command.
+
+    Where one argument is a list, it takes all words but those of the arguments after it, as the sources of ``cp`` do.
+    Numbers are read as Python reads them, and the function says which ones it takes.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    chosen = []
+    for each in parameters:
+        kind, hint = each.kind, hints[each.name]
+        if each.name in given:
+            continue
+        if with_list(function) and kind in POSITIONAL:
+            kind = each.POSITIONAL_ONLY if each.default in (each.empty, None) else each.KEYWORD_ONLY
+        if kind is each.KEYWORD_ONLY and {int, float} & set(plain_types(hint)):
+            hint = Annotated[hint, Parameter(converter=read_numbers)]
+        elif 'dict' in str(each.annotation):
+            hint = Annotated[hint, Parameter(converter=read_dict)]
+        chosen.append(each.replace(kind=kind, annotation=hint))
+    order = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+    def command(*args: Any, **kwargs: Any) -> None:
+        """Stands for the function while the command line is read."""
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(sorted(chosen, key=lambda each: each.kind not in order))
+    command.__annotations__ = {each.name: each.annotation for each in chosen}
+    return command
+
+
+def option_value(word: str) -> Any:
+    """The value that a word of the command line stands for, see :func:`mmmilan.checkpoints.config.option_value`."""
+    from mmmilan.checkpoints import config  # imports PyTorch
+
+    return config.option_value(word)
+
+
+def read_numbers(kind: Any, tokens: Sequence[Any]) -> Any:
+    """A number, or several as a tuple."""
+    values = [option_value(token.value) for token in tokens]
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def read_dict(kind: Any, tokens: Sequence[Any]) -> Any:
+    """A word as it is, or a dict in Python's notation or JSON's."""
+    word = tokens[0].value
+    return option_value(word) if word.lstrip().startswith(('{', 'dict(')) else word
+
+
+def usage(name: str, function: Callable) -> str:
+    """A line that can be typed with values in place of the capital letters."""
+    words = []
+    for each in inspect.signature(function).parameters.values():
+        if each.kind in POSITIONAL and (each.default in (each.empty, None) or not with_list(function)):
+            word = each.name.upper() + '...' * is_list(each)
+            words.append(word if each.default is each.empty else f'[{word}]')
+    return f'Usage: mmmilan {name} {" ".join(words)} [OPTIONS]'
+
+
+def with_list(function: Callable) -> bool:
+    """Whether a positional argument of a function is a list."""
+    return any(map(is_list, inspect.signature(function).parameters.values()))
+
+
+def plain_types(hint: Any) -> list[Any]:
+    """The types within a type."""
+    inner = [each for part in typing.get_args(hint) for each in plain_types(part)]
+    return inner or [hint]
 
 
 if __name__ == '__main__':

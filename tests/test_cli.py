@@ -2,52 +2,152 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import inspect
 
 import pytest
 from docstring_parser import parse
 
+import mmmilan
 from mmmilan import cli
+from mmmilan.errors import InputError
+
+NAMES = [name for names in cli.COMMANDS.values() for name in names]
 
 
-@pytest.mark.parametrize('name', cli.COMMANDS)
+@pytest.fixture
+def called(monkeypatch):
+    """The arguments with which a command calls its function, in place of the call."""
+
+    def call(line: str) -> dict:
+        words = line.split()
+        function = getattr(mmmilan, words[0].replace('-', '_'))
+        taken: dict = {}
+
+        @functools.wraps(function)
+        def record(*args, **kwargs):
+            taken.update(inspect.signature(function).bind(*args, **kwargs).arguments)
+
+        monkeypatch.setattr(mmmilan, words[0].replace('-', '_'), record)
+        cli.run(words)
+        monkeypatch.setattr(mmmilan, words[0].replace('-', '_'), function)
+        return taken
+
+    return call
+
+
+def shown(capsys) -> str:
+    return ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+
+
+def test_help_describes_each_command_in_its_group(capsys):
+    cli.main(['--help'])
+    text = shown(capsys)
+    for title, names in cli.COMMANDS.items():
+        assert title in text
+        for name in names:
+            function = getattr(mmmilan, name.replace('-', '_'))
+            assert f'{name} {inspect.getdoc(function).splitlines()[0]}' in text
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_help_explains_every_parameter(name, capsys):
     """The help is made of signature and docstring; every parameter has a description."""
-    module, _, function = cli.COMMANDS[name].partition(':')
-    function = getattr(importlib.import_module(module), function)
+    function = getattr(mmmilan, name.replace('-', '_'))
     explained = {parameter.arg_name: parameter.description for parameter in parse(function.__doc__).params}
     assert set(explained) == set(inspect.signature(function).parameters)
     cli.main([name, '--help'])
-    shown = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
-    assert parse(function.__doc__).short_description.split()[0] in shown
-    positional = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
-    by_name = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    assert all(each.name.upper().replace('_', '-') in shown or each.kind in by_name for each in positional)
+    text = shown(capsys)
+    assert ' '.join(parse(function.__doc__).short_description.split()) in text
+    assert all(' '.join(each.split()[:2]) in text for name, each in explained.items() if name != 'local_rank')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_usage_works_as_it_is_printed(name, capsys, called):
+    """One word in place of each word in capitals; several in place of one with dots."""
+    cli.main([name, '--help'])
+    usage = capsys.readouterr().out.splitlines()[0]
+    words = usage.removeprefix(f'Usage: mmmilan {name} ').replace(' [OPTIONS]', '').replace('[', '').replace(']', '')
+    line, expected = [name], {}
+    for word in words.split():
+        several = word.endswith('...')
+        value = [f'{word[0]}1', f'{word[0]}2'] if several else [f'{word}-value']
+        line += value
+        expected[word.strip('.').lower()] = value if several else value[0]
+    required = dict(heat_maps='--texts water').get(name.replace('-', '_'), '')
+    taken = called(' '.join([*line, required]).strip())
+    assert {key: taken[key] for key in expected} == expected
+
+
+def test_arguments_come_in_one_order():
+    """Data, then checkpoint, then the output or the text."""
+    order = ['config', 'data', 'images', 'checkpoint', 'checkpoints', 'out', 'text']
+    for name in NAMES:
+        parameters = inspect.signature(getattr(mmmilan, name.replace('-', '_'))).parameters.values()
+        positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        assert positional == sorted(positional, key=order.index), name
+    assert set(NAMES) <= {name.replace('_', '-') for name in dir(mmmilan)}
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('line', 'expected'),
     [
-        (['convert', 'a.pth'], '--dst'),
-        (['convert', 'a.pth', 'b.pth', '--to', 'onnx'], '"timm"'),
-        (['convert', 'a.pth', 'b.pth', '--speed', '3'], 'Unknown option: --speed'),
-        (['convert', 'a.pth', 'b.pth', '--a.b', '3'], '--a.b is unknown here'),
-        (['transmogrify'], 'Unknown command "transmogrify"'),
-        (['convert', 'none.pth', 'b.pth'], 'none.pth'),
+        ('embed a.jpg b.jpg m.pth o.npz', dict(images=['a.jpg', 'b.jpg'], checkpoint='m.pth', out='o.npz')),
+        ('embed photos --checkpoint m.pth --out=o.npz', dict(images=['photos'], checkpoint='m.pth', out='o.npz')),
+        ('embed --images a b --out o.npz --checkpoint m.pth --patches', dict(images=['a', 'b'], patches=True)),
+        ('pretrain photos --out runs/x', dict(data=['photos'], out='runs/x')),
+        ('pretrain p q runs/x --img-size 96 64', dict(data=['p', 'q'], img_size=(96, 64))),
+        ('pretrain p x --arch.embed_dims 48 --arch.num_layers=2', dict(arch=dict(embed_dims=48, num_layers=2))),
+        ('pretrain p x --arch {"embed_dims":48}', dict(arch=dict(embed_dims=48))),
+        ('pretrain p x --arch dict(embed_dims=48)', dict(arch=dict(embed_dims=48))),
+        ('pretrain p x --teacher.type T --teacher.model.a 1', dict(teacher=dict(type='T', model=dict(a=1)))),
+        ('pretrain p x --model.masking.mask_ratio 0.5', dict(changes={'model.masking.mask_ratio': 0.5})),
+        ('train c.py --cfg-options a.b=dict(c=[1,2]) d=None', dict(changes={'a.b': dict(c=[1, 2]), 'd': None})),
+        ('train c.py --resume', dict(resume=True)),
+        ('train c.py --resume last.pth', dict(resume='last.pth')),
+        ('train c.py --local_rank=3 --launcher pytorch', dict(local_rank=3, launcher='pytorch')),
+        ('test c.py', dict(config='c.py')),
+        ('report p q m.pth', dict(data=['p', 'q'], checkpoint='m.pth')),
+        ('search p m.pth water --top 3', dict(images=['p'], checkpoint='m.pth', text='water', top=3)),
+        ('figures p a.pth teacher out', dict(images='p', checkpoints=['a.pth', 'teacher'], out='out')),
+    ],
+)  # fmt: skip
+def test_a_line_and_the_arguments_of_its_function(called, line, expected):
+    taken = called(line)
+    assert {key: taken[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        ('convert a.pth', '--out'),
+        ('convert a.pth b.pth --to onnx', '"timm"'),
+        ('convert a.pth b.pth --speed 3', 'Unknown option: --speed'),
+        ('convert a.pth b.pth --a.b 3', '--a.b is unknown here'),
+        ('transmogrify', 'Unknown command "transmogrify"'),
+        ('convert none.pth b.pth', 'none.pth'),
+        ('embed a b', 'parameter IMAGES requires an argument'),
+        ('embed a b c --batch-size 0.5', 'batch_size=0.5 is not a whole number; give a whole number from 1 to'),
+        ('embed a b c --batchsize 5', 'Did you mean --batch-size?'),
+        ('pretrain p o --model.a', '--model.a has no value'),
+        ('pretrain p o --model.a --seed 3', '--model.a has no value'),
+        ('pretrain p o --epoch 3', 'Nothing reads epoch; the nearest name is epochs.'),
+        ('pretrain p o --batchsize 3', 'Nothing reads batchsize; the nearest name is batch_size.'),
+        ('pretrain p o --lr 3', 'the nearest name is optim_wrapper.optimizer.lr.'),
+        ('pretrain p o --mask-ratio 0.5', 'the nearest name is model.masking.mask_ratio.'),
+        ('pretrain p o --train_dataloder.batch_size 2', 'the nearest name is train_dataloader.batch_size.'),
+        ('pretrain p o --arch {embed_dims', 'is not a dict'),
+        ('train c.py --cfg-options a', '--cfg-options a is not KEY=VALUE'),
     ],
 )
-def test_errors_are_one_line(arguments, message):
+def test_errors_are_one_line(line, message):
     with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
+        cli.main(line.split())
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
-def test_changes_of_a_config():
-    tokens = ['a.png', '--model.masking.mask_ratio', '0.6', '--out', 'b.c', '--a.b=[1, 2]', '--a.c=x']
-    others, changes = cli.split_changes(tokens)
-    assert others == ['a.png', '--out', 'b.c']
-    assert changes == {'model.masking.mask_ratio': 0.6, 'a.b': [1, 2], 'a.c': 'x'}
-    for tokens in (['--a.b'], ['--a.b', '--c', '3'], ['--a.b=']):
-        with pytest.raises(cli.InputError, match='--a.b has no value'):
-            cli.split_changes(tokens)
+def test_an_unknown_argument_in_python():
+    with pytest.raises(InputError, match=r'^embed takes no batchsize; the nearest name is batch_size.$'):
+        mmmilan.embed('photos', 'm.pth', 'o.npz', batchsize=3)
+    with pytest.raises(InputError, match='Nothing reads nothing; '):
+        mmmilan.pretrain('photos', 'out', nothing=1)

@@ -29,8 +29,9 @@ def messages(source: str) -> list[str]:
 
 
 def is_cause_and_remedy(message: str) -> bool:
-    """Whether it is 'cause; remedy.', or ends with another message of that form."""
-    return message.endswith(('{fault}', '{error}', '{str(error)}')) or (';' in message and message.endswith('.'))
+    """Whether it is 'cause; remedy.', or ends with another message of that form, or with a remedy."""
+    another = ('{fault}', '{error}', '{str(error)}', '{sentence}', '{unread.reason}')
+    return message.endswith(another) or (';' in message and message.endswith(('.', '{rule}', 'rest=rest)}')))
 
 
 def test_every_message_is_a_cause_and_a_remedy():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmilan import arguments
 from mmmilan.api.feature_files import check_features_output, write_features
 from mmmilan.api.progress import progress
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -19,15 +21,16 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmmilan.api.inference import FeatureExtractor
 
 
+@checked
 def embed(
-    images: Sequence[str | os.PathLike] | str | os.PathLike,
-    checkpoint: str | os.PathLike,
-    out: str | os.PathLike,
+    images: arguments.Paths,
+    checkpoint: arguments.Path,
+    out: arguments.Path,
     *,
     patches: bool = False,
-    batch_size: int = 32,
-    num_workers: int | None = None,
-    device: str | None = None,
+    batch_size: arguments.Count = 32,
+    num_workers: arguments.Workers | None = None,
+    device: arguments.Device | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the features of images to a file.

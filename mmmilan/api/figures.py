@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmilan import arguments
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -21,15 +24,17 @@ NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
 FILES = ('index.html', *(f'figure{number}.{kind}' for number in (2, 3, 4, 5) for kind in ('png', 'pdf')))
 
 
+@checked
 def figures(
-    config: str,
-    *checkpoints: str,
-    images: str,
-    out: str,
-    num_classes: int = 20,
-    images_per_class: int = 50,
-    seed: int = 0,
-    device: str | None = None,
+    images: arguments.Path,
+    checkpoints: arguments.Paths,
+    out: arguments.Path,
+    *,
+    config: arguments.Path | None = None,
+    num_classes: arguments.Count = 20,
+    images_per_class: arguments.Count = 50,
+    seed: arguments.Seed = 0,
+    device: arguments.Device | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Draw figures 2 to 5 of the paper: t-SNE, attention of several models side by side, mask and loss per patch.
@@ -39,11 +44,12 @@ def figures(
     checkpoint with its decoder.
 
     Args:
-        config: a config or a model of the zoo, from which the encoder is built and the images are preprocessed.
+        images: folder of images.
         checkpoints: models to compare: a checkpoint in any layout (of this project, MAE, mmpretrain, timm: file, URL or
             name of the zoo), ``teacher`` for the config's own, ``timm:MODEL``, or ``open_clip:MODEL:TAG``.
-        images: folder of images.
         out: folder to write.
+        config: a config or a model of the zoo, from which the encoder is built and the images are preprocessed; by
+            default the config of the first checkpoint.
         num_classes: maximum number of classes in figure 2; if there are more, they are sampled.
         images_per_class: maximum number of images per class in figure 2.
         seed: seed of the sample of images, of t-SNE, and of the masks in figure 5.
@@ -64,12 +70,13 @@ def figures(
     from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
+    from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.splits import list_labelled_images
     from mmmilan.files import check_output_folder
     from mmmilan.visualization.page import Page
 
-    if not checkpoints:
-        raise InputError('No checkpoint was given; name at least one model to compare.')
+    checkpoints = [os.fspath(each) for each in as_sources(checkpoints)]
+    images, config = os.fspath(images), os.fspath(config or checkpoints[0])
     inputs = [config, *checkpoints, images]
     folder = check_output_folder(out, FILES, inputs, overwrite=overwrite, pictures=True)
     device = choose_device(device)

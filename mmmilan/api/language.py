@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mmmilan import arguments
 from mmmilan.api.feature_files import is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import Inferencer
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
     from torch import Tensor
-
-Images = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 class Found(NamedTuple):
@@ -23,6 +23,13 @@ class Found(NamedTuple):
 
     path: str
     cosine: float
+
+
+class Percent(float):
+    """A number that is printed as per cent, with one decimal."""
+
+    def __str__(self) -> str:
+        return f'{self:.1f} %'
 
 
 class JointSpace(Inferencer):
@@ -67,23 +74,24 @@ class JointSpace(Inferencer):
                 yield [images[i] for i in positions], batch, self.model.embed_joint(batch)
 
 
+@checked
 def search(
-    images: Images,
-    text: str,
-    checkpoint: str | os.PathLike,
+    images: arguments.Paths,
+    checkpoint: arguments.Path,
+    text: arguments.Text,
     *,
-    top: int = 10,
-    batch_size: int = 32,
-    device: str | None = None,
+    top: arguments.Count = 10,
+    batch_size: arguments.Count = 32,
+    device: arguments.Device | None = None,
 ) -> list[Found]:
     """Find the images that a text describes, best first.
 
     Args:
         images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz), whose column ``embedding`` is
             searched without reading an image.
-        text: what to look for, such as 'a red boat'.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo; for a file, the one that wrote
             it.
+        text: what to look for, such as 'a red boat'.
         top: number of images to return.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
@@ -95,7 +103,7 @@ def search(
         InputError: there is no image, the file has no embeddings, or the checkpoint has no decoder or no text tower.
 
     Examples:
-        >>> mmmilan.search('photos', 'a red boat', 'runs/photos/milan.pth', top=1)
+        >>> mmmilan.search('photos', 'runs/photos/milan.pth', 'a red boat', top=1)
         [Found(path='photos/harbour.jpg', cosine=0.31)]
     """
     import torch
@@ -121,14 +129,15 @@ def search(
     return [Found(paths[i], round(float(cosines[i]), 4)) for i in best]
 
 
+@checked
 def heat_maps(
-    images: Images,
-    texts: Sequence[str],
-    checkpoint: str | os.PathLike,
-    out: str | os.PathLike,
+    images: arguments.Paths,
+    checkpoint: arguments.Path,
+    out: arguments.Path,
     *,
-    batch_size: int = 32,
-    device: str | None = None,
+    texts: arguments.Texts | arguments.Text,
+    batch_size: arguments.Count = 32,
+    device: arguments.Device | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Show where texts apply in images: the cosine of each patch with each text, with an open vocabulary.
@@ -139,9 +148,9 @@ def heat_maps(
     Args:
         images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz), for which no
             image is read and no figure is drawn.
-        texts: what to look for.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo.
         out: folder to write.
+        texts: what to look for.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
         overwrite: replace the files that are in ``out``.
@@ -213,15 +222,16 @@ def draw_maps(space: JointSpace, paths: Sequence[Path], pixels: Tensor, cosine: 
         save_figure(draw_pictures(columns), path)
 
 
+@checked
 def zero_shot(
-    data: str | os.PathLike,
-    checkpoint: str | os.PathLike,
+    data: arguments.Path,
+    checkpoint: arguments.Path,
     *,
-    class_names: Sequence[str] | None = None,
-    templates: Sequence[str] = ('a photo of a {}.',),
-    batch_size: int = 32,
-    device: str | None = None,
-) -> float:
+    class_names: arguments.Texts | None = None,
+    templates: arguments.Texts | arguments.Text = ('a photo of a {}.',),
+    batch_size: arguments.Count = 32,
+    device: arguments.Device | None = None,
+) -> Percent:
     """Classify the images of a labelled folder by the names of its classes, without training (zero-shot).
 
     Args:
@@ -256,4 +266,4 @@ def zero_shot(
         total += len(paths)
     if not total:
         raise InputError(f'None of the images of {data} decodes; give images.')
-    return 100 * hits / total
+    return Percent(100 * hits / total)

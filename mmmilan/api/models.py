@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import difflib
 import fnmatch
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmmilan import arguments
+from mmmilan.arguments import checked
 from mmmilan.checkpoints.zoo import find_model, resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError
 
@@ -18,15 +20,17 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmmilan.models.embedding import Embedder
 
 
+@checked
 def list_models(pattern: str = '') -> list[str]:
     """Names of the models of the zoo that start with a pattern, e.g. ``'milan*large'``, sorted."""
     return sorted(fnmatch.filter(zoo_models(), f'{pattern}*'))
 
 
+@checked
 def get_model(
-    name: str | os.PathLike,
-    pretrained: bool | str | os.PathLike = False,
-    device: str | None = None,
+    name: arguments.Path,
+    pretrained: bool | arguments.Path = False,
+    device: arguments.Device | None = None,
     encoder_only: bool = True,
     **kwargs: Any,
 ) -> BaseModel:
@@ -51,6 +55,7 @@ def get_model(
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
 
+    from mmmilan.building import change_config
     from mmmilan.checkpoints.foreign_config import within_weights
 
     own = is_checkpoint(name)
@@ -59,7 +64,10 @@ def get_model(
         raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
     source = name if isinstance(pretrained, bool) else pretrained
     weights = resolve_checkpoint(source) if pretrained or own else None  # fails before the model is built
-    config.merge_from_dict({'model': copy.deepcopy(kwargs)})  # MMEngine removes `_delete_` from its argument
+    for key in kwargs.keys() - config.model.keys():
+        if nearest := difflib.get_close_matches(key, ('pretrained', 'device', 'encoder_only'), n=1):
+            raise InputError(f'get_model takes no {key}; the nearest name is {nearest[0]}.')
+    change_config(config, {'model': kwargs})
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         with within_weights(config):
             model = MODELS.build(config.model)
@@ -84,16 +92,12 @@ def read_config(name: str | os.PathLike) -> Config:
     Raises:
         InputError: the file or the model does not exist, or the checkpoint has no config.
     """
-    from mmengine.config import Config
-
-    from mmmilan.checkpoints.config import own_config
+    from mmmilan.checkpoints.config import own_config, read_config_file
 
     if is_checkpoint(name):
         return own_config(name)
     path = Path(name) if Path(name).suffix == '.py' else find_model(str(name)).config
-    if not path.is_file():
-        raise InputError(f'{path} is not a file; give a config, a checkpoint or a model of the zoo.')
-    return Config.fromfile(path)
+    return read_config_file(path)
 
 
 def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmmilan import arguments
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -16,19 +19,20 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 FILES = ('config.py', 'milan.pth', 'report.html')  # what pretrain itself writes beside the files of the run
 
 
+@checked
 def pretrain(
-    data: Sequence[str | os.PathLike] | str | os.PathLike | None = None,
-    out: str | os.PathLike | None = None,
+    data: arguments.Paths | None = None,
+    out: arguments.Path | None = None,
     *,
     arch: str | dict[str, Any] | None = None,
-    teacher: str | dict[str, Any] | None = None,
-    start: str | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    img_size: tuple[int, int] | int | None = None,
-    patch_size: int | None = None,
-    labelled: str | os.PathLike | None = None,
-    seed: int | None = None,
+    teacher: arguments.Path | dict[str, Any] | None = None,
+    start: arguments.Path | None = None,
+    epochs: arguments.Count | None = None,
+    batch_size: arguments.Count | None = None,
+    img_size: tuple[arguments.Pixels, arguments.Pixels] | arguments.Pixels | None = None,
+    patch_size: arguments.Pixels | None = None,
+    labelled: arguments.Path | None = None,
+    seed: arguments.Seed | None = None,
     resume: bool = False,
     **changes: Any,
 ) -> Path:
@@ -39,8 +43,8 @@ def pretrain(
     the batch size, with or without ``start``. The encoder is evaluated ten times in the run, see
     ``mmmilan.OnlineEvaluationHook``.
 
-    The resulting config is written to ``out/config.py``; ``tools/train.py out/config.py`` runs the same training, and
-    ``tools/dist_train.sh out/config.py 8`` runs it on eight GPUs.
+    The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training, and
+    with ``--gpus 8`` on eight GPUs.
 
     ``resume`` continues the run in ``out`` with its own config, and needs no other argument. Those that are given and
     differ from the run are applied and named in the log, see docs/reliability.md; encoder and image size stay.
@@ -80,10 +84,13 @@ def pretrain(
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import new_config, resumed_config
+    from mmmilan.api.recipe import base_config, new_config, resumed_config
+    from mmmilan.building import change_config, check_top, dotted
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
 
+    for option in dotted(changes):  # before the teacher is downloaded
+        check_top(base_config(), option, inspect.signature(pretrain).parameters)
     if out is None or (data is None and not resume):
         missing = 'folder to write (--out)' if out is None else 'folder of images'
         raise InputError(f'pretrain lacks the {missing}; give it.')
@@ -96,7 +103,7 @@ def pretrain(
     with listed_once():
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
-        config.merge_from_dict(changes)
+        change_config(config, changes, inspect.signature(pretrain).parameters)
         config.work_dir = str(folder.absolute())
         weights = train(config, folder, resume)
         if sources is None:
@@ -147,7 +154,7 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
 
     path = folder / 'config.py'
     text = config_text(config)
-    config = parse_config(text, str(path))  # the values that tools/train.py reads
+    config = parse_config(text, str(path))  # the values that mmmilan train reads
     config.resume = resume
     config.load_from = None if resume else config.get('load_from')  # resumed is the newest checkpoint
     config.launcher = 'none'
@@ -187,7 +194,7 @@ def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:
     from mmmilan.api.report import report
 
     try:
-        page = report(weights, sources, weights.with_name('report.html'), overwrite=True)
+        page = report(sources, weights, weights.with_name('report.html'), overwrite=True)
         print_log(f'Was it worth it? {page} says what can be said.', logger='current')
     except InputError as error:
         print_log(f'No report: {error}', logger='current', level=logging.WARNING)

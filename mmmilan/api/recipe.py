@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,14 @@ EVALUATIONS = 10  # per run
 CHECKPOINTS = 20  # per run
 
 
+def base_config() -> Config:
+    """The recipe's config."""
+    from mmmilan.checkpoints.config import read_config_file
+    from mmmilan.checkpoints.zoo import zoo_root
+
+    return read_config_file(zoo_root() / BASE)
+
+
 def new_config(
     sources: Sequence[str | os.PathLike],
     arch: str | dict[str, Any] = 'base',
@@ -39,13 +46,10 @@ def new_config(
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmengine.config import Config
-
-    from mmmilan.checkpoints.zoo import zoo_root
     from mmmilan.datasets.splits import training_sources
 
     num_images = count_images(training_sources(sources), batch_size)
-    config = Config.fromfile(zoo_root() / BASE)
+    config = base_config()
     config.runner_type = 'mmmilan.ConsoleRunner'
     config.randomness = dict(seed=seed)
     set_data(config, sources)
@@ -74,6 +78,7 @@ def resumed_config(
     Raises:
         InputError: there is no config, or an argument would make it another run.
     """
+    from mmmilan.building import change_config
     from mmmilan.checkpoints.config import own_config, parse_config, read_text
     from mmmilan.checkpoints.foreign_config import check_foreign_config
     from mmmilan.checkpoints.newest import find_newest
@@ -94,7 +99,7 @@ def resumed_config(
     for loader in (config.train_dataloader, config.test_dataloader):
         loader.batch_size = given.get('batch_size', loader.batch_size)
     config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
-    config.merge_from_dict(copy.deepcopy(changes))  # MMEngine removes `_delete_` from its argument
+    change_config(config, changes)
     if schedule is not None:
         loader = config.train_dataloader
         change_schedule(config, count_images(loader.dataset.sources, loader.batch_size), schedule)

@@ -9,7 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmmilan import arguments
 from mmmilan.api.progress import progress
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -26,13 +28,14 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 BATCH_SIZE = 64
 
 
+@checked
 def report(
-    checkpoint: str | os.PathLike,
-    data: Sequence[str | os.PathLike] | str | os.PathLike,
-    out: str | os.PathLike = 'report.html',
+    data: arguments.Paths,
+    checkpoint: arguments.Path,
+    out: arguments.Path = 'report.html',
     *,
-    max_images: int = 2000,
-    device: str | None = None,
+    max_images: arguments.Count = 2000,
+    device: arguments.Device | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a page that says whether pretraining helped on your images.
@@ -43,10 +46,10 @@ def report(
     whether pretraining helped. Without classes, it gives RankMe and shows nearest neighbours.
 
     Args:
-        checkpoint: a checkpoint of ``mmmilan.pretrain`` or ``tools/train.py``, with its decoder.
         data: folders of images and tar shards that were not trained on, best one folder with a folder for each class.
             If a folder is divided into splits, ``val`` is taken, or else ``test``, and neighbours and probes learn from
             the labelled images of ``train``; otherwise from seven tenths of the images.
+        checkpoint: a checkpoint of ``mmmilan.pretrain`` or ``mmmilan.train``, with its decoder.
         out: the page to write, a single self-contained file, .html.
         max_images: maximum number of images of a split; if there are more, evenly spaced ones are taken.
         device: where to run, by default on the GPU if there is one.
@@ -60,7 +63,7 @@ def report(
             the page must not or cannot be written there.
 
     Examples:
-        >>> mmmilan.report('runs/photos/milan.pth', 'photos', 'runs/photos/report.html')
+        >>> mmmilan.report('photos', 'runs/photos/milan.pth', 'runs/photos/report.html')
     """
     import torch
     from mmengine.registry import DefaultScope
@@ -92,7 +95,7 @@ def report(
     sections.add_training(page, checkpoint, config)
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, encoders, images)
-    page.paragraph(f'mmmilan report {checkpoint} {" ".join(map(os.fspath, sources))} --out {out}', 'code')
+    page.paragraph(f'mmmilan report {" ".join(map(os.fspath, sources))} {checkpoint} --out {out}', 'code')
     minutes = (time.monotonic() - begin) / 60
     page.write(path, f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
     return path

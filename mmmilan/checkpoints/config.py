@@ -7,9 +7,13 @@ only literals and ``dict(...)``; nothing else is accepted here, and nothing is e
 from __future__ import annotations
 
 import ast
+import json
 import keyword
 import math
 import os
+import re
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +137,62 @@ def parse_config(text: str, source: str) -> Config:
     if reserved:
         raise NoConfig(f'{min(reserved)} of {source} is a name of MMEngine; remove it.')
     return Config(values)
+
+
+def read_config_file(path: str | os.PathLike) -> Config:
+    """Run a config file, which is Python, and its bases.
+
+    Raises:
+        InputError: there is no such file, or it cannot be run.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'{path} is not a file; give a config, a checkpoint or a model of the zoo.')
+    try:
+        return Config.fromfile(path)
+    except InputError:
+        raise
+    except Exception as error:  # a config can raise anything
+        in_config = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.name == '<module>']
+        line = getattr(error, 'lineno', None) or (in_config[-1] if in_config else None)
+        raise InputError(
+            f'The config {path} cannot be read ({type(error).__name__}: {" ".join(first_line(error).split())[:300]}); '
+            f'correct it{f", at line {line}" if line else ""}.'
+        ) from error
+
+
+def option_value(word: str) -> Any:
+    """The value of an option on the command line: a literal of Python or JSON, ``a,b`` as a list, or the word itself.
+
+    Raises:
+        InputError: it begins as a dict and is none.
+    """
+    word = word.strip()
+    try:
+        value = _value(ast.parse(word, mode='eval').body)
+        return list(value) if isinstance(value, tuple) and not word.startswith('(') else value
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError, _NotData):
+        pass
+    with suppress(ValueError, RecursionError):
+        return json.loads(word)
+    if re.match(r'\{|dict\(', word):
+        raise InputError(f'{word[:80]} is not a dict; write it as dict(a=1) or {{"a": 1}}.')
+    if len(parts := _split(word)) > 1 or re.fullmatch(r'\(.*\)|\[.*\]', word):
+        inside = _split(word[1:-1]) if re.fullmatch(r'\(.*\)|\[.*\]', word) and len(parts) == 1 else parts
+        values = [option_value(each) for each in inside if each.strip()]
+        return tuple(values) if word.startswith('(') and len(parts) == 1 else values
+    return {'true': True, 'false': False}.get(word.lower(), word)
+
+
+def _split(word: str) -> list[str]:
+    """Split at the commas outside of brackets; brackets that do not match are letters."""
+    parts, depth = [''], 0
+    for letter in word:
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += letter
+    return parts if depth == 0 else [word]
 
 
 class _NotData(Exception):

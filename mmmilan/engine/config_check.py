@@ -1,11 +1,9 @@
-"""Find mistakes in a config that MMEngine ignores, or reports late and with a stack trace."""
+"""Find mistakes in what a config says of the data, before MMEngine reports them late and with a stack trace."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,32 +23,6 @@ LOADERS = dict(
 )
 # How the errors of an empty data set begin, in MMEngine and in mmpretrain.
 EMPTY = ('need at least one array to concatenate', 'Found 0 files')
-
-
-def unread_options(cfg: Config, options: Iterable[str]) -> Iterator[str]:
-    """Yield a warning for each option that has no effect.
-
-    A top-level key must be in the config or an argument of MMEngine's runner. Within a part such as ``optim_wrapper``
-    new keys are allowed, unless they look like a misspelling of an existing key.
-
-    Args:
-        cfg: The config before the options are merged.
-        options: Their keys, such as 'model.backbone.arch'.
-    """
-    of_runner = set(inspect.signature(Runner.__init__).parameters) - {'self'}
-    for option in options:
-        part: Any = cfg.to_dict()
-        for depth, name in enumerate(option.split('.')):
-            if not isinstance(part, Mapping):
-                break
-            known = [*part, *(of_runner if depth == 0 else ())]
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if depth == 0 else 0.8)
-                if nearest:
-                    fixed = '.'.join([*option.split('.')[:depth], nearest[0], *option.split('.')[depth + 1 :]])
-                    yield f'Nothing reads {option}; the nearest key is {fixed}.'
-                break
-            part = part.get(name)
 
 
 def check_data(cfg: Config, task: str) -> None:

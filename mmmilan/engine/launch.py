@@ -1,63 +1,198 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, the config, processes."""
+"""``mmmilan train`` and ``mmmilan test``: one config, one process or several, one runner."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-from collections.abc import Iterator
+import pickle
+import types
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from mmengine.config import Config, DictAction
+import torch
+from cyclopts import Parameter
+from mmengine.config import Config
+from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmmilan.checkpoints.config import check_plain, own_config
+from mmmilan import arguments
+from mmmilan.arguments import checked
+from mmmilan.building import build_errors, change_config
+from mmmilan.checkpoints.config import check_plain, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.class_names import ClassCountHook
-from mmmilan.engine.config_check import check_data, check_data_sets, unread_options, use_boxes_alone
+from mmmilan.engine.config_check import check_data, check_data_sets, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
+from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError
-from mmmilan.files import check_output_folder
+from mmmilan.files import atomic_write, check_output, check_output_folder
+
+Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
+LocalRank = Annotated[int, Parameter(name=['--local-rank', '--local_rank'], show=False)]
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config and the options that both tools have."""
-    parser.add_argument('config', help='config file, or a checkpoint that holds its config')
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints, by default work_dirs/CONFIG[/PRETRAIN]')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config, e.g. a.b=3'
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+@checked
+def train(
+    config: arguments.Path,
+    *,
+    gpus: arguments.Count | None = None,
+    work_dir: arguments.Path | None = None,
+    resume: bool | arguments.Path = False,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    launcher: Launcher = 'none',
+    local_rank: LocalRank = 0,
+    **changes: Any,
+) -> None:
+    """Train from a config: pretraining, classification, detection or segmentation.
 
-
-def read_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's options merged in.
+    Args:
+        config: config file, or a checkpoint that holds its config.
+        gpus: number of processes on this machine, one for each GPU; by default this process alone. The environment
+            variables NNODES, NODE_RANK, MASTER_ADDR and PORT join several machines, and NUMA=node binds each process
+            to the cores next to its GPU.
+        work_dir: folder of logs and checkpoints, by default work_dirs/CONFIG[/PRETRAIN].
+        resume: resume from this checkpoint; without a value, from the last one in the work dir.
+        amp: mixed precision: bfloat16, or float16 if the GPU lacks it.
+        auto_scale_lr: scale the learning rate with the real batch size.
+        launcher: what started this process, if several train together.
+        local_rank: number of this process on its machine.
+        changes: anything in the config, e.g. ``--train_cfg.max_epochs 10``, or several as
+            ``--cfg-options train_cfg.max_epochs=10 param_scheduler=None``.
 
     Raises:
-        InputError: there is no such file, or an option has a name or a value that no config can have.
+        InputError: the config, an option of it or the data is wrong; a data worker died or hangs.
     """
-    if not os.path.isfile(args.config):
-        raise InputError(f'The config {args.config} does not exist; correct its path.')
-    cfg = Config.fromfile(args.config) if args.config.endswith('.py') else own_config(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options:
-        for sentence in unread_options(cfg, args.cfg_options):
-            print_log(sentence, logger='current', level=logging.WARNING)
-        cfg.merge_from_dict(args.cfg_options)
+    if gpus is not None and launcher == 'none':
+        options = dict(work_dir=work_dir, resume='auto' if resume is True else resume, amp=amp)
+        start_processes('train', [config], gpus, options | dict(auto_scale_lr=auto_scale_lr), changes)
+        return
+    cfg = read_config(config, work_dir, launcher, local_rank, changes)
+    if amp:
+        enable_amp(cfg)
+    if auto_scale_lr or (cfg.get('auto_scale_lr') or {}).get('enable'):
+        enable_auto_scale_lr(cfg)
+    if resume:
+        cfg.resume = True
+        cfg.load_from = None if resume in (True, 'auto') else os.fspath(resume)
+    with launched(cfg, 'train') as runner:
+        check_not_empty(runner)
+        runner.train()
+
+
+@checked
+def test(
+    config: arguments.Path,
+    checkpoint: arguments.Path | None = None,
+    *,
+    out: arguments.Path | None = None,
+    overwrite: bool = False,
+    gpus: arguments.Count | None = None,
+    work_dir: arguments.Path | None = None,
+    launcher: Launcher = 'none',
+    local_rank: LocalRank = 0,
+    **changes: Any,
+) -> None:
+    """Evaluate a checkpoint with a config: pretraining, classification, detection or segmentation.
+
+    Args:
+        config: config file, or a checkpoint that holds its config.
+        checkpoint: file, URL or name of a model of the zoo; by default ``config``, if that is a checkpoint.
+        out: write all predictions to this .pkl file.
+        overwrite: replace the file of ``out`` if there is one.
+        gpus: number of processes on this machine, one for each GPU; by default this process alone.
+        work_dir: folder of logs, by default work_dirs/CONFIG[/PRETRAIN].
+        launcher: what started this process, if several test together.
+        local_rank: number of this process on its machine.
+        changes: anything in the config, as for ``train``.
+
+    Raises:
+        InputError: the config, an option of it, the checkpoint or the data is wrong.
+    """
+    if gpus is not None and launcher == 'none':
+        words = [config] if checkpoint is None else [config, checkpoint]
+        start_processes('test', words, gpus, dict(work_dir=work_dir, out=out, overwrite=overwrite), changes)
+        return
+    if checkpoint is None and os.fspath(config).endswith('.py'):
+        raise InputError(f'{config} is a config without weights; give a checkpoint after it.')
+    if out is not None:
+        check_output(out, [config, checkpoint or config], endings=('.pkl', '.pickle'), overwrite=overwrite)
+    cfg = read_config(config, work_dir, launcher, local_rank, changes)
+    cfg.load_from = os.fspath(checkpoint or config)
+    cfg.resume = False
+    with launched(cfg, 'test') as runner:
+        if out:
+            runner.test_evaluator.metrics.append(SavedPredictions(os.fspath(out)))
+        runner.test()
+
+
+class SavedPredictions(DumpResults):
+    """MMEngine's ``DumpResults``, whose file is written whole or not at all."""
+
+    def compute_metrics(self, results: list) -> dict:
+        with atomic_write(Path(self.out_file_path)) as temporary, open(temporary, 'wb') as file:
+            pickle.dump(results, file)
+        print_log(f'{self.out_file_path}: {len(results)} predictions.', logger='current')
+        return {}
+
+
+def start_processes(
+    command: str, words: list, gpus: int, options: Mapping[str, Any], changes: Mapping[str, Any]
+) -> None:
+    """Run a command in several processes of this machine, and of others that do the same.
+
+    Raises:
+        InputError: the machine has fewer GPUs, or the port is in use.
+    """
+    from mmmilan import torchrun
+
+    available = torch.cuda.device_count()
+    if torch.cuda.is_available() and gpus > available:
+        raise InputError(f'gpus={gpus}, but this machine has {available}; lower it.')
+    where = dict(nnodes='NNODES', node_rank='NODE_RANK', master_addr='MASTER_ADDR', master_port='PORT')
+    default = dict(nnodes='1', node_rank='0', master_addr='127.0.0.1', master_port='29500')
+    launch = [f'--{name}={os.environ.get(variable, default[name])}' for name, variable in where.items()]
+    launch += [f'--nproc_per_node={gpus}']
+    launch += [f'--numa-binding={os.environ["NUMA"]}'] if os.environ.get('NUMA') else []
+    words = ['--module', 'mmmilan.cli', command, *map(os.fspath, words), '--launcher', 'pytorch']
+    for name, value in options.items():
+        if value:
+            words += [f'--{name.replace("_", "-")}'] + ([] if value is True else [os.fspath(value)])
+    words += ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())] if changes else []
+    torchrun.main(launch + words)
+
+
+def read_config(
+    path: str | os.PathLike,
+    work_dir: str | os.PathLike | None = None,
+    launcher: str = 'none',
+    local_rank: int = 0,
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Config:
+    """The config with the user's changes merged in and checked.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or nothing reads a change.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f'The config {path} does not exist; correct its path.')
+    cfg = read_config_file(path) if path.endswith('.py') else own_config(path)
+    change_config(cfg, changes)
     check_plain(cfg.to_dict())
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default_work_dir(cfg, args.config)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.launcher = launcher
+    cfg.work_dir = os.fspath(work_dir or cfg.get('work_dir') or default_work_dir(cfg, path))
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
     return cfg
 
 
@@ -67,8 +202,39 @@ def default_work_dir(cfg: Config, path: str) -> str:
     return str(Path('work_dirs', Path(path).stem, pretrain.replace('/', '_')))
 
 
+def enable_amp(cfg: Config) -> None:
+    """Turn on mixed precision, unless the config has it already."""
+    if cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
+        bfloat16 = not torch.cuda.is_available() or computes_in_bfloat16('cuda')
+        cfg.optim_wrapper.type = 'mmmilan.BFloat16OptimWrapper' if bfloat16 else 'AmpOptimWrapper'
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate by the ratio of the real batch size to that of the config's learning rate.
+
+    MMEngine multiplies the batch size by the number of processes, and this function by the accumulated steps.
+
+    Raises:
+        InputError: the config lacks the batch size of its learning rate.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise InputError('The config lacks the batch size of its learning rate; set auto_scale_lr.base_batch_size.')
+    cfg.auto_scale_lr.enable = True
+    cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+
+
+def check_not_empty(runner: Runner) -> None:
+    """Raise an :class:`InputError` if an epoch has no step, where MMEngine would fail with an unrelated error."""
+    loader = runner.train_dataloader
+    if len(loader) == 0:
+        raise InputError(
+            f'The {len(loader.dataset)} training images do not fill one batch of {loader.batch_size} on each of '
+            f'{runner.world_size} processes; lower train_dataloader.batch_size.'
+        )
+
+
 @contextmanager
-def launched(cfg: Config, task: str) -> Iterator[Runner]:
+def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     """Build the runner of a config, which loads checkpoints safely and exactly.
 
     A training run locks its work dir, and can be stopped and resumed without loss. A launcher's processes exit at the
@@ -76,11 +242,12 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
 
     Args:
         cfg: The config.
-        task: 'train' or 'test'; the data of this task must exist.
+        task: The data of this task must exist.
 
     Raises:
-        InputError: data are missing; mmcv lacks the operators that mmdet and mmseg import; another run uses the work
-            dir; there is no complete checkpoint to resume from; a data worker died or hangs.
+        InputError: a part of the config cannot be built; data are missing; mmcv lacks the operators that mmdet and
+            mmseg import; another run uses the work dir; there is no complete checkpoint to resume from; a data worker
+            died or hangs.
     """
     if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
         raise InputError(
@@ -94,18 +261,18 @@ def launched(cfg: Config, task: str) -> Iterator[Runner]:
     use_safe_loading()
     Runner.dump_config = write_config
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
-        with within_weights(cfg):
-            runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        if changed:
-            runner.logger.warning(changed)
-        runner.register_hook(ExactLoadingHook())
-        runner.register_hook(ImageSizeHook())
-        runner.register_hook(ClassCountHook())
-        guard_workers(runner)
-        check_data_sets(runner)
         heartbeat = HeartbeatHook()
-        if task == 'train':
-            runner.register_hook(StopHook())
-            runner.register_hook(heartbeat)
-        with heartbeat.publish_error(), worker_errors():
+        with heartbeat.publish_error(), build_errors(), worker_errors():
+            with within_weights(cfg):
+                runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+            if changed:
+                runner.logger.warning(changed)
+            runner.register_hook(ExactLoadingHook())
+            runner.register_hook(ImageSizeHook())
+            runner.register_hook(ClassCountHook())
+            guard_workers(runner)
+            check_data_sets(runner)
+            if task == 'train':
+                runner.register_hook(StopHook())
+                runner.register_hook(heartbeat)
             yield runner

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmmilan import arguments
+from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -18,7 +20,8 @@ PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 BOUND = 1e-4  # of a relative error in float32
 
 
-def export_onnx(checkpoint: str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False) -> Path:
+@checked
+def export_onnx(checkpoint: arguments.Path, out: arguments.Path, *, overwrite: bool = False) -> Path:
     """Write an encoder as ONNX, and compare its outputs in onnxruntime with those of PyTorch.
 
     The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the model includes the normalisation. The

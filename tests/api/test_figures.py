@@ -51,7 +51,7 @@ def test_all_figures(models, image_folder, tmp_path):
     names = [str(files['milan']), 'teacher']
     for out in ('a', 'b'):
         torch.manual_seed(len(out))
-        main(['figures', config, *names, '--images', str(image_folder), '--out', str(tmp_path / out), '--seed', '3'])
+        main(['figures', str(image_folder), *names, str(tmp_path / out), '--config', config, '--seed', '3'])
     written = digest(tmp_path / 'a')
     expected = {f'figure{i}{ending}' for i in (2, 3, 4, 5) for ending in ('.png', '.pdf')} | {'index.html'}
     assert set(written) == expected and digest(tmp_path / 'b') == written
@@ -153,7 +153,7 @@ def test_without_classes_or_decoder(models, image_folder, tmp_path, log):
     flat.mkdir()
     for i in range(3):
         (flat / f'{i}.jpg').write_bytes(next(image_folder.rglob(f'{i}.jpg')).read_bytes())
-    path = figures(config, str(files['timm']), images=str(flat), out=str(tmp_path / 'out'))
+    path = figures(flat, files['timm'], tmp_path / 'out', config=config)
     assert set(digest(tmp_path / 'out')) == {'figure3.png', 'figure3.pdf', 'index.html'}
     for text in ('Figure 2 is left out', 'Figure 5 is left out: no checkpoint has the decoder'):
         assert text in path.read_text() and text in log.text
@@ -164,10 +164,10 @@ def test_what_cannot_be_drawn(models, image_folder, tmp_path):
 
     def error(*checkpoints, images=image_folder) -> str:
         with pytest.raises(InputError) as caught:
-            figures(config, *checkpoints, images=str(images), out=str(tmp_path / 'out'))
+            figures(images, checkpoints, tmp_path / 'out', config=config)
         return str(caught.value)
 
-    assert error() == 'No checkpoint was given; name at least one model to compare.'
+    assert error() == 'checkpoints is empty; give at least one.'
     assert 'nowhere does not exist' in error(str(files['mae']), images=tmp_path / 'nowhere')
     assert 'is neither a file nor a URL nor a model of the zoo' in error('nothing')
     assert 'is named twice' in error(str(files['mae']), str(files['mae']))

@@ -23,6 +23,7 @@ from PIL import Image
 
 import mmmilan
 from helpers import FINE_TUNED, PRETRAINED, ROOT, assert_within
+from mmmilan import cli
 from mmmilan.checkpoints import zoo
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.errors import InputError
@@ -225,13 +226,16 @@ TINY = (
 
 
 def run_commands(code: str, run_tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the lines ``NAME=VALUE ... python tools/SCRIPT ARGUMENTS`` of a snippet."""
-    for command in code.replace('\\\n', ' ').strip().splitlines():
-        settings, _, call = command.partition('python tools/')
+    """Run the lines ``NAME=VALUE ... mmmilan COMMAND ARGUMENTS`` of a snippet."""
+    for line in code.replace('\\\n', ' ').strip().splitlines():
+        settings, _, call = line.partition('mmmilan ')
         for setting in settings.split():
             monkeypatch.setenv(*setting.split('='))
-        script, *arguments = call.split()
-        run_tool(script, *arguments, *(['--cfg-options', *TINY.split()] if script == 'train.py' else []))
+        command, *arguments = call.split()
+        if command == 'train':
+            run_tool('train.py', *arguments, '--cfg-options', *TINY.split())
+        else:
+            cli.main([command, *arguments])
 
 
 def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):

@@ -65,12 +65,12 @@ def test_search_in_a_folder(checkpoint, photos, log):
     files = sorted(photos.glob('[0-9].jpg'))
     images, texts, _ = by_hand(checkpoint, files, TEXTS[:1])
     cosine = images[:, 0] @ texts[0]
-    found = mmmilan.search(photos, TEXTS[0], checkpoint, top=3, batch_size=2)
+    found = mmmilan.search(photos, checkpoint, TEXTS[0], top=3, batch_size=2)
     assert len(found) == 3 and 'broken.jpg' in log.text
     for place, index in zip(found, cosine.argsort(descending=True).tolist(), strict=False):
         assert place.cosine == pytest.approx(float(cosine[index]), abs=1e-4)
     assert [place.cosine for place in found] == sorted((place.cosine for place in found), reverse=True)
-    everything = {place.path: place.cosine for place in mmmilan.search(photos, TEXTS[0], checkpoint, top=99)}
+    everything = {place.path: place.cosine for place in mmmilan.search(photos, checkpoint, TEXTS[0], top=99)}
     assert sorted(everything) == [str(file) for file in files]
     for file, expected in zip(files, cosine.tolist(), strict=True):
         assert everything[str(file)] == pytest.approx(expected, abs=1e-4)
@@ -98,7 +98,7 @@ def test_search_in_a_file_of_features(checkpoint, tmp_path):
     model = mmmilan.get_model(checkpoint, encoder_only=False)
     embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
     expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
-    found = dict(mmmilan.search(path, TEXTS[0], checkpoint))
+    found = dict(mmmilan.search(path, checkpoint, TEXTS[0]))
     assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
 
 
@@ -107,7 +107,7 @@ def test_heat_maps(checkpoint, photos, tmp_path):
     (photos / 'broken.jpg').unlink()
     files = sorted(photos.glob('*.jpg'))
     images, texts, model = by_hand(checkpoint, files, TEXTS)
-    path = mmmilan.heat_maps(photos, TEXTS, checkpoint, tmp_path / 'maps', batch_size=4)
+    path = mmmilan.heat_maps(photos, checkpoint, tmp_path / 'maps', texts=TEXTS, batch_size=4)
     with np.load(path) as file:
         assert file['paths'].tolist() == [str(each) for each in files] and file['texts'].tolist() == TEXTS
         cosine = torch.from_numpy(file['cosine'])
@@ -118,7 +118,7 @@ def test_heat_maps(checkpoint, photos, tmp_path):
     assert len(list(path.parent.glob('*.pdf'))) == 6 and cv2.imread(str(drawn[0])).std() > 10
 
     features = write_features(tmp_path / 'features.npz')
-    path = mmmilan.heat_maps(features, 'grass', checkpoint, tmp_path / 'of-file')
+    path = mmmilan.heat_maps(features, checkpoint, tmp_path / 'of-file', texts='grass')
     with np.load(features) as file:
         latent = np.concatenate([file['class_token'][:, None], file['patch_tokens'].astype(np.float32)], axis=1)
     expected = model.project_joint(torch.from_numpy(latent))[[0, 2], 1:] @ texts[1]
@@ -141,7 +141,7 @@ def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_too
     assert accuracy == pytest.approx(expected, abs=0.01)
 
     main(['zero-shot', str(image_folder), str(checkpoint), '--class-names', *names, '--templates', *templates])
-    assert float(capsys.readouterr().out.splitlines()[-1]) == accuracy
+    assert capsys.readouterr().out.splitlines()[-1] == f'{accuracy:.1f} %'
 
     changes = {
         'model.head.teacher.pretrained': maskclip_file,
@@ -155,11 +155,11 @@ def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_too
 
 
 def test_commands(checkpoint, photos, capsys, tmp_path):
-    main(['search', str(photos), 'a red boat', str(checkpoint), '--top', '2'])
+    main(['search', str(photos), str(checkpoint), 'a red boat', '--top', '2'])
     rows = [line.split('\t') for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [Path(path).parent for path, _ in rows] == [photos, photos] and float(rows[0][1]) >= float(rows[1][1])
-    options = ['--texts', 'grass', '--checkpoint', str(checkpoint), '--out', str(tmp_path / 'maps')]
-    main(['heat-maps', str(photos / '0.jpg'), *options])
+    images = str(photos / '0.jpg'), str(photos / '1.jpg')
+    main(['heat-maps', *images, str(checkpoint), str(tmp_path / 'maps'), '--texts', 'grass'])
     assert capsys.readouterr().out.strip().endswith('heat_maps.npz')
 
 
@@ -170,23 +170,23 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
         return str(caught.value)
 
     (tmp_path / 'empty').mkdir()
-    assert 'holds no image' in error(mmmilan.search, tmp_path / 'empty', 'a', checkpoint)
-    assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', 'a', checkpoint)
-    assert error(mmmilan.search, [photos / 'broken.jpg'], 'a', checkpoint).endswith('decodes; give images.')
-    assert 'is an empty text; say what to look for' in error(mmmilan.search, photos, '', checkpoint)
+    assert 'holds no image' in error(mmmilan.search, tmp_path / 'empty', checkpoint, 'a')
+    assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', checkpoint, 'a')
+    assert error(mmmilan.search, [photos / 'broken.jpg'], checkpoint, 'a').endswith('decodes; give images.')
+    assert 'text has an empty text; say something in it.' in error(mmmilan.search, photos, checkpoint, '')
     other = write_features(tmp_path / 'other.npz', embedding=np.ones((3, 7), np.float32))
-    assert 'has embeddings of 7 dimensions but' in error(mmmilan.search, other, 'a', checkpoint)
+    assert 'has embeddings of 7 dimensions but' in error(mmmilan.search, other, checkpoint, 'a')
     bare = write_features(tmp_path / 'bare.npz', embedding=None, patch_tokens=None)
-    assert 'has no embedding (it has paths, ok, class_token); write it' in error(mmmilan.search, bare, 'a', checkpoint)
-    assert 'has no patch_tokens' in error(mmmilan.heat_maps, bare, 'a', checkpoint, tmp_path / 'maps')
+    assert 'has no embedding (it has paths, ok, class_token); write it' in error(mmmilan.search, bare, checkpoint, 'a')
+    assert 'has no patch_tokens' in error(mmmilan.heat_maps, bare, checkpoint, tmp_path / 'maps', texts='a')
     assert 'has no folders of classes; give a folder with' in error(mmmilan.zero_shot, photos, checkpoint)
 
     model = mmmilan.get_model(tiny_config(), encoder_only=False)  # its teacher is an image tower alone
     torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=model._config.pretty_text)), tmp_path / 'mute.pth')
-    assert 'clip.pt has no text tower; give' in error(mmmilan.search, photos, 'a', tmp_path / 'mute.pth')
+    assert 'clip.pt has no text tower; give' in error(mmmilan.search, photos, tmp_path / 'mute.pth', 'a')
     encoder = mmmilan.get_model(tiny_config())
     torch.save(dict(state_dict=encoder.state_dict(), meta=dict(cfg=encoder._config.pretty_text)), tmp_path / 'vit.pth')
-    message = error(mmmilan.search, photos, 'a', tmp_path / 'vit.pth')
+    message = error(mmmilan.search, photos, tmp_path / 'vit.pth', 'a')
     assert 'is a ImageClassifier; texts need a checkpoint of MILAN or MaskCLIP' in message
 
 

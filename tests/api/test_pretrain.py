@@ -174,7 +174,8 @@ def test_a_refused_resume_writes_nothing(interrupted):
         (dict(start='other.pth'), 'has start=None'),
         (dict(batch_size=25), 'do not fill one batch of 25'),
         (dict(data='nowhere'), 'nowhere does not exist'),
-        ({'optim_wrapper.optimizer.type': 'SGD'}, "optimizer.type='AdamW', where this one has 'SGD'"),
+        ({'optim_wrapper.optimizer.type': 'SGD'}, 'optim_wrapper.optimizer.betas: SGD takes no betas'),
+        ({'optim_wrapper.optimizer.type': 'Adam'}, "optimizer.type='AdamW', where this one has 'Adam'"),
         ({'model.neck.decoder_num_heads': 2}, 'decoder_num_heads=1, where this one has 2'),
     ):
         with pytest.raises(InputError, match=message):

@@ -23,7 +23,7 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     quick['epochs'] = 1
     first = mmmilan.pretrain(image_folder, tmp_path / 'a', **quick)
     second = mmmilan.pretrain(image_folder, tmp_path / 'b', start=str(first), **quick)
-    page = mmmilan.report(second, image_folder, tmp_path / 'report.html').read_text()
+    page = mmmilan.report(image_folder, second, tmp_path / 'report.html').read_text()
     verdicts = re.findall(r'class="verdict">(Pretraining [^<]+)', page)
     assert len(verdicts) == 1 and 'with starting point' in verdicts[0] and '95 % interval' in verdicts[0]
     for name in ('pretrained', 'starting point', 'random weights', 'teacher'):
@@ -34,12 +34,12 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
 
     flat = image_folder / 'class0'
     with pytest.raises(InputError, match='holds 8 images'):
-        mmmilan.report(second, flat, tmp_path / 'flat.html')
+        mmmilan.report(flat, second, tmp_path / 'flat.html')
     photos = tmp_path / 'photos'
     photos.mkdir()
     for path in image_folder.glob('*/*/*.jpg'):
         shutil.copy(path, photos)
-    page = mmmilan.report(first, photos, tmp_path / 'flat.html').read_text()
+    page = mmmilan.report(photos, first, tmp_path / 'flat.html').read_text()
     assert 'no figure here can say whether pretraining helped' in page and 'RankMe went from' in page
     assert 'The captions name the classes' not in page
 
@@ -85,7 +85,7 @@ def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
             shutil.copytree(image_folder / name, data / split / name)
     weights = mmmilan.pretrain(data, tmp_path / 'run', **quick | dict(epochs=1))
     capfd.readouterr()
-    page = mmmilan.report(weights, data, tmp_path / 'report.html').read_text()
+    page = mmmilan.report(data, weights, tmp_path / 'report.html').read_text()
     assert 'on 16 images, with 95 % confidence intervals' in page
     assert f'among 24 labelled images of {data}/Train' in page
     assert re.search(r'k-NN tells [\d.]+ % of 16 images right .*, class0, is right for 50.0 %\.', page)
@@ -96,7 +96,7 @@ def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
     with pytest.raises(
         InputError, match=r'val/? has 1 of its 2 classes, other \(8 samples\), where .*Train/? has class0'
     ):
-        mmmilan.report(weights, data, tmp_path / 'report.html')
+        mmmilan.report(data, weights, tmp_path / 'report.html')
 
 
 def test_rankme():

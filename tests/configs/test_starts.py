@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -18,9 +16,7 @@ FINE_TUNING = ROOT / 'configs/milan/benchmarks/vit-base-p16_milan-pre_8xb128-cos
 
 
 def read(path, **options) -> Config:
-    return read_config(
-        Namespace(config=str(path), **dict(launcher='none', local_rank=0, cfg_options=None, work_dir=None) | options)
-    )
+    return read_config(path, **options)
 
 
 def test_the_run_has_a_folder_of_its_own(monkeypatch):

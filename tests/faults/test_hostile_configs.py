@@ -206,13 +206,11 @@ ENTRIES: dict[str, Callable[[Path, Callable, Path], object]] = {
     'ImageClassificationInferencer': lambda path, *_: ImageClassificationInferencer(path),
     'build_embedder': lambda path, *_: build_embedder(nn.Linear(1, 1), path),
     'embed': lambda path, _, images: mmmilan.embed(images, path, path.parent / 'features.npz'),
-    'search': lambda path, _, images: mmmilan.search(images, 'a boat', path),
-    'heat_maps': lambda path, _, images: mmmilan.heat_maps(images, ['a boat'], path, path.parent / 'out'),
+    'search': lambda path, _, images: mmmilan.search(images, path, 'a boat'),
+    'heat_maps': lambda path, _, images: mmmilan.heat_maps(images, path, path.parent / 'out', texts=['a boat']),
     'zero_shot': lambda path, _, images: mmmilan.zero_shot(images, path),
-    'report': lambda path, _, images: mmmilan.report(path, images, path.parent / 'report.html'),
-    'figures': lambda path, _, images: mmmilan.figures(
-        str(path), str(path), images=str(images), out=str(path.parent / 'figures')
-    ),
+    'report': lambda path, _, images: mmmilan.report(images, path, path.parent / 'report.html'),
+    'figures': lambda path, _, images: mmmilan.figures(images, path, path.parent / 'figures'),
     'export_onnx': lambda path, *_: mmmilan.export_onnx(path, path.parent / 'model.onnx'),
     'pretrain --resume': run_resume,
     'tools/test.py': run_test,

@@ -30,8 +30,8 @@ TINY = '{embed_dims: 48, num_layers: 2, num_heads: 3, feedforward_channels: 96}'
 # Command line of each command in a folder with images, a config, a checkpoint and a teacher.
 COMMANDS = {
     'embed': 'mmmilan embed images --checkpoint milan.pth --out out.npz --num-workers 2 --batch-size 2',
-    'report': 'mmmilan report milan.pth images --out page.html',
-    'figures': 'mmmilan figures config.py milan.pth --images images --out figures',
+    'report': 'mmmilan report images milan.pth --out page.html',
+    'figures': 'mmmilan figures images milan.pth figures --config config.py',
     'convert': 'mmmilan convert milan.pth vit.safetensors --to timm',
     'export-onnx': 'mmmilan export-onnx milan.pth vit.onnx',
     'train': 'tools/train.py config.py',

@@ -19,7 +19,7 @@ from mmmilan.errors import InputError
 
 # Command lines in a folder with images, a config and a checkpoint; OUT is a file that ends so.
 FILES = {
-    'mmmilan report milan.pth images --out OUT': '.html',
+    'mmmilan report images milan.pth --out OUT': '.html',
     'mmmilan embed images --checkpoint milan.pth --out OUT': '.npz',
     'mmmilan export-onnx milan.pth OUT': '.onnx',
     'mmmilan convert milan.pth OUT --encoder-only': '.pth',
@@ -30,8 +30,8 @@ FILES = {
 }
 # OUT is a folder in which this file is written.
 FOLDERS = {
-    'mmmilan figures config.py milan.pth --images images --out OUT': 'figure3.png',
-    'mmmilan heat-maps images --texts dog --checkpoint milan.pth --out OUT': '0000-0.png',
+    'mmmilan figures images milan.pth OUT --config config.py': 'figure3.png',
+    'mmmilan heat-maps images milan.pth OUT --texts dog': '0000-0.png',
     'publish_model.py config.py milan.pth OUT': None,
     'publish_model.py config.py milan.pth published --hub-dir OUT': 'config.json',
     'export_open_clip.py config.py milan.pth OUT': 'open_clip_config.json',
@@ -226,7 +226,7 @@ def test_damaged_features(folder, tmp_path):
     for change in changes:
         np.savez('features.npz', allow_pickle=True, **good | change)
         with pytest.raises(InputError, match='features.npz is .*|features.npz is damaged') as error:
-            mmmilan.search('features.npz', 'dog', 'milan.pth')
+            mmmilan.search('features.npz', 'milan.pth', 'dog')
         assert str(error.value).endswith(('write the file again.', 'write it with mmmilan embed.'))
     np.savez('features.npz', **good)
     content = Path('features.npz').read_bytes()
@@ -234,7 +234,7 @@ def test_damaged_features(folder, tmp_path):
     for damaged in (b'', content[:100], content[:-30], b'PK\3\4' + content[50:], Path('array.npy').read_bytes()):
         Path('features.npz').write_bytes(damaged)
         with pytest.raises(InputError, match='features.npz is damaged, or no file of features'):
-            mmmilan.search('features.npz', 'dog', 'milan.pth')
+            mmmilan.search('features.npz', 'milan.pth', 'dog')
 
 
 def test_odd_manifests(run_tool, folder):

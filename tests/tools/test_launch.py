@@ -10,54 +10,12 @@ from mmengine.config import Config
 
 from helpers import ROOT
 from mmmilan.engine import ImageSizeHook
-from mmmilan.engine.config_check import check_data, unread_options
+from mmmilan.engine.config_check import check_data
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
 from processes import run_script
 
 ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
-
-
-@pytest.mark.parametrize(
-    ('option', 'nearest'),
-    [
-        ('modle.backbone.arch', 'model.backbone.arch'),
-        ('model.bakcbone.arch', 'model.backbone.arch'),
-        ('optim_wrapper.optimiser.lr', 'optim_wrapper.optimizer.lr'),
-        ('train_cfg.max_epoch', 'train_cfg.max_epochs'),
-        ('custom_hook', 'custom_hooks'),
-        ('cutsom_hooks', 'custom_hooks'),
-    ],
-)
-def test_option_that_nothing_reads(option, nearest):
-    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
-    assert list(unread_options(cfg, [option])) == [f'Nothing reads {option}; the nearest key is {nearest}.']
-
-
-@pytest.mark.parametrize(
-    'option',
-    [
-        'model.backbone.arch',
-        'model.backbone.with_cp',
-        'optim_wrapper.clip_grad.max_norm',
-        'train_dataloader.dataset.indices',
-        'val_dataloader',
-        'randomness.deterministic',
-        'custom_hooks.0.type',
-        'param_scheduler',
-    ],
-)
-def test_option_that_is_new_but_read(option):
-    cfg = Config.fromfile(ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
-    assert not list(unread_options(cfg, [option]))
-
-
-def test_unread_option_is_in_the_log(tiny_config, run_tool, log):
-    with pytest.raises(SystemExit):
-        run_tool(
-            'train.py', tiny_config({'train_dataloader.dataset.data_root': 'nowhere'}), '--cfg-options', 'modle.a=1'
-        )
-    assert 'Nothing reads modle.a; the nearest key is model.a.' in log.text
 
 
 MISSING = [

@@ -1,0 +1,202 @@
+"""The arguments of public functions, checked where they enter: in Python and on the command line alike.
+
+A range or another rule stands in the type of an argument, as ``batch_size: Count``, and ``checked`` enforces it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from mmmilan.errors import InputError
+
+Function = TypeVar('Function', bound=Callable)
+
+
+class Whole(NamedTuple):
+    """A whole number in a range."""
+
+    lowest: int
+    highest: int
+
+    def __call__(self, name: str, value: Any) -> int:
+        rule = f'give a whole number from {self.lowest} to {self.highest}.'
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InputError(f'{name}={shown(value)} is not a whole number; {rule}')
+        if not self.lowest <= value <= self.highest:
+            raise InputError(f'{name}={shown(value)} is out of range; {rule}')
+        return int(value)
+
+
+def check_path(name: str, value: Any) -> str | os.PathLike:
+    """A path that names something: '' would be the current folder."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f'{name}={shown(value)} is not a path; give a str or a Path.')
+    if not os.fspath(value).strip() or '\0' in str(value):
+        raise InputError(f'{name}={shown(value)} names no file; give a path.')
+    return value
+
+
+def check_paths(name: str, value: Any) -> str | os.PathLike | list:
+    """One path, or any iterable of paths."""
+    if isinstance(value, (str, os.PathLike)):
+        return check_path(name, value)
+    return [check_path(name, each) for each in several(name, value, 'paths')]
+
+
+def check_text(name: str, value: Any) -> str:
+    """A text with at least one visible character."""
+    if not isinstance(value, str):
+        raise InputError(f'{name}={shown(value)} is not a text; give a str.')
+    if not value.strip():
+        raise InputError(f'{name} has an empty text; say something in it.')
+    return value
+
+
+def check_texts(name: str, value: Any) -> list[str]:
+    """Several texts; a single str is not several, as its letters would be taken for them."""
+    if isinstance(value, str):
+        raise InputError(f'{name}={shown(value)} is one text and not a list; give a list of texts.')
+    return [check_text(name, each) for each in several(name, value, 'texts')]
+
+
+def several(name: str, value: Any, what: str) -> list:
+    """The elements of an iterable that is neither empty nor a tensor."""
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)) or hasattr(value, 'dtype'):
+        raise InputError(f'{name}={shown(value)} is not a list of {what}; give one.')
+    elements = list(value)
+    if not elements:
+        raise InputError(f'{name} is empty; give at least one.')
+    return elements
+
+
+def check_device(name: str, value: Any) -> str:
+    """A device that this machine has."""
+    import torch
+
+    try:
+        if str(value) == 'meta':
+            raise RuntimeError
+        torch.empty(0, device=str(value))
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        known = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise InputError(
+            f'{name}={shown(value)} is not a device of this machine; choose one of {", ".join(known)}.'
+        ) from error
+    return str(value)
+
+
+Count = Annotated[int, Whole(1, 1_000_000)]
+Workers = Annotated[int, Whole(0, 256)]
+Pixels = Annotated[int, Whole(1, 16384)]
+Seed = Annotated[int, Whole(0, 2**32 - 1)]
+Path = Annotated[str | os.PathLike, check_path]
+Paths = Annotated[Sequence[str | os.PathLike] | str | os.PathLike, check_paths]
+Text = Annotated[str, check_text]
+Texts = Annotated[Sequence[str], check_texts]
+Device = Annotated[str, check_device]
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut to 60 characters."""
+    text = f'<{type(value).__name__}>' if hasattr(value, 'dtype') else ' '.join(repr(value).split())
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def check(hint: Any, name: str, value: Any) -> Any:
+    """Check a value by the type of an argument; returns it, a generator as a list.
+
+    Raises:
+        InputError: it is not of this type; names the argument and says what it takes.
+    """
+    kind = typing.get_origin(hint)
+    if kind is Annotated:
+        rules = [each for each in hint.__metadata__ if callable(each)]
+        return rules[0](name, value) if rules else check(hint.__origin__, name, value)
+    if kind in (typing.Union, types.UnionType):
+        return check_one_of(typing.get_args(hint), name, value)
+    if kind is Literal:
+        return check_choice(typing.get_args(hint), name, value)
+    if kind is tuple and typing.get_args(hint):
+        if not isinstance(value, (tuple, list)) or len(value) != len(typing.get_args(hint)):
+            raise InputError(f'{name}={shown(value)} is wrong; give {len(typing.get_args(hint))} values.')
+        return tuple(check(each, name, item) for each, item in zip(typing.get_args(hint), value, strict=True))
+    kind = kind or hint
+    if kind is not Any and isinstance(kind, type) and not isinstance(value, kind):
+        raise InputError(f'{name}={shown(value)} is not a {kind.__name__}; give one.')
+    return value
+
+
+def check_one_of(hints: Sequence[Any], name: str, value: Any) -> Any:
+    """Check a value that may be of several types; the message is that of the last one."""
+    if value is None and type(None) in hints:
+        return value
+    for hint in [each for each in hints if each is not type(None)]:
+        try:
+            return check(hint, name, value)
+        except InputError as refused:
+            error = refused
+    raise error
+
+
+def check_choice(choices: Sequence[str], name: str, value: Any) -> str:
+    """Check a value that is one of several names."""
+    if value in choices:
+        return value
+    nearest = difflib.get_close_matches(str(value), choices, n=1)
+    rule = f'the nearest is {nearest[0]}' if nearest else f'choose one of {", ".join(choices)}'
+    raise InputError(f'{name}={shown(value)} is unknown; {rule}.')
+
+
+def checked(function: Function) -> Function:
+    """Check the arguments of a function by their types, and name the part of a config that it fails to build.
+
+    Raises:
+        InputError: an argument is missing, unknown or wrong, or a part of a config cannot be built.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            sentence = misfit(function.__name__, signature, error, kwargs)
+            raise InputError(sentence) from error
+        for name, value in bound.arguments.items():
+            parameter = signature.parameters[name]
+            if parameter.annotation is not parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+                hint = parameter.annotation
+                hint = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+                bound.arguments[name] = check(hint, name, value)
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except InputError:
+            raise
+        except Exception as error:
+            from mmmilan.building import build_failure
+
+            sentence = build_failure(error)
+            if sentence is None:
+                raise
+            raise InputError(sentence) from error
+
+    return call
+
+
+def misfit(title: str, signature: inspect.Signature, error: TypeError, given: dict[str, Any]) -> str:
+    """Why a call does not fit a signature."""
+    known = [name for name in signature.parameters if name != 'self']
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            rule = f'the nearest name is {nearest[0]}' if nearest else f'it takes {", ".join(known)}'
+            return f'{title} takes no {name}; {rule}.'
+    return f'{title}: {error}; it takes {", ".join(known)}.'

@@ -1,0 +1,201 @@
+"""Mistakes in a config are found before anything is built, or named by their key when building fails."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from torch import nn
+
+import mmmilan
+from helpers import ROOT
+from mmmilan.building import arguments_of, change_config, check_config
+from mmmilan.checkpoints.config import option_value, read_config_file
+from mmmilan.errors import InputError
+from mmmilan.models import MILANViT
+
+CONFIG = ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
+
+
+@pytest.fixture(scope='module')
+def config() -> Config:
+    return Config.fromfile(CONFIG)
+
+
+def error_of(config: Config, changes: dict, as_options: bool = True) -> str:
+    """The message with which a config with changes is refused, as options or as lines of the file."""
+    changed = Config(config.to_dict())
+    with pytest.raises(InputError) as error:
+        if as_options:
+            change_config(changed, changes)
+        changed.merge_from_dict(changes)
+        check_config(changed)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('option', 'nearest'),
+    [
+        ('modle.backbone.arch', 'model.backbone.arch'),
+        ('model.bakcbone.arch', 'model.backbone'),
+        ('optim_wrapper.optimiser.lr', 'optim_wrapper.optimizer'),
+        ('train_cfg.max_epoch', 'train_cfg.max_epochs'),
+        ('custom_hook', 'custom_hooks'),
+        ('cutsom_hooks', 'custom_hooks'),
+        ('train_dataloader.droplast', 'train_dataloader.drop_last'),
+        ('train_dataloader.sampler.shufle', 'train_dataloader.sampler.shuffle'),
+        ('train_dataloader.dataset.pipeline.0.scal', 'train_dataloader.dataset.pipeline.0.scale'),
+        ('train_dataloader.dataset.data_rot', 'train_dataloader.dataset.data_root'),
+        ('model.masking.mask_ration', 'model.masking.mask_ratio'),
+        ('model.head.teacher.pretraind', 'model.head.teacher.pretrained'),
+        ('model.neck.decoder_dept', 'model.neck.decoder_depth'),
+        ('default_hooks.checkpoint.max_keep_ckpt', 'default_hooks.checkpoint.max_keep_ckpts'),
+        ('default_hooks.loger.interval', 'default_hooks.logger'),
+        ('param_scheduler.0.start_facto', 'param_scheduler.0.start_factor'),
+        ('custom_hooks.0.nothing', ''),
+        ('default_hooks.checkpoint.intervall', 'default_hooks.checkpoint.interval'),
+        ('env_cfg.cudnn_benchmrk', 'env_cfg.cudnn_benchmark'),
+        ('auto_scale_lr.base_batchsize', 'auto_scale_lr.base_batch_size'),
+        ('randomness.sed', 'randomness.seed'),
+        ('optim_wrapper.paramwise_cfg.norm_decay_mul', 'optim_wrapper.paramwise_cfg.norm_decay_mult'),
+        ('optim_wrapper.clip_grad.max_nrom', 'optim_wrapper.clip_grad.max_norm'),
+    ],
+)  # fmt: skip
+def test_option_that_nothing_reads(config, option, nearest):
+    message = error_of(config, {option: 3})
+    assert f'the nearest name is {nearest}.' in message or not nearest
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'model.backbone.arch',
+        'model.backbone.with_cp',
+        'model.backbone.drop_path_rate',  # an argument of the base class
+        'optim_wrapper.clip_grad.max_norm',
+        'optim_wrapper.accumulative_counts',
+        'train_dataloader.dataset.indices',
+        'train_dataloader.prefetch_factor',
+        'val_dataloader',
+        'randomness.deterministic',
+        'param_scheduler',
+        'default_hooks.checkpoint.save_best',
+        'find_unused_parameters',
+    ],
+)
+def test_option_that_is_new_but_read(config, option):
+    changed = Config(config.to_dict())
+    change_config(changed, {option: None})
+
+
+def test_types_that_do_not_exist(config):
+    assert (
+        error_of(config, {'model.neck.type': 'mmmilan.PromptingDecodr'})
+    ) == "model.neck.type='mmmilan.PromptingDecodr' does not exist; the nearest name is mmmilan.PromptingDecoder."
+    message = error_of(config, {'train_dataloader.dataset.pipeline.0.type': 'RandomResizedCrp'}, as_options=False)
+    assert message.startswith("train_dataloader.dataset.pipeline.0.type='RandomResizedCrp' does not exist; the nearest")
+
+
+def test_copies_of_values(config):
+    """A variable of a config file whose value was copied when the file was read."""
+    changed = Config(config.to_dict() | dict(train_pipeline=config.train_dataloader.dataset.pipeline))
+    assert (
+        'train_pipeline.0.scale: its value was copied when the config was read; change train_dataloader.dataset.'
+        in (error_of(changed, {'train_pipeline.0.scale': 96}))
+    )
+
+
+def test_keys_of_a_file(config, log):
+    """A key that would make building fail is refused; one that only does nothing is said."""
+    assert 'DataLoader takes no droplast' in error_of(config, {'train_dataloader.droplast': 3}, as_options=False)
+    changed = Config(config.to_dict() | dict(optim_wraper=dict(a=1)))
+    changed.env_cfg.cudnn_benchmrk = True
+    check_config(changed)
+    assert 'Nothing reads optim_wraper of the config; the nearest name is optim_wrapper.' in log.text
+    assert 'env_cfg.cudnn_benchmrk: nothing reads it; the nearest name is env_cfg.cudnn_benchmark.' in log.text
+
+
+def test_options_that_do_not_fit(config):
+    assert error_of(config, {'model.backbone.arch.embed_dims': 48}).startswith(
+        'model.backbone.arch.embed_dims cannot be set'
+    )
+    assert error_of(config, {'custom_hooks.99.type': 'A'}).startswith('custom_hooks.99.type cannot be set')
+
+
+class Passes(Hook):
+    def __init__(self, a: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+
+class Keeps(Hook):
+    def __init__(self, a: int, **kwargs) -> None:
+        self.kept = kwargs
+
+
+class Below(Keeps):
+    def __init__(self, b: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+
+def test_arguments_through_base_classes():
+    assert arguments_of(Passes) == ({'a'}, False)
+    assert arguments_of(Keeps) == ({'a'}, True) and arguments_of(Below) == ({'a', 'b'}, True)
+    names, is_open = arguments_of(MILANViT)
+    assert {'with_cp', 'arch', 'init_cfg', 'out_type'} <= names and not is_open
+    assert arguments_of(nn.LayerNorm)[0] >= {'normalized_shape', 'eps'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(backbone=dict(frozn=1)), 'model.backbone.frozn: MILANViT takes no frozn; '),
+        (dict(backbone=dict(img_sise=96)), 'the nearest name is model.backbone.img_size.'),
+        (dict(backbone=dict(patch_size='a')), 'model.backbone (mmmilan.MILANViT) cannot be built (TypeError: '),
+        (dict(backbone=dict(arch=dict(embed_dims=3))), 'model cannot be set ('),
+        (dict(bakcbone=dict(img_size=96)), 'ImageClassifier takes no bakcbone; the nearest name is model.backbone.'),
+        (dict(devcie='cpu'), 'takes no devcie; the nearest name is device.'),
+    ],
+)  # fmt: skip
+def test_what_get_model_cannot_build(changes, message):
+    with pytest.raises(InputError) as error:
+        mmmilan.get_model(CONFIG, **changes)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['a = (', 'a = b', "_base_ = 'nowhere.py'", '1/0', 'model = dict(a=1, a=2)', '\0'],
+)
+def test_config_files_that_cannot_be_read(tmp_path, text):
+    (tmp_path / 'config.py').write_text(f'b_ = 1\n{text}\n')
+    with pytest.raises(InputError, match=f'^The config {tmp_path}/config.py cannot be read'):
+        read_config_file(tmp_path / 'config.py')
+
+
+@pytest.mark.parametrize(
+    ('word', 'value'),
+    [
+        ('3', 3),
+        ('1e-5', 1e-5),
+        ('a,b', ['a', 'b']),
+        ('1,2', [1, 2]),
+        ('(1, 2)', (1, 2)),
+        ('[(1,2), [a, b], c]', [(1, 2), ['a', 'b'], 'c']),
+        ('dict(a=1, b=dict(c=[1]))', dict(a=1, b=dict(c=[1]))),
+        ('{"a": true, "b": null}', dict(a=True, b=None)),
+        ('true', True),
+        ('None', None),
+        ('data/my images/a.pth', 'data/my images/a.pth'),
+        ("'3'", '3'),
+        ('a(b', 'a(b'),
+    ],
+)
+def test_values_of_options(word, value):
+    assert option_value(word) == value
+
+
+def test_dicts_that_are_none():
+    for word in ('dict(a', 'dict(a=b)', '{a: 1}', '{'):
+        with pytest.raises(InputError, match='is not a dict; write it as'):
+            option_value(word)
