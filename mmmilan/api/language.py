@@ -38,15 +38,16 @@ class JointSpace(Inferencer):
     Args:
         checkpoint: a checkpoint of your own or a model of the zoo, with its decoder and a CLIP as teacher.
         device: where to run, by default on the GPU if there is one.
+        teacher: the teacher, if it is not where the checkpoint says.
 
     Raises:
         InputError: the checkpoint has no decoder, or its teacher has no text tower.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike, device: str | None = None) -> None:
+    def __init__(self, checkpoint: str | os.PathLike, device: str | None = None, teacher: str | None = None) -> None:
         from mmmilan.api.models import get_model
 
-        model = get_model(checkpoint, True, encoder_only=False)
+        model = get_model(checkpoint, True, encoder_only=False, teacher=teacher)
         if not hasattr(model, 'embed_joint'):
             raise InputError(f'{checkpoint} is a {type(model).__name__}; texts need a checkpoint of MILAN or MaskCLIP.')
         super().__init__(model, device=device)
@@ -83,6 +84,7 @@ def search(
     top: arguments.Count = 10,
     batch_size: arguments.Count = 32,
     device: arguments.Device | None = None,
+    teacher: arguments.Path | None = None,
 ) -> list[Found]:
     """Find the images that a text describes, best first.
 
@@ -95,6 +97,7 @@ def search(
         top: number of images to return.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
+        teacher: the teacher, if it is not where the checkpoint says: a name or a file, as for ``mmmilan.pretrain``.
 
     Returns:
         Paths and cosines.
@@ -111,7 +114,7 @@ def search(
     from mmmilan.datasets.image_folder import list_images
 
     paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
-    space = JointSpace(checkpoint, device)
+    space = JointSpace(checkpoint, device, teacher)
     wanted = space.embed_texts([text])[0]
     if embeddings is not None:
         if embeddings.shape[1] != len(wanted):
@@ -139,6 +142,7 @@ def heat_maps(
     batch_size: arguments.Count = 32,
     device: arguments.Device | None = None,
     overwrite: bool = False,
+    teacher: arguments.Path | None = None,
 ) -> Path:
     """Show where texts apply in images: the cosine of each patch with each text, with an open vocabulary.
 
@@ -154,6 +158,7 @@ def heat_maps(
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
         overwrite: replace the files that are in ``out``.
+        teacher: the teacher, if it is not where the checkpoint says: a name or a file, as for ``mmmilan.pretrain``.
 
     Returns:
         The file of cosines.
@@ -174,7 +179,7 @@ def heat_maps(
     names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures.values() for ending in ('.pdf', '.png'))]
     inputs = [checkpoint, *as_sources(images)]
     folder = check_output_folder(out, names, inputs, overwrite=overwrite, pictures=not from_file)
-    space = JointSpace(checkpoint, device)
+    space = JointSpace(checkpoint, device, teacher)
     texts = [texts] if isinstance(texts, str) else list(texts)
     wanted = space.embed_texts(texts)
     batches = project_tokens(space, *found) if from_file else space.embed_images(found, batch_size)
@@ -231,6 +236,7 @@ def zero_shot(
     templates: arguments.Texts | arguments.Text = ('a photo of a {}.',),
     batch_size: arguments.Count = 32,
     device: arguments.Device | None = None,
+    teacher: arguments.Path | None = None,
 ) -> Percent:
     """Classify the images of a labelled folder by the names of its classes, without training (zero-shot).
 
@@ -242,6 +248,7 @@ def zero_shot(
         templates: prompts with ``{}`` for the name of a class; the embeddings of several are averaged.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
+        teacher: the teacher, if it is not where the checkpoint says: a name or a file, as for ``mmmilan.pretrain``.
 
     Returns:
         Top-1 accuracy in percent, over the images that decode.
@@ -257,7 +264,7 @@ def zero_shot(
     if len(classes) < 2:
         raise InputError(f'{data} has no folders of classes; give a folder with one folder of images for each class.')
     names = name_classes(classes, class_names or classes, 'class_names')
-    space = JointSpace(checkpoint, device)
+    space = JointSpace(checkpoint, device, teacher)
     classifier = embed_classes(space.texts, names, read_templates(templates))
     label_of, hits, total = dict(zip(files, labels.tolist(), strict=True)), 0, 0
     for paths, _, embeddings in space.embed_images(files, batch_size):

@@ -32,6 +32,7 @@ def get_model(
     pretrained: bool | arguments.Path = False,
     device: arguments.Device | None = None,
     encoder_only: bool = True,
+    teacher: arguments.Path | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> BaseModel:
     """Build a model, in evaluation mode.
@@ -43,6 +44,8 @@ def get_model(
         device: where to put the model; by default on the CPU.
         encoder_only: from a pretraining config, build only the encoder, as an mmpretrain ``ImageClassifier`` without
             head; False also builds decoder, target and teacher.
+        teacher: with ``encoder_only=False``, the teacher in place of the config's, as for ``mmmilan.pretrain``: where
+            its file is now, for one.
         kwargs: changes of the config's ``model``, e.g. ``backbone=dict(out_type='featmap')``.
 
     Returns:
@@ -55,6 +58,7 @@ def get_model(
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
 
+    from mmmilan.api.recipe import replace_teacher
     from mmmilan.building import change_config
     from mmmilan.checkpoints.foreign_config import within_weights
 
@@ -62,6 +66,8 @@ def get_model(
     config = _read_config(name, encoder_only)
     if pretrained is True and not own and str(name) not in zoo_models():
         raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
+    if teacher is not None:
+        replace_teacher(config, teacher, name)
     source = name if isinstance(pretrained, bool) else pretrained
     weights = resolve_checkpoint(source) if pretrained or own else None  # fails before the model is built
     for key in kwargs.keys() - config.model.keys():

@@ -334,14 +334,34 @@ def set_model(
     model.neck.predict_feature_dim = set_teacher(config, teacher, grid)
 
 
+def named_teacher(teacher: str | dict[str, Any]) -> dict[str, Any]:
+    """:func:`teacher_config`, with the absolute path of a file of weights."""
+    config = teacher_config(teacher)
+    return config | (dict(pretrained=absolute(config['pretrained'])) if config.get('pretrained') else {})
+
+
+def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | os.PathLike) -> None:
+    """Take another teacher in place of that of a trained model ``name``, such as its file in another folder.
+
+    Raises:
+        InputError: the model has no teacher, or there is no such teacher.
+    """
+    before = (config.model.get('head') or {}).get('teacher')
+    if not before:
+        raise InputError(f'{name} has no teacher; leave teacher out.')
+    after = named_teacher(teacher)
+    kept = {key: value for key, value in before.items() if key not in ('type', 'model', 'pretrained')}
+    if after['type'] != before['type']:
+        kept = {key: value for key, value in kept.items() if key == 'input_size'}
+    config.model.head.teacher = kept | after
+
+
 def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, int]) -> int:
     """Set the teacher, with the encoder's grid of patches; returns the width of its features."""
     from mmmilan.registry import MODELS
 
     head = config.model.head
-    head.teacher = teacher_config(teacher)
-    if head.teacher.get('pretrained'):
-        head.teacher.pretrained = absolute(head.teacher.pretrained)
+    head.teacher = named_teacher(teacher)
     built = MODELS.build(dict(head.teacher))  # downloads it if necessary
     if built.grid != grid:
         head.teacher.input_size = tuple(side * built.patch_size for side in grid)

@@ -37,6 +37,7 @@ def report(
     max_images: arguments.Count = 2000,
     device: arguments.Device | None = None,
     overwrite: bool = False,
+    teacher: arguments.Path | None = None,
 ) -> Path:
     """Write a page that says whether pretraining helped on your images.
 
@@ -54,6 +55,7 @@ def report(
         max_images: maximum number of images of a split; if there are more, evenly spaced ones are taken.
         device: where to run, by default on the GPU if there is one.
         overwrite: replace the page if there is one.
+        teacher: the teacher, if it is not where the checkpoint says: a name or a file, as for ``mmmilan.pretrain``.
 
     Returns:
         The path of the page.
@@ -85,7 +87,7 @@ def report(
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         known = read_known(config, sources)
         images = read_images(config, sources, max_images, known)
-        milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device)
+        milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device, teacher=teacher)
         encoders = build_encoders(milan, config, device)
         normalise = milan.data_preprocessor
         features = extract(images.pixels.split(BATCH_SIZE), lambda batch: batch, normalise, encoders, 'images')

@@ -61,6 +61,20 @@ def photos(image_folder, tmp_path) -> Path:
     return folder
 
 
+def test_a_teacher_that_has_moved(checkpoint, photos, maskclip_file, tmp_path, capsys):
+    """What needs its weights is told where they are; features and embeddings of images need none."""
+    expected = mmmilan.search(photos, checkpoint, TEXTS[0], top=99)
+    moved = Path(maskclip_file).rename(tmp_path / 'moved.pth')
+    with pytest.raises(InputError, match=str(maskclip_file)):
+        mmmilan.search(photos, checkpoint, TEXTS[0])
+    assert mmmilan.search(photos, checkpoint, TEXTS[0], top=99, teacher=str(moved)) == expected
+    images = sorted(map(str, photos.glob('[0-9].jpg')))
+    assert mmmilan.FeatureExtractor(checkpoint)(images).shape == (6, 48)
+    mmmilan.embed(images, checkpoint, tmp_path / 'features.npz')
+    with pytest.raises(InputError, match='nowhere.pt'):
+        mmmilan.get_model(checkpoint, encoder_only=False, teacher='nowhere.pt')
+
+
 def test_search_in_a_folder(checkpoint, photos, log):
     files = sorted(photos.glob('[0-9].jpg'))
     images, texts, _ = by_hand(checkpoint, files, TEXTS[:1])
