@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import shlex
 
 import pytest
 from docstring_parser import parse
 
 import mmmilan
+from helpers import ROOT
 from mmmilan import cli
 from mmmilan.errors import InputError
 
@@ -19,8 +22,8 @@ NAMES = [name for names in cli.COMMANDS.values() for name in names]
 def called(monkeypatch):
     """The arguments with which a command calls its function, in place of the call."""
 
-    def call(line: str) -> dict:
-        words = line.split()
+    def call(line: str | list[str]) -> dict:
+        words = line.split() if isinstance(line, str) else line
         function = getattr(mmmilan, words[0].replace('-', '_'))
         taken: dict = {}
 
@@ -87,6 +90,22 @@ def test_arguments_come_in_one_order():
         positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
         assert positional == sorted(positional, key=order.index), name
     assert set(NAMES) <= {name.replace('_', '-') for name in dir(mmmilan)}
+
+
+def documented() -> list[str]:
+    """The commands of the README's table and of all code blocks of README and docs."""
+    lines = []
+    for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))):
+        text = path.read_text().replace('\\\n', ' ')
+        blocks = ''.join(re.findall(r'^```bash\n(.*?)^```', text, re.M | re.S))
+        lines += re.findall(r'^(?:\w+=\S+ )*mmmilan ([^#\n]+)', blocks, re.M)
+        lines += re.findall(r'^\|[^|]+\| `mmmilan ([^`]+)` \|', text, re.M)
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize('line', documented())
+def test_documented_commands_can_be_typed(line, called):
+    assert called(shlex.split(line))
 
 
 @pytest.mark.parametrize(
