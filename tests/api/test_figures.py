@@ -188,3 +188,10 @@ def test_files_of_one_name_are_told_apart_by_their_folders():
         titles_of(['a/milan.pth', './a/milan.pth'])
     with pytest.raises(InputError, match='teacher is named twice'):
         titles_of(['teacher', 'teacher'])
+
+
+def test_one_image_a_class():
+    features = np.eye(4, dtype=np.float32)
+    for labels, has_silhouette in (([0, 1, 2, 3], False), ([0, 0, 1, 2], True)):
+        figure = draw_tsne(dict(ours=features + 0.1), np.array(labels), list('abcd')[: max(labels) + 1])
+        assert ('silhouette' in figure.axes[0].get_xlabel()) == has_silhouette
