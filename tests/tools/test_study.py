@@ -28,7 +28,7 @@ def study(monkeypatch):
     import study
 
     yield study, arms, report
-    for name in ('arms', 'report', 'run', 'steps', 'study'):
+    for name in ('arms', 'rates', 'report', 'run', 'steps', 'study'):
         sys.modules.pop(name, None)
 
 
@@ -88,6 +88,18 @@ def test_table_marks_what_differs(study):
     assert table[3].startswith('| MILAN | 3 | 0.1 | 100 | 51.0 ± 1.0 |')
     assert table[4].startswith('| distillation | 3 | 0.1 | 100 | 51.3 ± 2.1 |')
     assert report.curve_of(lines, 'MILAN', 'linear probe') == [(0.5, 50), (1, 51)]
+
+
+def test_rates_are_compared_within_a_cell(study):
+    import rates
+
+    def run(cell: str, rate: float, accuracy: float) -> dict:
+        return dict(cell=cell, start=None, rate=rate, seed=0, measures=dict.fromkeys(rates.SHOWN, accuracy))
+
+    lines = [run('4-96/16/500', 1e-3, 44), run('4-96/16/500', 1.5e-4, 41.5), run('4-96/64/500', 1e-3, 40)]
+    rows = rates.table(lines).splitlines()[2:]
+    assert [row.split(' | ')[2] for row in rows] == ['0.00015', '0.001', '0.001']
+    assert [row.split(' | ')[-1] for row in rows] == ['-2.5 |', '0.0 |', '0.0 |']
 
 
 def test_published_results_are_of_this_study(study):
@@ -160,6 +172,13 @@ def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
 def test_arm_that_does_not_exist(run_tool, photographs, tmp_path):
     with pytest.raises(SystemExit, match="The study has no arm 'MILLAN'; choose one of 'no pretraining', 'MAE', "):
         run_tool('study/study.py', 'run', '--data', photographs, '--work-dir', tmp_path, '--arms', 'MILLAN')
+
+
+def test_cell_that_is_none(run_tool, tmp_path):
+    with pytest.raises(
+        SystemExit, match='The cell 96/16 is not ENCODER/BATCH/IMAGES, such as 4-96/16/4167; correct it'
+    ):
+        run_tool('study/rates.py', '--data', tmp_path, '--work-dir', tmp_path, '--cells', '96/16')
 
 
 def test_results_of_another_study(study, run_tool, photographs, tmp_path):

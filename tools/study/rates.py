@@ -1,0 +1,147 @@
+"""What the default learning rate of `mmmilan pretrain` costs: other rates, at other sizes of encoder, batch and folder.
+
+python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study           # run it again to go on
+python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study --cells 4-96/64/4167 --rates 5e-4 1e-3
+
+The study's teacher must have been trained (tools/study/study.py). A cell is ENCODER/BATCH/IMAGES, an encoder
+BLOCKS-WIDTH. Every run is a line of rates.jsonl in the work dir; the table of all of them is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from arms import BUDGETS, TEST_IMAGES, read_arm
+from mmengine.config import Config
+from rich.console import Console
+from run import ProbedEncoder, in_folder, labelled_images, newest_teacher, probe
+
+from mmmilan.api.recipe import new_config
+from mmmilan.datasets import ImageFolder
+from mmmilan.engine.launch import launched
+from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.files import write_text
+
+# One thing at a time is changed from the study's own size; the wide and deep ones last, as they take long.
+CELLS = (
+    '4-96/16/4167',
+    '4-96/64/4167',
+    '4-96/256/4167',
+    '4-96/16/500',
+    '4-96/16/25000',
+    '12-192/16/4167',
+    '12-384/16/4167',
+)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+VIEWS, STEPS = 16_640, 300  # a run sees so many images, but has so many steps at least
+SHOWN = ('linear probe', 'k-NN', 'linear probe, mean token', 'k-NN, mean token')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, default=Path('data/cifar10'))
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
+    parser.add_argument('--cells', nargs='+', default=CELLS, help='ENCODER/BATCH/IMAGES')
+    parser.add_argument('--rates', nargs='+', type=float, default=RATES)
+    parser.add_argument('--start', help='initial weights of the encoder; default: random')
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args()
+
+
+def link_images(data: Path, count: int, folder: Path) -> Path:
+    """A folder with links to ``count`` of the student's images, evenly spread, in their folders of classes."""
+    paths = [Path(info['img_path']) for info in ImageFolder(str(data / 'train')).load_data_list()]
+    paths = paths[BUDGETS['long'].images]
+    for i in range(count):
+        path = paths[i * len(paths) // count].absolute()
+        link = folder / path.parent.name / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            os.symlink(path, link)
+    return folder
+
+
+def configure(cell: str, args: argparse.Namespace) -> Config:
+    """The config that ``mmmilan pretrain`` would use in a cell."""
+    try:
+        encoder, batch, images = cell.split('/')
+        blocks, width = map(int, encoder.split('-'))
+        batch, images = int(batch), int(images)
+    except ValueError as error:
+        raise InputError(f'The cell {cell} is not ENCODER/BATCH/IMAGES, such as {CELLS[0]}; correct it.') from error
+    arch = dict(embed_dims=width, num_layers=blocks, num_heads=width // 32, feedforward_channels=4 * width)
+    teacher = dict(type='mmmilan.OpenCLIPTeacher', pretrained=newest_teacher(args.work_dir), head_width=32)
+    folder = link_images(args.data, images, args.work_dir / f'images-{images}')
+    epochs = math.ceil(max(VIEWS, STEPS * batch) / images)
+    sizes = dict(
+        arch=arch, teacher=teacher, start=args.start, epochs=epochs, batch_size=batch, img_size=32, patch_size=4
+    )
+    cfg = new_config([str(folder)], seed=args.seed, **sizes)
+    cfg.runner_type = 'Runner'
+    cfg.custom_hooks = read_arm('MILAN').custom_hooks
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False, pin_memory=False)
+    return cfg
+
+
+def run(cell: str, rate: float, args: argparse.Namespace) -> dict:
+    """Train and measure; gives the line."""
+    cfg = configure(cell, args)
+    cfg.optim_wrapper.optimizer.lr = rate
+    cfg.default_hooks.checkpoint.interval = cfg.train_cfg.max_epochs
+    cfg = in_folder(cfg, args.work_dir / 'rates' / f'{cell.replace("/", "-")}-{rate:g}-{args.seed}')
+    with launched(cfg, 'train') as runner:
+        start = time.process_time()
+        runner.train()
+        seconds, steps = time.process_time() - start, runner.max_iters
+    probed = read_arm('MILAN')
+    images = [
+        labelled_images(probed, args.data / name, part)
+        for name, part in (('train', BUDGETS['short'].images), ('test', TEST_IMAGES))
+    ]
+    encoder = ProbedEncoder(runner.model.eval(), semantic=False, joint=True)
+    measures = probe(*map(encoder.features, images), torch.load(args.work_dir / 'teacher' / 'classes.pt'))
+    line = dict(cell=cell, rate=rate, seed=args.seed, start=args.start, steps=steps, seconds=round(seconds, 1))
+    return line | dict(measures=measures)
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: one row per cell and rate; the last column is the mean of the measures less the cell's best."""
+    rows = [['cell', 'start', 'rate', *SHOWN, 'behind the best']]
+    rows.append(['---'] * len(rows[0]))
+
+    def mean(line: dict) -> float:
+        return sum(line['measures'][name] for name in SHOWN) / len(SHOWN)
+
+    for line in sorted(lines, key=lambda line: (line['cell'], str(line['start']), line['rate'], line['seed'])):
+        rivals = [other for other in lines if all(other[key] == line[key] for key in ('cell', 'start', 'seed'))]
+        behind = mean(line) - max(map(mean, rivals))
+        shown = [f'{line["measures"][name]:.1f}' for name in SHOWN]
+        rows.append([line['cell'], line['start'] or '', f'{line["rate"]:g}', *shown, f'{behind:.1f}'])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    path = args.work_dir / 'rates.jsonl'
+    lines = [json.loads(text) for text in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    for cell in args.cells:
+        default = configure(cell, args).optim_wrapper.optimizer.lr
+        for rate in sorted({default, *args.rates}):
+            key = dict(cell=cell, rate=rate, seed=args.seed, start=args.start)
+            if not any(key.items() <= line.items() for line in lines):
+                lines.append(run(cell, rate, args) | dict(default=rate == default))
+                write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+    Console(width=200).print(table(lines), markup=False)
+
+
+if __name__ == '__main__':
+    with exit_on_input_error():
+        main()
