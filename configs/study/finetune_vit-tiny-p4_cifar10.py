@@ -34,6 +34,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
+test_evaluator = dict(topk=(1,))
 
 custom_hooks = [dict(type='mmmilan.StepSeedHook'), dict(type='mmmilan.NonFiniteLossHook')]
 visualizer = dict(vis_backends=[dict(type='LocalVisBackend')])

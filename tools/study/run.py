@@ -236,6 +236,7 @@ def fine_tune(checkpoint: Path | None, share: int, seed: int, images: slice, dat
     cfg.test_dataloader.dataset.update(data_root=str(data / 'test'), indices=indices_of(TEST_IMAGES, data / 'test'))
     labelled = ImageFolder(str(data / 'train'), with_label=True, indices=indices_of(images, data / 'train'))
     chosen = every(100 // share, labelled).indices
+    cfg.model.data_preprocessor.num_classes = cfg.model.head.num_classes = len(labelled.CLASSES)
     cfg.train_dataloader.dataset.indices = [int(i) for i in np.array(indices_of(images, data / 'train'))[chosen]]
     cfg.train_dataloader.batch_size = min(cfg.train_dataloader.batch_size, len(chosen))
     cfg.train_cfg.max_epochs = FINE_TUNING_EPOCHS[share]
