@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import mmmilan.models  # noqa: F401 (registers)
 from mmmilan.files import atomic_write, write_text
-from mmmilan.models.frozen import Frozen
+from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
 
 
@@ -57,7 +57,7 @@ class Wrapped(nn.Module):
 
 
 def distil(job: dict[str, Any]) -> None:
-    """Write ``epoch_N.pth`` for each epoch, then ``seconds.json``: seconds of CPU time."""
+    """Train, or go on; write ``epoch_N.pth`` for each epoch, then ``training.json``, as the study's other runs do."""
     torch.set_num_threads(1)
     init_default_scope('mmpretrain')
     MMLogger.get_current_instance().setLevel(logging.ERROR)
@@ -68,6 +68,7 @@ def distil(job: dict[str, Any]) -> None:
     folder = Path(job['folder'])
     options = job['pretrain']
     options['method_args']['teacher'] = Wrapped(Frozen(teacher), teacher.feature_dim)
+    begun = (folder / 'lightly' / 'checkpoints' / 'last.ckpt').exists()
     start = time.process_time()
     lightly_train.pretrain(
         out=folder / 'lightly',
@@ -79,14 +80,17 @@ def distil(job: dict[str, Any]) -> None:
         precision='32-true',
         loggers=dict(tensorboard=None),
         callbacks=dict(model_checkpoint=dict(every_n_epochs=1, save_top_k=-1, filename='{epoch}')),
-        overwrite=True,
+        resume_interrupted=begun,
+        overwrite=not begun,
         **options,
     )
     seconds = time.process_time() - start
     for path in (folder / 'lightly' / 'checkpoints').glob('epoch=*.ckpt'):
         weights = torch.load(path, map_location='cpu', weights_only=False)['state_dict']
         save_encoder(weights, folder / f'epoch_{1 + int(path.stem.removeprefix("epoch="))}.pth')
-    write_text(folder / 'seconds.json', json.dumps(round(seconds, 1)))
+    images, epochs = len(options['data']), options['epochs']
+    line = dict(images=images * epochs, epochs=epochs, cpu_seconds=round(seconds, 1), resumed=begun)
+    write_text(folder / 'training.json', json.dumps(line) + '\n')
 
 
 def save_encoder(weights: dict[str, Tensor], path: Path) -> None:

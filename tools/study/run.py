@@ -246,8 +246,8 @@ def fine_tune(checkpoint: Path | None, share: int, seed: int, images: slice, dat
         return dict(accuracy=round(runner.test()['accuracy/top1'], 2))
 
 
-def train_lightly(cfg: Config, seed: int, python: str) -> float:
-    """Train LightlyTrain's arm by a Python that has it, if it is not trained yet; gives seconds of CPU time."""
+def train_lightly(cfg: Config, seed: int, python: str) -> dict:
+    """Train LightlyTrain's arm by a Python that has it, if it is not trained yet; gives what the line says of it."""
     folder = Path(cfg.work_dir)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     images = [dataset.get_data_info(i)['img_path'] for i in range(len(dataset))]
@@ -255,14 +255,13 @@ def train_lightly(cfg: Config, seed: int, python: str) -> float:
     job = dict(backbone=model['backbone'], teacher=model['head']['teacher'], folder=str(folder), seed=seed)
     job['pretrain'] = dict(cfg.pretrain.to_dict(), data=images, epochs=cfg.train_cfg.max_epochs)
     write_text(folder / 'job.json', json.dumps(job))
-    if not (folder / 'seconds.json').exists():
+    if not (folder / 'training.json').exists():
         subprocess.run([python, str(Path(__file__).with_name('distill_lightly.py')), folder / 'job.json'], check=True)
-    return json.loads((folder / 'seconds.json').read_text(encoding='utf-8'))
+    return json.loads((folder / 'training.json').read_text(encoding='utf-8'))
 
 
 def train(arm: str, seed: int, cfg: Config, python: str) -> tuple[nn.Module, dict]:
     """Train; gives the model, and what the line says of the training."""
-    images, epochs = len(cfg.train_dataloader.dataset.get('indices') or ()), cfg.train_cfg.max_epochs
     if arm in (LIGHTLY, NO_PRETRAINING):
         init_default_scope('mmpretrain')
         MMLogger.get_current_instance().setLevel(logging.ERROR)
@@ -271,13 +270,12 @@ def train(arm: str, seed: int, cfg: Config, python: str) -> tuple[nn.Module, dic
         model.init_weights()
         if arm == NO_PRETRAINING:
             return model, dict(images=0, epochs=0, cpu_seconds=0, resumed=False)
-        seconds = train_lightly(cfg, seed, python)
-        return model, dict(images=images * epochs, epochs=epochs, cpu_seconds=seconds, resumed=False)
+        return model, train_lightly(cfg, seed, python)
     with launched(cfg, 'train') as runner:
         start = time.process_time()
         runner.train()
         seconds = round(time.process_time() - start, 1)
-        images = len(runner.train_dataloader.dataset)
+        images, epochs = len(runner.train_dataloader.dataset), runner.max_epochs
     result = dict(images=images * epochs, epochs=epochs, cpu_seconds=seconds, resumed=cfg.resume)
     if arm != 'teacher':
         result['gflop_per_image'] = round(count_gflops(runner.model.train(), cfg), 5)
