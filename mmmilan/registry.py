@@ -13,7 +13,7 @@ def _child(root: Registry, *locations: str) -> Registry:
 
 
 MODELS = _child(roots.MODELS, 'mmmilan.models')
-TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.models.masking', 'mmmilan.prompted_masking', 'mmmilan.datasets')
+TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.models.masking', 'mmmilan.datasets')
 DATASETS = _child(roots.DATASETS, 'mmmilan.datasets')
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmmilan.datasets')
 RUNNERS = _child(roots.RUNNERS, 'mmmilan.engine')

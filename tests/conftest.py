@@ -24,7 +24,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import WEIGHT_INITIALIZERS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from helpers import ROOT, TINY_ARCH, strip_prefix
+from helpers import ROOT, TINY_ARCH, openai_numbers, strip_prefix
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.registry import MODELS
 from scenes import write_scenes
@@ -96,7 +96,7 @@ def official():
 def clip_file(official, tmp_path):
     """A visual tower alone, in OpenAI's layout: width 128, 2 layers, 4 x 4 patches of 16, 24 dimensions."""
     path = tmp_path / 'clip.pt'
-    torch.save(strip_prefix(official, 'clip/'), path)
+    torch.save(strip_prefix(official, 'clip/') | openai_numbers(), path)
     return str(path)
 
 
@@ -116,7 +116,10 @@ def milan_cfg(clip_file):
             decoder_num_heads=4,
             predict_feature_dim=24,
         ),
-        head=dict(type='mmmilan.CLIPTarget', teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file)),
+        head=dict(
+            type='mmmilan.CLIPTarget',
+            teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=clip_file, teacher_mean_std=None),
+        ),
     )
 
 

@@ -223,6 +223,14 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     return sum(value for name, value in losses.items() if 'loss' in name)
 
 
+# -- teachers
+
+
+def openai_numbers() -> dict[str, Tensor]:
+    """What a state dict of OpenAI's CLIP holds beside the weights, and no file of open_clip does."""
+    return dict(input_resolution=torch.tensor(64), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))
+
+
 # -- numbers
 
 

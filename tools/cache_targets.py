@@ -31,6 +31,7 @@ from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, e
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
+from mmmilan.models.teachers import teacher_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +52,7 @@ def describe(cfg: Config, model: MILAN, dataset: ImageFolder) -> dict:
     teacher = model.head.teacher
     return dict(
         version=VERSION,
-        teacher=as_json(cfg.model.head.teacher.to_dict()),
+        teacher=as_json(teacher_config(cfg.model.to_dict()['head']['teacher'])),
         pipeline=as_json([step.to_dict() for step in cfg.train_dataloader.dataset.pipeline]),
         images=len(dataset),
         names=checksum_of_names(dataset),
@@ -123,8 +124,6 @@ def main() -> None:
     init_default_scope(cfg.default_scope)
     if not cfg.model.head.get('teacher'):
         raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')
-    if cfg.model.masking.type == 'mmmilan.PromptedMasking':
-        raise InputError('A cache cannot store the importance of PromptedMasking; choose another model.masking.')
     model = MODELS.build(cfg.model).to(get_device()).eval()
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if isinstance(dataset, CachedTargets):

@@ -19,7 +19,7 @@ import yaml
 from mmengine.config import Config
 from torch import Tensor
 
-from mmmilan.api.models import get_model
+from mmmilan.api.models import get_model, is_checkpoint
 from mmmilan.checkpoints.config import config_text, own_config
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
@@ -119,12 +119,22 @@ def public_config(config: Config) -> Config:
     """The part of a config that the model needs, without folders of the training machine."""
     model = config.model.to_dict()
     model['backbone'].pop('init_cfg', None)
-    teacher = (model.get('head') or {}).get('teacher') or {}
-    if '/' in str(teacher.get('pretrained', '')):
-        teacher['pretrained'] = Path(teacher['pretrained']).name
+    head = model.get('head') or {}
+    for part in (head, *head.get('targets', [])):
+        if isinstance(teacher := part.get('teacher'), str):
+            part['teacher'] = without_folders(teacher)
+        elif teacher:
+            teacher.update({key: without_folders(value) for key, value in teacher.items() if isinstance(value, str)})
     dataset = config.test_dataloader.dataset.to_dict()
     dataset = {key: dataset[key] for key in ('type', 'pipeline', 'metainfo') if key in dataset}
     return Config(dict(default_scope=config.default_scope, model=model, test_dataloader=dict(dataset=dataset)))
+
+
+def without_folders(name: str) -> str:
+    """The name of a teacher, or of its weights, without the folders of a file."""
+    before, separator, path = name.rpartition(':')
+    is_path = os.path.isabs(path) or is_checkpoint(path)
+    return f'{before}{separator}{Path(path).name}' if is_path and '://' not in name else name
 
 
 def entry_config(config: Path, path: Path) -> str:

@@ -23,7 +23,12 @@ model = dict(
     ),
     head=dict(
         type='mmmilan.CLIPTarget',
-        teacher=dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-quickgelu', pretrained='openai'),
+        teacher=dict(
+            type='mmmilan.OpenCLIPTeacher',
+            model='ViT-B-16-quickgelu',
+            pretrained='openai',
+            teacher_mean_std=None,  # published code: CLIP sees the student's pixels, by ImageNet's statistics
+        ),
     ),
 )
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mmmilan.api.models import get_model, is_checkpoint, read_config
 from mmmilan.errors import InputError
 from mmmilan.models.attention import record_attention
-from mmmilan.models.teachers import Teacher
-from mmmilan.registry import MODELS
+from mmmilan.models.teachers import Teacher, build_teacher
+from mmmilan.models.teachers.base import statistics_of
+from mmmilan.models.teachers.by_name import LIBRARIES, names_teacher
 
 # Normalised images [B, 3, H, W] -> features [B, D] and attention of the class token in the last block [B, N].
 ComparedModel = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -24,33 +25,30 @@ def load_compared_model(config: str | os.PathLike, name: str, device: str) -> Co
 
     Args:
         config: the config that says how encoders are built; 'teacher' is the teacher of this config.
-        name: a checkpoint in any layout (file, URL or name of the zoo), ``teacher``, ``timm:MODEL`` or
-            ``open_clip:MODEL:TAG``.
+        name: an encoder: a checkpoint in any layout (file, URL or name of the zoo); ``teacher``; or the name of a
+            teacher, as :func:`teacher_config` takes it.
         device: where to put it.
 
     Raises:
         InputError: there is no such model, or the checkpoint does not fit the config's encoder.
     """
-    kind, _, rest = name.partition(':')
-    if kind == 'timm':
-        return compare_teacher(MODELS.build(dict(type='mmmilan.TimmTeacher', model=rest)), device)
-    if kind == 'open_clip':
-        model, _, tag = rest.partition(':')
-        teacher = MODELS.build(dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag))
-        return compare_teacher(teacher, device)
     if name == 'teacher':
         teacher = read_config(config).model.get('head', {}).get('teacher')
         if teacher is None:
             raise InputError(f'{config} has no teacher to compare; leave teacher out, or give a config that has one.')
-        return compare_teacher(MODELS.build(teacher), device)
+        return compare_teacher(build_teacher(teacher), config, device)
+    if names_teacher(name):
+        return compare_teacher(build_teacher(name), config, device)
     return ComparedEncoder(get_model(config, name, device=device).backbone)
 
 
 def title_of(name: str) -> str:
-    """What a figure calls a model: its name without folders and file extension."""
+    """What a figure calls a model: its name without folders, file extension and library."""
+    library, _, rest = name.partition(':')
+    name = rest if library in LIBRARIES else name
     if is_checkpoint(name):
         return Path(name).stem
-    return name.partition(':')[2] or name
+    return Path(name).name if os.path.isdir(name.removeprefix('local-dir:')) else name
 
 
 def titles_of(names: Sequence[str]) -> list[str]:
@@ -74,8 +72,9 @@ def titles_of(names: Sequence[str]) -> list[str]:
     return titles
 
 
-def compare_teacher(teacher: Teacher, device: str) -> ComparedModel:
-    """A teacher as a model to compare; its importance is the attention of its class token."""
+def compare_teacher(teacher: Teacher, config: str | os.PathLike, device: str) -> ComparedModel:
+    """A teacher as a model to compare, on images that are normalised as the config says."""
+    teacher.take_images(*statistics_of(read_config(config).model.get('data_preprocessor')))
     teacher = teacher.to(device).eval()
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:

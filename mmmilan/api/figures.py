@@ -46,7 +46,8 @@ def figures(
     Args:
         images: folder of images.
         checkpoints: models to compare: a checkpoint in any layout (of this project, MAE, mmpretrain, timm: file, URL or
-            name of the zoo), ``teacher`` for the config's own, ``timm:MODEL``, or ``open_clip:MODEL:TAG``.
+            name of the zoo), ``teacher`` for the config's own, or the name of a teacher, such as
+            ``vit_base_patch16_224.dino`` or ``ViT-B-16-quickgelu:openai``.
         out: folder to write.
         config: a config or a model of the zoo, from which the encoder is built and the images are preprocessed; by
             default the config of the first checkpoint.

@@ -287,30 +287,6 @@ def set_start(config: Config, start: str | None) -> None:
         config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
 
 
-def teacher_config(teacher: str | dict[str, Any]) -> dict[str, Any]:
-    """The config of a teacher from MODEL:TAG of open_clip, the name of a timm ViT, a file or a URL.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    import timm
-
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
-
-    if not isinstance(teacher, str):
-        return dict(teacher)
-    if '://' in teacher:
-        teacher = str(resolve_checkpoint(teacher))
-    if Path(teacher).is_file():
-        return dict(type='mmmilan.OpenCLIPTeacher', pretrained=teacher)
-    model, separator, tag = teacher.partition(':')
-    if separator:
-        return dict(type='mmmilan.OpenCLIPTeacher', model=model, pretrained=tag)
-    if timm.is_model(teacher.split('.')[0]):
-        return dict(type='mmmilan.TimmTeacher', model=teacher)
-    raise InputError(f'The teacher {teacher} is unknown; give a file, MODEL:TAG of open_clip, or a ViT of timm.')
-
-
 def set_model(
     config: Config, arch: str | dict, teacher: str | dict, img_size: tuple[int, int] | int, patch_size: int
 ) -> None:
@@ -336,8 +312,12 @@ def set_model(
 
 def named_teacher(teacher: str | dict[str, Any]) -> dict[str, Any]:
     """:func:`teacher_config`, with the absolute path of a file of weights."""
+    from mmmilan.models.teachers import teacher_config
+
     config = teacher_config(teacher)
-    return config | (dict(pretrained=absolute(config['pretrained'])) if config.get('pretrained') else {})
+    return config | (
+        dict(pretrained=absolute(config['pretrained'])) if isinstance(config.get('pretrained'), str) else {}
+    )
 
 
 def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | os.PathLike) -> None:
@@ -349,7 +329,7 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
     before = (config.model.get('head') or {}).get('teacher')
     if not before:
         raise InputError(f'{name} has no teacher; leave teacher out.')
-    after = named_teacher(teacher)
+    before, after = named_teacher(before), named_teacher(teacher)
     kept = {key: value for key, value in before.items() if key not in ('type', 'model', 'pretrained')}
     if after['type'] != before['type']:
         kept = {key: value for key, value in kept.items() if key == 'input_size'}
@@ -358,11 +338,11 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
 
 def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, int]) -> int:
     """Set the teacher, with the encoder's grid of patches; returns the width of its features."""
-    from mmmilan.registry import MODELS
+    from mmmilan.models.teachers import build_teacher
 
     head = config.model.head
     head.teacher = named_teacher(teacher)
-    built = MODELS.build(dict(head.teacher))  # downloads it if necessary
+    built = build_teacher(head.teacher)  # downloads it if necessary
     if built.grid != grid:
         head.teacher.input_size = tuple(side * built.patch_size for side in grid)
     return built.feature_dim

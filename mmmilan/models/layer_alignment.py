@@ -21,11 +21,11 @@ class LayerAlignment(Target):
     twice the mean smooth L1 loss, as in the published code (``loss_weights='top2'``, ``target_norm='whiten'``).
 
     Args:
-        teacher: Config of a teacher.
+        teacher: Config or name of a teacher.
         num_layers: Number L of the teacher's last layers to align with.
     """
 
-    def __init__(self, teacher: dict | Teacher, num_layers: int = 2, init_cfg: dict | None = None) -> None:
+    def __init__(self, teacher: dict | str | Teacher, num_layers: int = 2, init_cfg: dict | None = None) -> None:
         super().__init__(teacher, init_cfg)
         self.layers = list(range(-num_layers, 0))
         self.feature_dim = num_layers * self.teacher.width

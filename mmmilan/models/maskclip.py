@@ -16,6 +16,7 @@ from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.masking import split_patches
 from mmmilan.models.self_distillation import DistillationTarget
+from mmmilan.models.teachers.base import statistics_of
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens
 from mmmilan.models.wrapping import MeanTeacher
@@ -109,7 +110,7 @@ class MaskCLIP(BaseModel):
             if isinstance(self.head, DistillationTarget):
                 target_dim = self.backbone.embed_dims if learns_from_itself else self.head.teacher.feature_dim
             check_parts(self.backbone, self.masking, self.neck, self.head, target_dim)
-            self.masking.prepare(self.head.teacher)
+            self.head.take_images(*statistics_of(data_preprocessor))
         if language_weight:
             sizes = dict(width=self.text.width, vocab_size=self.text.vocab_size)
             self.language = MODELS.build(require_cfg(language, 'language', 'language_weight'), default_args=sizes)

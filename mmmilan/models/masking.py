@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from mmcv.transforms import BaseTransform
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.registry import TRANSFORMS
-
-if TYPE_CHECKING:
-    from mmmilan.models.teachers import Teacher
 
 # In place of log 0: finite, but lower than the logarithm of any positive float32 plus noise.
 LOG_ZERO = -1e3
@@ -121,12 +117,6 @@ class Masking(BaseTransform):
         if visible < 1:
             raise InputError(f'mask_ratio={self.mask_ratio} leaves none of {num_patches} patches visible; lower it.')
         return visible
-
-    def prepare(self, teacher: Teacher | None) -> None:
-        """Called once, when the model is built, with the model's teacher.
-
-        Most maskings do nothing here; :class:`PromptedMasking` embeds its texts.
-        """
 
     def draw(self, importance: Tensor | None, shape: tuple[int, int], device: torch.device | str = 'cpu') -> Tensor:
         """Mask a batch.

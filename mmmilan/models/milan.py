@@ -29,6 +29,7 @@ from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.masking import split_patches, supplied_masks
 from mmmilan.models.targets import CLIPTarget
+from mmmilan.models.teachers.base import statistics_of
 from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
@@ -93,7 +94,7 @@ class MILAN(BaseModel):
         self.neck = MODELS.build(neck)
         self.head = MODELS.build(head)
         check_parts(self.backbone, self.masking, self.neck, self.head, self.head.feature_dim)
-        self.masking.prepare(self.head.teacher)
+        self.head.take_images(*statistics_of(data_preprocessor))
 
     def forward(
         self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'

@@ -17,10 +17,12 @@ class DistillationTarget(Target):
 
     Args:
         feature_dim: Width C of the teacher's features: the encoder's own with a mean teacher.
-        teacher: Config of a frozen teacher; None for the mean teacher of MaskCLIP.
+        teacher: Config or name of a frozen teacher; None for the mean teacher of MaskCLIP.
     """
 
-    def __init__(self, feature_dim: int, teacher: dict | Teacher | None = None, init_cfg: dict | None = None) -> None:
+    def __init__(
+        self, feature_dim: int, teacher: dict | str | Teacher | None = None, init_cfg: dict | None = None
+    ) -> None:
         super().__init__(teacher, init_cfg)
         self.feature_dim = feature_dim
         self.statistics: dict[str, Tensor] = {}  # of the last batch in training, for the log
@@ -60,7 +62,7 @@ class CodewordTarget(DistillationTarget):
         first_teacher_temperature: float = 0.04,
         warmup_steps: int = 0,
         center_momentum: float | None = 0.9,
-        teacher: dict | Teacher | None = None,
+        teacher: dict | str | Teacher | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(feature_dim, teacher, init_cfg)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_grid
-from mmmilan.models.teachers import Teacher
+from mmmilan.models.teachers import Teacher, build_teacher
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
@@ -22,7 +21,7 @@ class SemanticAwareViT(MILANViT):
     image shows the same patches in training and in validation. The teacher is frozen and not in the state dict.
 
     Args:
-        teacher: Config of the teacher.
+        teacher: Config or name of the teacher.
         keep_ratio: Share of the patches that the encoder sees, 0 < keep_ratio <= 1; rounded down to whole patches. The
             published code has 0.7, which are 137 of 196 patches; the paper says 0.5.
         kwargs: Arguments of :class:`MILANViT`.
@@ -31,12 +30,9 @@ class SemanticAwareViT(MILANViT):
         InputError: if the teacher's grid is not the encoder's, or no patch would be left.
     """
 
-    def __init__(self, teacher: dict | Teacher, keep_ratio: float = 0.7, **kwargs) -> None:
+    def __init__(self, teacher: dict | str | Teacher, keep_ratio: float = 0.7, **kwargs) -> None:
         super().__init__(**kwargs)
-        if isinstance(teacher, dict):
-            with of_another_file():
-                teacher = MODELS.build(teacher)
-        self.teacher = Frozen(teacher)
+        self.teacher = Frozen(build_teacher(teacher))
         self.num_visible = int(round(keep_ratio * self.num_patches, 6))
         if not 1 <= self.num_visible <= self.num_patches:
             raise InputError(

@@ -10,9 +10,8 @@ from mmengine.model import BaseModule, ModuleList
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
-from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import CachedTeacher, Teacher
+from mmmilan.models.teachers import CachedTeacher, Teacher, build_teacher
 from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
 
@@ -23,7 +22,7 @@ class Target(BaseModule):
     A new target is a subclass with three methods: ``target``, ``token_loss`` and ``loss_tokens``.
 
     Args:
-        teacher: Config of a :class:`Teacher`, or a teacher, or None. It is frozen and not in the state dict.
+        teacher: Config or name of a :class:`Teacher`, or a teacher, or None. It is frozen and not in the state dict.
 
     Attributes:
         feature_dim: Width C of the target.
@@ -33,16 +32,18 @@ class Target(BaseModule):
     feature_dim: int
     cls_weight: float = 1.0
 
-    def __init__(self, teacher: dict | Teacher | None, init_cfg: dict | None = None) -> None:
+    def __init__(self, teacher: dict | str | Teacher | None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        if isinstance(teacher, dict):
-            with of_another_file():
-                teacher = MODELS.build(teacher)
-        self._teacher = Frozen(teacher) if teacher is not None else None
+        self._teacher = Frozen(build_teacher(teacher)) if teacher is not None else None
 
     @property
     def teacher(self) -> Teacher | None:
         return self._teacher.module if self._teacher else None
+
+    def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell the teacher how its images come normalised: mean and standard deviation of RGB in [0, 1]."""
+        if isinstance(self.teacher, Teacher):
+            self.teacher.take_images(mean, std)
 
     def run_teacher(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Images [B, 3, H, W] -> the teacher's features [B, 1 + N, C] and importance [B, N]; None without one."""
@@ -100,12 +101,12 @@ class CLIPTarget(Target):
     """Features of a frozen teacher: || p/|p| - t/|t| ||² = 2 - 2 cos(p, t) (paper, eq. 1).
 
     Args:
-        teacher: Config of a teacher.
+        teacher: Config or name of a teacher.
         cls_token: Count the class token in the mean (published code); False leaves it to patches (paper), a number
             counts it as that many patches.
     """
 
-    def __init__(self, teacher: dict | Teacher, cls_token: float = True, init_cfg: dict | None = None) -> None:
+    def __init__(self, teacher: dict | str | Teacher, cls_token: float = True, init_cfg: dict | None = None) -> None:
         super().__init__(teacher, init_cfg)
         self.cls_weight = float(cls_token)
         self.feature_dim = self.teacher.feature_dim
@@ -125,14 +126,14 @@ class PixelTarget(Target):
     Args:
         norm_pix: Normalise each target patch by its own mean and standard deviation.
         patch_size: Side of a patch in pixels.
-        teacher: Config of a teacher, needed only for semantic-aware masking.
+        teacher: Config or name of a teacher, needed only for semantic-aware masking.
     """
 
     def __init__(
         self,
         norm_pix: bool = False,
         patch_size: int = 16,
-        teacher: dict | Teacher | None = None,
+        teacher: dict | str | Teacher | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(teacher, init_cfg)
@@ -203,6 +204,11 @@ class SumTarget(Target):
     def teacher(self) -> Teacher | None:
         """The first target's that has one."""
         return next((target.teacher for target in self.targets if target.teacher is not None), None)
+
+    def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell all teachers how their images come normalised, see :meth:`Target.take_images`."""
+        for target in self.targets:
+            target.take_images(mean, std)
 
     def run_teacher(self, images: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
         """Images [B, 3, H, W] -> features of each target's teacher, and the first importance [B, N]."""

@@ -20,6 +20,7 @@ from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
 from mmmilan.models.attention import last_attention
+from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from mmmilan.registry import MODELS
 from mmmilan.visualization.paper import draw_tsne
 
@@ -107,9 +108,13 @@ def test_other_sources(models, clip_file):
     features, importance = teacher(images)
     drawn = load_compared_model(config, 'teacher', 'cpu')(images)
     assert torch.equal(drawn[0], features[:, 0]) and torch.equal(drawn[1], importance)
-    with pytest.raises(InputError, match='timm has no model'):
+    drawn = load_compared_model(config, clip_file, 'cpu')(images)  # sees its own pixels, the config's teacher does not
+    teacher.teacher_mean_std = 'own'
+    teacher.take_images(IMAGENET_MEAN, IMAGENET_STD)
+    assert torch.equal(drawn[0], teacher(images)[0][:, 0]) and not torch.equal(drawn[0], features[:, 0])
+    with pytest.raises(InputError, match='The teacher timm:vit_of_nobody is unknown'):
         load_compared_model(config, 'timm:vit_of_nobody', 'cpu')
-    with pytest.raises(InputError, match="open_clip has no model 'ViT-Z'"):
+    with pytest.raises(InputError, match='The teacher open_clip:ViT-Z:openai is unknown'):
         load_compared_model(config, 'open_clip:ViT-Z:openai', 'cpu')
 
 

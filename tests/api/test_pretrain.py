@@ -19,7 +19,6 @@ import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
 from mmmilan.api.pretrain import reported_images
-from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine.schedule import fit_schedule
@@ -244,7 +243,7 @@ def test_rectangles(image_folder, quick, tmp_path):
     [
         (dict(data='nowhere'), 'nowhere does not exist'),
         (dict(data='.'), 'holds no image'),
-        (dict(teacher='none.pt'), 'The teacher none.pt is unknown; give a file'),
+        (dict(teacher='none.pt'), 'The teacher none.pt is unknown; give MODEL:TAG'),
         (dict(teacher='ViT-B-16:nobody'), 'nobody'),
         (dict(teacher='ViT-Z-16:openai'), 'ViT-Z-16'),
         (dict(start='none.pth'), 'none.pth is neither a file'),
@@ -265,15 +264,6 @@ def test_bad_arguments_are_refused_before_the_run(image_folder, quick, tmp_path,
         mmmilan.pretrain(arguments.pop('data'), tmp_path / 'out', **arguments)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
-
-
-def test_teachers_by_name(tmp_path):
-    (tmp_path / 'clip.pt').touch()
-    assert teacher_config('ViT-B-16:openai')['pretrained'] == 'openai'
-    assert teacher_config('vit_base_patch16_224.dino') == dict(
-        type='mmmilan.TimmTeacher', model='vit_base_patch16_224.dino'
-    )
-    assert teacher_config(str(tmp_path / 'clip.pt'))['pretrained'] == str(tmp_path / 'clip.pt')
 
 
 def test_command(image_folder, quick, tmp_path, capfd):

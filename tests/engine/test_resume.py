@@ -87,8 +87,10 @@ def cached_teacher(tiny_config, run_tool, tmp_path):
 @pytest.fixture
 def prompted(maskclip_file):
     """Texts, not attention, decide on the masks."""
-    masking = dict(_delete_=True, type='mmmilan.PromptedMasking', texts=['a ship', 'rust'])
-    return {'model.masking': masking, 'model.head.teacher.pretrained': maskclip_file}
+    return {
+        'model.head.teacher.importance': dict(texts=['a ship', 'rust']),
+        'model.head.teacher.pretrained': maskclip_file,
+    }
 
 
 @pytest.fixture

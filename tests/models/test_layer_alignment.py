@@ -12,7 +12,7 @@ import torch
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
-from helpers import ROOT, gradients, relative_error, strip_prefix
+from helpers import ROOT, gradients, openai_numbers, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
@@ -93,7 +93,7 @@ def rename(norms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def alignment_cfg(recorded: dict, path: Path) -> dict:
-    torch.save(clip_weights(recorded), path)
+    torch.save(clip_weights(recorded) | openai_numbers(), path)
     arch = dict(embed_dims=32, num_layers=4, num_heads=4, feedforward_channels=128)
     return dict(
         type='mmmilan.MILAN',
@@ -103,7 +103,7 @@ def alignment_cfg(recorded: dict, path: Path) -> dict:
         head=dict(
             type='mmmilan.LayerAlignment',
             num_layers=2,
-            teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path), head_width=16),
+            teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=str(path), head_width=16, teacher_mean_std=None),
         ),
     )
 

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmpretrain.structures import DataSample
 from torch import nn
 
-from helpers import TINY_ARCH, strip_prefix
+from helpers import TINY_ARCH, openai_numbers, strip_prefix
 from mmmilan.registry import MODELS
 
 BACKBONE = dict(arch=TINY_ARCH, img_size=64, patch_size=16)
@@ -41,7 +41,7 @@ def draws(monkeypatch):
 def whole_clip_file(official, tmp_path):
     """The recorded visual tower with a text tower, which mmpretrain needs to read a CLIP."""
     generator = torch.Generator().manual_seed(0)
-    weights = strip_prefix(official, 'clip/')
+    weights = strip_prefix(official, 'clip/') | openai_numbers()
     shapes = dict(positional_embedding=(8, 64), text_projection=(64, 24))
     shapes |= {'token_embedding.weight': (10, 64), 'ln_final.weight': (64,), 'ln_final.bias': (64,)}
     shapes['transformer.resblocks.0.ln_1.weight'] = (64,)
@@ -94,7 +94,8 @@ def test_milan(images, draws, whole_clip_file):
             masking=dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75),
             neck=dict(type='mmmilan.PromptingDecoder', predict_feature_dim=24, **NECK),
             head=dict(
-                type='mmmilan.CLIPTarget', teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=whole_clip_file)
+                type='mmmilan.CLIPTarget',
+                teacher=dict(type='mmmilan.OpenCLIPTeacher', pretrained=whole_clip_file, teacher_mean_std=None),
             ),
         )
     )

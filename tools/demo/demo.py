@@ -25,7 +25,6 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.api.recipe import teacher_config
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
@@ -33,6 +32,7 @@ from mmmilan.datasets.image_folder import list_images
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import check_output, write_text
 from mmmilan.models import MILAN
+from mmmilan.models.teachers import build_teacher, teacher_config
 from mmmilan.models.text_tower import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
 from scenes import write_scenes
@@ -120,7 +120,7 @@ def pretraining_config(method: str, teacher_cfg: dict, args: argparse.Namespace)
 
 def fit_to_teacher(cfg: Config, teacher_cfg: dict) -> None:
     """Set image size, patch size and width of the target to those of a real teacher."""
-    teacher = MODELS.build(teacher_cfg)
+    teacher = build_teacher(teacher_cfg)
     size, patch = teacher.input_size[0], teacher.patch_size
     cfg.model.backbone.update(img_size=size, patch_size=patch)
     cfg.model.neck.num_patches = teacher.num_patches

@@ -8,6 +8,11 @@ model = dict(
     backbone=dict(
         type='mmmilan.SemanticAwareViT',
         keep_ratio=0.5,
-        teacher=dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-quickgelu', pretrained='openai'),
+        teacher=dict(
+            type='mmmilan.OpenCLIPTeacher',
+            model='ViT-B-16-quickgelu',
+            pretrained='openai',
+            teacher_mean_std=None,  # published code: CLIP sees the student's pixels, by ImageNet's statistics
+        ),
     )
 )

@@ -12,6 +12,7 @@ model = dict(
             model='ViT-H-14-worldwide-quickgelu',
             pretrained='metaclip2_worldwide',
             input_size=196,
+            teacher_mean_std='own',
             weight_dtype='bfloat16',
         ),
     ),

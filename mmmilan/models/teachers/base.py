@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
+from mmmilan.models.teachers.importance import TextImportance, check_text_options
 from mmmilan.models.text_tower import TextTower
 
-# Images come normalised by ImageNet's statistics, as the configs' data preprocessor does it.
+# The student's images are normalised by ImageNet's statistics, unless its data preprocessor says otherwise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -32,7 +34,8 @@ class Tower(nn.Module):
         importance_is: What the importance is, in words, for the log.
         gives_values: Whether it can give the values of patches.
         weigh: What makes importance [B, N] of the attention [B, N] and of the patches' values [B, N, C] in the last
-            attention, see :meth:`Teacher.weigh_by`; None: the attention is the importance.
+            attention, see :meth:`Teacher.weigh_by_texts`; None: the attention is the importance.
+        load_text: Builds the text tower that shares the space of the features; None where there is none.
     """
 
     feature_dim: int
@@ -45,6 +48,7 @@ class Tower(nn.Module):
     importance_is: str
     gives_values: bool = False
     weigh: Callable[[Tensor, Tensor], Tensor] | None = None
+    load_text: Callable[[], TextTower] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,10 +80,12 @@ class Teacher(nn.Module):
         grid_size: Rows and columns of patches of the student (a number: both). Features and importance are
             interpolated to them. None leaves the teacher's own grid; ``input_size`` is the better way to the student's.
         teacher_mean_std: 'own' normalises the images as the teacher was trained; None feeds it the student's tensor as
-            it is, with ImageNet's normalisation (published code).
+            it is, with the student's normalisation (published code).
         weight_dtype: 'bfloat16' holds the weights of linear layers and convolutions in half the memory and runs the
             teacher in bfloat16. Where training is in bfloat16 this changes no bit of the result. 'float16' runs all of
             the teacher in float16 on a GPU, its norms and residual stream too: faster, and nearer to float32.
+        importance: ``dict(texts=[...], temperature=0.02, with_attention=False)`` makes the importance the likeness of
+            each patch to the nearest of these texts, see :class:`TextImportance`. None: the teacher's attention.
 
     Attributes:
         feature_dim: Width C of the target.
@@ -90,15 +96,17 @@ class Teacher(nn.Module):
         grid: Rows and columns of patches in the result.
 
     Raises:
-        InputError: an option has no such value.
+        InputError: an option has no such value, or importance is by texts and the teacher has no text tower or does not
+            give the values of its patches.
     """
 
     def __init__(
         self,
         tower: Tower,
         grid_size: int | tuple[int, int] | None = None,
-        teacher_mean_std: str | None = None,
+        teacher_mean_std: str | None = 'own',
         weight_dtype: str | None = None,
+        importance: dict | None = None,
     ) -> None:
         super().__init__()
         if teacher_mean_std not in (None, 'own'):
@@ -107,9 +115,12 @@ class Teacher(nn.Module):
             raise InputError(f"weight_dtype={weight_dtype!r} is unknown; choose 'float16', 'bfloat16' or None.")
         self.tower = tower
         self.grid = pair(grid_size) if grid_size else tower.grid
-        self.renormalise = Renormalise(tower.mean, tower.std) if teacher_mean_std == 'own' else nn.Identity()
+        self.teacher_mean_std = teacher_mean_std
+        self.take_images(IMAGENET_MEAN, IMAGENET_STD)
         self.weight_dtype = weight_dtype
         self.in_float16 = False
+        if importance is not None:
+            self.weigh_by_texts(importance)
         if weight_dtype == 'bfloat16':
             hold_in_bfloat16(tower)
         print_log(f'Teacher: {self.describe()}', logger='current')
@@ -145,8 +156,20 @@ class Teacher(nn.Module):
         resized = '' if self.grid == self.tower.grid else f', interpolated to {self.grid[0]} x {self.grid[1]}'
         return (
             f'{rows} x {columns} patches of {self.patch_size} pixels at {height} x {width}{resized}; features of '
-            f'{self.feature_dim} dimensions; importance: {self.tower.importance_is}.'
-        )
+            f'{self.feature_dim} dimensions; importance: {self.tower.importance_is}; images normalised as '
+        ) + ('those it was trained on.' if self.teacher_mean_std else "the student's.")
+
+    def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Let images come normalised by these statistics from now on; at first they are ImageNet's.
+
+        Args:
+            mean: Of each channel, of RGB in [0, 1].
+            std: Likewise.
+        """
+        given, own = (*mean, *std), (*self.tower.mean, *self.tower.std)
+        same = all(math.isclose(*pair, rel_tol=1e-5) for pair in zip(given, own, strict=True))
+        as_given = self.teacher_mean_std is None or same
+        self.renormalise = nn.Identity() if as_given else Renormalise(mean, std, self.tower.mean, self.tower.std)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
@@ -188,29 +211,33 @@ class Teacher(nn.Module):
             tokens, importance = self.tower.forward_layers(self.prepare(images), [layer % depth for layer in layers])
         return [self.on_grid(self.widen(x)) for x in tokens], self.importance_on_grid(importance)
 
-    def weigh_by(self, weigh: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Let the importance be ``weigh(attention, values)`` from now on.
+    def weigh_by_texts(self, options: dict) -> None:
+        """Let the importance be :class:`TextImportance` with these options; the texts are embedded once, here.
 
-        The values [B, N, C] are what each patch alone gives in the teacher's last attention: its value, projected as
-        features are, with no other patch, no residual and no MLP (MaskCLIP, arXiv 2112.01071, section 3.3).
-
-        Raises:
-            InputError: this teacher does not give them.
+        The values [B, N, C] that are compared with the texts are what each patch alone gives in the teacher's last
+        attention: its value, projected as features are, with no other patch, no residual and no MLP (MaskCLIP, arXiv
+        2112.01071, section 3.3).
         """
+        texts, temperature, with_attention = check_text_options(**options)
         if not self.tower.gives_values:
             raise InputError(
                 "This teacher does not give the values of its patches; choose open_clip's own ViT (CLIP, MetaCLIP) or "
                 'one with a pooling query (SigLIP, PE).'
             )
-        self.tower.weigh = weigh
+        self.by_texts = TextImportance(self.text_tower()(texts), temperature, with_attention)
+        self.tower.weigh = self.by_texts.forward  # a method and no module: float16 weights leave texts in float32
+        attention = f', times {self.tower.importance_is}' if with_attention else ''
+        self.tower.importance_is = f'likeness of patches to {", ".join(map(repr, texts))}{attention}'
 
     def text_tower(self) -> TextTower:
-        """The text tower that shares the space of the features.
+        """The text tower that shares the space of the features, built anew.
 
         Raises:
             InputError: this teacher has no text tower.
         """
-        raise InputError(f'{type(self).__name__} has no text tower; for texts, train with an OpenCLIPTeacher.')
+        if self.tower.load_text is None:
+            raise InputError(f'{type(self).__name__} has no text tower; for texts, train with an OpenCLIPTeacher.')
+        return self.tower.load_text()
 
     def precision(self, images: Tensor) -> torch.autocast | nullcontext:
         """Autocast to bfloat16 where the weights are held in it, and none where all is in float16."""
@@ -243,20 +270,50 @@ class Teacher(nn.Module):
         return resized * (self.tower.num_patches / self.num_patches)
 
 
+def statistics_of(preprocessor: dict | None) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of images in [0, 1] by the config of a data preprocessor; ImageNet's where it has none.
+
+    Raises:
+        InputError: they are not three numbers each.
+    """
+    if not isinstance(preprocessor, dict) or not preprocessor.get('mean') or not preprocessor.get('std'):
+        return IMAGENET_MEAN, IMAGENET_STD
+    mean, std = check_statistics(preprocessor['mean'], preprocessor['std'], 'model.data_preprocessor')
+    return [x / 255 for x in mean], [x / 255 for x in std]
+
+
+def check_statistics(mean: Any, std: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of three channels as floats.
+
+    Raises:
+        InputError: they are not three numbers each, or a deviation is not positive.
+    """
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        mean = std = ()
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < x < math.inf for x in std)):
+        raise InputError(f'The mean and std in {source} are not three numbers each; correct them.')
+    return mean, std
+
+
 class Renormalise(nn.Module):
-    """Images normalised by ImageNet's statistics -> normalised by others.
+    """Images normalised by some statistics -> normalised by others.
 
     Args:
-        mean: The other mean of each channel.
-        std: The other standard deviation of each channel.
+        mean: Mean of each channel that was subtracted.
+        std: Standard deviation of each channel that was divided by.
+        own_mean: The other mean.
+        own_std: The other standard deviation.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], own_mean: Sequence[float], own_std: Sequence[float]
+    ) -> None:
         super().__init__()
-        imagenet_mean, imagenet_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        mean, std = torch.tensor(mean), torch.tensor(std)
-        self.register_buffer('scale', (imagenet_std / std)[:, None, None])
-        self.register_buffer('shift', ((imagenet_mean - mean) / std)[:, None, None])
+        mean, std, own_mean, own_std = (torch.tensor(tuple(x)) for x in (mean, std, own_mean, own_std))
+        self.register_buffer('scale', (std / own_std)[:, None, None])
+        self.register_buffer('shift', ((mean - own_mean) / own_std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         return images * self.scale.to(images.dtype) + self.shift.to(images.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmmilan.datasets.target_cache import TargetCache, as_json
 from mmmilan.errors import InputError
+from mmmilan.models.teachers.by_name import teacher_config
 from mmmilan.registry import MODELS
 
 
@@ -20,7 +21,7 @@ class CachedTeacher(nn.Module):
 
     Args:
         cache: The folder that ``tools/cache_targets.py`` wrote.
-        of: Config of the teacher that the cache must come from; None accepts any.
+        of: Config or name of the teacher that the cache must come from; None accepts any.
 
     Attributes:
         feature_dim: Width C of the features in the cache.
@@ -30,11 +31,11 @@ class CachedTeacher(nn.Module):
         InputError: the cache is damaged, or of another teacher.
     """
 
-    def __init__(self, cache: str, of: dict | None = None) -> None:
+    def __init__(self, cache: str, of: dict | str | None = None) -> None:
         super().__init__()
         self.folder = cache
         manifest = TargetCache(cache).manifest
-        if of is not None and as_json(of) != manifest['teacher']:
+        if of is not None and as_json(teacher_config(of)) != manifest['teacher']:
             raise InputError(
                 f'The cache {cache} comes from the teacher {json.dumps(manifest["teacher"])}, and head.teacher.of '
                 'names another; make them equal, or make the cache again.'

@@ -1,10 +1,10 @@
-"""Teachers of open_clip: by name, or from a file alone (``clip_file.py``)."""
+"""Teachers of open_clip: by name, from a folder or a repository, or from a file alone (``clip_source.py``)."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from mmmilan.checkpoints.io import check_values
 from mmmilan.errors import InputError
 from mmmilan.models.teachers.base import Teacher, Tower, check_input_size, pair
-from mmmilan.models.teachers.clip_file import build_from_file
+from mmmilan.models.teachers.clip_source import CLIPSource, find_source, new_visual
 from mmmilan.models.teachers.clip_text import load_text_tower
-from mmmilan.models.teachers.open_clip_zoo import find_config, mean_std, published_file
-from mmmilan.models.teachers.weights import load_weights, read_weights, warn_random_weights
-from mmmilan.models.text_tower import TextTower
+from mmmilan.models.teachers.weights import load_weights, warn_random_weights
 from mmmilan.registry import MODELS
 
 
@@ -29,10 +27,12 @@ class OpenCLIPTeacher(Teacher):
     timm in it (SigLIP, PE, EVA-02, MobileCLIP).
 
     Args:
-        model: Name of an open_clip model with a ViT tower. None reads the architecture off the shapes of the
-            ``pretrained`` file: a checkpoint of :class:`MaskCLIP`, or one in OpenAI's layout (TorchScript archive or
-            state dict, the whole CLIP or its visual tower alone, QuickGELU).
-        pretrained: An open_clip tag, a file, or None for random weights (to measure speed).
+        model: Name of an open_clip model with a ViT tower, or ``hf-hub:REPOSITORY`` or ``local-dir:FOLDER`` with
+            ``open_clip_config.json`` and weights. None: what ``pretrained`` is, its file says, which is a checkpoint of
+            :class:`MaskCLIP`, one of OpenAI (TorchScript archive, or its state dict with the numbers that mark it;
+            QuickGELU), or one with ``open_clip_config.json`` beside it. Of no other file is the activation known.
+        pretrained: An open_clip tag, a file, or None for random weights (to measure speed); for a repository or a
+            folder None gives its own weights.
         input_size: Side, or height and width, of the image that the teacher sees, by default its own. The positions are
             interpolated to it. 196 gives ViT-L/14 the 14 x 14 grid of a student with patches of 16 at 224.
         head_width: Width of the attention heads of a tower without model name, which weight shapes do not reveal; the
@@ -42,8 +42,8 @@ class OpenCLIPTeacher(Teacher):
         options: Of :class:`Teacher`.
 
     Raises:
-        InputError: open_clip has no such model or tag, its tower is not a ViT, patches do not fill the image, or the
-            weights are not there or do not fit.
+        InputError: open_clip has no such model or tag, its tower is not a ViT, patches do not fill the image, the
+            weights are not there or do not fit, or nothing says which activation they were trained with.
     """
 
     def __init__(
@@ -59,18 +59,11 @@ class OpenCLIPTeacher(Teacher):
         if model is None and pretrained is None:
             raise InputError('OpenCLIPTeacher has neither a model nor weights; give model=NAME, or pretrained=FILE.')
         size = pair(input_size) if input_size else None
-        if model is None:
-            visual, normalisation = build_from_file(pretrained, head_width)
-        else:
-            visual, normalisation = build_visual(model, pretrained, size), mean_std(model, pretrained)
-        tower = build_tower(visual, size, importance_layers, register_neurons)
-        tower.mean, tower.std = normalisation
+        source = find_source(model, pretrained, head_width)
+        tower = build_tower(build_visual(source, size), size, importance_layers, register_neurons)
+        tower.mean, tower.std = source.statistics
+        tower.load_text = partial(load_text_tower, model, pretrained, head_width)
         super().__init__(tower, **options)
-        self.source = dict(model=model, pretrained=pretrained, head_width=head_width)
-
-    def text_tower(self) -> TextTower:
-        """The text tower of the same CLIP, built anew."""
-        return load_text_tower(**self.source)
 
     @property
     def visual(self) -> nn.Module:
@@ -90,32 +83,23 @@ def build_tower(visual: nn.Module, size: tuple[int, int] | None, *options: Any) 
     return CLIPTower(visual, size, *options)
 
 
-def build_visual(model: str, pretrained: str | None, size: tuple[int, int] | None) -> nn.Module:
-    """The visual tower of an open_clip model with its weights; a tower of timm is set to the input size.
+def build_visual(source: CLIPSource, size: tuple[int, int] | None) -> nn.Module:
+    """The visual tower of a CLIP with its weights; a tower of timm is set to the input size.
 
     Raises:
-        InputError: open_clip has no such model or tag, the tower is not a ViT, or the weights do not fit.
+        InputError: the tower is not a ViT, or the weights do not fit.
     """
-    config = find_config(model, pretrained)
     with torch.device('meta'):  # before anything is downloaded
-        check_visual(new_visual(config), model, size)
-    if pretrained is None:
-        warn_random_weights(f'OpenCLIPTeacher {model}')
-    path = pretrained if pretrained is None or os.path.exists(pretrained) else published_file(model, pretrained)
-    visual = new_visual(config)
-    if path is not None:
-        load_visual(visual, read_weights(path), path)
+        check_visual(new_visual(source.config), source.name, size)
+    if source.read is None:
+        warn_random_weights(f'OpenCLIPTeacher {source.name}')
+    weights, path = source.read() if source.read else (None, None)
+    visual = new_visual(source.config)
+    if weights is not None:
+        load_visual(visual, weights, path)
     if size and hasattr(visual, 'set_input_size'):
         visual.set_input_size(size)
     return visual
-
-
-def new_visual(config: dict[str, Any]) -> nn.Module:
-    """The visual tower alone, with random weights."""
-    from open_clip.model import _build_vision_tower  # open_clip's public way makes the text tower as well
-
-    vision = config['vision_cfg'] | dict(timm_model_pretrained=False)
-    return _build_vision_tower(config['embed_dim'], vision, config.get('quick_gelu', False))
 
 
 def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) -> None:

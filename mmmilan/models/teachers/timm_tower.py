@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -48,7 +49,8 @@ class TimmTower(Tower):
         self.width, self.depth = vit.num_features, len(vit.feature_info)
         self.patch_size = patch_size(vit)
         self.input_size = input_size
-        self.mean, self.std = vit.pretrained_cfg['mean'], vit.pretrained_cfg['std']
+        data = resolve_model_data_config(vit)
+        self.mean, self.std = data['mean'], data['std']
         self.pool = vit.attn_pool if getattr(vit, 'global_pool', None) == 'map' else None
         self.gives_values = self.pool is not None
         self.has_class_token = has_class_token(vit)
@@ -73,8 +75,7 @@ class TimmTower(Tower):
             embedding = self.embed_image(tokens)
         patches = self.patches(tokens)
         values = patches if self.pool is None else value_of_each(self.pool, patches)
-        features, attention = self.project(torch.cat([embedding, values], dim=1)), self.importance(calls, tokens)
-        return features, self.weigh(attention, features[:, 1:]) if self.weigh else attention
+        return self.project(torch.cat([embedding, values], dim=1)), self.importance(calls, tokens)
 
     def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         if not isinstance(self.vit, (VisionTransformer, Eva, Beit, NaFlexVit, VisionTransformerRelPos)):
@@ -132,13 +133,16 @@ class TimmTower(Tower):
         return torch.cat([first, patches], dim=1)
 
     def importance(self, calls: list[tuple], tokens: Tensor) -> Tensor:
-        """Importance [B, N], from the attention that was watched or from the last tokens [B, T, D]."""
+        """Importance [B, N], from the attention that was watched or from the last normed tokens [B, T, D]."""
         if self.pool is None and not self.has_class_token:
             return importance.likeness_to_mean(self.patches(tokens))
         if not calls:
             raise InputError('The teacher runs without fused attention; set TIMM_FUSED_ATTN=1.')
         first = calls[-1][1].shape[-2] - self.num_patches - self.num_extra
-        return importance.attention_to_patches(calls, first, self.num_patches)
+        attention = importance.attention_to_patches(calls, first, self.num_patches)
+        if self.weigh is None:
+            return attention
+        return self.weigh(attention, self.project(value_of_each(self.pool, self.patches(tokens))))
 
     def project(self, tokens: Tensor) -> Tensor:
         """Pooled or single tokens [B, T, D] -> features [B, T, C]."""

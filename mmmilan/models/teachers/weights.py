@@ -1,10 +1,11 @@
-"""Where a teacher's weights come from: a file, or the Hugging Face Hub under the name that the library gives."""
+"""Where a teacher's weights come from: a file, a folder, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
 
+# Before a repository of the Hugging Face Hub and before a folder, as timm and open_clip have it.
+HUB, LOCAL = 'hf-hub:', 'local-dir:'
 # Seconds to wait for the hub's first answer: long enough for a slow line, short enough to be told that there is none.
 HUB_TIMEOUT = 5
 
@@ -34,6 +37,34 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> No
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:400]
         raise InputError(f'{path} does not fit this teacher ({reason}); correct model= or pretrained=.') from error
+
+
+def local_folder(model: str) -> Path:
+    """The folder that ``local-dir:FOLDER`` names.
+
+    Raises:
+        InputError: it does not exist.
+    """
+    folder = Path(model.removeprefix(LOCAL)).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"The teacher's folder {folder} does not exist; correct its path.")
+    return folder
+
+
+def weights_in(folder: Path, names: Sequence[str]) -> str:
+    """The file of weights in a folder: the first of the usual names, else the only one.
+
+    Raises:
+        InputError: there is none, or there are several under other names.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return str(folder / name)
+    found = sorted(path for path in folder.iterdir() if path.suffix in ('.safetensors', '.bin', '.pth', '.pt'))
+    if len(found) != 1:
+        what = f'several files of weights ({", ".join(path.name for path in found)})' if found else 'no file of weights'
+        raise InputError(f'{folder} has {what}; give one as pretrained=FILE, or name it {names[0]}.')
+    return str(found[0])
 
 
 def hub_file(repo: str, names: Sequence[str]) -> str:

@@ -19,10 +19,10 @@ VISION = dict(image_size=56, patch_size=14, width=64, layers=3, head_width=16)
 
 @pytest.fixture
 def build():
-    """Builds a teacher from its config."""
+    """Builds a teacher from its config, to be fed images as it takes them."""
 
     def build(**cfg) -> Teacher:
-        return MODELS.build(dict(cfg)).eval()
+        return MODELS.build(dict(teacher_mean_std=None) | cfg).eval()
 
     return build
 

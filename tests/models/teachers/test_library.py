@@ -21,7 +21,7 @@ from torch import Tensor
 from helpers import ROOT
 from mmmilan.errors import InputError
 from mmmilan.models.teachers import Teacher
-from mmmilan.models.teachers.open_clip import new_visual
+from mmmilan.models.teachers.clip_source import new_visual
 from mmmilan.models.teachers.timm_tower import patch_size
 from mmmilan.registry import MODELS
 

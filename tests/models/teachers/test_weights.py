@@ -7,13 +7,15 @@ import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import open_clip
 import pytest
 import safetensors.torch
 import timm
 import torch
 
-from helpers import relative_error
+from helpers import assert_clip, randomise, relative_error
 from mmmilan.errors import InputError
+from mmmilan.models.teachers.clip_source import new_visual
 from processes import serve_http
 
 REVISION = '0' * 40
@@ -139,7 +141,13 @@ def test_names_without_weights(build):
         build(type='mmmilan.TimmTeacher', model='vit_base_patch16_xp_224')
 
 
-def test_quick_gelu_of_the_tag_is_checked(hub, build, log):
-    with pytest.raises(InputError, match='has none of the files'):
-        build(type='mmmilan.OpenCLIPTeacher', model='ViT-B-32', pretrained='openai')
-    assert 'openai was trained with QuickGELU, and this model is not' in log.text
+@pytest.mark.parametrize('model', ['ViT-B-32', 'ViT-B-32-quickgelu'])
+def test_quick_gelu_is_that_of_the_tag(model, hub, build, shallow, tmp_path, log):
+    """Whatever the name of the model says."""
+    visual = new_visual(open_clip.get_model_config('ViT-B-32-quickgelu')).eval()
+    weights = {f'visual.{key}': value for key, value in randomise(visual).state_dict().items()}
+    fill_cache(tmp_path / 'hub', 'timm/vit_base_patch32_clip_224.openai', 'open_clip_model.safetensors', weights)
+    teacher = build(type='mmmilan.OpenCLIPTeacher', model=model, pretrained='openai')
+    images = torch.randn(2, 3, 224, 224)
+    assert_clip(teacher, images, visual, images)
+    assert ('openai was trained with QuickGELU, and so it is run' in log.text) == (model == 'ViT-B-32')
