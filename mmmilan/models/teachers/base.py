@@ -169,7 +169,8 @@ class Teacher(nn.Module):
         given, own = (*mean, *std), (*self.tower.mean, *self.tower.std)
         same = all(math.isclose(*pair, rel_tol=1e-5) for pair in zip(given, own, strict=True))
         as_given = self.teacher_mean_std is None or same
-        self.renormalise = nn.Identity() if as_given else Renormalise(mean, std, self.tower.mean, self.tower.std)
+        renormalise = nn.Identity() if as_given else Renormalise(mean, std, self.tower.mean, self.tower.std)
+        self.renormalise = renormalise.train(self.training)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)
