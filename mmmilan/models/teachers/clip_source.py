@@ -247,17 +247,16 @@ def of_file(path: str, head_width: int) -> CLIPSource:
 
 
 def models_like(sizes: dict[str, Any]) -> list[str]:
-    """Models of open_clip with a tower of these sizes, or else two examples."""
+    """Two models of open_clip for an example, of these sizes if there are such: with GELU and with QuickGELU."""
     import open_clip
 
     wanted = {key: sizes['vision_cfg'][key] for key in ('width', 'layers', 'patch_size', 'image_size')}
-    configs = {model: open_clip.get_model_config(model) for model in open_clip.list_models()}
-    like = [
-        model
-        for model, config in configs.items()
-        if config['embed_dim'] == sizes['embed_dim'] and wanted.items() <= config['vision_cfg'].items()
-    ]
-    return like[:4] or ['ViT-B-16', 'ViT-B-16-quickgelu']
+    like: dict[bool, list[str]] = {False: [], True: []}
+    for model in open_clip.list_models():
+        config = open_clip.get_model_config(model)
+        if config['embed_dim'] == sizes['embed_dim'] and wanted.items() <= config['vision_cfg'].items():
+            like[config.get('quick_gelu', False)].append(model)
+    return [min(names, key=len) for names in like.values() if names] or ['ViT-B-16', 'ViT-B-16-quickgelu']
 
 
 def of_maskclip(path: str, weights: dict[str, Tensor], head_width: int) -> CLIPSource:
