@@ -11,6 +11,7 @@ import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imp
 import argparse
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -124,6 +125,7 @@ class Teacher(nn.Module):
         if weight_dtype == 'bfloat16':
             hold_in_bfloat16(tower)
         print_log(f'Teacher: {self.describe()}', logger='current')
+        self.warn_of_other_pixels()
 
     @property
     def feature_dim(self) -> int:
@@ -158,6 +160,17 @@ class Teacher(nn.Module):
             f'{rows} x {columns} patches of {self.patch_size} pixels at {height} x {width}{resized}; features of '
             f'{self.feature_dim} dimensions; importance: {self.tower.importance_is}; images normalised as '
         ) + ('those it was trained on.' if self.teacher_mean_std else "the student's.")
+
+    def warn_of_other_pixels(self) -> None:
+        """Warn of pixels far from the teacher's own, which a config may inherit: CLIP's are near ImageNet's."""
+        ratios = [own / given for own, given in zip(self.tower.std, IMAGENET_STD, strict=True)]
+        if self.teacher_mean_std is None and not all(2 / 3 < ratio < 3 / 2 for ratio in ratios):
+            print_log(
+                f'The teacher was trained on images of mean {tuple(self.tower.mean)} and std {tuple(self.tower.std)}, '
+                "and teacher_mean_std=None gives it the student's; set teacher_mean_std='own'.",
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Let images come normalised by these statistics from now on; at first they are ImageNet's.

@@ -233,6 +233,14 @@ def test_published_configs_keep_the_students_pixels():
     assert 'teacher_mean_std' not in teacher_config('ViT-B-16-quickgelu:openai')
 
 
+@pytest.mark.parametrize('own', [True, False])
+def test_far_pixels_are_logged(own, log):
+    """A config that inherits teacher_mean_std=None gives ImageNet's pixels to a ViT of mean 0.5."""
+    option = {} if own else dict(teacher_mean_std=None)
+    build_teacher(dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None, **option))
+    assert ("teacher_mean_std=None gives it the student's; set" in log.text) != own
+
+
 # -- the grammar
 
 
