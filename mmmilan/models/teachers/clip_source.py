@@ -254,7 +254,8 @@ def models_like(sizes: dict[str, Any]) -> list[str]:
     like: dict[bool, list[str]] = {False: [], True: []}
     for model in open_clip.list_models():
         config = open_clip.get_model_config(model)
-        if config['embed_dim'] == sizes['embed_dim'] and wanted.items() <= config['vision_cfg'].items():
+        of_these_sizes = config['embed_dim'] == sizes['embed_dim'] and wanted.items() <= config['vision_cfg'].items()
+        if of_these_sizes and 'hf_model_name' not in config['text_cfg']:
             like[config.get('quick_gelu', False)].append(model)
     return [min(names, key=len) for names in like.values() if names] or ['ViT-B-16', 'ViT-B-16-quickgelu']
 
