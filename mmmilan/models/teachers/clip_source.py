@@ -40,7 +40,7 @@ OPENAI_NUMBERS = {'input_resolution', 'context_length', 'vocab_size'}
 VOCABULARY = 49408  # of CLIP's tokenizer
 # What a file whose shapes or settings do not fit raises while its tower is built.
 MISFITS = (
-    KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ZeroDivisionError,
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
 )  # fmt: skip
 
 
@@ -50,7 +50,8 @@ class CLIPSource:
 
     Attributes:
         name: What messages call it.
-        config: open_clip's config: ``embed_dim``, ``vision_cfg``, ``quick_gelu``, and ``text_cfg`` where it is known.
+        config: open_clip's config: ``embed_dim``, ``vision_cfg``, ``quick_gelu``, and ``text_cfg`` or ``text_heads`` where they
+            are known.
         statistics: Mean and standard deviation of the images that it was trained on, of RGB in [0, 1].
         tokenizer: What ``open_clip.get_tokenizer`` takes; None is CLIP's own.
         read: Gives the state dict in open_clip's names, downloaded if it is not here, and the path of its file. None:
@@ -264,12 +265,12 @@ def of_maskclip(path: str, weights: dict[str, Tensor], head_width: int) -> CLIPS
     """A checkpoint of :class:`MaskCLIP`, whose config, if it holds one, says what the shapes do not."""
     vision, text, settings = {}, {}, None
     try:
-        model = own_config(path).get('model')
-    except InputError:  # the file holds no config
+        model = own_config(path).model
+    except NoConfig:
         model = None
     try:
         if model:
-            vision, text = of_backbone(model.backbone), dict(text_cfg=dict(model.text))
+            vision, text = of_backbone(model.backbone), dict(text_heads=model.text.heads)
             settings = model.get('data_preprocessor')
         weights = to_open_clip(weights)
     except MISFITS as error:
@@ -353,8 +354,10 @@ def sizes_of(tower: dict[str, Tensor], path: str, head_width: int, vision: dict[
     return dict(embed_dim=tower['proj'].shape[1], vision_cfg=sizes | vision)
 
 
-def text_sizes(weights: dict[str, Tensor], path: str, head_width: int) -> dict[str, Any]:
+def text_sizes(weights: dict[str, Tensor], path: str, head_width: int, heads: int | None = None) -> dict[str, Any]:
     """open_clip's config of a text tower, read off the shapes of its weights, which have no prefix.
+
+    The number of attention heads, which they do not tell, follows from ``head_width`` unless it is known.
 
     Raises:
         InputError: it is no tower of CLIP's own kind.
@@ -362,14 +365,14 @@ def text_sizes(weights: dict[str, Tensor], path: str, head_width: int) -> dict[s
     vocabulary, width = weights['token_embedding.weight'].shape
     if vocabulary != VOCABULARY:
         raise InputError(f"{path} knows {vocabulary} tokens and CLIP's tokenizer {VOCABULARY}; give a CLIP of English.")
-    if width % head_width:
+    if heads is None and width % head_width:
         raise InputError(
             f'The text tower in {path} is {width} wide, no multiple of head_width={head_width}; correct it.'
         )
     return dict(
         context_length=len(weights['positional_embedding']),
         width=width,
-        heads=width // head_width,
+        heads=heads or width // head_width,
         layers=count_blocks(weights),
     )
 

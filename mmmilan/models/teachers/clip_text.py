@@ -30,7 +30,7 @@ def load_text_tower(model: str | None, pretrained: str | None, head_width: int =
         raise InputError('The teacher has random weights, to which no text means anything; give it pretrained weights.')
     weights, path = source.read()
     own, scale = text_part(weights, path)
-    sizes = source.config.get('text_cfg') or text_sizes(own, path, head_width)
+    sizes = source.config.get('text_cfg') or text_sizes(own, path, head_width, source.config.get('text_heads'))
     encoder, tokenize = build_text(source, sizes, path)
     kept = encoder.state_dict()
     try:  # transformers' towers no longer have their positions' numbers
