@@ -23,7 +23,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.open_clip_layout import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
@@ -50,8 +50,8 @@ class CLIPSource:
 
     Attributes:
         name: What messages call it.
-        config: open_clip's config: ``embed_dim``, ``vision_cfg``, ``quick_gelu``, and ``text_cfg`` or ``text_heads`` where they
-            are known.
+        config: open_clip's config: ``embed_dim``, ``vision_cfg``, ``quick_gelu``, and ``text_cfg`` or
+            ``text_heads`` where they are known.
         statistics: Mean and standard deviation of the images that it was trained on, of RGB in [0, 1].
         tokenizer: What ``open_clip.get_tokenizer`` takes; None is CLIP's own.
         read: Gives the state dict in open_clip's names, downloaded if it is not here, and the path of its file. None:
