@@ -329,9 +329,9 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
     before = (config.model.get('head') or {}).get('teacher')
     if not before:
         raise InputError(f'{name} has no teacher; leave teacher out.')
-    before, after = named_teacher(before), named_teacher(teacher)
+    before, after = before if isinstance(before, dict) else {}, named_teacher(teacher)
     kept = {key: value for key, value in before.items() if key not in ('type', 'model', 'pretrained')}
-    if after['type'] != before['type']:
+    if after['type'] != before.get('type'):
         kept = {key: value for key, value in kept.items() if key == 'input_size'}
     config.model.head.teacher = kept | after
 
