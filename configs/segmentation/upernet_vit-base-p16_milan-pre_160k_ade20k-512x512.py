@@ -15,6 +15,7 @@ head = dict(
     align_corners=False,
 )
 model = dict(
+    _scope_='mmseg',  # for get_model, also of mmpretrain
     type='EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
