@@ -20,7 +20,7 @@ from mmmilan.errors import InputError, exit_on_input_error
 # What a person wants -> the commands for it.
 COMMANDS = {
     'Your own images': ('pretrain', 'report', 'embed', 'zero-shot', 'search', 'heat-maps', 'figures'),
-    "Configs of OpenMMLab's kind": ('train', 'test'),
+    "Configs of OpenMMLab's kind": ('train', 'test', 'get-flops'),
     'Models for other programs': ('convert', 'export-onnx'),
 }
 POSITIONAL = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
@@ -37,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_result(result: object) -> None:
-    """Print a path or a number as it is and a tuple as tab-separated fields; print nothing for anything else."""
+    """Print a path or a number as it is, a tuple as tab-separated fields, a dict in lines; nothing for the rest."""
     if isinstance(result, tuple):
         print(*result, sep='\t')
+    elif isinstance(result, dict):
+        print(*(f'{name}\t{value}' for name, value in result.items()), sep='\n')
     elif isinstance(result, (str, os.PathLike, float)):
         print(result)
 

@@ -1,7 +1,8 @@
-"""The names of published checkpoints, read from ``model-index.yml``."""
+"""The models of the metafiles, with published weights or without, read from ``model-index.yml``."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from dataclasses import dataclass
@@ -57,8 +58,14 @@ def find_model(name: str) -> ZooModel:
         InputError: the zoo has no such model.
     """
     if name not in zoo_models():
-        raise InputError(f'The zoo has no model {name!r}; choose one of {", ".join(zoo_models())}.')
+        raise InputError(f'The zoo has no model {name!r}; {nearest_names(name)}.')
     return zoo_models()[name]
+
+
+def nearest_names(name: str) -> str:
+    """Which names of the zoo somebody may have meant, as the end of a sentence."""
+    nearest = difflib.get_close_matches(name, zoo_models(), n=3) or [*zoo_models()][:1]
+    return f'choose one of mmmilan.list_models(), such as {" or ".join(nearest)}'
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
@@ -101,6 +108,6 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     if model:
         raise InputError(f'No weights of {text} have been published and {folder} has none; train it, or give a file.')
     raise InputError(
-        f'{text} is neither a file nor a URL nor a model of the zoo, and {folder} has no checkpoint; choose one '
-        f'of {", ".join(zoo_models())}.'
+        f'{text} is neither a file nor a URL nor a model of the zoo, and {folder} has no checkpoint; '
+        f'{nearest_names(text)}.'
     )

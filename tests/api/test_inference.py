@@ -176,7 +176,7 @@ def test_classes_by_a_published_checkpoint(published, image_files):
 
 
 def test_errors_are_one_sentence(published, tmp_path, image_files):
-    with pytest.raises(InputError, match="The zoo has no model 'resnet50'; choose one of milan"):
+    with pytest.raises(InputError, match="The zoo has no model 'resnet50'; choose one of mmmilan.list_models"):
         mmmilan.get_model('resnet50')
     with pytest.raises(InputError, match='No weights of milan_vit-large.* have been published'):
         mmmilan.get_model('milan_vit-large-p16_16xb256-amp-coslr-400e_in1k', pretrained=True)

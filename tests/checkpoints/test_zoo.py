@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import modelindex
 import pytest
@@ -23,7 +24,7 @@ def test_metafiles_are_in_openmmlabs_form():
     for model in models.values():
         assert Config.fromfile(ROOT / model.config).model
         assert model.config.endswith(f'/{model.name}.py')  # a name is one recipe
-        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP'))  # from the collection
+        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP', 'Learning Transferable'))
         if model.weights:
             assert model.weights.startswith('https://download.openmmlab.com/mmselfsup/1.x/milan/')
             assert re.search(r'_20221129-[0-9a-f]{8}\.pth$', model.weights)
@@ -42,9 +43,18 @@ def test_zoo_has_the_checkpoints_of_the_model_zoo_page():
     assert {model.weights for model in zoo.zoo_models().values() if model.weights} == urls
 
 
+def test_every_recipe_of_the_folders_is_in_the_zoo():
+    """All but the configs that only evaluate and those for a user's own images."""
+    folders = {str(model.config.parent) for model in zoo.zoo_models().values()}
+    stems = {path.stem for folder in folders for path in Path(folder).glob('*.py')}
+    left_out = re.compile(r'.*(_custom|_knn_in1k|_retrieval_.*|_imagenet-[ar]|_imagenet-sketch)')
+    assert {name for name in stems if not left_out.fullmatch(name)} == set(zoo.zoo_models())
+
+
 def test_list_models():
     assert PRETRAINED in mmmilan.list_models('milan') and FINE_TUNED not in mmmilan.list_models('milan*')
-    assert mmmilan.list_models('*large') == [
+    assert mmmilan.list_models('milan*large*400e_') == [
+        'milan-clip-base_vit-large-p16_16xb256-amp-coslr-400e_in1k',
         'milan-random-masking_vit-large-p16_16xb256-amp-coslr-400e_in1k',
         'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k',
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 from mmengine.config import Config
 
 from helpers import ROOT
@@ -25,6 +26,7 @@ FIGURES = {
     9: '86.7 81.6 55.0/47.5 55.3 87.8 84.3¹ 55.9/48.2 57.9',
     10: '84.0 85.4',
 }
+QUOTED = {1: '82.1', 2: '66.5'}  # CLIP itself
 # target, decoder and masking of a row's pretraining, by words in the row's name
 STARTS = {
     '#1': ('PixelTarget', 'MAEDecoder', 'RandomMasking'),
@@ -45,6 +47,20 @@ def test_every_row_of_the_paper_is_there():
     for table, *_, figure in ROWS:
         found[int(table)].append(figure.replace(' ', ''))
     assert found == {table: figures.split() for table, figures in FIGURES.items()}
+
+
+def test_metafiles_quote_the_paper():
+    """Each result names its source, and the figure is in that table."""
+    metafiles = [yaml.safe_load(path.read_text()) for path in (ROOT / 'configs').rglob('metafile.yml')]
+    results = [result for each in metafiles for model in each['Models'] for result in model['Results'] or []]
+    figures = [(each['Source'], f'{value:.1f}') for each in results for value in each['Metrics'].values()]
+    of_the_paper = [(int(source.rpartition(' ')[2]), value) for source, value in figures if '2208.06049' in source]
+    assert len(of_the_paper) == len(figures) - 2  # OpenMMLab's own
+    for table, value in of_the_paper:
+        assert value in f'{FIGURES[table]} {QUOTED.get(table)}'.replace('/', ' ').split(), (table, value)
+    assert {figure for figure in figures if '2208.06049' not in figure[0]} == {
+        ('OpenMMLab, mmpretrain/configs/milan', value) for value in ('85.3', '78.9')
+    }
 
 
 @pytest.mark.parametrize('row', ROWS, ids=[f'{row[0]}-{row[1]}' for row in ROWS])

@@ -36,7 +36,7 @@ DOWNSTREAM = sorted(
     path
     for folder in ('detection', 'segmentation', 'milan/benchmarks', 'maskclip/benchmarks')
     for path in (ROOT / 'configs' / folder).glob('*.py')
-    if '_imagenet-' not in path.name and '_knn_' not in path.name and '_retrieval_' not in path.name  # only tested
+    if not any(word in path.name for word in ('_imagenet-', '_knn_', '_retrieval_', '_zero-shot_'))  # only tested
 )
 
 
@@ -79,8 +79,10 @@ def test_a_name_means_ones_own_finished_run_first(name, monkeypatch, tmp_path, l
 
 def test_the_name_of_a_config_is_its_newest_checkpoint(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f'work_dirs/{SLIP} has no checkpoint; choose one of milan_vit'):
+    with pytest.raises(InputError, match=f'No weights of {SLIP} have been published and work_dirs/{SLIP} has none'):
         resolve_checkpoint(SLIP)
+    with pytest.raises(InputError, match='work_dirs/milan-slp has no checkpoint; choose one of .*, such as milan-'):
+        resolve_checkpoint('milan-slp')
     folder = tmp_path / 'work_dirs' / SLIP
     folder.mkdir(parents=True)
     torch.save(dict(meta=dict(iter=400)), folder / 'epoch_400.pth')

@@ -1,0 +1,60 @@
+"""Parameters and FLOPs of the configs, and those that the metafiles state."""
+
+from __future__ import annotations
+
+import modelindex
+import pytest
+import torch
+
+import mmmilan
+from helpers import PRETRAINED, ROOT
+from mmmilan.cli import main
+from mmmilan.engine.throughput import counted_flops
+from mmmilan.errors import InputError
+
+STATED = [
+    PRETRAINED,
+    'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k',
+    'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
+    'vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k',
+    'vit-base-p16_clip-pre_8xb2048-linear-coslr-100e_in1k',
+    'vit-large-p16_milan-pre_8xb128-coslr-100e_in1k-384px',
+    'mask-rcnn_vit-base-p16_milan-pre_1x_coco',
+    'upernet_vit-large-p16_milan-pre_160k_ade20k-512x512',
+    'maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m',
+]
+
+
+@pytest.mark.parametrize('name', STATED)
+def test_metafiles_state_what_is_counted(name):
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    stated = next(model for model in index.models if model.name == name).metadata
+    assert mmmilan.get_flops(name) == {'Parameters': stated.parameters, 'FLOPs': stated.flops}
+
+
+def test_all_models_state_both():
+    """And those of one architecture, task and size the same."""
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    for model in index.models:
+        parameters, flops = model.metadata.parameters, model.metadata.flops
+        assert (8e7 < parameters < 2e8) != ('large' in model.name), model.name
+        assert flops > (5e11 if model.name.startswith(('mask-rcnn', 'upernet')) else 1.7e10), model.name
+
+
+def test_without_meta_device():
+    """A forward pass that is computed has as many, and ViT-B/16 the 86.6 M parameters that its papers give."""
+    name = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
+    found, model = mmmilan.get_flops(name), mmmilan.get_model(name)
+    with torch.no_grad(), counted_flops() as counter:
+        model(torch.zeros(1, 3, 224, 224), mode='tensor')
+    assert counter.get_total_flops() == 2 * found['FLOPs'] and round(found['Parameters'] / 1e6, 1) == 86.6
+
+
+def test_command(capsys):
+    main(['get-flops', 'configs/milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'])
+    assert capsys.readouterr().out.splitlines()[-2:] == ['Parameters\t86567656', 'FLOPs\t17563828224']
+    with pytest.raises(SystemExit, match='The zoo has no model'):
+        main(['get-flops', 'resnet50'])
+    with pytest.raises(InputError, match='does not exist|is not a file'):
+        mmmilan.get_flops('configs/none.py')
