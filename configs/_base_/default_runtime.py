@@ -16,6 +16,12 @@ custom_hooks = [
     dict(type='mmmilan.CorruptImageHook'),
     dict(type='mmmilan.ThroughputHook'),
     dict(type='mmmilan.ScheduleCheckHook'),
+    # Every run has these, also of a config that does not name them (docs/architecture.md).
+    dict(type='mmmilan.ExactLoadingHook'),
+    dict(type='mmmilan.ImageSizeHook'),
+    dict(type='mmmilan.ClassCountHook'),
+    dict(type='mmmilan.StopHook'),
+    dict(type='mmmilan.HeartbeatHook', silent=60.0, stuck=540.0),  # seconds
 ]
 
 env_cfg = dict(

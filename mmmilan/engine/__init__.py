@@ -2,6 +2,7 @@ from mmmilan.engine.checkpointing import CheckpointHook
 from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
+from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.hooks import CorruptImageHook, ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
 from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
@@ -31,6 +32,7 @@ __all__ = [
     'FullyShardStrategy',
     'GradientCompressionHook',
     'GroupingOptimWrapperConstructor',
+    'HeartbeatHook',
     'ImageSizeHook',
     'LARS',
     'LayerDecayOptimWrapperConstructor',

@@ -55,8 +55,8 @@ class HeartbeatHook(Hook):
     """End this process when another one is gone or training makes no progress, and name the process at fault.
 
     A thread publishes the progress of this process in the store of the process group and reads the others' progress.
-    A process that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, and
-    while hooks work between epochs, only processes that are gone are noticed.
+    A process that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, while
+    hooks work between epochs, and while the first step compiles, only processes that are gone are noticed.
 
     Args:
         silent: Seconds without an update after which a process counts as gone.
@@ -69,6 +69,7 @@ class HeartbeatHook(Hook):
     def __init__(self, silent: float = 60.0, stuck: float = 540.0) -> None:
         self.silent, self.stuck = silent, stuck
         self.moved: float | None = None  # time of the last progress; None while none is expected
+        self.compiling: bool | None = None  # whether this step compiles; None before the first step
         self.store: dist.Store | None = None
         self.finished = threading.Event()
 
@@ -87,9 +88,11 @@ class HeartbeatHook(Hook):
         self.thread.start()
 
     def mark(self, marks: int) -> None:
-        self.state, self.moved = self.state._replace(marks=marks), time.monotonic()
+        self.state, self.moved = self.state._replace(marks=marks), None if self.compiling else time.monotonic()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if self.compiling is None:  # of the first step, before which CompileHook has done its part
+            self.compiling = any(getattr(hook, 'compiled', False) for hook in runner.hooks)
         self.mark(3 * runner.iter + 1)
 
     def after_forward(self, module: nn.Module, *args: object) -> None:
@@ -99,6 +102,7 @@ class HeartbeatHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
+        self.compiling = False
         self.mark(3 * (runner.iter + 1))
 
     def after_train_epoch(self, runner: Runner) -> None:

@@ -25,19 +25,18 @@ from mmmilan.building import build_errors, change_config
 from mmmilan.checkpoints.config import check_plain, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.config_check import check_data, check_data_sets, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
-from mmmilan.engine.hooks import ExactLoadingHook, ImageSizeHook
 from mmmilan.engine.optim import computes_in_bfloat16
-from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, check_output, check_output_folder
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
+# The hooks of every run, in the order of docs/architecture.md.
+EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'StopHook', 'HeartbeatHook')
 LocalRank = Annotated[int, Parameter(name=['--local-rank', '--local_rank'], show=False)]
 
 
@@ -261,18 +260,21 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     use_safe_loading()
     Runner.dump_config = write_config
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
-        heartbeat = HeartbeatHook()
+        add_hooks(cfg)
+        with build_errors(), within_weights(cfg):
+            runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if changed:
+            runner.logger.warning(changed)
+        guard_workers(runner)
+        check_data_sets(runner)
+        heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
         with heartbeat.publish_error(), build_errors(), worker_errors():
-            with within_weights(cfg):
-                runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-            if changed:
-                runner.logger.warning(changed)
-            runner.register_hook(ExactLoadingHook())
-            runner.register_hook(ImageSizeHook())
-            runner.register_hook(ClassCountHook())
-            guard_workers(runner)
-            check_data_sets(runner)
-            if task == 'train':
-                runner.register_hook(StopHook())
-                runner.register_hook(heartbeat)
             yield runner
+
+
+def add_hooks(cfg: Config) -> None:
+    """Add the hooks that every run has to a config that does not name them."""
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    named = {str(hook.get('type')).rpartition('.')[2] for hook in hooks if isinstance(hook, dict)}
+    missing = [dict(type=f'mmmilan.{name}') for name in EVERY_RUN if name not in named]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *missing]

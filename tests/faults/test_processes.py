@@ -117,6 +117,30 @@ def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
     assert exit_code(train_with_pauses, tmp_path) == 0
 
 
+class CompiledHook(Hook):
+    """A first step that takes its time, and a second one that takes it too."""
+
+    def __init__(self, compiled: bool, slow: int) -> None:
+        self.compiled, self.slow = compiled, slow
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        time.sleep(1.5 * LIMIT if runner.iter == self.slow else 0)
+
+
+@pytest.mark.parametrize(('compiled', 'slow', 'fault'), [(True, 0, False), (False, 0, True), (True, 1, True)])
+def test_a_compilation_takes_its_time(tmp_path, safe_mmengine, compiled, slow, fault):
+    """In the first step of a compiled model no progress is no fault."""
+
+    def train_slowly(work_dir: Path) -> None:
+        sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
+        built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=1))
+        for hook in (HeartbeatHook(silent=LIMIT, stuck=LIMIT), CompiledHook(compiled, slow)):
+            built.register_hook(hook)
+        built.train()
+
+    assert (exit_code(train_slowly, tmp_path) == 1) == fault
+
+
 # -- data workers
 
 
