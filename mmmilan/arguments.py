@@ -45,10 +45,11 @@ def check_path(name: str, value: Any) -> str | os.PathLike:
 
 
 def check_paths(name: str, value: Any) -> str | os.PathLike | list:
-    """One path, or any iterable of paths."""
+    """One path, or any iterable of paths; a list of one is that path."""
     if isinstance(value, (str, os.PathLike)):
         return check_path(name, value)
-    return [check_path(name, each) for each in several(name, value, 'paths')]
+    paths = [check_path(name, each) for each in several(name, value, 'paths')]
+    return paths if len(paths) > 1 else paths[0]
 
 
 def check_text(name: str, value: Any) -> str:

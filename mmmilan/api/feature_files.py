@@ -21,7 +21,7 @@ COLUMNS = {'paths': ('U', 1), 'ok': ('b', 1), 'class_token': ('f', 2), 'patch_to
 
 def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool:
     """Whether this is a file of features and not of images."""
-    return isinstance(images, (str, os.PathLike)) and Path(images).suffix == '.npz'
+    return isinstance(images, (str, os.PathLike)) and Path(images).suffix in ('.npz', '.parquet')
 
 
 def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
@@ -35,9 +35,8 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
     if not os.path.isfile(path):
         raise InputError(f'{path} is not a file; write it with mmmilan embed.')
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in ('paths', 'ok', *columns) if name in file.files}
-            names = ', '.join(file.files)
+        read = read_parquet if Path(path).suffix == '.parquet' else read_npz
+        found, names = read(path, ('paths', 'ok', *columns))
     except Exception as error:  # a damaged file can raise anything
         raise InputError(
             f'{path} is damaged, or no file of features ({first_line(error)}); write it with mmmilan embed.'
@@ -60,6 +59,32 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
         )
     ok = found['ok']
     return found['paths'][ok].tolist(), [found[name][ok].astype(np.float32) for name in columns]
+
+
+def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of some columns that a file has, and the names of all its columns."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in columns if name in file.files}, ', '.join(file.files)
+
+
+def read_parquet(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """As :func:`read_npz`; rows of patch tokens, which the file holds flat, get the width of the class token."""
+    import numpy as np
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    names, found = file.schema_arrow.names, {}
+    for name in columns:
+        if name in names:
+            rows = file.read([name])[name].to_pylist()
+            if name == 'paths':
+                rows = [row if isinstance(row, str) else os.fsdecode(row) for row in rows]
+            found[name] = np.array(rows)
+    if 'patch_tokens' in found and 'class_token' in found:
+        found['patch_tokens'] = found['patch_tokens'].reshape(len(found['paths']), -1, found['class_token'].shape[1])
+    return found, ', '.join(names)
 
 
 def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:

@@ -371,6 +371,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     """Set length, warm-up and learning rate for this number of images, and how often to evaluate and save."""
     from mmengine.logging import print_log
 
+    from mmmilan.api.devices import count
     from mmmilan.engine.schedule import fit_schedule
 
     batch_size = config.train_dataloader.batch_size
@@ -382,7 +383,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.custom_hooks[-1]['interval'] = max(1, schedule.epochs // EVALUATIONS)
     config.auto_scale_lr.enable = False  # the rate is already that of this batch size
     print_log(
-        f'{num_images} images in batches of {batch_size}: {schedule.epochs} epochs of {schedule.steps_per_epoch} '
-        f'steps, the first {schedule.warmup} for warm-up, learning rate {schedule.lr:g}.',
+        f'{num_images} images in batches of {batch_size}: {count(schedule.epochs, "epoch")} of '
+        f'{count(schedule.steps_per_epoch, "step")}, the first {schedule.warmup} for warm-up, learning rate {schedule.lr:g}.',
         logger='current',
     )

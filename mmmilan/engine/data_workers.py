@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
+OF_WORKERS = ('persistent_workers', 'prefetch_factor')  # options that only data workers have
 PATIENCE = 600.0  # seconds that a batch may take, where a data loader's config sets no ``timeout``
 
 
@@ -26,8 +27,11 @@ def guard_workers(runner: Runner) -> None:
     """
     build = runner.build_dataloader
 
-    def build_guarded(*args, **kwargs) -> DataLoader:
-        loader = build(*args, **kwargs)
+    def build_guarded(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        if isinstance(dataloader, dict) and not dataloader.get('num_workers'):
+            # PyTorch refuses them without workers, and the recipes set them
+            dataloader = {key: value for key, value in dataloader.items() if key not in OF_WORKERS}
+        loader = build(dataloader, *args, **kwargs)
         loader.worker_init_fn = partial(init_worker, loader.worker_init_fn)
         if loader.num_workers and not loader.timeout:
             loader.timeout = PATIENCE

@@ -219,7 +219,7 @@ def snippets() -> list[tuple[str, str]]:
 
 # Options added to the README's training command, to make it small enough for a test.
 TINY = (
-    'train_dataloader.batch_size=3 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False '
+    'train_dataloader.batch_size=3 train_dataloader.num_workers=0 '
     'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
     f'default_hooks.checkpoint.save_optimizer=False model.backbone.arch={ARCH} model.head.in_channels={WIDTH}'
 )

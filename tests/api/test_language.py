@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import mmmilan
+from mmmilan.api import feature_files
 from mmmilan.cli import main
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -107,12 +108,19 @@ def write_features(path: Path, **changes: np.ndarray) -> Path:
 
 
 @torch.no_grad()
-def test_search_in_a_file_of_features(checkpoint, tmp_path):
+@pytest.mark.parametrize('as_list', [False, True])
+@pytest.mark.parametrize('ending', ['npz', 'parquet'])
+def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     path = write_features(tmp_path / 'features.npz')
     model = mmmilan.get_model(checkpoint, encoder_only=False)
     embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
     expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
-    found = dict(mmmilan.search(path, checkpoint, TEXTS[0]))
+    if ending == 'parquet':
+        feature_files.write_features(tmp_path / 'features.parquet', dict(np.load(path)))
+        path = tmp_path / 'features.parquet'
+        tokens = feature_files.read_features(path, ['class_token', 'patch_tokens'])[1]
+        assert [each.shape for each in tokens] == [(2, 48), (2, 16, 48)]
+    found = dict(mmmilan.search([path] if as_list else path, checkpoint, TEXTS[0]))
     assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
 
 
