@@ -37,9 +37,10 @@ class Whole(NamedTuple):
 
 def check_path(name: str, value: Any) -> str | os.PathLike:
     """A path that names something: '' would be the current folder."""
-    if not isinstance(value, (str, os.PathLike)):
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise InputError(f'{name}={shown(value)} is not a path; give a str or a Path.')
-    if not os.fspath(value).strip() or '\0' in str(value):
+    path = os.fspath(value)
+    if not path.strip() or '\0' in path or max(len(os.fsencode(part)) for part in path.split('/')) > 255:
         raise InputError(f'{name}={shown(value)} names no file; give a path.')
     return value
 

@@ -117,6 +117,7 @@ def change_config(cfg: Config, changes: Mapping[str, Any], arguments: Iterable[s
     options = list(dotted(changes))
     for option in options:
         check_top(cfg, option, arguments)
+        check_inside(cfg, option)
     for key, value in changes.items():
         try:
             cfg.merge_from_dict({key: copy.deepcopy(value)})  # MMEngine removes `_delete_` from its argument
@@ -136,7 +137,12 @@ def check_config(cfg: Config, options: Iterable[str] = ()) -> None:
     Raises:
         InputError: as :func:`change_config`.
     """
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmpretrain')):
+    if not isinstance(cfg.get('model'), Mapping):
+        raise InputError('The config has no model; set model to a dict with its type.')
+    scope = cfg.get('default_scope') or 'mmpretrain'
+    if not isinstance(scope, str):
+        raise InputError(f'default_scope={scope!r} is not a name; set it to that of a package, such as mmpretrain.')
+    with DefaultScope.overwrite_default_scope(scope):
         for unread in unread_keys(cfg):
             own = any(f'{unread.key}.'.startswith(f'{each}.') or each.startswith(f'{unread.key}.') for each in options)
             if unread.refused or own:
@@ -162,6 +168,21 @@ def check_top(cfg: Config, option: str, arguments: Iterable[str] = ()) -> None:
     if deeper and not rest and not difflib.get_close_matches(name, arguments):
         raise InputError(f'Nothing reads {option}; the nearest name is {min(deeper, key=len)}.')
     raise InputError(f'Nothing reads {option}; {remedy(name, [*arguments, *known], rest=rest)}')
+
+
+def check_inside(cfg: Config, option: str) -> None:
+    """Raise an :class:`InputError` for a new key of a dict that is no component, if it looks like one that is there."""
+    part: Any = cfg.to_dict()
+    for depth, name in enumerate(option.split('.')):
+        if not isinstance(part, Mapping):
+            return
+        if name not in part:
+            nearest = difflib.get_close_matches(name, map(str, part), n=1, cutoff=ALIKE)
+            if nearest and depth and 'type' not in part:
+                prefix = '.'.join(option.split('.')[:depth])
+                raise InputError(f'Nothing reads {option}; the nearest name is {prefix}.{nearest[0]}.')
+            return
+        part = part[name]
 
 
 def remedy(name: str, known: Iterable[str], prefix: str = '', rest: str = '') -> str:
@@ -215,6 +236,12 @@ def unread_keys(cfg: Config) -> Iterator[Unread]:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
         if nearest:
             yield Unread(name, f'Nothing reads {name} of the config; the nearest name is {nearest[0]}.', False)
+    hooks = cfg.get('default_hooks')
+    for name in set(hooks if isinstance(hooks, Mapping) else ()) - set(DEFAULT_HOOKS):
+        nearest = difflib.get_close_matches(name, DEFAULT_HOOKS, n=1, cutoff=ALIKE)
+        if nearest:
+            reason = f'default_hooks has no {name}; the nearest name is default_hooks.{nearest[0]}.'
+            yield Unread(f'default_hooks.{name}', reason, False)
     for part in parts_of(cfg):
         yield from _unread_in(part)
 

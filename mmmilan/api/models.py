@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,12 @@ def read_config(name: str | os.PathLike) -> Config:
     from mmmilan.checkpoints.config import own_config, read_config_file
 
     if is_checkpoint(name):
-        return own_config(name)
-    path = Path(name) if Path(name).suffix == '.py' else find_model(str(name)).config
-    return read_config_file(path)
+        config = own_config(name)
+    else:
+        config = read_config_file(Path(name) if Path(name).suffix == '.py' else find_model(str(name)).config)
+    if not isinstance(config.get('model'), Mapping):
+        raise InputError(f'The config of {name} has no model; give one that has.')
+    return config
 
 
 def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:

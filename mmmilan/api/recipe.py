@@ -384,6 +384,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.auto_scale_lr.enable = False  # the rate is already that of this batch size
     print_log(
         f'{num_images} images in batches of {batch_size}: {count(schedule.epochs, "epoch")} of '
-        f'{count(schedule.steps_per_epoch, "step")}, the first {schedule.warmup} for warm-up, learning rate {schedule.lr:g}.',
+        f'{count(schedule.steps_per_epoch, "step")}, the first {schedule.warmup} for warm-up, '
+        f'learning rate {schedule.lr:g}.',
         logger='current',
     )
