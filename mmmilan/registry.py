@@ -12,7 +12,7 @@ def _child(root: Registry, *locations: str) -> Registry:
     return Registry(root.name, parent=root, scope='mmmilan', locations=list(locations))
 
 
-MODELS = _child(roots.MODELS, 'mmmilan.models')
+MODELS = _child(roots.MODELS, 'mmmilan.models', 'mmmilan.teachers')
 TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.models.masking', 'mmmilan.datasets')
 DATASETS = _child(roots.DATASETS, 'mmmilan.datasets')
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmmilan.datasets')

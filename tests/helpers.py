@@ -21,8 +21,8 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmmilan.engine import MeanTeacherHook
-from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
 
 ROOT = Path(__file__).parent.parent
 TINY_ARCH = dict(embed_dims=48, num_layers=2, num_heads=3, feedforward_channels=192)  # of the encoder in milan_cfg

@@ -31,7 +31,7 @@ from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, e
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
-from mmmilan.models.teachers import teacher_config
+from mmmilan.teachers import teacher_config
 
 
 def parse_args() -> argparse.Namespace:

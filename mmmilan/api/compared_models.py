@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmmilan.api.models import get_model, is_checkpoint, read_config
 from mmmilan.errors import InputError
 from mmmilan.models.attention import record_attention
-from mmmilan.models.teachers import Teacher, build_teacher
-from mmmilan.models.teachers.base import statistics_of
-from mmmilan.models.teachers.by_name import LIBRARIES, names_teacher
+from mmmilan.teachers import Teacher, build_teacher
+from mmmilan.teachers.base import statistics_of
+from mmmilan.teachers.by_name import LIBRARIES, names_teacher
 
 # Normalised images [B, 3, H, W] -> features [B, D] and attention of the class token in the last block [B, N].
 ComparedModel = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -57,7 +57,7 @@ def pretrain(
             ``num_layers``, ``num_heads`` and ``feedforward_channels``. The decoder is no wider than the encoder, and
             has eight blocks, or four if the encoder has fewer than 512 dimensions.
         teacher: MODEL:TAG of open_clip (by default ViT-B-16-quickgelu:openai), the name of a timm ViT, a file of
-            weights, or another name or the config of a teacher, see ``mmmilan.models.teachers.teacher_config``. It
+            weights, or another name or the config of a teacher, see ``mmmilan.teachers.teacher_config``. It
             sees the pixels that it was trained on.
         start: initial weights of the encoder: a model of the zoo, a file or a URL in any layout; by default random.
         epochs: number of epochs; by default it follows from the number of images.

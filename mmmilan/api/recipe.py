@@ -108,7 +108,7 @@ def resumed_config(
 
 def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
     """Raise an :class:`InputError` if an argument names another encoder or start than that of a run."""
-    from mmmilan.models.teachers.base import pair
+    from mmmilan.teachers.base import pair
 
     backbone = config.model.backbone
     own = dict(
@@ -138,7 +138,7 @@ def change_teacher(config: Config, folder: Path, teacher: str | dict[str, Any]) 
     Raises:
         InputError: there is no such teacher, or its features have another width than those that the run predicts.
     """
-    from mmmilan.models.teachers.base import pair
+    from mmmilan.teachers.base import pair
 
     model = config.model
     grid = tuple(side // model.backbone.patch_size for side in pair(model.backbone.img_size))
@@ -229,7 +229,7 @@ def absolute(path: str | os.PathLike) -> str:
 
 def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
     """Set the size of the crops in training and of the whole images in evaluation."""
-    from mmmilan.models.teachers.base import pair
+    from mmmilan.teachers.base import pair
 
     load, *_, pack = config.test_dataloader.dataset.pipeline
     crop, (height, width) = config.train_dataloader.dataset.pipeline[0], pair(img_size)
@@ -296,7 +296,7 @@ def set_model(
         InputError: the image is not a whole number of patches, or the encoder or the teacher is unknown.
     """
     from mmmilan.models.fitting import as_num_patches
-    from mmmilan.models.teachers.base import pair
+    from mmmilan.teachers.base import pair
 
     if any(side % patch_size for side in pair(img_size)):
         raise InputError(f'img_size={img_size} is not a multiple of patch_size={patch_size}; choose one that is.')
@@ -312,7 +312,7 @@ def set_model(
 
 def named_teacher(teacher: str | dict[str, Any]) -> dict[str, Any]:
     """:func:`teacher_config`, with the absolute path of a file of weights."""
-    from mmmilan.models.teachers import teacher_config
+    from mmmilan.teachers import teacher_config
 
     config = teacher_config(teacher)
     return config | (
@@ -338,7 +338,7 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
 
 def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, int]) -> int:
     """Set the teacher, with the encoder's grid of patches; returns the width of its features."""
-    from mmmilan.models.teachers import build_teacher
+    from mmmilan.teachers import build_teacher
 
     head = config.model.head
     head.teacher = named_teacher(teacher)

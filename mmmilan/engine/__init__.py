@@ -3,7 +3,7 @@ from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
 from mmmilan.engine.heartbeat import HeartbeatHook
-from mmmilan.engine.hooks import CorruptImageHook, ExactLoadingHook, ImageSizeHook
+from mmmilan.engine.image_checks import CorruptImageHook, ImageSizeHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
 from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
 from mmmilan.engine.mean_teacher import MeanTeacherHook
@@ -15,6 +15,7 @@ from mmmilan.engine.optim import (
     GroupingOptimWrapperConstructor,
     LayerDecayOptimWrapperConstructor,
 )
+from mmmilan.engine.resuming import ExactLoadingHook
 from mmmilan.engine.schedule import ScheduleCheckHook
 from mmmilan.engine.stopping import StopHook
 from mmmilan.engine.throughput import ThroughputHook

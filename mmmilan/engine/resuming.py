@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmmilan.checkpoints.config import parse_config
+from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
+from mmmilan.models.wrapping import unwrap
+from mmmilan.registry import HOOKS
 
 # Keys that belong to one call and not to a run.
 OF_A_CALL = re.compile(r'(work_dir|resume|load_from|launcher|experiment_name|env_variables|model_wrapper_cfg)\b')
@@ -397,3 +401,23 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and math.isfinite(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@HOOKS.register_module()
+class ExactLoadingHook(Hook):
+    """Load checkpoints of any layout at ``load_from`` and ``resume``; refuse one that lacks a weight of the model.
+
+    MMEngine itself loads the weights that fit and leaves the others random.
+
+    Raises:
+        InputError: see :func:`mmmilan.checkpoints.loading.load_weights` and :func:`check_resumable`.
+    """
+
+    priority = 'VERY_LOW'  # after hooks that change the checkpoint, as EMAHook does
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        source = runner._load_from or f'The last checkpoint in {runner.work_dir}'
+        if runner._resume:
+            check_resumable(runner, checkpoint, source)
+        # MMEngine loads the same weights once more
+        checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from mmmilan.datasets.classes import class_names, listed, wordnet_ids
 from mmmilan.errors import InputError
-from mmmilan.models.text_tower import TextTower
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
+from mmmilan.teachers.text_tower import TextTower
 
 
 @LOOPS.register_module()

@@ -12,9 +12,9 @@ from mmmilan.models.preprocessors import (
 from mmmilan.models.self_distillation import CodewordTarget, FeatureTarget
 from mmmilan.models.semantic_aware_vit import SemanticAwareViT
 from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
-from mmmilan.models.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import MeanTeacher
+from mmmilan.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 
 __all__ = [
     'CLIPTarget',

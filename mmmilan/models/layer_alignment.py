@@ -8,9 +8,9 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmmilan.models.targets import Target
-from mmmilan.models.teachers import Teacher
 from mmmilan.models.vit import init_linear
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
 
 
 @MODELS.register_module()

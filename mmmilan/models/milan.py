@@ -29,10 +29,10 @@ from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_parts
 from mmmilan.models.masking import split_patches, supplied_masks
 from mmmilan.models.targets import CLIPTarget
-from mmmilan.models.teachers.base import statistics_of
-from mmmilan.models.text_tower import TextTower
 from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
+from mmmilan.teachers.base import statistics_of
+from mmmilan.teachers.text_tower import TextTower
 
 
 @dataclass

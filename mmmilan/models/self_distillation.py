@@ -7,9 +7,9 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
 from mmmilan.models.targets import Target
-from mmmilan.models.teachers import Teacher
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
 
 
 class DistillationTarget(Target):

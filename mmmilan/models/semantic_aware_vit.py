@@ -7,10 +7,10 @@ from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_grid
-from mmmilan.models.teachers import Teacher, build_teacher
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher, build_teacher
 
 
 @MODELS.register_module()

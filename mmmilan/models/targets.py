@@ -11,9 +11,9 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import CachedTeacher, Teacher, build_teacher
 from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
+from mmmilan.teachers import CachedTeacher, Teacher, build_teacher
 
 
 class Target(BaseModule):

@@ -20,8 +20,8 @@ from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
 from mmmilan.models.attention import last_attention
-from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from mmmilan.registry import MODELS
+from mmmilan.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from mmmilan.visualization.paper import draw_tsne
 
 

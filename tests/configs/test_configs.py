@@ -53,7 +53,7 @@ def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch
     cfg = with_random_teacher(name)
     if 'slip' in name:  # the one whose fine-tuning gives the 82.6 that the paper quotes
         assert Path(cfg.model.head.teacher.pretrained).name == 'slip_base_25ep.pt'
-        monkeypatch.setattr('mmmilan.models.teachers.timm.read_weights', lambda path: slip_weights)
+        monkeypatch.setattr('mmmilan.teachers.timm.read_weights', lambda path: slip_weights)
     model = MODELS.build(cfg.model)
     encoder = sum(parameter.numel() for parameter in model.backbone.parameters())
     assert encoder == (303_301_632 if 'large' in name else 85_798_656)  # without a classifier

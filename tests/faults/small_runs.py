@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mmmilan.engine.distributed import end_processes, init_processes
-from mmmilan.engine.hooks import ExactLoadingHook
+from mmmilan.engine.resuming import ExactLoadingHook
 from processes import start_ranks
 
 

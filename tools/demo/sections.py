@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.models import MILAN
-from mmmilan.models.text_tower import TextTower
+from mmmilan.teachers.text_tower import TextTower
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     add_predictions,

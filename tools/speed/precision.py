@@ -25,7 +25,7 @@ from torch import Tensor
 from mmmilan import get_model
 from mmmilan.errors import exit_on_input_error
 from mmmilan.models import MILAN
-from mmmilan.models.teachers import Teacher
+from mmmilan.teachers import Teacher
 from mmmilan.visualization.pictures import evenly_spaced
 
 Targets = tuple[Tensor, Tensor]  # features [B, 1 + N, C] and importance [B, N]

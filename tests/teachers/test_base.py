@@ -11,8 +11,8 @@ from torchvision.transforms.functional import InterpolationMode, resize
 
 from helpers import randomise, relative_error
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
 
 FAMILIES = {
     'CLIP': dict(type='mmmilan.OpenCLIPTeacher', model='ViT-S-32', input_size=64),

@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 from helpers import ROOT, randomise, real_data
 from mmmilan.errors import InputError
 from mmmilan.models.masking import SemanticAwareMasking
-from mmmilan.models.teachers.importance import TextImportance
-from mmmilan.models.text_tower import TextTower
 from mmmilan.registry import DATASETS, MODELS
+from mmmilan.teachers.importance import TextImportance
+from mmmilan.teachers.text_tower import TextTower
 from scenes.appearance import SEMANTIC_CLASSES
 
 
@@ -115,7 +115,7 @@ def test_in_the_algorithm(milan_cfg, maskclip_file, with_attention, head):
 def test_where_a_query_pools(shallow, monkeypatch, with_attention):
     """SigLIP's patch features are values of its pooling already; in both paths of the teacher."""
     tower = TextTower(nn.Linear(4, 768, bias=False), lambda texts: torch.eye(4)[: len(texts)], 1.0)
-    monkeypatch.setattr('mmmilan.models.teachers.open_clip.load_text_tower', lambda *args: tower)
+    monkeypatch.setattr('mmmilan.teachers.open_clip.load_text_tower', lambda *args: tower)
     cfg = dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-SigLIP', pretrained=None, input_size=64)
     plain = randomise(MODELS.build(cfg)).eval()
     options = dict(texts=TEXTS, temperature=0.05, with_attention=with_attention)

@@ -12,11 +12,11 @@ from torch import nn
 from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError
-from mmmilan.models.teachers.base import Teacher
-from mmmilan.models.teachers.clip_source import CONFIG as CLIP_CONFIG
-from mmmilan.models.teachers.timm import CONFIG as TIMM_CONFIG
-from mmmilan.models.teachers.weights import HUB, LOCAL, hub_file, read_weights
 from mmmilan.registry import MODELS
+from mmmilan.teachers.base import Teacher
+from mmmilan.teachers.clip_source import CONFIG as CLIP_CONFIG
+from mmmilan.teachers.timm import CONFIG as TIMM_CONFIG
+from mmmilan.teachers.weights import HUB, LOCAL, hub_file, read_weights
 
 CLIP, TIMM = 'mmmilan.OpenCLIPTeacher', 'mmmilan.TimmTeacher'
 LIBRARIES = {'open_clip': CLIP, 'timm': TIMM}

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from helpers import randomise
-from mmmilan.models.teachers import Teacher
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
 
 VISION = dict(image_size=56, patch_size=14, width=64, layers=3, head_width=16)
 

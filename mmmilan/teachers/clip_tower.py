@@ -10,10 +10,10 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTrans
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.models.attention import class_attention
-from mmmilan.models.teachers import importance
-from mmmilan.models.teachers.base import Tower, check_input_size
-from mmmilan.models.teachers.registers import add_test_time_register
+from mmmilan.teachers import importance
+from mmmilan.teachers.base import Tower, check_input_size
+from mmmilan.teachers.importance import class_attention
+from mmmilan.teachers.registers import add_test_time_register
 
 
 class CLIPTower(Tower):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.models.teachers.base import Teacher
+from mmmilan.teachers.base import Teacher
 
 
 def add_test_time_register(

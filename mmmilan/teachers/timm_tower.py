@@ -11,9 +11,9 @@ from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransform
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import importance
-from mmmilan.models.teachers.base import Tower
-from mmmilan.models.teachers.registers import add_test_time_register
+from mmmilan.teachers import importance
+from mmmilan.teachers.base import Tower
+from mmmilan.teachers.registers import add_test_time_register
 
 
 class TimmTower(Tower):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmmilan.datasets.target_cache import TargetCache, as_json
 from mmmilan.errors import InputError
-from mmmilan.models.teachers.by_name import teacher_config
 from mmmilan.registry import MODELS
+from mmmilan.teachers.by_name import teacher_config
 
 
 @MODELS.register_module()

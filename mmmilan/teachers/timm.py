@@ -14,8 +14,9 @@ from mmmilan.checkpoints.download import download
 from mmmilan.checkpoints.io import check_values
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
-from mmmilan.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, check_input_size, pair
-from mmmilan.models.teachers.weights import (
+from mmmilan.registry import MODELS
+from mmmilan.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, check_input_size, pair
+from mmmilan.teachers.weights import (
     HUB,
     LOCAL,
     hub_file,
@@ -24,7 +25,6 @@ from mmmilan.models.teachers.weights import (
     warn_random_weights,
     weights_in,
 )
-from mmmilan.registry import MODELS
 
 CONFIG = 'config.json'
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
@@ -61,7 +61,7 @@ class TimmTeacher(Teacher):
         register_neurons: Sequence[tuple[int, int]] = (),
         **options: Any,
     ) -> None:
-        from mmmilan.models.teachers.timm_tower import TimmTower  # timm takes seconds to import
+        from mmmilan.teachers.timm_tower import TimmTower  # timm takes seconds to import
 
         if model.startswith(HUB):
             model = f'{LOCAL}{Path(hub_file(repo := model.removeprefix(HUB), [CONFIG])).parent}'
@@ -93,7 +93,7 @@ def check_model(model: str, input_size: tuple[int, int] | None) -> tuple[int, in
     """
     import timm
 
-    from mmmilan.models.teachers.timm_tower import check_timm_vit, own_input_size, patch_size
+    from mmmilan.teachers.timm_tower import check_timm_vit, own_input_size, patch_size
 
     if model.startswith(LOCAL):
         local_folder(model)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers import relative_error
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import find_register_neurons
+from mmmilan.teachers import find_register_neurons
 
 NEURONS = [(0, 5), (1, 3), (1, 250)]
 

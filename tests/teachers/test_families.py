@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import randomise, relative_error
-from mmmilan.models.teachers import Teacher
+from mmmilan.teachers import Teacher
 
 # name: (number of registers, how the importance is computed)
 CLASS, QUERY, MEAN = 'attention of the class token', 'attention of the pooling query', 'cosine of each token'

@@ -1,4 +1,4 @@
-"""Hooks that check the data, the images and the weights that a run starts from."""
+"""Images of a run that do not decode, or are not of the encoder's size."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmmilan.checkpoints.loading import load_weights
-from mmmilan.engine.resuming import check_resumable
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
@@ -25,26 +23,6 @@ class CorruptImageHook(Hook):
         all_reduce(count)
         if count:
             runner.logger.warning(f'{int(count)} images did not decode so far and were replaced by others.')
-
-
-@HOOKS.register_module()
-class ExactLoadingHook(Hook):
-    """Load checkpoints of any layout at ``load_from`` and ``resume``; refuse one that lacks a weight of the model.
-
-    MMEngine itself loads the weights that fit and leaves the others random.
-
-    Raises:
-        InputError: see :func:`mmmilan.checkpoints.loading.load_weights` and :func:`check_resumable`.
-    """
-
-    priority = 'VERY_LOW'  # after hooks that change the checkpoint, as EMAHook does
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        source = runner._load_from or f'The last checkpoint in {runner.work_dir}'
-        if runner._resume:
-            check_resumable(runner, checkpoint, source)
-        # MMEngine loads the same weights once more
-        checkpoint['state_dict'] = load_weights(unwrap(runner.model), checkpoint, source)
 
 
 @HOOKS.register_module()

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from mmmilan.checkpoints.io import check_values
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
-from mmmilan.models.teachers.clip_source import MISFITS, CLIPSource, find_source, text_sizes
-from mmmilan.models.text_tower import TextTower
+from mmmilan.teachers.clip_source import MISFITS, CLIPSource, find_source, text_sizes
+from mmmilan.teachers.text_tower import TextTower
 
 # The parts of a CLIP's state dict that are the text tower, where it has no prefix (OpenAI, most of open_clip).
 _OWN = ('token_embedding.', 'positional_embedding', 'transformer.', 'ln_final.', 'text_projection')

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from helpers import ROOT
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import Teacher
-from mmmilan.models.teachers.clip_source import new_visual
-from mmmilan.models.teachers.timm_tower import patch_size
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher
+from mmmilan.teachers.clip_source import new_visual
+from mmmilan.teachers.timm_tower import patch_size
 
 README = ROOT / 'configs/milan/teachers/README.md'
-START, END = '<!-- table: written by tests/models/teachers/test_library.py -->\n', '<!-- end of table -->\n'
+START, END = '<!-- table: written by tests/teachers/test_library.py -->\n', '<!-- end of table -->\n'
 # timm's modules with transformers; all others are convolutional
 TRANSFORMERS = (
     'beit', 'cait', 'coat', 'convit', 'crossvit', 'davit', 'deepseek_vit', 'deit', 'efficientformer', 'eva', 'fastvit',

@@ -14,8 +14,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.models.teachers.importance import TextImportance, check_text_options
-from mmmilan.models.text_tower import TextTower
+from mmmilan.teachers.importance import TextImportance, check_text_options
+from mmmilan.teachers.text_tower import TextTower
 
 # The student's images are normalised by ImageNet's statistics, unless its data preprocessor says otherwise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -19,9 +19,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from helpers import ROOT, build_model, clip_reference, openai_numbers, randomise, relative_error
 from mmmilan.errors import InputError
-from mmmilan.models.teachers import Teacher, build_teacher, teacher_config
-from mmmilan.models.teachers.clip_source import new_visual
 from mmmilan.registry import MODELS
+from mmmilan.teachers import Teacher, build_teacher, teacher_config
+from mmmilan.teachers.clip_source import new_visual
 
 RECIPE = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 OWN_STATISTICS = dict(mean=[0.3, 0.4, 0.6], std=[0.2, 0.25, 0.3])
@@ -155,7 +155,7 @@ def test_tags_of_open_clip(model, shallow, tmp_path, monkeypatch):
     visual = randomise(new_visual(open_clip.get_model_config(model))).eval()
     path = str(tmp_path / 'published.pt')
     torch.save({f'visual.{key}': value for key, value in visual.state_dict().items()}, path)
-    monkeypatch.setattr('mmmilan.models.teachers.clip_source.hub_file', lambda repo, names: path)
+    monkeypatch.setattr('mmmilan.teachers.clip_source.hub_file', lambda repo, names: path)
     teacher = build_teacher(f'{model}:{tag}').eval()
     settings = open_clip.pretrained.get_pretrained_cfg(model, tag)
     images = pictures(teacher.input_size[0])

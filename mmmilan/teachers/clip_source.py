@@ -28,8 +28,8 @@ from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.open_clip_layout import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
-from mmmilan.models.teachers.base import check_statistics, statistics_of
-from mmmilan.models.teachers.weights import HUB, LOCAL, hub_file, local_folder, read_weights, weights_in
+from mmmilan.teachers.base import check_statistics, statistics_of
+from mmmilan.teachers.weights import HUB, LOCAL, hub_file, local_folder, read_weights, weights_in
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of RGB images in [0, 1]
 

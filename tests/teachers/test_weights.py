@@ -15,7 +15,7 @@ import torch
 
 from helpers import assert_clip, randomise, relative_error
 from mmmilan.errors import InputError
-from mmmilan.models.teachers.clip_source import new_visual
+from mmmilan.teachers.clip_source import new_visual
 from processes import serve_http
 
 REVISION = '0' * 40
@@ -113,7 +113,7 @@ def test_no_network(cfg, hub, build, monkeypatch):
 
 
 def test_a_hub_that_keeps_silent(hub, build, monkeypatch):
-    monkeypatch.setattr('mmmilan.models.teachers.weights.HUB_TIMEOUT', 0.3)
+    monkeypatch.setattr('mmmilan.teachers.weights.HUB_TIMEOUT', 0.3)
     with socket.create_server(('127.0.0.1', 0)) as silent:
         point_to(monkeypatch, silent.getsockname()[1])
         with pytest.raises(InputError, match='does not answer .*Timeout'):
