@@ -221,9 +221,9 @@ def test_one_image_stops_nothing_and_one_listed_twice_is_found_twice(checkpoint,
     Image.new('L', (9000, 1)).save(photos / 'strip.png')
     bad = ['depth.tif', 'print.tif', 'cut.png', 'strip.png']
     files = [good[0], *(photos / name for name in bad), good[1], good[0]]
-    found = mmmilan.search(files, 'a red boat', checkpoint)
+    found = mmmilan.search(files, checkpoint, 'a red boat')
     assert sorted(each.path for each in found) == sorted(map(str, [good[0], good[0], good[1]]))
     assert all(f'Left out: {photos / name} ' in log.text for name in bad)
     assert '4 of 7 images were left out' in log.text
-    with np.load(mmmilan.heat_maps(files, ['a boat'], checkpoint, tmp_path / 'maps')) as file:
+    with np.load(mmmilan.heat_maps(files, checkpoint, tmp_path / 'maps', texts=['a boat'])) as file:
         assert file['paths'].tolist() == list(map(str, [good[0], good[1], good[0]]))

@@ -96,7 +96,7 @@ def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
     with pytest.raises(
         InputError, match=r'val/? has 1 of its 2 classes, other \(8 samples\), where .*Train/? has class0'
     ):
-        mmmilan.report(data, weights, tmp_path / 'report.html')
+        mmmilan.report(data, weights, tmp_path / 'other.html')
 
 
 def test_rankme():
