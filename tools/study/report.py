@@ -94,7 +94,7 @@ def draw(lines: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-FILES = ('table.md', 'accuracy.png')
+FILES = ('table.md', 'curves.png')
 
 
 def write_report(lines: list[dict], folder: Path) -> None:
