@@ -81,7 +81,7 @@ def test_the_name_of_a_config_is_its_newest_checkpoint(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f'No weights of {SLIP} have been published and work_dirs/{SLIP} has none'):
         resolve_checkpoint(SLIP)
-    with pytest.raises(InputError, match='work_dirs/milan-slp has no checkpoint; choose one of .*, such as milan-'):
+    with pytest.raises(InputError, match='work_dirs/milan-slp has no checkpoint; choose one of .*, such as milan_'):
         resolve_checkpoint('milan-slp')
     folder = tmp_path / 'work_dirs' / SLIP
     folder.mkdir(parents=True)
