@@ -49,8 +49,8 @@ def figures(
             name of the zoo), ``teacher`` for the config's own, or the name of a teacher, such as
             ``vit_base_patch16_224.dino`` or ``ViT-B-16-quickgelu:openai``.
         out: folder to write.
-        config: a config or a model of the zoo, from which the encoder is built and the images are preprocessed; by
-            default the config of the first checkpoint.
+        config: a config or a model of the zoo, by which the images are read, and those encoders are built that have no
+            config in the checkpoint or beside it; by default that of the first checkpoint that has one.
         num_classes: maximum number of classes in figure 2; if there are more, they are sampled.
         images_per_class: maximum number of images per class in figure 2.
         seed: seed of the sample of images, of t-SNE, and of the masks in figure 5.
@@ -67,7 +67,7 @@ def figures(
     import numpy as np
     import torch
 
-    from mmmilan.api.compared_models import load_compared_model, titles_of
+    from mmmilan.api.compared_models import config_of, load_compared_model, titles_of
     from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
@@ -77,7 +77,8 @@ def figures(
     from mmmilan.visualization.page import Page
 
     checkpoints = [os.fspath(each) for each in as_sources(checkpoints)]
-    images, config = os.fspath(images), os.fspath(config or checkpoints[0])
+    images = os.fspath(images)
+    config = os.fspath(config or next((each for each in checkpoints if config_of(each, '')), checkpoints[0]))
     inputs = [config, *checkpoints, images]
     folder = check_output_folder(out, FILES, inputs, overwrite=overwrite, pictures=True)
     device = choose_device(device)
@@ -192,6 +193,8 @@ def add_reconstruction(
     """Figure 5: mask and loss per patch, of the first checkpoint (by its title) that has its decoder."""
     import torch
 
+    from mmmilan.api.compared_models import config_of
+    from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
     from mmmilan.visualization.paper import draw_pictures, save_figure
     from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
@@ -199,13 +202,16 @@ def add_reconstruction(
     reasons = []
     for title, name in named.items():
         try:
-            model = get_model(config, name, device=device, encoder_only=False)
+            source = config_of(name, config)
+            model = get_model(source, name, device=device, encoder_only=False)
         except InputError as error:
             reasons.append(str(error))
             continue
-        if not hasattr(model, 'masking'):
-            reasons.append(f'{config} is not a pretraining config.')
+        if not hasattr(model, 'reconstruct'):
+            reasons.append(f'{source} is a {type(model).__name__}, which has no loss of patches.')
             continue
+        if source != config:
+            reader = Inferencer(get_model(source), device=device)
         batch = torch.cat(list(reader.batches(files, 32)))
         originals = to_images(batch, reader.model.data_preprocessor)
         torch.manual_seed(seed)
@@ -221,4 +227,4 @@ def add_reconstruction(
         )
         page.figure(save_figure(draw_pictures(columns), folder / 'figure5'), f'Mask and loss of {title}')
         return
-    warn(page, f'Figure 5 is left out: no checkpoint has the decoder of {config} ({reasons[0]})')
+    warn(page, f'Figure 5 is left out: no checkpoint has its decoder ({reasons[0]})')

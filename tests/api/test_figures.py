@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmpretrain.models import VisionTransformer
 
+from helpers import ROOT
 from mmmilan.api.compared_models import load_compared_model, titles_of
 from mmmilan.api.figures import figures, sample_classes
 from mmmilan.checkpoints.layouts import convert
@@ -160,7 +161,7 @@ def test_without_classes_or_decoder(models, image_folder, tmp_path, log):
         (flat / f'{i}.jpg').write_bytes(next(image_folder.rglob(f'{i}.jpg')).read_bytes())
     path = figures(flat, files['timm'], tmp_path / 'out', config=config)
     assert set(digest(tmp_path / 'out')) == {'figure3.png', 'figure3.pdf', 'index.html'}
-    for text in ('Figure 2 is left out', 'Figure 5 is left out: no checkpoint has the decoder'):
+    for text in ('Figure 2 is left out', 'Figure 5 is left out: no checkpoint has its decoder'):
         assert text in path.read_text() and text in log.text
 
 
@@ -200,3 +201,73 @@ def test_one_image_a_class():
     for labels, has_silhouette in (([0, 1, 2, 3], False), ([0, 0, 1, 2], True)):
         figure = draw_tsne(dict(ours=features + 0.1), np.array(labels), list('abcd')[: max(labels) + 1])
         assert ('silhouette' in figure.axes[0].get_xlabel()) == has_silhouette
+
+
+def save_with_config(config: Config, path: Path) -> str:
+    """A checkpoint of random weights, with its config in it."""
+    model = MODELS.build(config.model)
+    torch.save(dict(meta=dict(cfg=config.pretty_text), state_dict=model.state_dict()), path)
+    return str(path)
+
+
+@pytest.fixture
+def paper_four(tiny_config, benchmark_config, tmp_path) -> dict[str, str]:
+    """The models of the paper's figure 2: MAE in its own layout, CLIP, MILAN, and MILAN fine-tuned."""
+    config = Config.fromfile(tiny_config())
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    milan = save_with_config(config, folder / 'milan.pth')
+    encoder = {k: v for k, v in torch.load(milan)['state_dict'].items() if k.startswith('backbone.')}
+    torch.save(dict(model=convert(encoder, 'official', encoder_only=True)), folder / 'mae.pth')
+    finetuning = Config.fromfile(benchmark_config('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'))
+    finetuning.model.data_preprocessor.update(mean=[127.5] * 3, std=[127.5] * 3)
+    return dict(
+        mae=str(folder / 'mae.pth'),
+        teacher='teacher',
+        milan=milan,
+        finetuned=save_with_config(finetuning, folder / 'finetuned.pth'),
+    )
+
+
+def test_the_four_models_of_figure_2(paper_four, image_folder, tmp_path):
+    """Each brings its own norm and head, whichever is first, and the images as it was trained with them."""
+    names = list(paper_four.values())
+    page = figures(image_folder, names, tmp_path / 'out').read_text()
+    assert page.count('<img alt="') == 4 and 'mae, teacher, milan, finetuned' in page
+    assert 'Figure 5: what milan sees' in page
+    images = torch.randn(2, 3, 64, 64)
+    for config in paper_four['milan'], paper_four['finetuned']:  # of which no head fits the other's file
+        loaded = {key: load_compared_model(config, name, 'cpu') for key, name in paper_four.items() if key != 'teacher'}
+        assert [loaded[key].mean for key in ('mae', 'milan', 'finetuned')] == [False, False, True]
+    alone = load_compared_model(paper_four['finetuned'], paper_four['finetuned'], 'cpu')
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    among = load_compared_model(paper_four['milan'], paper_four['finetuned'], 'cpu')
+    with torch.no_grad():
+        torch.testing.assert_close(
+            among(images)[0], alone((images * std + mean - 127.5) / 127.5)[0], atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize('layout', ['official', 'timm', 'openmmlab'])
+def test_a_fine_tuned_file_without_config(paper_four, layout, tmp_path):
+    """The norm in the file says how its features are made, where the given config is that of pretraining."""
+    weights = {k: v for k, v in torch.load(paper_four['finetuned'])['state_dict'].items() if k.startswith('backbone.')}
+    head = {'head.weight': torch.zeros(3, 48), 'head.bias': torch.zeros(3)}
+    folder = tmp_path / 'foreign'
+    folder.mkdir()
+    torch.save(dict(model=convert(weights, layout, encoder_only=True) | head), folder / 'file.pth')
+    images = torch.randn(2, 3, 64, 64)
+    foreign = load_compared_model(paper_four['milan'], str(folder / 'file.pth'), 'cpu')
+    with torch.no_grad():
+        own = load_compared_model(paper_four['finetuned'], paper_four['finetuned'], 'cpu')(images)
+        assert foreign.mean and torch.equal(foreign(images)[0], own[0])
+
+
+def test_maskclip(image_folder, tmp_path):
+    """It has no loss of patches, so there is no figure 5, in one sentence."""
+    config = Config.fromfile(ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py')
+    name = save_with_config(config, tmp_path / 'maskclip.pth')
+    page = figures(image_folder, [name], tmp_path / 'out').read_text()
+    assert page.count('<img alt="') == 3 and 'is a MaskCLIP, which has no loss of patches' in page
+    with pytest.raises(InputError, match='has no teacher to compare'):
+        figures(image_folder, [name, 'teacher'], tmp_path / 'again')
