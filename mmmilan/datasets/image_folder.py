@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.fileio import LocalBackend, exists, get_file_backend
 from mmengine.logging import print_log
 from mmpretrain.datasets import CustomDataset
+from torch.utils.data import get_worker_info
 
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
@@ -27,6 +29,7 @@ from mmmilan.errors import InputError, printable
 from mmmilan.registry import DATASETS
 
 MAX_CORRUPT_IN_A_ROW = 100
+MAX_WORKERS = 1024  # of a data loader, whose counts are kept apart
 ENDINGS = f'{", ".join(EXTENSIONS)} or .tar'
 Source = str | os.PathLike  # a folder of images and tar shards, however nested; a tar shard; or an image
 
@@ -83,6 +86,33 @@ def expand_shards(folder: str, files: Iterable[str]) -> Iterator[tuple[str, str]
     log_left_out(f'the shards in {folder}' if folder else path, unused)
 
 
+class SharedCount:
+    """A number that the data workers of a process share; a copy or a pickle of it counts on its own from there."""
+
+    def __init__(self, counts: torch.Tensor | None = None) -> None:
+        counts = torch.zeros(1 + MAX_WORKERS, dtype=torch.int64) if counts is None else counts
+        self.counts = counts.share_memory_()  # one for each worker, so that no lock is needed
+
+    def increase(self) -> None:
+        """Add one."""
+        worker = get_worker_info()
+        self.counts[1 + worker.id % MAX_WORKERS if worker else 0] += 1
+
+    def total(self) -> int:
+        """The number."""
+        return int(self.counts.sum())
+
+    def __reduce__(self) -> tuple:
+        to_worker = multiprocessing.context.get_spawning_popen() is not None
+        return SharedCount, (self.counts if to_worker else self.counts.clone(),)
+
+
+def num_corrupt(dataset: object) -> int:
+    """How many images of a data set, or of those in a wrapper, did not decode."""
+    inner = [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]
+    return getattr(dataset, 'num_corrupt', 0) + sum(num_corrupt(each) for each in inner if each is not None)
+
+
 @DATASETS.register_module()
 class ImageFolder(CustomDataset):
     """Every image below a folder, however nested, those in tar shards too.
@@ -114,13 +144,13 @@ class ImageFolder(CustomDataset):
             raise InputError(f"on_corrupt={on_corrupt!r} is unknown; choose 'skip' or 'raise'.")
         self.on_corrupt = on_corrupt
         self.backend_args = backend_args
-        self._num_corrupt = multiprocessing.Value('q', 0)  # shared with the data workers
+        self._num_corrupt = SharedCount()
         super().__init__(data_root=data_root, with_label=with_label, extensions=EXTENSIONS, **kwargs)
 
     @property
     def num_corrupt(self) -> int:
         """How many times an image did not decode, in all data workers together."""
-        return self._num_corrupt.value
+        return self._num_corrupt.total()
 
     def load_data_list(self) -> list[dict]:
         if (self.backend_args or {}).get('backend') == 'lmdb':
@@ -219,13 +249,12 @@ class ImageFolder(CustomDataset):
         self.data_list.clear()
         return np.frombuffer(content, np.uint8), ends
 
-    def __getitem__(self, index: int | Draw) -> dict:
+    def __getitem__(self, index: int) -> dict:
         """Sample ``index`` after the pipeline; a :class:`Draw` in place of a number also fixes the augmentations."""
         if not self._fully_initialized:
             self.full_init()
-        draw = index if isinstance(index, Draw) else None
-        with seeded(draw) if draw else nullcontext():
-            return self.load_or_replace(draw.index if draw else index)
+        with seeded(index) if isinstance(index, Draw) else nullcontext():
+            return self.load_or_replace(int(index))
 
     def prepare_data(self, index: int) -> dict:
         """Sample ``index`` after the pipeline; a file deleted since the start counts as one that does not decode."""
@@ -246,8 +275,7 @@ class ImageFolder(CustomDataset):
             except CorruptImageError as error:
                 if self.on_corrupt == 'raise':
                     raise
-                with self._num_corrupt.get_lock():
-                    self._num_corrupt.value += 1
+                self._num_corrupt.increase()
                 print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
                 fault, index = str(error), np.random.randint(len(self))
         raise InputError(

@@ -1,60 +1,96 @@
 """Augmentations that depend only on (seed, epoch, sample).
 
 MMEngine seeds data workers once, or the same way at every epoch. Augmentations then depend on the number of workers,
-and a resumed run sees other images than an uninterrupted one. Here the sampler gives the dataset a random seed for each
-sample along with its index.
+and a resumed run sees other images than an uninterrupted one. Here the sampler gives a random seed for each
+sample along with its index, and samples are fetched with that seed, whatever the data set: one of mmmilan, a wrapper
+(``ConcatDataset``, ``ClassBalancedDataset``, ``MultiImageMixDataset``), or one of another library.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
+from mmengine.logging import print_log
 
 from mmmilan.registry import DATA_SAMPLERS
 
 
-class Draw(NamedTuple):
-    """One sample of one epoch, as the sampler asks for it."""
+class Draw(int):
+    """One sample of one epoch, as the sampler asks for it: its index, which is an int to any data set, and its seed."""
 
-    seed: int
-    epoch: int
-    index: int
+    def __new__(cls, seed: int, epoch: int, index: int) -> Draw:
+        draw = super().__new__(cls, index)
+        draw.seed, draw.epoch, draw.index = seed, epoch, int(index)
+        return draw
+
+    def __getnewargs__(self) -> tuple[int, int, int]:
+        return self.seed, self.epoch, self.index
 
 
 @DATA_SAMPLERS.register_module()
 class ReproducibleSampler(DefaultSampler):
-    """MMEngine's ``DefaultSampler`` that yields a :class:`Draw` in place of an index.
+    """MMEngine's ``DefaultSampler`` that yields a :class:`Draw`, and lets the data set fetch each in :func:`seeded`.
 
-    For datasets that accept a :class:`Draw`, such as those of mmmilan. Same arguments.
+    Same arguments. An augmentation with a generator of its own, besides those of Python, NumPy and PyTorch, is as
+    MMEngine seeds it; so is a data set that is not an object of a Python class, such as a list, which the log says.
     """
+
+    def __init__(self, dataset: Any, *args, **kwargs) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        try:
+            dataset.__getitems__ = partial(fetch, dataset)  # what PyTorch's DataLoader asks for a batch
+        except AttributeError:
+            message = f'Augmentations of {type(dataset).__name__} are seeded as by MMEngine: another run has others.'
+            print_log(message, logger='current', level=logging.WARNING)
 
     def __iter__(self) -> Iterator[Draw]:
         indices = super().__iter__()
         return (Draw(self.seed, self.epoch, index) for index in indices)
 
 
+def fetch(dataset: Any, indices: Sequence[int]) -> list:
+    """Samples of a data set, each that a :class:`Draw` asks for with its random numbers."""
+    samples = []
+    for index in indices:
+        with seeded(index) if isinstance(index, Draw) else nullcontext():
+            samples.append(dataset[index])
+    return samples
+
+
+CURRENT: ContextVar[Draw | None] = ContextVar('CURRENT', default=None)  # of ``seeded``
 # NumPy's generator within ``seeded``: exchanging generators is much faster than saving and restoring a state.
 GENERATOR = np.random.MT19937(0)
 
 
 @contextmanager
 def seeded(draw: Draw) -> Iterator[None]:
-    """Within this context Python's, NumPy's and PyTorch's (CPU) random numbers are those of ``draw``."""
+    """Within this context Python's, NumPy's and PyTorch's (CPU) random numbers are those of ``draw``.
+
+    Where it is the one already, numbers go on: a wrapper hands its draw to the data set within.
+    """
+    if CURRENT.get() is draw:
+        yield
+        return
     states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
+    seed = int(np.random.SeedSequence((draw.seed, draw.epoch, draw.index)).generate_state(1)[0])
     np.random.set_bit_generator(GENERATOR)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
+    token = CURRENT.set(draw)
     try:
         yield
     finally:
+        CURRENT.reset(token)
         random.setstate(states[0])
         np.random.set_bit_generator(states[1])
         torch.set_rng_state(states[2])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmmilan.datasets.image_folder import ImageFolder
-from mmmilan.datasets.reproducible import Draw
+from mmmilan.datasets.reproducible import CURRENT, Draw
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 
@@ -183,23 +183,24 @@ class CachedTargets(ImageFolder):
                 f'{data_root}; set data_root to the folder that it was made of, or make the cache again.'
             )
 
-    def __getitem__(self, index: Draw) -> dict:
+    def __getitem__(self, index: int) -> dict:
         """A sample with the cache's crop and its targets.
 
         Raises:
             InputError: the sampler is not a ``ReproducibleSampler``, or the image or its record has changed.
         """
-        if not isinstance(index, Draw):
+        draw = index if isinstance(index, Draw) else CURRENT.get()  # a wrapper may have changed the index
+        if draw is None:
             raise InputError(
                 'CachedTargets has to know the epoch; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
             )
-        epoch = index.epoch % self.cache.epochs
-        sample = super().__getitem__(Draw(self.cache.seed, epoch, index.index))
-        record = self.cache.read(epoch, index.index)
+        epoch = draw.epoch % self.cache.epochs
+        sample = super().__getitem__(Draw(self.cache.seed, epoch, index))
+        record = self.cache.read(epoch, int(index))
         difference = np.abs(mean_colour(sample['inputs']) - record['colour'].astype(float)).max()
         if difference > COLOUR_TOLERANCE:
             raise InputError(
-                f'{self.get_data_info(index.index)["img_path"]} has changed since {self.cache.folder} was made; '
+                f'{self.get_data_info(int(index))["img_path"]} has changed since {self.cache.folder} was made; '
                 'restore the image, or make the cache again.'
             )
         importance = record['importance'] * record['importance_scale']

@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
+from mmmilan.datasets.image_folder import num_corrupt
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
@@ -19,7 +20,7 @@ class CorruptImageHook(Hook):
     """Warn after each epoch of the images that did not decode so far, counted over all processes."""
 
     def after_train_epoch(self, runner: Runner) -> None:
-        count = torch.tensor(getattr(runner.train_dataloader.dataset, 'num_corrupt', 0), device=get_device())
+        count = torch.tensor(num_corrupt(runner.train_dataloader.dataset), device=get_device())
         all_reduce(count)
         if count:
             runner.logger.warning(f'{int(count)} images did not decode so far and were replaced by others.')

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import assert_identical, load_trusted, read_scalars
-from mmmilan.datasets import ReproducibleSampler
+from mmmilan.datasets import Draw, ReproducibleSampler
 from mmmilan.engine.loops import ContinuousLoader
 
 
@@ -22,9 +22,9 @@ class Draws(Dataset):
     def __len__(self) -> int:
         return 12
 
-    def __getitem__(self, draw: tuple) -> tuple:
+    def __getitem__(self, draw: Draw) -> tuple:
         time.sleep(self.seconds)
-        return tuple(draw)
+        return draw.seed, draw.epoch, draw.index
 
 
 def loader(seconds: float = 0) -> DataLoader:
