@@ -57,7 +57,8 @@ def new_config(
         loader.batch_size = batch_size or default_batch_size(num_images)
         loader.num_workers = min(loader.num_workers, os.cpu_count())
     set_image_size(config, img_size)
-    add_evaluation(config, sources, labelled)
+    images = evaluation_images(config, sources, labelled)
+    config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=images))
     set_start(config, start)
     set_model(config, arch, teacher, img_size, patch_size)
     set_schedule(config, num_images, epochs)
@@ -154,18 +155,14 @@ def change_images(
     config: Config, sources: Sequence[str | os.PathLike] | None, labelled: str | os.PathLike | None
 ) -> None:
     """Train and evaluate on other images from now on, as often as before."""
-    evaluated, hooks = config.test_dataloader.dataset.sources, config.custom_hooks
+    evaluated, hook = config.test_dataloader.dataset.sources, part(config.custom_hooks, 'OnlineEvaluationHook')
     if sources is not None:
         set_data(config, sources)
-    before = next((hook for hook in hooks if hook.type == 'mmmilan.OnlineEvaluationHook'), None)
     # images that were not labelled by the user for this purpose follow the data
-    root = before.dataset.get('data_root') if before else None
+    root = hook.dataset.get('data_root') if hook else None
     follows = sources is not None and (root is None or any(Path(root).is_relative_to(each) for each in evaluated))
-    if before and (labelled is not None or follows):
-        add_evaluation(config, sources or evaluated, labelled)
-        config.custom_hooks = [
-            hook if hook is not before else {**before, 'dataset': hooks[-1]['dataset']} for hook in hooks[:-1]
-        ]
+    if hook and (labelled is not None or follows):
+        hook.dataset = evaluation_images(config, sources or evaluated, labelled)
 
 
 def own_schedule(config: Config) -> Schedule | None:
@@ -231,20 +228,27 @@ def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
     """Set the size of the crops in training and of the whole images in evaluation."""
     from mmmilan.teachers.base import pair
 
-    load, *_, pack = config.test_dataloader.dataset.pipeline
-    crop, (height, width) = config.train_dataloader.dataset.pipeline[0], pair(img_size)
+    steps, (height, width) = config.test_dataloader.dataset.pipeline, pair(img_size)
+    crop = part(config.train_dataloader.dataset.pipeline, 'LoadRandomResizedCrop')
     crop.scale = img_size
     if height == width:
-        _, resize, centre, _ = config.test_dataloader.dataset.pipeline
-        resize.scale, centre.crop_size = round(height * 256 / 224), height
+        part(steps, 'ResizeEdge').scale = round(height * 256 / 224)
+        part(steps, 'CenterCrop').crop_size = height
     else:
         crop.aspect_ratio_range = (3 / 4 * width / height, 4 / 3 * width / height)
         resize = dict(type='Resize', scale=(width, height), backend='pillow', interpolation='bicubic')
-        config.test_dataloader.dataset.pipeline = [load, resize, pack]
+        config.test_dataloader.dataset.pipeline = [part(steps, 'LoadImage'), resize, part(steps, 'PackInputs')]
 
 
-def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelled: str | os.PathLike | None) -> None:
-    """Evaluate the encoder during training, on labelled images if there are any.
+def part(parts: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    """The first of the hooks, or steps of a pipeline, of this type; None if there is none."""
+    return next((each for each in parts if each['type'].rpartition('.')[2] == kind), None)
+
+
+def evaluation_images(
+    config: Config, sources: Sequence[str | os.PathLike], labelled: str | os.PathLike | None
+) -> dict[str, Any]:
+    """The data set on which the encoder is evaluated during training, with labels if there are any.
 
     Raises:
         InputError: ``labelled`` has no folders that name classes.
@@ -262,7 +266,7 @@ def add_evaluation(config: Config, sources: Sequence[str | os.PathLike], labelle
     if classes and (labelled is not None or len(list_images(root)) >= 5 * len(classes)):
         del dataset['sources']
         dataset.update(type='mmmilan.ImageFolder', data_root=absolute(root), with_label=True)
-    config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=dataset))
+    return dataset
 
 
 def default_batch_size(num_images: int) -> int:
@@ -380,7 +384,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.param_scheduler = schedule.param_scheduler()
     config.train_cfg.max_epochs = schedule.epochs
     config.default_hooks.checkpoint.interval = max(1, schedule.epochs // CHECKPOINTS)
-    config.custom_hooks[-1]['interval'] = max(1, schedule.epochs // EVALUATIONS)
+    part(config.custom_hooks, 'OnlineEvaluationHook')['interval'] = max(1, schedule.epochs // EVALUATIONS)
     config.auto_scale_lr.enable = False  # the rate is already that of this batch size
     print_log(
         f'{num_images} images in batches of {batch_size}: {count(schedule.epochs, "epoch")} of '
