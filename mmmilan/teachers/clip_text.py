@@ -73,8 +73,8 @@ def build_text(source: CLIPSource, sizes: dict, path: str) -> tuple[nn.Module, o
         return encoder, open_clip.get_tokenizer(source.tokenizer)
     except (*MISFITS, OSError, ImportError) as error:  # a tokenizer may be a file of the hub
         raise InputError(
-            f'The text tower of {source.name} cannot be built ({first_line(error)}); correct the config beside the file, '
-            'or choose a teacher with another text tower.'
+            f'The text tower of {source.name} cannot be built ({first_line(error)}); correct the config beside the '
+            'file, or choose a teacher with another text tower.'
         ) from error
 
 

@@ -214,7 +214,7 @@ def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
     assert 'eval/knn' in scores_of(run)[0]
     assert Config.fromfile(run / 'config.py').train_dataloader.dataset.sources == [str(data / 'train')]
     report = (run / 'report.html').read_text()
-    assert f'18 images of {data}/val; the names of the folders are the 2 classes' in report
+    assert f'18 images of {data}/val; the names of the folders are the 3 classes' in report
 
     shutil.rmtree(data / 'val/class1')  # too few for a report
     mmmilan.pretrain(data, tmp_path / 'other', **quick)
