@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from mmmilan.interrupts import end_at_interrupt
 
 
+def count(number: int, thing: str) -> str:
+    """A number of things in words: '1 epoch', '2 epochs'."""
+    return f'{number} {thing}{"s" * (number != 1)}'
+
+
 def printable(text: str) -> str:
     r"""A text for the terminal and the log: bytes of a file name that are not UTF-8, and escape codes, as ``\x1b``."""
     if text.isprintable():

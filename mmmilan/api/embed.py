@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmmilan import arguments
 from mmmilan.api.feature_files import check_features_output, write_features
-from mmmilan.api.progress import progress
 from mmmilan.arguments import checked
-from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
     from torch import Tensor
 
-    from mmmilan.api.inference import FeatureExtractor
+    from mmmilan.evaluation.features import Arrays
 
 
 @checked
@@ -38,7 +35,7 @@ def embed(
     The columns of the file, with one row per image in the order given, are ``paths``; ``ok`` (whether the image could
     be read); ``class_token`` and ``mean_token`` [M, D]; and, if the checkpoint has a decoder that predicts CLIP
     features, ``embedding`` [M, C], of length 1 in the joint space of image and text. Features are float32; those of an
-    image that does not decode are NaN.
+    image that cannot be used are NaN. A Parquet file is written batch by batch, an .npz file is held in memory.
 
     Args:
         images: images, folders of images (flat or nested, sorted by path) and tar shards.
@@ -61,76 +58,48 @@ def embed(
         >>> numpy.load('photos.npz')['class_token'].shape
         (3068, 768)
     """
-    import numpy as np
-    from mmengine.logging import print_log
+    from mmengine.dist import is_main_process
 
+    from mmmilan.api.inference import Inferencer
+    from mmmilan.api.models import build_embedder
     from mmmilan.datasets.image_folder import as_sources, list_images
 
     path = check_features_output(out, [checkpoint, *as_sources(images)], overwrite)
     files = list_images(images)
-    rows: dict[str, list[np.ndarray]] = {}
-    for batch in features_of(files, checkpoint, batch_size, num_workers, device):
-        if not patches:
-            batch.pop('patch_tokens')
-        for name, values in batch.items():
-            rows.setdefault(name, []).append(values)
-    columns = dict(paths=np.array(files)) | {name: np.concatenate(values) for name, values in rows.items()}
-    broken = [file for file, ok in zip(files, columns['ok'], strict=True) if not ok]
-    if len(broken) == len(files):
-        raise InputError(f'None of the {len(files)} images can be read, e.g. {files[0]}; give images.')
-    for file in broken:
-        print_log(f'{file} cannot be read; its features are NaN.', logger='current', level=logging.WARNING)
-    write_features(path, columns)
+    reader = Inferencer(checkpoint, device=device)
+    embedder = build_embedder(reader.model, checkpoint)
+
+    def encode(inputs: Tensor) -> dict[str, Tensor]:
+        features = embedder(inputs)
+        return {name: rows for name, rows in features.items() if patches or name != 'patch_tokens'}
+
+    batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
+    columns = add_rows(files, batches)
+    if is_main_process():
+        write_features(path, columns)
+    else:
+        deque(columns, maxlen=0)
     return path
 
 
-def features_of(
-    files: list[str],
-    checkpoint: str | os.PathLike,
-    batch_size: int,
-    num_workers: int | None,
-    device: str | None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of each batch of images, with a progress bar."""
+def add_rows(files: list[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
+    """The columns of each batch, with rows of NaN for the files that were left out."""
     import numpy as np
-    import torch
-    from torch.utils.data import DataLoader
 
-    from mmmilan.api.inference import FeatureExtractor
-    from mmmilan.api.models import build_embedder
+    begin = 0
 
-    extract = FeatureExtractor(checkpoint, device=device)
-    embedder, normalise = build_embedder(extract.model, checkpoint), extract.model.data_preprocessor
-    num_workers = min(8, os.cpu_count(), len(files) // batch_size) if num_workers is None else num_workers
-    loader = DataLoader(_Images(files, extract), batch_size, num_workers=num_workers)
-    for inputs, ok in progress(loader, 'Features'):
-        with torch.no_grad():
-            features = embedder(normalise(dict(inputs=inputs), False)['inputs'])
-        batch = dict(ok=ok.numpy())
-        for name, values in features.items():
+    def columns(end: int, found: np.ndarray, batch: Arrays) -> Arrays:
+        ok = np.isin(np.arange(begin, end), found)
+        rows = dict(paths=np.array(files[begin:end]), ok=ok)
+        for name, values in batch.items():
             dtype = np.float16 if name == 'patch_tokens' else np.float32
-            batch[name] = values.cpu().numpy().astype(dtype)
-            batch[name][~batch['ok']] = np.nan
-        yield batch
+            rows[name] = np.full((len(ok), *values.shape[1:]), np.nan, dtype)
+            rows[name][ok] = values
+        return rows
 
-
-class _Images:
-    """Data set of images, uint8 [3, H, W], and whether each could be read; an image that could not is black."""
-
-    def __init__(self, files: list[str], extract: FeatureExtractor) -> None:
-        import numpy as np
-
-        # one array, as a list would be copied into each worker, string by string
-        self.files, self.extract = np.array([os.fsencode(file) for file in files]), extract
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
-        import torch
-
-        try:
-            image = self.extract.load(dict(img_path=os.fsdecode(self.files[index])))
-        except InputError:
-            return torch.zeros(3, *self.extract.model.backbone.img_size, dtype=torch.uint8), False
-        return self.extract.prepare(image)['inputs'], True
+    for batch in batches:
+        found = batch.pop('position')
+        yield columns(found[-1] + 1, found, batch)
+        begin = found[-1] + 1
+    if begin < len(files):
+        yield columns(len(files), found[:0], {name: values[:0] for name, values in batch.items()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,13 @@ from mmmilan.files import first_line
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
+    import pyarrow
     from torch import Tensor
 
+    from mmmilan.evaluation.features import Arrays
 
+
+GROUP_BYTES = 1 << 25  # of rows that are written to Parquet at once
 # Kind of numpy's dtypes and number of dimensions of the columns that are read.
 COLUMNS = {'paths': ('U', 1), 'ok': ('b', 1), 'class_token': ('f', 2), 'patch_tokens': ('f', 3), 'embedding': ('f', 2)}
 
@@ -117,24 +122,49 @@ def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.Path
     return path
 
 
-def write_features(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """Write columns of equal length as ``.npz`` or as Parquet (each row a flat list), whole or not at all."""
+def write_features(path: Path, batches: Iterator[Arrays]) -> None:
+    """Write batches of columns as ``.npz`` or as Parquet (each row a flat list), whole or not at all.
+
+    Parquet is written as the batches come, in groups of rows.
+    """
+    from mmmilan.evaluation.features import join
     from mmmilan.files import atomic_write
 
     if path.suffix == '.npz':
-        write_npz(path, **columns)
+        write_npz(path, **join(batches))
         return
-    import pyarrow as pa
     import pyarrow.parquet
 
-    def column(rows: np.ndarray) -> pa.Array:
-        if rows.dtype.kind == 'U':  # Parquet takes UTF-8 alone, file names are any bytes
-            return pa.array([str(text).encode(errors='backslashreplace').decode() for text in rows])
-        return pa.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows)
+    groups = row_groups(batches)
+    first = next(groups)  # what is wrong with the model or the images is not a fault of the file
+    with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, first.schema) as writer:
+        for table in itertools.chain([first], groups):
+            writer.write_table(table)
 
-    arrays = {name: column(rows) for name, rows in columns.items()}
-    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
-        pyarrow.parquet.write_table(pa.table(arrays), file)
+
+def row_groups(batches: Iterable[Arrays]) -> Iterator[pyarrow.Table]:
+    """Batches of columns as tables of at least ``GROUP_BYTES``, except for the last one."""
+    import pyarrow
+
+    from mmmilan.evaluation.features import join
+
+    def column(rows: np.ndarray) -> pyarrow.Array:
+        if rows.dtype.kind == 'U':  # Parquet takes UTF-8 alone, file names are any bytes
+            return pyarrow.array([str(text).encode(errors='backslashreplace').decode() for text in rows])
+        return pyarrow.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows)
+
+    def table() -> pyarrow.Table:
+        return pyarrow.table({name: column(rows) for name, rows in join(waiting).items()})
+
+    waiting, size = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        size += sum(rows.nbytes for rows in batch.values())
+        if size >= GROUP_BYTES:
+            yield table()
+            waiting, size = [], 0
+    if waiting:
+        yield table()
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> Path:

@@ -15,6 +15,7 @@ from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
+    from torch import Tensor
 
     from mmmilan.api.compared_models import ComparedModel
     from mmmilan.api.inference import Inferencer
@@ -68,11 +69,11 @@ def figures(
     import torch
 
     from mmmilan.api.compared_models import config_of, load_compared_model, titles_of
-    from mmmilan.api.devices import choose_device
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import get_model
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.splits import list_labelled_images
+    from mmmilan.evaluation.features import choose_device
     from mmmilan.files import check_output_folder
     from mmmilan.visualization.page import Page
 
@@ -94,10 +95,9 @@ def figures(
         add_tsne(page, folder, reader, models, [files[i] for i in chosen], labels[chosen], classes, seed)
     else:
         warn(page, f'Figure 2 is left out: {images} has no folders that name two or more classes.')
-    readable = (files[i] for i in random.permutation(len(files)) if reader.try_to_read(files[i]) is not None)
-    pictures = list(itertools.islice(readable, NUM_SMALL + NUM_LARGE))
-    if not pictures:
-        raise InputError(f'None of the images of {images} decodes; give images.')
+    order = random.permutation(len(files))
+    readable = reader.extract(files, lambda inputs: {}, indices=order, batch_size=1, num_workers=0)
+    pictures = [files[order[batch['position'][0]]] for batch in itertools.islice(readable, NUM_SMALL + NUM_LARGE)]
     for number, part in (3, pictures[:NUM_SMALL]), (4, pictures[NUM_SMALL:]):
         if part:
             add_attention(page, folder, number, reader, models, part)
@@ -136,19 +136,19 @@ def add_tsne(
     """Figure 2: t-SNE of the features."""
     import numpy as np
 
+    from mmmilan.evaluation.features import join
     from mmmilan.visualization.paper import draw_tsne, save_figure
 
-    used: list[int] = []
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    for positions, batch in reader.usable_batches(files, 32):
-        used += positions
-        for name, model in models.items():
-            parts[name].append(model(batch)[0].float().cpu().numpy())
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        return {name: model(images)[0] for name, model in models.items()}
+
+    found = join(reader.extract(files, encode, 'Features for figure 2', batch_size=32))
+    used = found['position']
     present, labels = np.unique(labels[used], return_inverse=True)
     if len(present) < 2:
         warn(page, 'Figure 2 is left out: the images that decode are not of two or more classes.')
         return
-    features = {name: np.concatenate(part) for name, part in parts.items()}
+    features = {name: found[name] for name in models}
     figure = draw_tsne(features, labels, [classes[i] for i in present], seed)
     page.heading(
         'Figure 2: which classes the encoders separate',
@@ -162,12 +162,11 @@ def add_attention(
     page: Page, folder: Path, number: int, reader: Inferencer, models: dict[str, ComparedModel], files: list[str]
 ) -> None:
     """Figure 3 or 4: attention maps."""
-    import torch
 
     from mmmilan.visualization.paper import draw_pictures, save_figure
     from mmmilan.visualization.pictures import draw_heat, to_images
 
-    batch = torch.cat(list(reader.batches(files, 32)))
+    batch = reader.inputs(files)
     originals = to_images(batch, reader.model.data_preprocessor)
     columns = {'image': originals}
     for name, model in models.items():
@@ -212,7 +211,7 @@ def add_reconstruction(
             continue
         if source != config:
             reader = Inferencer(get_model(source), device=device)
-        batch = torch.cat(list(reader.batches(files, 32)))
+        batch = reader.inputs(files)
         originals = to_images(batch, reader.model.data_preprocessor)
         torch.manual_seed(seed)
         predicted = list(zip(originals, model.predict(batch), strict=True))

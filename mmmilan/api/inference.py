@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmmilan.api.devices import choose_device
 from mmmilan.api.models import get_model
-from mmmilan.api.progress import progress
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -17,6 +14,8 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.model import BaseModel
     from PIL.Image import Image
     from torch import Tensor
+
+    from mmmilan.evaluation.features import Arrays
 
 
 class Inferencer:
@@ -41,6 +40,8 @@ class Inferencer:
         from mmengine.registry import DefaultScope
         from mmpretrain.registry import TRANSFORMS
 
+        from mmmilan.evaluation.features import choose_device
+
         self.model = get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model
         self.model.to(choose_device(device))
         with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -48,14 +49,33 @@ class Inferencer:
             self.load, *steps = [TRANSFORMS.build(step) for step in steps]
         self.prepare = Compose(steps)
 
-    def batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
-        """Normalised batches [B, 3, H, W] on the model's device, with a progress bar."""
-        from mmengine.dataset import default_collate
+    def extract(
+        self, images: Any, encode: Callable[[Tensor], dict[str, Tensor]], description: str = '', **options: Any
+    ) -> Iterator[Arrays]:
+        """:func:`mmmilan.evaluation.features.extract` of images: paths, arrays or PIL images."""
+        from mmmilan.evaluation.features import extract
 
-        images = _as_list(images)
-        for start in progress(range(0, len(images), batch_size), type(self).__name__):
-            batch = [self.prepare(self.read(image)) for image in images[start : start + batch_size]]
-            yield self.model.data_preprocessor(default_collate(batch), False)['inputs']
+        return extract(Images(images, self), self.model.data_preprocessor, encode, description, **options)
+
+    def encode(self, images: Any, encode: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
+        """What a function from normalised images [B, 3, H, W] to [B, ...] gives of all images, [M, ...] on the CPU.
+
+        Raises:
+            InputError: an image cannot be used.
+        """
+        import torch
+
+        from mmmilan.evaluation.features import join
+
+        options = dict(batch_size=batch_size, num_workers=0, skip=False, shared=False)
+        batches = self.extract(
+            _as_list(images), lambda inputs: dict(rows=encode(inputs)), type(self).__name__, **options
+        )
+        return torch.from_numpy(join(batches)['rows'])
+
+    def inputs(self, images: Any) -> Tensor:
+        """Normalised images [B, 3, H, W] on the model's device."""
+        return self.encode(images, lambda inputs: inputs, 32).to(next(self.model.parameters()).device)
 
     def read(self, image: str | os.PathLike | np.ndarray | Image) -> dict:
         """Load an image as the first step of the pipeline does.
@@ -81,36 +101,29 @@ class Inferencer:
         check_aspect_ratio(image, 'An array')
         return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
 
-    def usable_batches(self, files: Sequence[str], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """As :meth:`batches`, but images that cannot be used are left out: named in the log and counted at the end.
 
-        Yields:
-            The positions in ``files`` of the images of a batch, and the batch [B, 3, H, W].
-        """
-        from mmengine.dataset import default_collate
-        from mmengine.logging import print_log
+class Images:
+    """Data set of images, each after the pipeline of a model.
 
-        used = 0
-        for start in progress(range(0, len(files), batch_size), type(self).__name__):
-            samples = {i: self.try_to_read(files[i]) for i in range(start, min(start + batch_size, len(files)))}
-            samples = {i: sample for i, sample in samples.items() if sample is not None}
-            used += len(samples)
-            if samples:
-                batch = self.model.data_preprocessor(default_collate(list(samples.values())), False)
-                yield list(samples), batch['inputs']
-        if used < len(files):
-            text = f'{len(files) - used} of {len(files)} images were left out, see above.'
-            print_log(text, logger='current', level=logging.WARNING)
+    Args:
+        images: Paths, arrays or PIL images.
+        reader: Of the model.
+    """
 
-    def try_to_read(self, path: str) -> dict | None:
-        """The packed image; None, with a warning in the log, if it cannot be used or was removed meanwhile."""
-        from mmengine.logging import print_log
+    def __init__(self, images: Sequence, reader: Inferencer) -> None:
+        import numpy as np
 
-        try:
-            return self.prepare(self.read(path))
-        except InputError as error:
-            print_log(f'Left out: {error}', logger='current', level=logging.WARNING)
-            return None
+        if all(isinstance(image, (str, os.PathLike)) for image in images):
+            # one array, as a list would be copied into each worker, string by string
+            images = np.array([os.fsencode(image) for image in images])
+        self.images, self.reader = images, reader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        image = self.images[index]
+        return self.reader.prepare(self.reader.read(os.fsdecode(image) if isinstance(image, bytes) else image))
 
 
 class FeatureExtractor(Inferencer):
@@ -165,13 +178,10 @@ class FeatureExtractor(Inferencer):
         Raises:
             InputError: there is no image, or one is missing, does not decode or is not uint8 [H, W, 3].
         """
-        import torch
-
         backbone = self.model.backbone
         trained_with, backbone.out_type = backbone.out_type, self.out_type
         try:
-            with torch.no_grad():
-                return torch.cat([backbone(batch)[-1].cpu() for batch in self.batches(images, batch_size)])
+            return self.encode(images, lambda inputs: backbone(inputs)[-1], batch_size)
         finally:
             backbone.out_type = trained_with
 
@@ -199,15 +209,12 @@ class ImageClassificationInferencer(Inferencer):
         Raises:
             InputError: the model has no head, or an image cannot be read.
         """
-        import torch
-
         if not self.model.with_head:
             raise InputError('This model has no classification head; choose a fine-tuned one, see list_models("vit").')
-        with torch.no_grad():
-            scores = [self.model(batch).softmax(1).cpu() for batch in self.batches(images, batch_size)]
+        scores = self.encode(images, lambda inputs: self.model(inputs).softmax(1), batch_size)
         classes = self.model._dataset_meta.get('classes')
         results = []
-        for pred_scores in torch.cat(scores):
+        for pred_scores in scores:
             label = int(pred_scores.argmax())
             result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
             results.append({**result, 'pred_class': classes[label]} if classes else result)

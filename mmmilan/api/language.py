@@ -63,17 +63,6 @@ class JointSpace(Inferencer):
             raise InputError('There is an empty text; say what to look for.')
         return self.texts(texts)
 
-    def embed_images(self, images: Sequence[str], batch_size: int = 32) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """Paths, normalised images [B, 3, H, W] and their embeddings [B, 1 + N, C], batch by batch.
-
-        Images that cannot be used are left out, see :meth:`usable_batches`.
-        """
-        import torch
-
-        for positions, batch in self.usable_batches(images, batch_size):
-            with torch.no_grad():
-                yield [images[i] for i in positions], batch, self.model.embed_joint(batch)
-
 
 @checked
 def search(
@@ -112,6 +101,7 @@ def search(
     import torch
 
     from mmmilan.datasets.image_folder import list_images
+    from mmmilan.evaluation.features import join
 
     paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
     space = JointSpace(checkpoint, device, teacher)
@@ -124,10 +114,12 @@ def search(
             )
         cosines = embeddings.to(wanted.device) @ wanted
     else:
-        found = [(names, rows[:, 0] @ wanted) for names, _, rows in space.embed_images(paths, batch_size)]
-        if not found:
-            raise InputError(f'None of the images of {images} decodes; give images.')
-        paths, cosines = [name for names, _ in found for name in names], torch.cat([cosines for _, cosines in found])
+
+        def encode(inputs: Tensor) -> dict[str, Tensor]:
+            return dict(cosine=space.model.encode_image(inputs) @ wanted)
+
+        found = join(space.extract(paths, encode, 'Search', batch_size=batch_size))
+        paths, cosines = [paths[i] for i in found['position']], torch.from_numpy(found['cosine'])
     best = cosines.argsort(descending=True, stable=True)[:top].tolist()
     return [Found(paths[i], round(float(cosines[i]), 4)) for i in best]
 
@@ -175,44 +167,47 @@ def heat_maps(
 
     from_file = is_features(images)
     found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
-    pictures = {} if from_file else {path: f'{i:04}-{Path(path).stem}' for i, path in enumerate(found)}
-    names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures.values() for ending in ('.pdf', '.png'))]
+    paths, *tokens = (found[0], *found[1]) if from_file else (found,)
+    pictures = [] if from_file else [f'{i:04}-{Path(path).stem}' for i, path in enumerate(paths)]
+    names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures for ending in ('.pdf', '.png'))]
     inputs = [checkpoint, *as_sources(images)]
     folder = check_output_folder(out, names, inputs, overwrite=overwrite, pictures=not from_file)
+    if not paths:
+        raise InputError(f'{images} has no image that could be read; give another file.')
     space = JointSpace(checkpoint, device, teacher)
     texts = [texts] if isinstance(texts, str) else list(texts)
     wanted = space.embed_texts(texts)
-    batches = project_tokens(space, *found) if from_file else space.embed_images(found, batch_size)
-    paths, parts = [], []
-    for names, pixels, embeddings in batches:
-        cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)  # [B, T, N]
-        if pixels is not None:
-            draw_maps(space, [folder / pictures[name] for name in names], pixels, cosine, texts)
-        paths += names
-        parts.append(cosine.unflatten(2, tuple(space.model.backbone.patch_resolution)).cpu())
-    if not parts:
-        raise InputError(f'None of the images of {images} decodes; give images.')
-    return write_npz(folder / 'heat_maps.npz', paths=np.array(paths), texts=np.array(texts), cosine=torch.cat(parts))
+
+    def encode(inputs: Tensor) -> dict[str, Tensor]:
+        return dict(inputs=inputs, cosine=compare(space.model.embed_joint(inputs)))
+
+    def compare(embeddings: Tensor) -> Tensor:
+        cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)
+        return cosine.unflatten(2, tuple(space.model.backbone.patch_resolution))  # [B, T, rows, columns]
+
+    positions, cosine = [], []
+    if from_file:
+        positions, cosine = range(len(paths)), [compare(rows).cpu() for rows in project_tokens(space, *tokens)]
+    for batch in () if from_file else space.extract(paths, encode, 'Heat maps', batch_size=batch_size):
+        inputs, maps = torch.from_numpy(batch['inputs']), torch.from_numpy(batch['cosine'])
+        draw_maps(space, [folder / pictures[i] for i in batch['position']], inputs, maps.flatten(2), texts)
+        positions += batch['position'].tolist()
+        cosine.append(maps)
+    paths = np.array([paths[i] for i in positions])
+    return write_npz(folder / 'heat_maps.npz', paths=paths, texts=np.array(texts), cosine=torch.cat(cosine))
 
 
-def project_tokens(
-    space: JointSpace, paths: list[str], tokens: list[np.ndarray]
-) -> Iterator[tuple[list[str], None, Tensor]]:
-    """Project class tokens [M, D] and patch tokens [M, N, D] of the encoder, as :meth:`JointSpace.embed_images` does.
-
-    Yields:
-        Paths, None in place of the images, and embeddings [B, 1 + N, C].
-    """
+def project_tokens(space: JointSpace, class_tokens: np.ndarray, patch_tokens: np.ndarray) -> Iterator[Tensor]:
+    """Project class tokens [M, D] and patch tokens [M, N, D] of the encoder to embeddings [B, 1 + N, C]."""
     import numpy as np
     import torch
 
-    class_tokens, patch_tokens = tokens
     device = next(space.model.parameters()).device
-    for start in range(0, len(paths), 32):
+    for start in range(0, len(class_tokens), 32):
         rows = slice(start, start + 32)
         latent = torch.from_numpy(np.concatenate([class_tokens[rows, None], patch_tokens[rows]], axis=1)).to(device)
         with torch.no_grad():
-            yield paths[rows], None, space.model.project_joint(latent)
+            yield space.model.project_joint(latent)
 
 
 def draw_maps(space: JointSpace, paths: Sequence[Path], pixels: Tensor, cosine: Tensor, texts: Sequence[str]) -> None:
@@ -258,7 +253,8 @@ def zero_shot(
             the folders' in another order, or the checkpoint has no decoder or no text tower.
     """
     from mmmilan.datasets.splits import list_labelled_images
-    from mmmilan.evaluation.zero_shot import embed_classes, name_classes, read_templates
+    from mmmilan.evaluation.features import join
+    from mmmilan.evaluation.zero_shot import embed_classes, name_classes, nearest_text, read_templates
 
     files, labels, classes = list_labelled_images(data)
     if len(classes) < 2:
@@ -266,11 +262,6 @@ def zero_shot(
     names = name_classes(classes, class_names or classes, 'class_names')
     space = JointSpace(checkpoint, device, teacher)
     classifier = embed_classes(space.texts, names, read_templates(templates))
-    label_of, hits, total = dict(zip(files, labels.tolist(), strict=True)), 0, 0
-    for paths, _, embeddings in space.embed_images(files, batch_size):
-        predicted = (embeddings[:, 0] @ classifier.T).argmax(1).tolist()
-        hits += sum(label_of[path] == label for path, label in zip(paths, predicted, strict=True))
-        total += len(paths)
-    if not total:
-        raise InputError(f'None of the images of {data} decodes; give images.')
-    return Percent(100 * hits / total)
+    encode = nearest_text(dict(predicted=space.model.encode_image), classifier)
+    found = join(space.extract(files, encode, 'Zero-shot classification', batch_size=batch_size))
+    return Percent(100 * (found['predicted'] == labels[found['position']]).mean())

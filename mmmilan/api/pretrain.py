@@ -146,12 +146,12 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
     """
     import time
 
-    from mmmilan.api.devices import choose_device, device_name
     from mmmilan.checkpoints.config import config_text, parse_config
     from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
     from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
     from mmmilan.engine.work_dir import ConfigFileHook, checkpoint_folder
+    from mmmilan.evaluation.features import choose_device, device_name
 
     path = folder / 'config.py'
     text = config_text(config)

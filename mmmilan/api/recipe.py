@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
@@ -375,7 +375,6 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     """Set length, warm-up and learning rate for this number of images, and how often to evaluate and save."""
     from mmengine.logging import print_log
 
-    from mmmilan.api.devices import count
     from mmmilan.engine.schedule import fit_schedule
 
     batch_size = config.train_dataloader.batch_size

@@ -6,20 +6,21 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import FUNCTIONS
 from mmengine.runner import Runner
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from mmmilan.engine.throughput import evaluations_left
 from mmmilan.errors import InputError
-from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
-from mmmilan.evaluation.representation import cosine_to_teacher, rankme
+from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
+from mmmilan.models.embedding import class_and_mean
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import DATASETS, HOOKS
 
@@ -29,16 +30,18 @@ COMPARED_WITH_TEACHER = 64
 
 @HOOKS.register_module()
 class OnlineEvaluationHook(Hook):
-    """Evaluate the class token of the frozen encoder before training, every few epochs, and at the end.
+    """Evaluate the frozen encoder before training, every few epochs, and at the end.
 
-    * ``eval/rankme``: effective rank of the features (arXiv 2210.02885);
+    * ``eval/rankme``: effective rank of the class tokens (arXiv 2210.02885);
     * ``eval/cosine_class``, ``eval/cosine_patches``: cosine between the prediction from unmasked images and the
       teacher's features, on 64 images;
     * ``eval/knn``, ``eval/probe_10``: for labelled images, top-1 accuracy in percent of 20 nearest neighbours and of a
-      linear probe on a tenth of the labels. A fifth of the images is held out for testing.
+      linear probe on a tenth of the labels, by the class token. A fifth of the images is held out for testing;
+    * ``eval/knn_mean``, ``eval/probe_10_mean``: the same by the mean of the patch tokens. The better of the two
+      differs by method.
 
     The scores go to the log, to TensorBoard and to ``scalars.json``, with their share of the run's time. Training is
-    bit-identical to a run without the hook. Each process runs the whole evaluation.
+    bit-identical to a run without the hook. The processes of a run share the images.
 
     Args:
         dataset: Config of the images, with their labels if ``with_label=True``.
@@ -55,13 +58,11 @@ class OnlineEvaluationHook(Hook):
         self.seconds, self.evaluations = 0.0, 0
 
     def before_train(self, runner: Runner) -> None:
-        dataset = DATASETS.build(self.dataset_cfg)
-        self.labels = read_labels(dataset) if self.dataset_cfg.get('with_label') else None
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), self.max_images)).astype(int))
-        self.dataset, self.labels = (
-            Subset(dataset, chosen.tolist()),
-            None if self.labels is None else self.labels[chosen],
-        )
+        self.dataset = DATASETS.build(self.dataset_cfg)
+        if self.dataset_cfg.get('with_label'):
+            check_labels(self.dataset)
+        size = len(self.dataset)
+        self.chosen = np.unique(np.linspace(0, size - 1, min(size, self.max_images)).astype(int))
         self.start = time.monotonic()
         if runner.epoch == 0:
             self.evaluate(runner)
@@ -92,24 +93,24 @@ class OnlineEvaluationHook(Hook):
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The scores by name."""
-        loader = torch.utils.data.DataLoader(self.dataset, BATCH_SIZE, collate_fn=FUNCTIONS.get('default_collate'))
-        features, scores = [], {}
-        for index, batch in enumerate(loader):
-            images = model.data_preprocessor(batch)['inputs']
-            features.append(model.extract_feat(images)[-1].float().cpu())
-            if index == 0 and (cosines := cosine_to_teacher(model, images[:COMPARED_WITH_TEACHER])):
-                scores['cosine_class'], scores['cosine_patches'] = cosines
-        features = torch.cat(features).numpy()
-        scores['rankme'] = rankme(features)
-        return scores | (label_scores(features, self.labels) if self.labels is not None else {})
+        options = dict(batch_size=BATCH_SIZE, num_workers=0)
+        extract_from = partial(extract, self.dataset, model.data_preprocessor, **options)
+        found = join(extract_from(partial(class_and_mean, model.backbone), indices=self.chosen))
+        scores = {}
+        if model.has_joint_space:
+            compared = self.chosen[:COMPARED_WITH_TEACHER]
+            cosines = join(extract_from(partial(cosines_to_teacher, model), indices=compared))
+            scores = {name: float(cosines[name].mean()) for name in ('cosine_class', 'cosine_patches')}
+        scores['rankme'] = rankme(found['class_token'])
+        if self.dataset_cfg.get('with_label'):
+            scores |= label_scores(found['class_token'], found['label'])
+            means = label_scores(found['mean_token'], found['label'])
+            scores |= {f'{name}_mean': value for name, value in means.items()}
+        return scores
 
 
-def read_labels(dataset: Dataset) -> np.ndarray:
-    """Labels [M] of a data set.
-
-    Raises:
-        InputError: there is only one class, or fewer than five images a class.
-    """
+def check_labels(dataset: Dataset) -> None:
+    """Raise an :class:`InputError` if a data set has only one class, or fewer than five images a class."""
     labels = np.array([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
     counts = np.bincount(labels)
     if len(counts) < 2 or len(labels) < 5 * len(counts):
@@ -117,7 +118,6 @@ def read_labels(dataset: Dataset) -> np.ndarray:
             f'{len(labels)} images of {len(counts)} classes are too few for an evaluation; give a labelled folder with '
             'at least two classes and five images a class.'
         )
-    return labels
 
 
 def label_scores(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:

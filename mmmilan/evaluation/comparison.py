@@ -19,7 +19,7 @@ class Accuracy:
     """Top-1 accuracy in percent, with the bootstrap's interval of 95 % over the test images.
 
     Attributes:
-        correct: Whether each test image was told right, bool [T].
+        correct: Whether each test image was predicted right, bool [T].
     """
 
     correct: np.ndarray
@@ -55,33 +55,33 @@ def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_encoders(
-    known: dict[str, np.ndarray], known_labels: np.ndarray, asked: dict[str, np.ndarray], labels: np.ndarray
+    train: dict[str, np.ndarray], train_labels: np.ndarray, test: dict[str, np.ndarray], test_labels: np.ndarray
 ) -> dict[str, dict[str, Accuracy]]:
     """Accuracies by encoder and probe: 20 nearest neighbours, and linear probes with some of the labels.
 
     Of few labels, each class keeps at least one.
 
     Args:
-        known: Name of the encoder and its features [K, D] of labelled images.
-        known_labels: Their classes [K], at least two.
-        asked: Features [M, D] of the images to tell, by encoder.
-        labels: Their classes [M].
+        train: Name of the encoder and its features [K, D] of labelled images.
+        train_labels: Their classes [K], at least two.
+        test: Features [M, D] of the test images, by encoder.
+        test_labels: Their classes [M].
     """
     scores: dict[str, dict[str, Accuracy]] = {}
-    for name, rows in known.items():
+    for name, rows in train.items():
         scores[name] = {}
         for probe, share in PROBES.items():
-            some = np.arange(len(rows)) if share is None else few_labels(np.arange(len(rows)), known_labels, share)
-            bank = rows[some], known_labels[some]
+            some = np.arange(len(rows)) if share is None else few_labels(np.arange(len(rows)), train_labels, share)
             predict = knn_predictions if share is None else linear_probe_predictions
-            scores[name][probe] = Accuracy(predict(bank, asked[name]) == labels)
+            predicted = predict((rows[some], train_labels[some]), test[name])
+            scores[name][probe] = Accuracy(predicted == test_labels)
     return scores
 
 
-def most_frequent(known_labels: np.ndarray, labels: np.ndarray) -> tuple[int, Accuracy]:
+def most_frequent(train_labels: np.ndarray, test_labels: np.ndarray) -> tuple[int, Accuracy]:
     """The most frequent class of the labelled images, and how often it is right by itself."""
-    label = int(np.bincount(known_labels).argmax())
-    return label, Accuracy(labels == label)
+    label = int(np.bincount(train_labels).argmax())
+    return label, Accuracy(test_labels == label)
 
 
 def few_labels(train: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
@@ -105,7 +105,7 @@ def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
     difference = after.correct.astype(float) - before.correct.astype(float)
     low, high = bootstrap(difference)
     figures = (
-        f'{probe} tells {after.value:.1f} % of {len(difference)} images right against {before.value:.1f} % with {name} '
+        f'{probe} gets {after.value:.1f} % of {len(difference)} images right against {before.value:.1f} % with {name} '
         f'(difference {100 * difference.mean():+.1f}, 95 % interval {low:+.1f} to {high:+.1f}).'
     )
     if low > 0:

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner, TestLoop
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmmilan.datasets.classes import class_names, listed, wordnet_ids
 from mmmilan.errors import InputError
+from mmmilan.evaluation.features import progress
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
 from mmmilan.teachers.text_tower import TextTower
@@ -136,9 +135,23 @@ def imagenet_names() -> dict[str, str]:
 
 def embed_classes(tower: TextTower, names: Sequence[str], prompts: Sequence[Callable[[str], str]]) -> Tensor:
     """Embeddings [C, E] of length 1: for each class the mean of the embeddings of its name in all prompts."""
-    quiet = not is_main_process()
-    steps = track(names, 'Embeddings of the class names', transient=True, disable=quiet)
+    steps = progress(names, 'Embeddings of the class names')
     return F.normalize(torch.stack([tower([prompt(name) for prompt in prompts]).mean(0) for name in steps]), dim=1)
+
+
+def nearest_text(
+    spaces: Mapping[str, Callable[[Tensor], Tensor]], classifier: Tensor
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A classifier made of texts, for :func:`mmmilan.evaluation.features.extract`.
+
+    Args:
+        spaces: Functions from normalised images [B, 3, H, W] to embeddings [B, C], by name.
+        classifier: Embeddings of the classes [K, C], see :func:`embed_classes`.
+
+    Returns:
+        Function from normalised images to their classes [B] in each space.
+    """
+    return lambda images: {name: (embed(images) @ classifier.T).argmax(1) for name, embed in spaces.items()}
 
 
 def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]:

@@ -29,11 +29,26 @@ class Embedder(nn.Module):
             text.
         """
         tokens = self.backbone(images)[-1]
-        cls_token, patches = tokens[:, 0], tokens[:, 1:]
-        mean = patches.mean(1)
-        if hasattr(self.backbone, 'ln2'):  # of a classifier on the mean token
-            mean = self.backbone.ln2(mean)
-        features = dict(class_token=cls_token, mean_token=mean, patch_tokens=patches)
+        features = split_tokens(self.backbone, tokens)
         if self.neck is not None:
             features['embedding'] = F.normalize(self.neck.project(tokens[:, :1])[:, 0].float(), dim=-1)
         return features
+
+
+def split_tokens(backbone: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """All tokens of a ViT [B, 1 + N, D] -> ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D]."""
+    patches = tokens[:, 1:]
+    mean = patches.mean(1)
+    if hasattr(backbone, 'ln2'):  # of a classifier on the mean token
+        mean = backbone.ln2(mean)
+    return dict(class_token=tokens[:, 0], mean_token=mean, patch_tokens=patches)
+
+
+def class_and_mean(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """``class_token`` and ``mean_token`` [B, D] of normalised images, whatever ``out_type`` the encoder has."""
+    out_type, backbone.out_type = backbone.out_type, 'raw'
+    try:
+        features = split_tokens(backbone, backbone(images)[-1])
+    finally:
+        backbone.out_type = out_type
+    return {name: features[name] for name in ('class_token', 'mean_token')}

@@ -104,8 +104,9 @@ def loss_curve(folder: Path) -> Curve:
 def evaluation_curves(folder: Path) -> dict[str, Curve]:
     """Epochs and scores of ``OnlineEvaluationHook`` in a work dir, by the name of the score."""
     rows = [row for row in read_scalars(folder) if 'eval/epoch' in row]
-    names = {'eval/knn': 'k-NN, %', 'eval/probe_10': 'probe, 10 % of labels', 'eval/rankme': 'RankMe'}
-    names |= {'eval/cosine_patches': 'cosine to the teacher'}
+    names = {'eval/knn': 'k-NN, %', 'eval/knn_mean': 'k-NN, mean token, %'}
+    names |= {'eval/probe_10': 'probe, 10 % of labels', 'eval/probe_10_mean': 'probe, 10 % of labels, mean token'}
+    names |= {'eval/rankme': 'RankMe', 'eval/cosine_patches': 'cosine to the teacher'}
     curves = {}
     for key, name in names.items():
         points = [(row['eval/epoch'], row[key]) for row in rows if key in row]

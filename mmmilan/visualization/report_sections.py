@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.evaluation.comparison import PROBES, hold_out, most_frequent, score_encoders, verdict
-from mmmilan.evaluation.representation import rankme
+from mmmilan.evaluation.probes import rankme
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     add_predictions,
@@ -24,6 +26,7 @@ from mmmilan.visualization.pictures import (
 )
 
 OURS, START, RANDOM, TEACHER = 'pretrained', 'starting point', 'random weights', 'teacher'
+MEAN = ', mean token'  # after the name of an encoder; the class token goes without saying
 QUERIES, NEIGHBOURS, PICTURES = 6, 4, 6
 
 
@@ -33,15 +36,21 @@ class Images:
 
     Attributes:
         names: Names of the folders that they are from.
-        pixels: uint8 [M, 3, H, W], BGR.
+        dataset: The data set that they are from.
+        indices: Their places [M] in it.
         labels: Classes [M]; None if folders do not name classes, or a class has too few images.
         classes: Names of the classes.
     """
 
     names: str
-    pixels: Tensor
+    dataset: Dataset
+    indices: np.ndarray
     labels: np.ndarray | None
     classes: list[str]
+
+    def read(self, index: int) -> Tensor:
+        """An image, uint8 [3, H, W], BGR."""
+        return self.dataset[int(self.indices[index])]['inputs']
 
     def note(self, index: int) -> str:
         """The class of an image, for a caption."""
@@ -69,8 +78,8 @@ def introduction(images: Images) -> str:
         f'the names of the folders are the {len(images.classes)} classes' if images.labels is not None else 'no labels'
     )
     return (
-        f'{len(images.pixels)} images of {images.names}; {labels}. Encoders are frozen, and their class token is '
-        'compared. No label was used in pretraining.'
+        f'{len(images.indices)} images of {images.names}; {labels}. Encoders are frozen, and compared by their class '
+        'token and by the mean of their patch tokens: the better one differs by method. No label was used in training.'
     )
 
 
@@ -96,12 +105,12 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images, bank
         )
         page.table(['encoder', 'RankMe'], [[name, f'{rank:.1f}'] for name, rank in ranks.items()])
         return
-    asked, labels = features, images.labels
+    labels = images.labels
     if bank is None:
-        known, tested = hold_out(labels)
-        bank = Bank('the same folders', {name: rows[known] for name, rows in features.items()}, labels[known])
-        asked, labels = {name: rows[tested] for name, rows in features.items()}, labels[tested]
-    scores = score_encoders(bank.features, bank.labels, asked, labels)
+        train, test = hold_out(labels)
+        bank = Bank('the same folders', {name: rows[train] for name, rows in features.items()}, labels[train])
+        features, labels = {name: rows[test] for name, rows in features.items()}, labels[test]
+    scores = score_encoders(bank.features, bank.labels, features, labels)
     label, alone = most_frequent(bank.labels, labels)
     page.paragraph(
         f'{verdict(scores[OURS]["k-NN"], scores[before]["k-NN"], before, "k-NN")} Always the most frequent class, '
@@ -147,23 +156,24 @@ def add_neighbours(page: Page, features: dict[str, np.ndarray], images: Images) 
         'Nearest neighbours',
         f'An image, then its {NEIGHBOURS} nearest neighbours among the other images, by each encoder.{captions}',
     )
-    queries = np.array(evenly_spaced(len(images.pixels), QUERIES))
+    queries = np.array(evenly_spaced(len(images.indices), QUERIES))
     for name, rows in features.items():
+        if name.endswith(MEAN):
+            continue
         indices = np.concatenate([queries[:, None], nearest_neighbours(rows, queries, NEIGHBOURS)], axis=1)
         page.paragraph(name)
         page.gallery(
             ['image', *(f'neighbour {i + 1}' for i in range(NEIGHBOURS))],
-            [[as_rgb(images.pixels[i]) for i in row] for row in indices],
+            [[as_rgb(images.read(i)) for i in row] for row in indices],
             [f'by {name}, row {i + 1}' for i in range(QUERIES)],
             [[images.note(i) for i in row] for row in indices],
         )
 
 
-def add_pictures(page: Page, milan: BaseModel, encoders: dict, images: Images) -> None:
-    """Add what the model sees and predicts for some images."""
-    backbones = {name: encode.backbone for name, encode in encoders.items() if hasattr(encode, 'backbone')}
-    chosen = evenly_spaced(len(images.pixels), PICTURES)
-    inputs = milan.data_preprocessor(dict(inputs=images.pixels[chosen]), False)['inputs']
+def add_pictures(page: Page, milan: BaseModel, backbones: dict[str, nn.Module], images: Images) -> None:
+    """Add what the model sees and predicts for some images, and the attention of the encoders."""
+    chosen = evenly_spaced(len(images.indices), PICTURES)
+    inputs = milan.data_preprocessor(dict(inputs=torch.stack([images.read(i) for i in chosen])), False)['inputs']
     add_predictions(page, milan, backbones, inputs, [images.note(i) or f'image {i + 1}' for i in chosen])
 
 

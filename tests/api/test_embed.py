@@ -53,7 +53,7 @@ def test_features_of_a_folder(images, checkpoint, tmp_path, log):
         'a/0.jpg', 'a/1.jpg', 'b.png', 'c/broken.jpg', 'c/d/2.png',
     ]  # fmt: skip
     assert file['ok'].tolist() == [True, True, True, False, True]
-    assert f'{images}/c/broken.jpg cannot be read' in log.text
+    assert f'Left out: {images}/c/broken.jpg' in log.text and '1 of 5 images were left out' in log.text
     assert file['class_token'].shape == file['mean_token'].shape == (5, 48) and file['class_token'].dtype == np.float32
     assert file['patch_tokens'].shape == (5, 16, 48) and file['embedding'].shape == (5, 24)
     for name in ('class_token', 'mean_token', 'patch_tokens', 'embedding'):
@@ -112,7 +112,7 @@ def test_what_cannot_be_embedded(images, checkpoint, tmp_path):
     for source, out, message in (
         (images, 'f.csv', 'does not end in .npz or .parquet'),
         (images / 'none.jpg', 'f.npz', 'none.jpg does not exist'),
-        (images / 'c/broken.jpg', 'f.npz', 'None of the 1 images can be read'),
+        (images / 'c/broken.jpg', 'f.npz', 'None of the 1 images can be used'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.embed(source, checkpoint, tmp_path / out)

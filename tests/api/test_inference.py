@@ -140,11 +140,12 @@ def test_features_of_a_published_checkpoint(published, image_files, capsys):
     assert_within(features, expected)
     assert 'FeatureExtractor' in capsys.readouterr().err
     bgr = [cv2.imread(path) for path in image_files]
-    (seen,) = extract.batches(image_files[0], 1)
+    read = extract.inputs
+    seen = read(image_files[0])
     assert_within(seen, normalised(image_files[0]))
     for same in (Path(image_files[0]), bgr[0], Image.open(image_files[0]), bgr[:1], np.stack(bgr[:1])):
-        assert torch.equal(next(extract.batches(same, 1)), seen)
-    assert [len(batch) for batch in extract.batches(bgr * 2 + bgr[:1], 2)] == [2, 2, 1]
+        assert torch.equal(read(same), seen)
+    assert torch.equal(read(bgr * 2 + bgr[:1]), torch.cat([read(bgr)] * 2 + [seen]))
 
 
 def test_features_of_every_type(image_files):

@@ -194,7 +194,7 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
     (tmp_path / 'empty').mkdir()
     assert 'holds no image' in error(mmmilan.search, tmp_path / 'empty', checkpoint, 'a')
     assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', checkpoint, 'a')
-    assert error(mmmilan.search, [photos / 'broken.jpg'], checkpoint, 'a').endswith('decodes; give images.')
+    assert error(mmmilan.search, [photos / 'broken.jpg'], checkpoint, 'a').endswith('; give images.')
     assert 'text has an empty text; say something in it.' in error(mmmilan.search, photos, checkpoint, '')
     other = write_features(tmp_path / 'other.npz', embedding=np.ones((3, 7), np.float32))
     assert 'has embeddings of 7 dimensions but' in error(mmmilan.search, other, checkpoint, 'a')

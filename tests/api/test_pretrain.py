@@ -36,7 +36,8 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
     scores = scores_of(tmp_path / 'a')
     assert [row['eval/epoch'] for row in scores] == [0, 1, 2]
     for row in scores:  # the three folders name classes
-        assert 0 <= row['eval/knn'] <= 100 and 1 <= row['eval/rankme'] <= 24
+        assert all(0 <= row[f'eval/{name}'] <= 100 for name in ('knn', 'knn_mean', 'probe_10', 'probe_10_mean'))
+        assert 1 <= row['eval/rankme'] <= 24
         assert -1 <= row['eval/cosine_patches'] <= 1 and 0 < row['eval/time_share'] <= 1
     assert scores[-1]['eval/cosine_patches'] > scores[0]['eval/cosine_patches']
     assert mmmilan.FeatureExtractor(weights)(sorted(map(str, image_folder.glob('*/*/*.jpg')))[:2]).shape == (2, 48)
@@ -231,7 +232,7 @@ def test_rectangles(image_folder, quick, tmp_path):
     image = next(image_folder.rglob('*.jpg'))
     assert mmmilan.FeatureExtractor(weights, out_type='featmap')([str(image)]).shape == (1, 48, 2, 4)
     extract = mmmilan.FeatureExtractor(weights)
-    [pixels] = extract.batches([str(image)], 1)
+    pixels = extract.inputs([str(image)])
     expected = Image.fromarray(cv2.imread(str(image))[..., ::-1]).resize((64, 32), Image.Resampling.BICUBIC)
     mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
     expected = torch.from_numpy((np.float32(expected) - mean) / std).permute(2, 0, 1)

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import mmmilan
 from mmmilan.errors import InputError
 from mmmilan.evaluation.comparison import Accuracy, few_labels, hold_out, most_frequent, score_encoders, verdict
-from mmmilan.evaluation.representation import rankme
+from mmmilan.evaluation.probes import rankme
 from mmmilan.visualization.page import Page, best_cells
 from mmmilan.visualization.pictures import nearest_neighbours, read_scalars
 
@@ -27,10 +27,11 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     verdicts = re.findall(r'class="verdict">(Pretraining [^<]+)', page)
     assert len(verdicts) == 1 and 'with starting point' in verdicts[0] and '95 % interval' in verdicts[0]
     for name in ('pretrained', 'starting point', 'random weights', 'teacher'):
-        assert re.search(rf'<td>{name}</td><td>(<b>)?[\d.]+(</b>)?<small>[\d.]+ to [\d.]+</small>', page), name
+        for row in (name, f'{name}, mean token'):
+            assert re.search(rf'<td>{row}</td><td>(<b>)?[\d.]+(</b>)?<small>[\d.]+ to [\d.]+</small>', page), row
     assert 'The captions name the classes' in page and '<small>class0</small>' in page
     assert 'name="viewport"' in page and 'prefers-color-scheme: dark' in page and 'alt=""' not in page
-    assert 'It took' in page and page.count('<svg') == 5 and 'href="https://arxiv.org/abs/2208.06049"' in page
+    assert 'It took' in page and page.count('<svg') == 7 and 'href="https://arxiv.org/abs/2208.06049"' in page
 
     flat = image_folder / 'class0'
     with pytest.raises(InputError, match='holds 8 images'):
@@ -47,7 +48,7 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
 def test_verdict_follows_the_figures():
     rng = np.random.default_rng(0)
     better, worse = Accuracy(rng.random(300) < 0.8), Accuracy(rng.random(300) < 0.5)
-    assert verdict(better, worse, 'random weights', 'k-NN').startswith('Pretraining helped: k-NN tells ')
+    assert verdict(better, worse, 'random weights', 'k-NN').startswith('Pretraining helped: k-NN gets ')
     assert verdict(worse, better, 'random weights', 'k-NN').startswith('Pretraining did harm')
     assert verdict(better, better, 'random weights', 'k-NN').startswith('Pretraining made no difference')
     low, high = better.interval
@@ -59,11 +60,11 @@ def test_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 50)
     good = np.eye(4)[labels] + 0.3 * rng.standard_normal((200, 4))
-    known, asked = hold_out(labels)
+    train, test = hold_out(labels)
     features = dict(good=good.astype(np.float32), noise=rng.standard_normal((200, 4)))
-    parts = ({name: rows[part] for name, rows in features.items()} for part in (known, asked))
-    scores = score_encoders(next(parts), labels[known], next(parts), labels[asked])
-    assert len(asked) == 60 and np.bincount(labels[asked]).tolist() == [15] * 4
+    parts = ({name: rows[part] for name, rows in features.items()} for part in (train, test))
+    scores = score_encoders(next(parts), labels[train], next(parts), labels[test])
+    assert len(test) == 60 and np.bincount(labels[test]).tolist() == [15] * 4
     assert scores['good']['k-NN'].value > 85 > 45 > scores['noise']['k-NN'].value
     assert scores['good']['probe, all'].value >= scores['good']['probe, 1 % of labels'].value > 40
     assert len(few_labels(np.arange(200), labels, 0.01)) == 4 and len(few_labels(np.arange(200), labels, 0.1)) == 20
@@ -88,7 +89,7 @@ def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
     page = mmmilan.report(data, weights, tmp_path / 'report.html').read_text()
     assert 'on 16 images, with 95 % confidence intervals' in page
     assert f'among 24 labelled images of {data}/Train' in page
-    assert re.search(r'k-NN tells [\d.]+ % of 16 images right .*, class0, is right for 50.0 %\.', page)
+    assert re.search(r'k-NN gets [\d.]+ % of 16 images right .*, class0, is right for 50.0 %\.', page)
     assert re.search(r'<td>always class0</td><td>(<b>)?50.0', page) and '<small>class2</small>' in page
     printed = capfd.readouterr()
     assert len((printed.out + printed.err).splitlines()) < 12

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from helpers import labelled_folder, read_metrics, read_scores, strip_prefix
-from mmmilan.evaluation.knn import vote
+from mmmilan.evaluation.probes import vote
 from mmmilan.registry import MODELS
 from processes import run_script_on_ranks
 

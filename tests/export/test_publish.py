@@ -168,7 +168,7 @@ def test_image_text_model(run_tool, trained, tmp_path, images, rectangle):
     theirs, _, preprocess = open_clip.create_model_and_transforms(f'local-dir:{published.hub}')
     theirs.eval()
     extract = mmmilan.FeatureExtractor(mmmilan.get_model(published.path))
-    seen_images = torch.cat(list(extract.batches(images, 1)))
+    seen_images = extract.inputs(images)
     expected = F.normalize(ours.encode_image(seen_images), dim=1)
     actual = F.normalize(theirs.encode_image(torch.stack([preprocess(Image.open(path)) for path in images])), dim=1)
     assert_alike(actual, expected)

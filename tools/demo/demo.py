@@ -37,7 +37,7 @@ from mmmilan.teachers.text_tower import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
 from scenes import write_scenes
 from sections import add_curves, add_heat_maps, add_pictures, add_scores, add_transfer, zero_shot
-from training import PROBES, TeacherEncoder, console, probe, probing_datasets, train
+from training import PROBES, console, probe, probing_datasets, train
 from transfer import Transfer, test_set, transfer, transfer_pictures
 
 MARK = 'Written by the demo of mmmilan'  # on its page, which the next run may replace
@@ -177,8 +177,11 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Add accuracies of the frozen encoders and heat maps of texts to the page; returns the scores of each encoder."""
     milan = encoders['MILAN']
-    models = encoders | {'teacher': TeacherEncoder(milan)}
-    scores = {name: probe(name, model, datasets) for name, model in models.items()}
+    class_tokens = {
+        name: lambda images, model=model: model.extract_feat(images)[-1] for name, model in encoders.items()
+    }
+    class_tokens['teacher'] = lambda images: milan.head.run_teacher(images)[0][:, 0]
+    scores = probe(milan.data_preprocessor, class_tokens, datasets)
     rows = [[name, *(f'{score[key]:.1f}' for key in PROBES)] for name, score in scores.items()]
     print_table('Top-1 accuracy of the frozen class token, %', ['encoder', *PROBES], rows)
     values = [[score[key] for key in PROBES] for score in scores.values()]

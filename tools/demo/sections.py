@@ -12,7 +12,8 @@ from mmengine.registry import FUNCTIONS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmmilan.evaluation.zero_shot import embed_classes, read_templates
+from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.zero_shot import embed_classes, nearest_text, read_templates
 from mmmilan.models import MILAN
 from mmmilan.teachers.text_tower import TextTower
 from mmmilan.visualization.page import Page
@@ -89,18 +90,15 @@ def joint_spaces(milan: MILAN) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-@torch.no_grad()
 def zero_shot(milan: MILAN, tower: TextTower, dataset: Dataset) -> dict[str, float]:
     """Zero-shot top-1 accuracy in percent of MILAN and of its teacher on a labelled data set."""
     classifier = embed_classes(tower, dataset.metainfo['classes'], read_templates(TEMPLATES))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=128, collate_fn=FUNCTIONS.get('default_collate'))
-    spaces, hits = joint_spaces(milan), {}
-    for batch in map(milan.data_preprocessor, loader):
-        labels = torch.cat([sample.gt_label for sample in batch['data_samples']])
-        for name, embed in spaces.items():
-            predicted = (embed(batch['inputs'])[:, 0] @ classifier.T).argmax(1)
-            hits[name] = hits.get(name, 0) + int((predicted == labels).sum())
-    return {name: 100 * count / len(dataset) for name, count in hits.items()}
+    spaces = {name: lambda images, embed=embed: embed(images)[:, 0] for name, embed in joint_spaces(milan).items()}
+    batches = extract(
+        dataset, milan.data_preprocessor, nearest_text(spaces, classifier), 'Zero-shot classification', batch_size=128
+    )
+    found = join(batches)
+    return {name: 100 * float((found[name] == found['label']).mean()) for name in spaces}
 
 
 def add_heat_maps(page: Page, milan: MILAN, tower: TextTower, dataset: Dataset) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmmilan.datasets.splits import class_folders
-from mmmilan.evaluation.probes import extract_features, knn_accuracy, linear_probe_accuracy
+from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
 
 console = Console()
 
@@ -66,18 +69,6 @@ def train(cfg: Config, description: str) -> tuple[Runner, float]:
 PROBES = ('linear probe', 'with 10 % of the labels', 'k-NN')
 
 
-class TeacherEncoder(nn.Module):
-    """The teacher of a MILAN as an encoder, with its class token as the feature."""
-
-    def __init__(self, milan: nn.Module) -> None:
-        super().__init__()
-        self.data_preprocessor, self.head = milan.data_preprocessor, milan.head
-
-    def extract_feat(self, images: Tensor) -> tuple[Tensor]:
-        """Normalised images [B, 3, H, W] -> features [B, C]."""
-        return (self.head.run_teacher(images)[0][:, 0],)
-
-
 def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
     """Labelled data: train and test set, or a single data set to split; [] if folders do not name classes."""
     folders = [args.out / 'scenes' / split for split in ('train', 'val')]
@@ -88,17 +79,31 @@ def probing_datasets(cfg: Config, args: argparse.Namespace) -> list[Dataset]:
     return [DATASETS.build({**dataset, 'data_root': str(folder), 'with_label': True}) for folder in folders]
 
 
-def probe(name: str, model: nn.Module, datasets: list[Dataset]) -> dict[str, float]:
-    """Top-1 accuracy in percent of each of ``PROBES`` on the model's frozen class token."""
-    parts = [extract_features(model, dataset, f'Features of {name}') for dataset in datasets]
+def probe(
+    normalise: nn.Module, encoders: dict[str, Callable[[Tensor], Tensor]], datasets: list[Dataset]
+) -> dict[str, dict[str, float]]:
+    """Top-1 accuracies in percent of each of ``PROBES`` by encoder.
+
+    Args:
+        normalise: The models' data preprocessor.
+        encoders: Functions from normalised images [B, 3, H, W] to features [B, D], by name.
+        datasets: See :func:`probing_datasets`.
+    """
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        return {name: encoder(images) for name, encoder in encoders.items()}
+
+    parts = [join(extract(dataset, normalise, encode, 'Features', batch_size=128)) for dataset in datasets]
     if len(parts) == 1:
-        features, labels = parts[0]
-        split = train_test_split(features, labels, test_size=0.2, random_state=0)
-        parts = [(split[0], split[2]), (split[1], split[3])]
-    (features, labels), test = parts
-    accuracies = (
-        linear_probe_accuracy((features, labels), test),
-        linear_probe_accuracy((features[::10], labels[::10]), test),
-        knn_accuracy((features, labels), test),
-    )
-    return {probe: 100 * accuracy for probe, accuracy in zip(PROBES, accuracies, strict=True)}
+        places = train_test_split(np.arange(len(parts[0]['label'])), test_size=0.2, random_state=0)
+        parts = [{name: rows[chosen] for name, rows in parts[0].items()} for chosen in places]
+    scores = {}
+    for name in encoders:
+        (features, labels), test = ((part[name], part['label']) for part in parts)
+        accuracies = (
+            linear_probe_accuracy((features, labels), test),
+            linear_probe_accuracy((features[::10], labels[::10]), test),
+            knn_accuracy((features, labels), test),
+        )
+        scores[name] = {probe: 100 * accuracy for probe, accuracy in zip(PROBES, accuracies, strict=True)}
+    return scores

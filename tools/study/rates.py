@@ -20,7 +20,7 @@ import torch
 from arms import BUDGETS, TEST_IMAGES, read_arm
 from mmengine.config import Config
 from rich.console import Console
-from run import ProbedEncoder, in_folder, labelled_images, newest_teacher, probe
+from run import features_of, in_folder, labelled_images, newest_teacher, probe
 
 from mmmilan.api.recipe import new_config
 from mmmilan.datasets import ImageFolder
@@ -105,8 +105,8 @@ def run(cell: str, rate: float, args: argparse.Namespace) -> dict:
         labelled_images(probed, args.data / name, part)
         for name, part in (('train', BUDGETS['short'].images), ('test', TEST_IMAGES))
     ]
-    encoder = ProbedEncoder(runner.model.eval(), semantic=False, joint=True)
-    measures = probe(*map(encoder.features, images), torch.load(args.work_dir / 'teacher' / 'classes.pt'))
+    features = (features_of(runner.model.eval(), part, joint=True) for part in images)
+    measures = probe(*features, torch.load(args.work_dir / 'teacher' / 'classes.pt'))
     line = dict(cell=cell, rate=rate, seed=args.seed, start=args.start, steps=steps, seconds=round(seconds, 1))
     return line | dict(measures=measures)
 

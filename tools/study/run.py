@@ -34,17 +34,20 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.checkpoints.newest import find_newest
 from mmmilan.datasets import ImageFolder
 from mmmilan.engine.launch import launched
 from mmmilan.engine.throughput import counted_flops
-from mmmilan.evaluation.probes import Split, extract_features, knn_accuracy, linear_probe_accuracy
+from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.probes import Split, knn_accuracy, linear_probe_accuracy
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.files import write_text
 from mmmilan.models import CLIPTarget, LinearProjection, MaskCLIP, PromptingDecoder
+
+Features = tuple[dict[str, np.ndarray], np.ndarray]  # by name, and labels
 
 
 def indices_of(images: slice, folder: Path) -> list[int]:
@@ -110,48 +113,37 @@ def labelled_images(cfg: Config, folder: Path, images: slice) -> Dataset:
     return DATASETS.build(dataset)
 
 
-class ProbedEncoder(nn.Module):
-    """All features of an encoder that the study measures, from one pass, concatenated.
+def features_of(
+    model: nn.Module, images: Dataset, semantic: bool = False, joint: bool = False, indices: np.ndarray | None = None
+) -> Features:
+    """All features of an encoder that the study measures, from one pass.
 
     Args:
         model: A MILAN, or the teacher, in evaluation mode.
+        images: With labels.
         semantic: Also give the class token of the half of the patches that are most important to the teacher.
         joint: Also give the class token in the joint space of image and text.
+        indices: Of the images to take, by default all.
 
-    Attributes:
-        widths: Name -> width of each feature, in the order of concatenation.
+    Returns:
+        Features [M, D] by name, and labels [M].
     """
+    model.backbone.out_type = 'raw'
 
-    def __init__(self, model: nn.Module, semantic: bool, joint: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.semantic = semantic
-        self.data_preprocessor = model.data_preprocessor
-        model.backbone.out_type = 'raw'
-        width = model.backbone.embed_dims
-        self.widths = dict(cls=width, mean=width)
+    def encode(inputs: Tensor) -> dict[str, Tensor]:
+        tokens = model.backbone(inputs)[-1]
+        columns = dict(cls=tokens[:, 0], mean=tokens[:, 1:].mean(1))
         if semantic:
-            self.widths['semantic'] = width
-        if joint:
-            self.widths['joint'] = model.encode_image(torch.zeros(1, 3, *model.backbone.img_size)).shape[1]
-
-    def extract_feat(self, images: Tensor) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] -> one tensor [B, sum of widths]."""
-        tokens = self.model.backbone(images)[-1]
-        columns = [tokens[:, 0], tokens[:, 1:].mean(1)]
-        if self.semantic:
-            _, importance = self.model.head.run_teacher(images)
+            _, importance = model.head.run_teacher(inputs)
             visible = importance.topk(importance.shape[1] // 2, dim=1).indices
-            columns.append(self.model.backbone(images, visible)[:, 0])
-        if 'joint' in self.widths:
-            columns.append(self.model.project_joint(tokens)[:, 0])
-        return [torch.cat(columns, dim=1)]
+            columns['semantic'] = model.backbone(inputs, visible)[:, 0]
+        if joint:
+            columns['joint'] = model.project_joint(tokens)[:, 0]
+        return columns
 
-    def features(self, images: Dataset) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Features [M, D] by the names of ``widths``, and labels [M]."""
-        features, labels = extract_features(self, images, 'Features')
-        ends = np.cumsum(list(self.widths.values()))[:-1]
-        return dict(zip(self.widths, np.split(features, ends, axis=1), strict=True)), labels
+    options = dict(indices=indices, batch_size=128, num_workers=0)
+    found = join(extract(images, model.data_preprocessor, encode, 'Features', **options))
+    return found, found['label']
 
 
 def has_joint_space(model: nn.Module, arm: str) -> bool:
@@ -160,9 +152,6 @@ def has_joint_space(model: nn.Module, arm: str) -> bool:
         return True
     decoder = isinstance(model.neck, (LinearProjection, PromptingDecoder)) and isinstance(model.head, CLIPTarget)
     return decoder and arm != LIGHTLY
-
-
-Features = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 def split(train: Features, test: Features, name: str, step: int = 1) -> tuple[Split, Split]:
@@ -179,7 +168,7 @@ def probe(train: Features, test: Features, classes: Tensor) -> dict[str, float]:
     """Top-1 accuracies in percent of frozen features, by the names of ``MEASURES``.
 
     Args:
-        train: What :meth:`ProbedEncoder.features` gives of the student's images.
+        train: What :func:`features_of` gives of the student's images.
         test: The same of the test images.
         classes: Text embeddings of the classes [K, C].
     """
@@ -207,10 +196,10 @@ def curve_point(train: Features, test: Features, step: int = CURVE_STEP) -> dict
     return percent(accuracies)
 
 
-def every(step: int, labelled: Dataset) -> Subset:
-    """Every ``step``-th image of each class."""
+def every(step: int, labelled: Dataset) -> np.ndarray:
+    """Places of every ``step``-th image of each class."""
     labels = labelled.get_gt_labels()
-    return Subset(labelled, np.concatenate([np.flatnonzero(labels == label)[::step] for label in np.unique(labels)]))
+    return np.concatenate([np.flatnonzero(labels == label)[::step] for label in np.unique(labels)])
 
 
 def remembered(path: Path, function: Callable[[], dict]) -> dict:
@@ -235,7 +224,7 @@ def fine_tune(checkpoint: Path | None, share: int, seed: int, images: slice, dat
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
     cfg.test_dataloader.dataset.update(data_root=str(data / 'test'), indices=indices_of(TEST_IMAGES, data / 'test'))
     labelled = ImageFolder(str(data / 'train'), with_label=True, indices=indices_of(images, data / 'train'))
-    chosen = every(100 // share, labelled).indices
+    chosen = every(100 // share, labelled)
     cfg.model.data_preprocessor.num_classes = cfg.model.head.num_classes = len(labelled.CLASSES)
     cfg.train_dataloader.dataset.indices = [int(i) for i in np.array(indices_of(images, data / 'train'))[chosen]]
     cfg.train_dataloader.batch_size = min(cfg.train_dataloader.batch_size, len(chosen))
@@ -304,13 +293,13 @@ def run(arm: str, seed: int, budget: str, data: Path, work_dir: Path, python: st
 
     def measure_frozen() -> dict:
         """The probes of the trained encoder, and the curve."""
-        encoder = ProbedEncoder(model.eval(), semantic=arm == 'MILAN', joint=has_joint_space(model, arm))
-        features = encoder.features(train_images), encoder.features(test_images)
+        options = dict(semantic=arm == 'MILAN', joint=has_joint_space(model, arm))
+        features = tuple(features_of(model.eval(), images, **options) for images in (train_images, test_images))
         points = [dict(epoch=result['epochs']) | curve_point(*features)]
         for epoch in reversed([epoch for epoch in CURVE_EPOCHS if epoch < result['epochs'] and arm != 'teacher']):
             load_encoder(model, folder / f'epoch_{epoch}.pth')
-            encoder = ProbedEncoder(model.eval(), semantic=False, joint=False)
-            parts = encoder.features(every(CURVE_STEP, train_images)), encoder.features(test_images)
+            some = every(CURVE_STEP, train_images)
+            parts = features_of(model.eval(), train_images, indices=some), features_of(model, test_images)
             points.insert(0, dict(epoch=epoch) | curve_point(*parts, step=1))
         return dict(measures=probe(*features, torch.load(classes)), curve=points)
 

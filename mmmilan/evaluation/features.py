@@ -1,0 +1,160 @@
+"""Features of many images: the one loop of every evaluation and command, in as many processes as there are."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, get_dist_info, is_main_process
+from mmengine.logging import print_log
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from mmmilan.errors import InputError, count
+
+Step = TypeVar('Step')
+Arrays = dict[str, np.ndarray]
+
+
+def extract(
+    dataset: Dataset,
+    normalise: nn.Module,
+    encode: Callable[[Tensor], Mapping[str, Tensor]],
+    description: str = '',
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    skip: bool = True,
+    shared: bool = True,
+) -> Iterator[Arrays]:
+    """Encode the images of a data set, batch by batch and in order.
+
+    Images that cannot be used are left out: named in the log and counted at the end.
+
+    Args:
+        dataset: Packs ``inputs`` (uint8 [3, H, W]), and maybe ``data_samples`` with labels.
+        normalise: The model's data preprocessor.
+        encode: Function from normalised images [B, 3, H, W] to tensors [B, ...] by name.
+        description: What the progress bar says; no bar without it.
+        indices: The images to encode, by default all.
+        batch_size: Number of images that the model sees at once.
+        num_workers: Number of processes that read images, by default one per core and at most 8.
+        skip: False stops at an image that cannot be used.
+        shared: Each process of a distributed run encodes a part of the images, and every one gets all arrays; False:
+            each process encodes images of its own.
+
+    Yields:
+        Arrays [B, ...] by name, floating-point ones in float32: those of ``encode``, ``position`` in ``indices``, and
+        ``label`` if the images are labelled.
+
+    Raises:
+        InputError: no image can be used, or ``skip`` is False and one cannot.
+    """
+    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+    rank, world_size = get_dist_info() if shared else (0, 1)
+    share = np.arange(rank, world_size * -(-len(chosen) // world_size), world_size) % len(chosen)
+    if num_workers is None:
+        num_workers = min(8, os.cpu_count() or 1, len(share) // batch_size)
+    images = _Images(dataset, chosen, share)
+    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=_collate)
+    faults, last = {}, -1
+    for batch in progress(loader, description):
+        part = _encode(batch, normalise, encode), batch.faults
+        parts = all_gather_object(part) if shared else [part]
+        for position, fault in sorted(item for _, each in parts for item in each.items()):
+            if not skip:
+                raise InputError(fault)
+            if position not in faults:
+                print_log(f'Left out: {fault}', logger='current', level=logging.WARNING)
+            faults[position] = fault
+        used = [arrays for arrays, _ in parts if arrays]
+        if not used:
+            continue
+        arrays = {name: np.concatenate([each[name] for each in used]) for name in used[0]}
+        positions, order = np.unique(arrays['position'], return_index=True)
+        order = order[positions > last]  # the shares of all processes have one length, so the first images come again
+        if len(order):
+            last = int(positions[-1])
+            yield {name: rows[order] for name, rows in arrays.items()}
+    if len(faults) == len(chosen):
+        cause = next(iter(faults.values())).partition(';')[0]
+        raise InputError(f'None of the {len(chosen)} images can be used ({cause}); give images.')
+    if faults:
+        text = f'{len(faults)} of {len(chosen)} images were left out, see above.'
+        print_log(text, logger='current', level=logging.WARNING)
+
+
+def join(batches: Iterable[Arrays]) -> Arrays:
+    """The arrays [M, ...] of all batches, of which there is one at least."""
+    batches = list(batches)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+class _Batch(NamedTuple):
+    """Images uint8 [B, 3, H, W] of a data set, and why others cannot be used, by position."""
+
+    arrays: Arrays
+    inputs: Tensor | None
+    faults: dict[int, str]
+
+
+class _Images(Dataset):
+    """Some images of a data set with their positions; for one that cannot be used, what is wrong with it."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray, share: np.ndarray) -> None:
+        self.indices, self.share = indices, share
+        self.read = getattr(dataset, 'prepare_data', dataset.__getitem__)  # ImageFolder replaces an image by another
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, index: int) -> tuple[int, dict | str]:
+        position = int(self.share[index])
+        try:
+            return position, self.read(int(self.indices[position]))
+        except InputError as error:
+            return position, str(error)
+
+
+def _collate(items: list[tuple[int, dict | str]]) -> _Batch:
+    usable = {position: sample for position, sample in items if not isinstance(sample, str)}
+    arrays = dict(position=np.array(list(usable)))
+    records = [sample.get('data_samples', ()) for sample in usable.values()]
+    if records and 'gt_label' in records[0]:
+        arrays['label'] = np.array([int(record.gt_label) for record in records])
+    inputs = torch.stack([sample['inputs'] for sample in usable.values()]) if usable else None
+    return _Batch(arrays, inputs, {position: sample for position, sample in items if position not in usable})
+
+
+@torch.no_grad()
+def _encode(batch: _Batch, normalise: nn.Module, encode: Callable[[Tensor], Mapping[str, Tensor]]) -> Arrays:
+    if batch.inputs is None:
+        return {}
+    encoded = encode(normalise(dict(inputs=batch.inputs), False)['inputs'])
+    rows = {name: (each.float() if each.is_floating_point() else each).cpu().numpy() for name, each in encoded.items()}
+    return batch.arrays | rows
+
+
+def progress(steps: Collection[Step], description: str) -> Iterable[Step]:
+    """Go through steps with a progress bar on stderr of the main process, if there are several steps."""
+    shown = description and len(steps) > 1 and is_main_process()
+    return track(steps, description, console=Console(stderr=True), disable=not shown)
+
+
+def choose_device(device: str | None) -> str:
+    """The device that the user chose; by default 'cuda' if there is a GPU, else 'cpu'."""
+    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU, or the number of threads on a CPU."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name()
+    return f'a CPU ({count(torch.get_num_threads(), "thread")})'

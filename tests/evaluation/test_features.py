@@ -1,0 +1,88 @@
+"""The one loop over images: order, what is left out, workers, labels, and shares of several processes."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmmilan.datasets import ImageFolder
+from mmmilan.errors import InputError
+from mmmilan.evaluation import features
+from mmmilan.evaluation.features import extract, join
+
+PIPELINE = [dict(type='mmmilan.LoadImage'), dict(type='mmpretrain.PackInputs')]
+
+
+class Halved(nn.Module):
+    """A data preprocessor."""
+
+    def forward(self, data: dict, training: bool) -> dict:
+        return dict(inputs=data['inputs'] / 2)
+
+
+def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(value=images[:, 0, 0, 0], mean=images.mean(dim=(2, 3)).bfloat16())
+
+
+@pytest.fixture
+def dataset(tmp_path) -> ImageFolder:
+    """Nine images of two classes, each of one grey value; numbers 2 and 7 do not decode."""
+    for i in range(9):
+        path = tmp_path / f'class{i // 5}/{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.full((4, 4, 3), 10 * i, np.uint8))
+    (tmp_path / 'class0/2.png').write_bytes(b'no image')
+    (tmp_path / 'class1/7.png').write_bytes(b'')
+    return ImageFolder(str(tmp_path), with_label=True, pipeline=PIPELINE)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_order_and_what_is_left_out(dataset, num_workers, log, capfd):
+    batches = list(extract(dataset, Halved(), encode, 'Values', batch_size=4, num_workers=num_workers))
+    assert [len(batch['position']) for batch in batches] == [3, 3, 1]
+    rows = join(batches)
+    used = [0, 1, 3, 4, 5, 6, 8]
+    assert rows['position'].tolist() == used and rows['value'].tolist() == [5 * i for i in used]
+    assert rows['label'].tolist() == [i // 5 for i in used]
+    assert rows['mean'].shape == (7, 3) and rows['mean'].dtype == rows['value'].dtype == np.float32
+    for name in ('class0/2.png', 'class1/7.png'):
+        assert log.text.count(f'{name} does not decode') == 1
+    assert '2 of 9 images were left out' in log.text
+    printed = capfd.readouterr()
+    assert 'Values' in printed.err and not printed.out  # the bar is not among the results
+
+
+def test_some_images_in_an_order_of_their_own(dataset):
+    rows = join(extract(dataset, Halved(), encode, indices=[8, 0, 2, 0], batch_size=3))
+    assert rows['position'].tolist() == [0, 1, 3] and rows['value'].tolist() == [40, 0, 0]
+
+
+def test_what_cannot_be_used(dataset):
+    with pytest.raises(InputError, match=r'class0/2\.png does not decode'):
+        list(extract(dataset, Halved(), encode, skip=False))
+    with pytest.raises(InputError, match=r'None of the 2 images can be used \(.*2\.png does not decode .*\); give'):
+        list(extract(dataset, Halved(), encode, indices=[2, 7]))
+
+
+@pytest.mark.parametrize('count', [1, 8, 9])
+def test_processes_share_the_images(dataset, monkeypatch, log, count):
+    """Two processes in turns: each reads its own share, and both get the rows that one process gets."""
+    expected = join(extract(dataset, Halved(), encode, indices=range(count), batch_size=2))
+    sent: dict[int, list] = {}
+    for rank in (0, 1):  # what each process sends
+        sent[rank] = []
+        monkeypatch.setattr(features, 'get_dist_info', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(features, 'all_gather_object', lambda part, rank=rank: sent[rank].append(part) or [])
+        list(extract(dataset, Halved(), encode, indices=range(count), batch_size=2))
+    assert len(sent[0]) == len(sent[1])
+    parts = map(list, zip(sent[0], sent[1], strict=True))
+    monkeypatch.setattr(features, 'all_gather_object', lambda part: next(parts))
+    log.clear()
+    rows = join(extract(dataset, Halved(), encode, indices=range(count), batch_size=2))
+    assert rows.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.array_equal(rows[name], values), name
+    assert log.text.count('does not decode') == sum(i < count for i in (2, 7))
