@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -58,8 +59,8 @@ def train(
     Args:
         config: config file, or a checkpoint that holds its config.
         gpus: number of processes on this machine, one for each GPU; by default this process alone. The environment
-            variables NNODES, NODE_RANK, MASTER_ADDR and PORT join several machines, and NUMA=node binds each process
-            to the cores next to its GPU.
+            variables NNODES, NODE_RANK, MASTER_ADDR and PORT join several machines, as does srun with one task on each,
+            and NUMA=node binds each process to the cores next to its GPU.
         work_dir: folder of logs and checkpoints, by default work_dirs/CONFIG[/PRETRAIN].
         resume: resume from this checkpoint; without a value, from the last one in the work dir.
         amp: mixed precision: bfloat16, or float16 if the GPU lacks it.
@@ -151,17 +152,14 @@ def start_processes(
     """Run a command in several processes of this machine, and of others that do the same.
 
     Raises:
-        InputError: the machine has fewer GPUs, or the port is in use.
+        InputError: the machine has fewer GPUs, the port is in use, or the first machine is not known.
     """
     from mmmilan import torchrun
 
-    available = torch.cuda.device_count()
-    if torch.cuda.is_available() and gpus > available:
-        raise InputError(f'gpus={gpus}, but this machine has {available}; lower it.')
-    where = dict(nnodes='NNODES', node_rank='NODE_RANK', master_addr='MASTER_ADDR', master_port='PORT')
-    default = dict(nnodes='1', node_rank='0', master_addr='127.0.0.1', master_port='29500')
-    launch = [f'--{name}={os.environ.get(variable, default[name])}' for name, variable in where.items()]
-    launch += [f'--nproc_per_node={gpus}']
+    where = meeting_point()
+    per_machine = gpus_per_machine(f'mmmilan {command} {" ".join(map(str, words))}', gpus, int(where['nnodes']))
+    launch = [f'--{name}={value}' for name, value in where.items()]
+    launch += [f'--nproc_per_node={per_machine}']
     launch += [f'--numa-binding={os.environ["NUMA"]}'] if os.environ.get('NUMA') else []
     words = ['--module', 'mmmilan.cli', command, *map(os.fspath, words), '--launcher', 'pytorch']
     for name, value in options.items():
@@ -169,6 +167,52 @@ def start_processes(
             words += [f'--{name.replace("_", "-")}'] + ([] if value is True else [os.fspath(value)])
     words += ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())] if changes else []
     torchrun.main(launch + words)
+
+
+def meeting_point() -> dict[str, str]:
+    """The machines of a run and where they meet, by torchrun's names: the environment's, else those of Slurm's step.
+
+    Raises:
+        InputError: the address of the first of several machines is not known.
+    """
+    environment = os.environ
+    where = dict(nnodes='1', node_rank='0', master_addr='127.0.0.1', master_port='29500')
+    if int(environment.get('SLURM_STEP_NUM_NODES', 1)) > 1:  # srun started this on each of several machines
+        hosts = ['scontrol', 'show', 'hostnames', environment['SLURM_STEP_NODELIST']]
+        first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+        where |= dict(
+            nnodes=environment['SLURM_STEP_NUM_NODES'], node_rank=environment['SLURM_NODEID'], master_addr=first
+        )
+    variables = dict(nnodes='NNODES', node_rank='NODE_RANK', master_addr='MASTER_ADDR', master_port='PORT')
+    where |= {name: environment[variable] for name, variable in variables.items() if variable in environment}
+    if where['nnodes'] != '1' and where['master_addr'] == '127.0.0.1' and 'MASTER_ADDR' not in environment:
+        raise InputError(f'NNODES={where["nnodes"]}, but no MASTER_ADDR; set it to the address of the first machine.')
+    return where
+
+
+def gpus_per_machine(line: str, gpus: int, machines: int) -> int:
+    """How many processes to start here. All those of the run may be given, where each machine has its share of GPUs.
+
+    A machine without a GPU takes any number.
+
+    Raises:
+        InputError: this machine has fewer GPUs.
+    """
+    available = torch.cuda.device_count()
+    if not available or gpus <= available:
+        return gpus
+    if gpus == machines * available:
+        return available
+    here = max(number for number in range(1, available + 1) if gpus % number == 0)
+    needed = gpus // here
+    first, last = (
+        f'`NNODES={needed} NODE_RANK={rank} MASTER_ADDR=ADDRESS_OF_THE_FIRST {line} --gpus {here}`'
+        for rank in (0, needed - 1)
+    )
+    raise InputError(
+        f'gpus={gpus}, but this machine has {available}; lower it, or run on {needed} machines '
+        f'{first} {"and" if needed == 2 else "to"} {last}.'
+    )
 
 
 def read_config(

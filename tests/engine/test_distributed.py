@@ -133,7 +133,9 @@ def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machine
     run_tool('train.py', tiny_config(changes | {'work_dir': str(tmp_path / 'one')}))
 
     config = tiny_config(changes | {'train_dataloader.batch_size': 16 // (machines * processes)})
-    environment = os.environ | dict(OMP_NUM_THREADS='1', PORT=str(free_port()), NNODES=str(machines))
+    environment = os.environ | dict(
+        OMP_NUM_THREADS='1', PORT=str(free_port()), NNODES=str(machines), MASTER_ADDR='127.0.0.1'
+    )
     environment['PATH'] = f'{os.path.dirname(sys.executable)}:{environment["PATH"]}'
     command = ['bash', ROOT / 'tools/dist_train.sh', config, str(processes)]
     nodes = [subprocess.Popen(command, env=environment | dict(NODE_RANK=str(rank))) for rank in range(machines)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from mmengine.config import Config
 
 from helpers import ROOT
+from mmmilan import torchrun
+from mmmilan.cli import main
 from mmmilan.engine import ImageSizeHook
 from mmmilan.engine.config_check import check_data
 from mmmilan.errors import InputError
@@ -103,3 +106,69 @@ def test_a_launched_process_ends_without_freeing_its_modules(tiny_config, tmp_pa
     output = run_script('dist_train.sh', config, 1)
     assert 'registered for the exit' in output and 'freed' not in output
     assert (tmp_path / 'work/epoch_1.pth').exists()
+
+
+@pytest.fixture
+def torchrun_called(monkeypatch):
+    """Records torchrun's options, on a machine of so many GPUs."""
+
+    def start(available: int, gpus: int, **environment: str) -> dict[str, str]:
+        called: list[str] = []
+        for name in ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT', 'SLURM_STEP_NUM_NODES'):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: available)
+        monkeypatch.setattr(torchrun, 'main', called.extend)
+        main(['train', 'config.py', '--gpus', str(gpus)])
+        return dict(word[2:].split('=') for word in called if '=' in word)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ('available', 'gpus', 'environment', 'expected'),
+    [
+        (8, 8, {}, dict(nnodes='1', nproc_per_node='8')),
+        (0, 16, {}, dict(nnodes='1', nproc_per_node='16')),  # processes of a CPU
+        (8, 8, dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='a'), dict(nnodes='2', node_rank='1', nproc_per_node='8')),
+        (8, 16, dict(NNODES='2', MASTER_ADDR='a'), dict(nnodes='2', nproc_per_node='8', master_addr='a')),
+        (
+            4,
+            4,
+            dict(NNODES='3', MASTER_ADDR='a', PORT='1234'),
+            dict(nnodes='3', nproc_per_node='4', master_port='1234'),
+        ),
+    ],
+)
+def test_processes_of_this_machine(torchrun_called, available, gpus, environment, expected):
+    assert expected.items() <= torchrun_called(available, gpus, **environment).items()
+
+
+def test_processes_under_srun(torchrun_called, monkeypatch, tmp_path):
+    """One task on each of two machines: Slurm says which this is, and where they meet."""
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[07-08]" ] && printf "n07\\nn08\\n"\n')
+    scontrol.chmod(0o755)
+    step = dict(SLURM_STEP_NUM_NODES='2', SLURM_STEP_NODELIST='n[07-08]', SLURM_NODEID='1')
+    step['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
+    expected = dict(nnodes='2', node_rank='1', master_addr='n07', nproc_per_node='8')
+    assert expected.items() <= torchrun_called(8, 16, **step).items()
+
+
+@pytest.mark.parametrize(
+    ('available', 'gpus', 'environment', 'machines', 'each'),
+    [(8, 16, {}, 2, 8), (1, 2, {}, 2, 1), (6, 16, {}, 4, 4), (8, 64, dict(NNODES='2', MASTER_ADDR='a'), 8, 8)],
+)
+def test_fewer_gpus_than_asked_for(torchrun_called, available, gpus, environment, machines, each):
+    with pytest.raises(SystemExit) as error:
+        torchrun_called(available, gpus, **environment)
+    assert f'gpus={gpus}, but this machine has {available}; lower it, or run on {machines} machines' in str(error.value)
+    for rank in (0, machines - 1):
+        line = f'NODE_RANK={rank} MASTER_ADDR=ADDRESS_OF_THE_FIRST mmmilan train config.py --gpus {each}`'
+        assert f'`NNODES={machines} {line}' in str(error.value)
+
+
+def test_several_machines_must_know_the_first(torchrun_called):
+    with pytest.raises(SystemExit, match='NNODES=2, but no MASTER_ADDR; set it to the address of the first machine'):
+        torchrun_called(8, 8, NNODES='2')
