@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from mmmilan.datasets.annotations import check_label_maps, has_masks
@@ -20,6 +24,16 @@ from mmmilan.files import first_line
 LOADERS = dict(
     train=('train_dataloader', 'val_dataloader', 'val_evaluator'),
     test=('test_dataloader', 'test_evaluator', 'test_cfg'),  # test_cfg has the training images of k-NN
+)
+# What MMEngine's backends of the visualizer import when they first log something.
+PACKAGES = dict(
+    AimVisBackend='aim',
+    ClearMLVisBackend='clearml',
+    DVCLiveVisBackend='dvclive',
+    MLflowVisBackend='mlflow',
+    NeptuneVisBackend='neptune',
+    TensorboardVisBackend='tensorboard',
+    WandbVisBackend='wandb',
 )
 # How the errors of an empty data set begin, in MMEngine and in mmpretrain.
 EMPTY = ('need at least one array to concatenate', 'Found 0 files')
@@ -60,6 +74,70 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
             yield from _parts(inner, f'{name}.{i}')
+
+
+def check_packages(cfg: Config) -> None:
+    """Raise an :class:`InputError` if a backend of the visualizer logs to a package that is not installed."""
+    for name in ('visualizer', 'vis_backends'):
+        for option, part in _parts(cfg.get(name), name):
+            kind = getattr(part.get('type'), '__name__', str(part.get('type'))).rpartition('.')[2]
+            if kind in PACKAGES and find_spec(PACKAGES[kind]) is None:
+                package = PACKAGES[kind]
+                raise InputError(
+                    f'{option} ({kind}) needs {package}, which is not installed; run `pip install {package}` or set '
+                    f"{option}.type to 'LocalVisBackend'."
+                )
+
+
+def check_batches(runner: Runner) -> None:
+    """Check that an epoch has a step, and that no batch has a single image where BatchNorm needs two.
+
+    Raises:
+        InputError: the images do not fill one batch, or a batch of one would meet a BatchNorm that has one value a
+            channel to normalise.
+    """
+    loader = runner.train_dataloader
+    batches = loader.batch_sampler
+    size, images = getattr(batches, 'batch_size', None), len(loader.sampler)
+    if len(loader) == 0:
+        raise InputError(
+            f'The {len(loader.dataset)} training images do not fill one batch of {size} on each of '
+            f'{runner.world_size} processes; lower train_dataloader.batch_size.'
+        )
+    last = size and not getattr(batches, 'drop_last', False) and images % size == 1
+    last = last and not isinstance(loader.sampler, InfiniteSampler) and runner.max_iters >= len(loader)
+    if size != 1 and not last:
+        return
+    name = norm_of_images(runner.model, runner.world_size)
+    if name and size == 1:
+        raise InputError(
+            f'train_dataloader.batch_size is 1, but {name} is a BatchNorm over the images of a batch; set '
+            'train_dataloader.batch_size to 2 or more.'
+        )
+    if name:
+        raise InputError(
+            f'The last batch of an epoch has one image ({images} in batches of {size}), but {name} is a BatchNorm over '
+            'the images of a batch; set train_dataloader.drop_last=True, or another train_dataloader.batch_size.'
+        )
+
+
+def norm_of_images(model: nn.Module, processes: int = 1) -> str:
+    """The name of a BatchNorm with one value per image and channel; '' if there is none.
+
+    That is a one-dimensional one of a neck or a head (those of a backbone see many tokens of an image), or one that
+    follows pooling to 1 x 1. SyncBN of several processes has more than one image in any case.
+    """
+    pooled: set[nn.Module] = set()
+    for part in model.modules():
+        if isinstance(part, nn.Sequential) and len(part) and getattr(part[0], 'output_size', None) in (1, (1, 1)):
+            pooled.update(part.modules())
+    for name, part in model.named_modules():
+        if not isinstance(part, _BatchNorm) or (isinstance(part, nn.SyncBatchNorm) and processes > 1):
+            continue
+        flat = isinstance(part, nn.BatchNorm1d) and 'backbone' not in name.split('.')
+        if flat or part in pooled:
+            return name
+    return ''
 
 
 def use_boxes_alone(cfg: Config, task: str) -> str:

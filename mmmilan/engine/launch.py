@@ -26,7 +26,7 @@ from mmmilan.building import build_errors, change_config
 from mmmilan.checkpoints.config import check_plain, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.engine.config_check import check_data, check_data_sets, use_boxes_alone
+from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.heartbeat import HeartbeatHook
@@ -86,7 +86,7 @@ def train(
         cfg.resume = True
         cfg.load_from = None if resume in (True, 'auto') else os.fspath(resume)
     with launched(cfg, 'train') as runner:
-        check_not_empty(runner)
+        check_batches(runner)
         runner.train()
 
 
@@ -266,16 +266,6 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
 
 
-def check_not_empty(runner: Runner) -> None:
-    """Raise an :class:`InputError` if an epoch has no step, where MMEngine would fail with an unrelated error."""
-    loader = runner.train_dataloader
-    if len(loader) == 0:
-        raise InputError(
-            f'The {len(loader.dataset)} training images do not fill one batch of {loader.batch_size} on each of '
-            f'{runner.world_size} processes; lower train_dataloader.batch_size.'
-        )
-
-
 @contextmanager
 def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     """Build the runner of a config, which loads checkpoints safely and exactly.
@@ -297,6 +287,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
             'Detection and segmentation need mmcv with its operators, but this mmcv was built without them; install it '
             'as docs/installation.md says (dense).'
         )
+    check_packages(cfg)
     check_data(cfg, task)
     changed = use_boxes_alone(cfg, task)
     if is_main(cfg):

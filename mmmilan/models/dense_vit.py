@@ -48,6 +48,9 @@ class DenseViT(VisionTransformer):
             0 for none.
         scale_norm_cfg: The norm within the layers that make the largest map.
         drop_path_rate: Stochastic depth of the last block; it rises from 0 in the first.
+        frozen_stages: The first blocks that are not trained, and with them the patch embedding, the class token and the
+            positions; -1 or 0 for none, as in mmpretrain. A table of relative positions that blocks share is trained
+            as long as one of them is.
         with_cp: Activation checkpointing: recompute each block in the backward pass to save memory.
         init_cfg: As for every module of MMEngine.
 
@@ -69,6 +72,7 @@ class DenseViT(VisionTransformer):
         layer_scale_init_value: float = 0.0,
         scale_norm_cfg: dict | None = None,
         drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
@@ -86,7 +90,7 @@ class DenseViT(VisionTransformer):
         self.out_indices = tuple(out_indices)
         self.sincos_pos_embed = sincos_pos_embed
         self.with_cp = with_cp
-        self._check(global_indices, rel_pos_bias)
+        self._check(global_indices, rel_pos_bias, frozen_stages)
         self.rel_pos_shared = nn.ParameterDict()
         for i, layer in enumerate(self.layers):
             size = 0 if i in global_indices else window_size
@@ -105,6 +109,19 @@ class DenseViT(VisionTransformer):
                 shape = (attention.num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1)
                 self.rel_pos_shared[share_of(attention)] = nn.Parameter(torch.zeros(shape))
         self.scales = rescaling_layers(self.embed_dims, scale_norm_cfg or dict(type='mmpretrain.LN2d', eps=1e-6))
+        self.frozen_stages = frozen_stages
+        if frozen_stages > 0:  # here, as the attention that mmpretrain would freeze has been replaced
+            self._freeze_stages()
+            trained = {share_of(layer.attn) for layer in self.layers[frozen_stages:]}
+            for kind, table in self.rel_pos_shared.items():
+                table.requires_grad_(kind in trained)
+
+    def train(self, mode: bool = True) -> DenseViT:
+        """Set the mode; frozen blocks have no stochastic depth."""
+        super().train(mode)
+        for layer in self.layers[: max(self.frozen_stages, 0)]:
+            layer.eval()
+        return self
 
     def init_weights(self) -> None:
         """Load the weights that ``init_cfg`` names; ``sincos_pos_embed`` replaces their positions."""
@@ -141,13 +158,17 @@ class DenseViT(VisionTransformer):
                 maps[i] = tokens[:, self.num_extra_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
         return tuple(scale(maps[i]) for scale, i in zip(self.scales, self.out_indices, strict=True))
 
-    def _check(self, global_indices: Sequence[int], rel_pos_bias: bool | str) -> None:
+    def _check(self, global_indices: Sequence[int], rel_pos_bias: bool | str, frozen_stages: int) -> None:
         if len(self.out_indices) != 4:
             raise InputError(f'out_indices={self.out_indices} of DenseViT are not four; name a block for each scale.')
         for name, indices in (('out_indices', self.out_indices), ('global_indices', global_indices)):
             if not all(0 <= index < self.num_layers for index in indices):
                 last = self.num_layers - 1
                 raise InputError(f'{name}={tuple(indices)} of DenseViT is out of range; choose from 0 to {last}.')
+        if isinstance(frozen_stages, bool) or frozen_stages not in range(-1, self.num_layers + 1):
+            raise InputError(
+                f'frozen_stages={frozen_stages} of DenseViT is out of range; choose from -1 to {self.num_layers}.'
+            )
         if rel_pos_bias not in (True, False, 'shared'):
             raise InputError(f"rel_pos_bias={rel_pos_bias!r} of DenseViT is unknown; choose True, False or 'shared'.")
         if rel_pos_bias == 'shared' and self.with_cls_token:

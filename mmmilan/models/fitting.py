@@ -32,6 +32,12 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
         ('head.feature_dim', head.feature_dim, target_dim),
         ('head.patch_size', getattr(head, 'patch_size', patch_size), patch_size),
     ]
+    channels = backbone.patch_embed.projection.in_channels
+    if channels != 3:
+        raise InputError(
+            f'backbone.in_channels is {channels}, but images have 3 channels for teacher and target, grey ones three '
+            'equal ones; leave in_channels out.'
+        )
     for name, value, expected in rows:
         if value != expected:
             raise InputError(f'{name} is {value}, but the other parts of the model need {expected}; set it to that.')

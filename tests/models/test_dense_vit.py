@@ -49,6 +49,36 @@ def test_named_blocks_attend_globally():
     assert [tuple(layer.attn.rel_pos_table.shape) for layer in model.layers] == [(3, 3, 3), (3, 7, 7)] * 2
 
 
+@pytest.mark.parametrize('blocks', [-1, 0, 1, 3, 4])
+@pytest.mark.parametrize('options', [{}, dict(rel_pos_bias='shared', with_cls_token=False, window_size=2)])
+def test_frozen_blocks_do_not_move(blocks, options):
+    """Nor do the patch embedding, the class token and the positions; everything else does."""
+    torch.manual_seed(0)
+    options = options | (dict(global_indices=(1, 3)) if options else {})
+    model = dense_vit(frozen_stages=blocks, drop_path_rate=0.1, **options).train()
+    frozen = ('patch_embed', 'cls_token', 'pos_embed', *(f'layers.{i}.' for i in range(blocks)))
+    if blocks <= 0:
+        frozen = ()
+    if blocks >= 3:
+        frozen += ('rel_pos_shared.windows',)  # blocks 0 and 2
+    if blocks == 4:
+        frozen += ('rel_pos_shared.global',)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(4):  # stochastic depth skips a block now and then
+        sum(each.square().mean() for each in model(torch.randn(2, 3, 64, 64))).backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if not name.startswith(frozen)}
+    assert [layer.training for layer in model.layers] == [i >= blocks for i in range(4)]
+
+
+@pytest.mark.parametrize('blocks', [5, -2, 1.5, True, '2'])
+def test_refused_frozen_stages(blocks):
+    with pytest.raises(InputError, match=r'frozen_stages=.* of DenseViT is out of range; choose from -1 to 4\.'):
+        dense_vit(frozen_stages=blocks)
+
+
 def test_blocks_of_a_kind_share_a_table():
     """Two tables in all: one for windows, one for global blocks. Each has gradients and an effect."""
     model = dense_vit(window_size=2, global_indices=(1, 3), rel_pos_bias='shared', with_cls_token=False)

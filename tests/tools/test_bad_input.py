@@ -202,6 +202,12 @@ def test_pixel_target_with_another_patch_size(milan_cfg):
     assert build_error(milan_cfg).startswith('head.patch_size is 8, but the other parts of the model need 16')
 
 
+def test_encoder_of_grey_images(milan_cfg):
+    """Images are decoded to three channels, and the teacher takes three."""
+    milan_cfg['backbone']['in_channels'] = 1
+    assert build_error(milan_cfg).startswith('backbone.in_channels is 1, but images have 3 channels')
+
+
 def test_rectangular_image_size(milan_cfg):
     """The decoder and the teacher have to be set to it too."""
     milan_cfg['backbone']['img_size'] = (64, 32)

@@ -1,0 +1,76 @@
+"""Mistakes in what a config says of batches and loggers are found before training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from faults.small_runs import Model, runner
+from mmengine.config import Config
+from torch import nn
+
+from mmmilan.engine.config_check import PACKAGES, check_batches, check_packages, norm_of_images
+from mmmilan.errors import InputError
+
+
+class Normed(Model):
+    """A model with a norm between its layers, as ClsBatchNormNeck."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.neck = norm or nn.BatchNorm1d(3, affine=False)
+
+    def forward(self, *inputs, mode):
+        return dict(loss=self.layer(self.neck(torch.stack(inputs))).square().mean())
+
+
+INFINITE = dict(sampler=dict(type='InfiniteSampler', seed=0), train_cfg=dict(type='IterBasedTrainLoop', max_iters=3))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(batch_size=1), r'train_dataloader.batch_size is 1, but neck is a BatchNorm over'),
+        (dict(batch_size=1, **INFINITE), r'train_dataloader.batch_size is 1'),
+        (dict(length=5), r'The last batch of an epoch has one image \(5 in batches of 2\), but neck is a BatchNorm'),
+        (dict(length=9, batch_size=4), r'The last batch .* set train_dataloader.drop_last=True'),
+        (dict(length=1), 'The last batch'),
+        (dict(length=4), ''),
+        (dict(length=5, **INFINITE), ''),
+        (dict(length=9, train_cfg=dict(type='IterBasedTrainLoop', max_iters=4)), ''),  # never gets there
+    ],
+)
+def test_a_batch_of_one_before_batch_norm(options, message, tmp_path):
+    """A refused run would have failed, and no other does."""
+    run = runner(tmp_path, epochs=1, model=Normed(), **options)
+    if message:
+        with pytest.raises(InputError, match=message):
+            check_batches(run)
+    else:
+        check_batches(run)
+    with pytest.raises(ValueError, match='more than 1 value') if message else torch.enable_grad():
+        run.train()
+
+
+def test_a_batch_of_one_without_batch_norm(tmp_path):
+    check_batches(runner(tmp_path, batch_size=1, length=3, model=Normed(nn.LayerNorm(3))))
+
+
+def test_norms_that_have_more_than_one_value(tmp_path):
+    """BatchNorm of maps, and of a backbone's tokens, works with one image; that of pooled maps does not."""
+    maps = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert not norm_of_images(nn.ModuleDict(dict(head=maps, backbone=nn.BatchNorm1d(4))))
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)))
+    assert norm_of_images(nn.ModuleDict(dict(head=pooled))) == 'head.1.1'
+    assert not norm_of_images(nn.ModuleDict(dict(head=pooled)), processes=2)
+
+
+@pytest.mark.parametrize('option', ['visualizer', 'vis_backends'])
+@pytest.mark.parametrize('kind', PACKAGES)
+def test_a_logger_that_is_not_installed(option, kind, monkeypatch):
+    monkeypatch.setattr('mmmilan.engine.config_check.find_spec', lambda name: None)
+    backends = [dict(type='LocalVisBackend'), dict(type=f'mmengine.{kind}')]
+    config = Config({option: dict(type='Visualizer', vis_backends=backends) if option == 'visualizer' else backends})
+    with pytest.raises(InputError, match=rf'\.1 \({kind}\) needs {PACKAGES[kind]}, which is not installed; run `pip'):
+        check_packages(config)
+    monkeypatch.setattr('mmmilan.engine.config_check.find_spec', lambda name: True)
+    check_packages(config)
