@@ -100,8 +100,19 @@ def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):
     assert np.array_equal(file['class_token'][0], file['class_token'][2]) and file['ok'].all()
 
 
-def test_parquet(images, checkpoint, tmp_path):
+def test_parquet(images, checkpoint, tmp_path, monkeypatch):
+    """It is written in groups of rows as they come; what cannot be used stands in its place, at the end too."""
     parquet = pytest.importorskip('pyarrow.parquet')
+    monkeypatch.setattr('mmmilan.api.feature_files.GROUP_BYTES', 1)
+    (images / 'z.jpg').write_bytes(b'no image')
+    path = mmmilan.embed(images, checkpoint, tmp_path / 'groups.parquet', batch_size=2, patches=True)
+    file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'all.npz', batch_size=2, patches=True))
+    assert parquet.ParquetFile(path).num_row_groups == 4
+    assert file['ok'].tolist() == [True, True, True, False, True, False]
+    groups = parquet.read_table(path).to_pydict()
+    for name, rows in file.items():
+        read = np.array(groups[name], rows.dtype)
+        assert np.array_equal(read, rows.reshape(read.shape), equal_nan=rows.dtype.kind == 'f'), name
     table = parquet.read_table(mmmilan.embed(images, checkpoint, tmp_path / 'f.parquet')).to_pydict()
     file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'f.npz'))
     assert table['paths'] == file['paths'].tolist() and table['ok'] == file['ok'].tolist()
