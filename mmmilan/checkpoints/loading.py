@@ -97,25 +97,31 @@ def check_complete(module: nn.Module, missing: set[str], unused: set[str], sourc
     """
     from mmpretrain.models import VisionTransformer
 
-    encoder, prefix = (
-        (module, '') if isinstance(module, VisionTransformer) else (getattr(module, 'backbone', None), 'backbone.')
-    )
-    left_over = set()
-    if isinstance(encoder, VisionTransformer):
-        of_encoder = {key for key in unused if key.startswith(prefix)}
-        left_over = {key for key in of_encoder if not _MAY_BE_UNUSED.fullmatch(key.removeprefix(prefix))}
-    if encoder is module:
-        missing = {key for key in missing if not _MAY_BE_MISSING.fullmatch(key)}
-    if missing or left_over:
-        advice = 'give the checkpoint of a model with the same layers, or change arch'
-        if encoder is not module:
-            advice = (
-                'give a checkpoint of this config, or start training from an encoder by '
-                'model.backbone.init_cfg.checkpoint'
-            )
+    if isinstance(module, VisionTransformer):
+        check_encoder(module, missing, unused, source)
+        return
+    of_encoder = {key.removeprefix('backbone.') for key in unused if key.startswith('backbone.')}
+    is_vit = isinstance(getattr(module, 'backbone', None), VisionTransformer)
+    if missing or (is_vit and not all(map(_MAY_BE_UNUSED.fullmatch, of_encoder))):
         raise InputError(
             f'{source} does not hold all of {type(module).__name__}: missing {some(missing)}, left over '
-            f'{some(left_over if encoder is module else unused)}; {advice}.'
+            f'{some(unused)}; give a checkpoint of this config, or start training from an encoder by '
+            'model.backbone.init_cfg.checkpoint.'
+        )
+
+
+def check_encoder(encoder: nn.Module, missing: set[str], unused: set[str], source: str) -> None:
+    """Refuse a start that lacks a layer of the encoder, or has one more; new parts of a downstream encoder may lack.
+
+    Raises:
+        InputError: weights are missing or left over.
+    """
+    missing = {key for key in missing if not _MAY_BE_MISSING.fullmatch(key)}
+    left_over = {key for key in unused if not _MAY_BE_UNUSED.fullmatch(key)}
+    if missing or left_over:
+        raise InputError(
+            f'{source} does not hold all of {type(encoder).__name__}: missing {some(missing)}, left over '
+            f'{some(left_over)}; give the checkpoint of a model with the same layers, or change arch.'
         )
 
 

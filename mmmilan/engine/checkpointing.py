@@ -139,7 +139,12 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     @contextmanager
     def _writing(self, settle: Callable[[Path], None], executor: ThreadPoolExecutor | None = None) -> Iterator[None]:
-        """Within this context MMEngine's runner saves with :meth:`write`, in the executor if there is one."""
+        """Within this context MMEngine's runner saves with :meth:`write`, in the executor if there is one.
+
+        The runner gathers what is saved and then calls ``save_checkpoint``, which it imported by name: it has no place
+        for another writer, and subclassing it would leave out ``FlexibleRunner`` and its strategies, which import it in
+        a second module. So both names are exchanged, and only here.
+        """
 
         def save(checkpoint: dict[str, Any], filename: str, **kwargs) -> None:
             self.finish()

@@ -11,8 +11,8 @@ from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransform
 from torch import Tensor, nn
 
 from mmmilan.errors import InputError
-from mmmilan.teachers import importance
 from mmmilan.teachers.base import Tower
+from mmmilan.teachers.importance import WatchAttention, attention_to_patches, likeness_to_mean, name_of
 from mmmilan.teachers.registers import add_test_time_register
 
 
@@ -55,7 +55,7 @@ class TimmTower(Tower):
         self.gives_values = self.pool is not None
         self.has_class_token = has_class_token(vit)
         self.importance_layers = importance_layers
-        self.importance_is = importance.name_of(self.has_class_token, self.pool is not None, importance_layers)
+        self.importance_is = name_of(self.has_class_token, self.pool is not None, importance_layers)
         self.num_extra = 1 if register_neurons else 0
         if register_neurons:
             add_test_time_register(vit.norm_pre, self.activations(), register_neurons)
@@ -70,18 +70,18 @@ class TimmTower(Tower):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         calls: list[tuple] = []
-        with importance.WatchAttention(calls, self.importance_layers):
+        with WatchAttention(calls, self.importance_layers):
             tokens = self.sequence(self.vit.forward_features(images))
             embedding = self.embed_image(tokens)
         patches = self.patches(tokens)
         values = patches if self.pool is None else value_of_each(self.pool, patches)
-        return self.project(torch.cat([embedding, values], dim=1)), self.importance(calls, tokens)
+        return self.project(torch.cat([embedding, values], dim=1)), self.weigh_patches(calls, tokens)
 
     def forward_layers(self, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         if not isinstance(self.vit, (VisionTransformer, Eva, Beit, NaFlexVit, VisionTransformerRelPos)):
             return super().forward_layers(images, layers)
         calls: list[tuple] = []
-        with importance.WatchAttention(calls, self.importance_layers):
+        with WatchAttention(calls, self.importance_layers):
             pairs = self.vit.forward_intermediates(
                 images,
                 indices=sorted({*layers, self.depth - 1}),
@@ -93,7 +93,7 @@ class TimmTower(Tower):
             last = self.vit.norm(tokens[-1])
             self.embed_image(last)
         by_layer = dict(zip(sorted({*layers, self.depth - 1}), tokens, strict=True))
-        return [self.without_registers(by_layer[layer]) for layer in layers], self.importance(calls, last)
+        return [self.without_registers(by_layer[layer]) for layer in layers], self.weigh_patches(calls, last)
 
     def sequence(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T, D], or a map [B, rows, columns, D] or [B, D, rows, columns] of them -> [B, T, D]."""
@@ -132,14 +132,14 @@ class TimmTower(Tower):
         first = tokens[:, :1] if self.has_class_token else patches.mean(dim=1, keepdim=True)
         return torch.cat([first, patches], dim=1)
 
-    def importance(self, calls: list[tuple], tokens: Tensor) -> Tensor:
+    def weigh_patches(self, calls: list[tuple], tokens: Tensor) -> Tensor:
         """Importance [B, N], from the attention that was watched or from the last normed tokens [B, T, D]."""
         if self.pool is None and not self.has_class_token:
-            return importance.likeness_to_mean(self.patches(tokens))
+            return likeness_to_mean(self.patches(tokens))
         if not calls:
             raise InputError('The teacher runs without fused attention; set TIMM_FUSED_ATTN=1.')
         first = calls[-1][1].shape[-2] - self.num_patches - self.num_extra
-        attention = importance.attention_to_patches(calls, first, self.num_patches)
+        attention = attention_to_patches(calls, first, self.num_patches)
         if self.weigh is None:
             return attention
         return self.weigh(attention, self.project(value_of_each(self.pool, self.patches(tokens))))
