@@ -22,12 +22,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.archives import read_archive
+from mmmilan.checkpoints.layouts import find_models, outermost, several_models
 from mmmilan.checkpoints.unpickling import ForbiddenName
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, first_line
 
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
 _STATE_DICT_KEYS = ('state_dict', 'model', 'module', 'model_state_dict')
+# The weights in a folder of Hugging Face's ``save_pretrained``.
+_SAVE_PRETRAINED = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
 _CHECKSUM = 'crc32'  # of a safetensors file's numbers, in its metadata; the format itself has none
 # Weights that are integers.
 _COUNTS = re.compile(r'num_batches_tracked$|relative_position_index$|position_ids$')
@@ -40,7 +48,8 @@ def load_checkpoint_file(
 
     Args:
         path: a file of ``torch.save``, a TorchScript archive (only its tensors are read) or a safetensors file; the
-            format is detected by content.
+            format is detected by content. Or a folder of ``save_pretrained``. ``PATH#NAME`` is one of several models
+            in it, such as ``dino.pth#teacher``.
         allow_pickle: read a pickle that the safe reader refuses. It can run any code: only for files that you would
             also run as a script.
         map_location: the device of the tensors.
@@ -53,11 +62,14 @@ def load_checkpoint_file(
         InputError: the file is missing, incomplete, damaged (checksums are compared), of another format, or would
             run code.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f'{path} is not a file; give the path of a checkpoint.')
+    path, model = split_name(path)
     try:
-        checkpoint = _read(path, allow_pickle)
+        if weights_of_folder(path):
+            checkpoint = _read_folder(path, allow_pickle)
+        elif path.is_file():
+            checkpoint = _read(path, allow_pickle)
+        else:
+            raise InputError(f'{path} is not a file; give the path of a checkpoint.')
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -72,6 +84,8 @@ def load_checkpoint_file(
         checkpoint['meta'].pop('config', None)
     elif not isinstance(checkpoint.get('meta'), Tensor):
         checkpoint.pop('meta', None)  # of another program
+    if model:
+        checkpoint = {'state_dict': choose_model(checkpoint, model, str(path)), 'meta': checkpoint.get('meta', {})}
     if isinstance(map_location, (str, torch.device)) and torch.device(map_location).type != 'cpu':
         checkpoint = tree_map_only(Tensor, lambda tensor: tensor.to(map_location), checkpoint)
     return checkpoint
@@ -97,13 +111,45 @@ def _read(path: Path, allow_pickle: bool) -> Any:
         return torch.load(path, map_location='cpu', weights_only=False)
 
 
+def split_name(path: str | os.PathLike) -> tuple[Path, str]:
+    """The path of a checkpoint and, after a #, the name of a model in it; '' if none is given."""
+    whole = Path(path).expanduser()
+    file, separator, name = str(whole).rpartition('#')
+    return (whole, '') if whole.exists() or not separator else (Path(file), name)
+
+
+def weights_of_folder(folder: Path) -> Path | None:
+    """The file of weights, or their index, in a folder of ``save_pretrained``; None if it is no such folder."""
+    return next((folder / name for name in _SAVE_PRETRAINED if (folder / name).is_file()), None)
+
+
+def _read_folder(folder: Path, allow_pickle: bool) -> Any:
+    file = weights_of_folder(folder)
+    if file.suffix != '.json':
+        return _read(file, allow_pickle)
+    shards = sorted(set(json.loads(file.read_text(encoding='utf-8'))['weight_map'].values()))
+    if any(Path(shard).name != shard for shard in shards):
+        raise InputError(f'{file} names files of other folders; give a folder with all of its files.')
+    weights = {}
+    for shard in shards:
+        weights |= get_state_dict(_read(folder / shard, allow_pickle), str(folder / shard))
+    return {'state_dict': weights, 'meta': {}}
+
+
 def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -> dict[str, Tensor]:
     """The state dict in a checkpoint, or the checkpoint itself if it is a state dict; messages call it ``source``.
 
+    The one that holds a ViT is meant, wherever it stands; MMEngine's is always ``state_dict``.
+
     Raises:
-        InputError: an entry is not a tensor with a name.
+        InputError: an entry is not a tensor with a name, or several state dicts hold a ViT.
     """
+    with_vit = {name: each for name, each in _state_dicts(checkpoint).items() if find_models(each)}
     found = [checkpoint[key] for key in _STATE_DICT_KEYS if isinstance(checkpoint.get(key), dict)]
+    if len(with_vit) > 1 and 'message_hub' not in checkpoint:
+        raise several_models(with_vit, source)
+    if len(with_vit) == 1:
+        found = list(with_vit.values())
     weights = found[0] if found else checkpoint
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -111,6 +157,32 @@ def get_state_dict(checkpoint: dict[str, Any], source: str = 'The checkpoint') -
                 f'{source}: {key!r} is a {type(value).__name__}, not a tensor; give the state dict itself.'
             )
     return weights
+
+
+def _state_dicts(content: dict, name: str = '', levels: int = 3) -> dict[str, dict[str, Any]]:
+    """All dictionaries in a checkpoint that hold tensors by name, by their place in it, such as 'model.teacher.'."""
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    found = {name: named} if any(isinstance(value, Tensor) for value in named.values()) else {}
+    for key, value in named.items():
+        if isinstance(value, dict) and levels:
+            found |= _state_dicts(value, f'{name}{key}.', levels - 1)
+    return found
+
+
+def choose_model(checkpoint: dict[str, Any], name: str, source: str) -> dict[str, Tensor]:
+    """The weights of one of several models in a checkpoint, whose place in it holds this name.
+
+    Raises:
+        InputError: it holds no such model, or several.
+    """
+    places = _state_dicts(checkpoint)
+    weights = {f'{place}{key}': value for place, each in places.items() for key, value in each.items()}
+    models = find_models(weights) + [place for place, each in places.items() if not find_models(each)]
+    chosen = outermost([each for each in models if f'.{name}.' in f'.{each}'])
+    if len(chosen) != 1:
+        names = ', '.join(sorted(each.rstrip('.') for each in chosen or models)) or 'no named one'
+        raise InputError(f'{source} holds {"several" if chosen else "no"} models {name!r}; choose one of: {names}.')
+    return {key.removeprefix(chosen[0]): value for key, value in weights.items() if key.startswith(chosen[0])}
 
 
 def get_dataset_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:

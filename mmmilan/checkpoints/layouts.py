@@ -8,7 +8,8 @@ Hugging Face's separate query, key and value are joined into ``qkv`` and split a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,20 +30,32 @@ TABLE = [
     ('backbone.layers.#.ffn.layers.0.0.*', 'blocks.#.mlp.fc1.*', 'encoder.layer.#.intermediate.dense.*'),
     ('backbone.layers.#.ffn.layers.1.*', 'blocks.#.mlp.fc2.*', 'encoder.layer.#.output.dense.*'),
     ('backbone.ln1.*', 'norm.*', 'layernorm.*'),  # of every token
-    # pretraining: the prompting decoder (q and kv), or MAE's (qkv)
-    ('neck.decoder_embed.*', 'decoder_embed.*', None),
-    ('neck.mask_token', 'mask_token', None),
-    ('neck.decoder_pos_embed', 'decoder_pos_embed', None),
-    ('neck.decoder_blocks.#.ln1.*', 'decoder_blocks.#.norm1.*', None),
+    # pretraining: the prompting decoder (q and kv), or MAE's (qkv; Hugging Face's ViTMAEForPreTraining)
+    ('neck.decoder_embed.*', 'decoder_embed.*', 'decoder.decoder_embed.*'),
+    ('neck.mask_token', 'mask_token', 'decoder.mask_token'),
+    ('neck.decoder_pos_embed', 'decoder_pos_embed', 'decoder.decoder_pos_embed'),
+    ('neck.decoder_blocks.#.ln1.*', 'decoder_blocks.#.norm1.*', 'decoder.decoder_layers.#.layernorm_before.*'),
     ('neck.decoder_blocks.#.attn.q.*', 'decoder_blocks.#.attn.q.*', None),
     ('neck.decoder_blocks.#.attn.kv.*', 'decoder_blocks.#.attn.kv.*', None),
-    ('neck.decoder_blocks.#.attn.qkv.*', 'decoder_blocks.#.attn.qkv.*', None),
-    ('neck.decoder_blocks.#.attn.proj.*', 'decoder_blocks.#.attn.proj.*', None),
-    ('neck.decoder_blocks.#.ln2.*', 'decoder_blocks.#.norm2.*', None),
-    ('neck.decoder_blocks.#.ffn.layers.0.0.*', 'decoder_blocks.#.mlp.fc1.*', None),
-    ('neck.decoder_blocks.#.ffn.layers.1.*', 'decoder_blocks.#.mlp.fc2.*', None),
-    ('neck.ln1.*', 'decoder_norm.*', None),
-    ('neck.decoder_pred.*', 'decoder_pred.*', None),
+    (
+        'neck.decoder_blocks.#.attn.qkv.*',
+        'decoder_blocks.#.attn.qkv.*',
+        'decoder.decoder_layers.#.attention.attention.qkv.*',
+    ),
+    (
+        'neck.decoder_blocks.#.attn.proj.*',
+        'decoder_blocks.#.attn.proj.*',
+        'decoder.decoder_layers.#.attention.output.dense.*',
+    ),
+    ('neck.decoder_blocks.#.ln2.*', 'decoder_blocks.#.norm2.*', 'decoder.decoder_layers.#.layernorm_after.*'),
+    (
+        'neck.decoder_blocks.#.ffn.layers.0.0.*',
+        'decoder_blocks.#.mlp.fc1.*',
+        'decoder.decoder_layers.#.intermediate.dense.*',
+    ),
+    ('neck.decoder_blocks.#.ffn.layers.1.*', 'decoder_blocks.#.mlp.fc2.*', 'decoder.decoder_layers.#.output.dense.*'),
+    ('neck.ln1.*', 'decoder_norm.*', 'decoder.decoder_norm.*'),
+    ('neck.decoder_pred.*', 'decoder_pred.*', 'decoder.decoder_pred.*'),
 ]
 # What classifies, by what it looks at. A head's own name follows from that (mmpretrain's LinearClsHead after the mean
 # of the patch tokens, VisionTransformerClsHead after the class token), where two rows share a name the first is meant.
@@ -85,7 +98,13 @@ TITLE = {
 DROPPED = ('target_generator.', 'pooler.', 'data_preprocessor.')
 
 _PATCH_WEIGHT = [name.replace('*', 'weight') for name in TABLE[2]]
-_QUERY_KEY_VALUE = re.compile(r'(encoder\.layer\.\d+\.attention\.attention)\.(query|key|value)\.(weight|bias)')
+# The same with the part of its own that a whole model puts before its encoder; the longer names first.
+_PATCH_ENDINGS = (_PATCH_WEIGHT[0], f'vit.{_PATCH_WEIGHT[2]}', 'patch_embed.projection.weight', *_PATCH_WEIGHT[1:])
+# What PyTorch puts into names, at any place, when it compiles, shards or checkpoints a module.
+_WRAPPERS = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+_QUERY_KEY_VALUE = re.compile(
+    r'((?:encoder\.layer|decoder\.decoder_layers)\.\d+\.attention\.attention)\.(query|key|value)\.(weight|bias)'
+)
 _LAYER_NUMBER = re.compile(r'(?:backbone\.layers|blocks|encoder\.layer)\.(\d+)\.')
 
 
@@ -99,7 +118,7 @@ class Layout:
         depth: number of encoder layers.
         embed_dims: width of the encoder.
         decoder: ``'prompting'``, ``'vanilla'`` (MAE's) or None.
-        dropped: the ``DROPPED`` prefixes that are present.
+        dropped: prefixes of weights that are left out: those of ``DROPPED``, and what stands beside the ViT.
     """
 
     name: str
@@ -116,20 +135,68 @@ class Layout:
         return f'{self.content} in the layout of {TITLE[self.name]} ({vit}){dropped}'
 
 
+def find_models(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each ViT: '' or a prefix with its dot.
+
+    It is what remains of the patch embedding's name. A CLIP's image tower, under ``visual.``, is none of these ViTs.
+    """
+    found = {}
+    for name in names:
+        ending = next((ending for ending in _PATCH_ENDINGS if f'.{name}'.endswith(f'.{ending}')), None)
+        prefix = name.removesuffix(ending) if ending else ''
+        if ending and 'visual' not in prefix.split('.'):
+            found[prefix] = True
+    return list(found)
+
+
+def outermost(prefixes: list[str]) -> list[str]:
+    """The prefixes that begin with no other one: a model that is part of another is not asked for."""
+    return [each for each in prefixes if not any(each != other and each.startswith(other) for other in prefixes)]
+
+
+def several_models(prefixes: Iterable[str], source: str = '') -> InputError:
+    """The error that tells how to choose one of several models by name."""
+    names = sorted(prefix.rstrip('.') for prefix in prefixes)
+    holds = f'{source} holds several models' if source else 'Several models are in it'
+    return InputError(f'{holds} ({", ".join(names)}); write which after the file, as in FILE#{names[0]}.')
+
+
+def without_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the only model with a ViT, under its own names; all weights if there is no such model.
+
+    Raises:
+        InputError: there are several.
+    """
+    prefix, weights = _prefix_of(state_dict)
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _prefix_of(state_dict: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    weights = {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
+    prefixes = outermost(find_models(weights))
+    if len(prefixes) > 1:
+        raise several_models(prefixes)
+    return (prefixes[0] if prefixes else ''), weights
+
+
 def detect_layout(state_dict: dict[str, Tensor]) -> Layout:
     """Recognise the layout of a state dict by its keys.
 
     Raises:
-        InputError: no ViT in a known layout is in it, or a value is not a tensor.
+        InputError: no ViT in a known layout is in it, or several are, or a value is not a tensor.
     """
-    return _detect(_uniform_keys(state_dict))
+    layout = _detect(_uniform_keys(state_dict))
+    prefix, weights = _prefix_of(state_dict)
+    depth = prefix.count('.')
+    outside = {'.'.join(key.split('.')[:depth]) + '.' for key in weights if not key.startswith(prefix)}
+    return replace(layout, dropped=layout.dropped + tuple(sorted(outside)))
 
 
 def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bool = False) -> dict[str, Tensor]:
     """Rename the weights of any known layout to another.
 
     Args:
-        state_dict: the weights, of any size of ViT, with or without ``module.`` before each key.
+        state_dict: the weights, of any size of ViT, under any prefix; those beside the ViT's prefix are left out.
         to: a key of ``COLUMN``.
         encoder_only: keep the encoder and leave decoder, heads and detector parts.
 
@@ -156,8 +223,9 @@ def convert(state_dict: dict[str, Tensor], to: str = 'mmmilan', encoder_only: bo
     converted = _rename(weights, rows, layout.name, to, encoder_only)
     if to == 'huggingface':
         converted = _split_qkv(converted)
-        if 'classifier.weight' in converted:  # ViTForImageClassification holds a ViTModel
-            converted = {key if key.startswith('classifier.') else f'vit.{key}': converted[key] for key in converted}
+        own = ('classifier.', 'decoder.')  # ViTForImageClassification and ViTMAEForPreTraining hold a ViTModel
+        if any(key.startswith(own) for key in converted):
+            converted = {key if key.startswith(own) else f'vit.{key}': converted[key] for key in converted}
     return converted
 
 
@@ -166,10 +234,11 @@ def _uniform_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise InputError(f'{key!r} is a {type(value).__name__}, not a tensor; give the state dict itself.')
-    keys = [key.removeprefix('module.') for key in state_dict]  # DistributedDataParallel
+    state_dict = without_prefix(state_dict)
+    keys = list(state_dict)
     if 'patch_embed.projection.weight' in keys:  # an OpenMMLab backbone on its own
         keys = [f'backbone.{key}' for key in keys]
-    keys = [key.removeprefix('vit.') for key in keys]  # ViTForImageClassification
+    keys = [key.removeprefix('vit.') for key in keys]  # ViTForImageClassification, ViTMAEForPreTraining
     return dict(zip(keys, state_dict.values(), strict=True))
 
 
@@ -184,7 +253,7 @@ def _detect(weights: dict[str, Tensor]) -> Layout:
         )
     dropped = tuple(prefix for prefix in DROPPED if any(key.startswith(prefix) for key in weights))
     decoder = None
-    if any('decoder_blocks.0.attn.' in key for key in weights):
+    if any('decoder_blocks.0.attn.' in key or key.startswith('decoder.decoder_layers.0.') for key in weights):
         decoder = 'prompting' if any('decoder_blocks.0.attn.q.' in key for key in weights) else 'vanilla'
     content = _content(weights, decoder)
     name = ('mmmilan', 'timm', 'huggingface')[found[0]]
@@ -202,7 +271,7 @@ def _content(weights: dict[str, Tensor], decoder: str | None) -> str:
 
     if has('image_projection.'):
         return 'MaskCLIP'
-    if decoder or has('decoder_', 'neck.decoder_'):
+    if decoder or has('decoder_', 'neck.decoder_', 'decoder.decoder_'):
         return 'pretraining'
     if has('roi_head.', 'rpn_head.', 'decode_head.', 'bbox_head.'):
         return 'detector or segmentor'

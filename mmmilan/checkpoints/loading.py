@@ -19,7 +19,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, ge
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
-from mmmilan.checkpoints.layouts import convert, detect_layout
+from mmmilan.checkpoints.layouts import convert, detect_layout, find_models, without_prefix
 from mmmilan.checkpoints.open_clip_layout import from_open_clip, is_clip_tower
 from mmmilan.checkpoints.sharding import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
@@ -59,9 +59,11 @@ def load_weights(
     Raises:
         InputError: no weight fits, a weight is missing or has another shape, or a layer of the encoder is left over.
     """
-    weights = as_mmmilan(get_state_dict(checkpoint, source))
-    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
     name, wanted = type(module).__name__, set(module.state_dict())
+    weights = get_state_dict(checkpoint, source)
+    if not wanted <= set(weights):
+        weights = as_mmmilan(weights, source)
+    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
     if prefix is None:
         prefix = '' if wanted & set(weights) else 'backbone.'
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
@@ -138,13 +140,22 @@ def class_count(model: nn.Module, weights: dict[str, Tensor], misfits: list[str]
     return f'its {key} is {shapes}; set {" and ".join(options)} to the number of classes that it was trained for.'
 
 
-def as_mmmilan(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights of a ViT, also that of a CLIP, to this project's layout; others are returned unchanged."""
+def as_mmmilan(weights: dict[str, Tensor], source: str = 'The checkpoint') -> dict[str, Tensor]:
+    """Convert weights of a ViT, also that of a CLIP, to this project's layout; others are returned unchanged.
+
+    Raises:
+        InputError: several ViTs are among them, or the ViT has parts that no layout has.
+    """
+    if not find_models(weights):
+        return from_open_clip(weights) if is_clip_tower(weights) else weights
     try:
         layout = detect_layout(weights)
-    except InputError:
-        return from_open_clip(weights) if is_clip_tower(weights) else weights
-    return weights if layout.name in ('mmmilan', 'openmmlab') else convert(weights)
+        converted = without_prefix(weights) if layout.name in ('mmmilan', 'openmmlab') else convert(weights)
+    except InputError as error:
+        raise InputError(f'{source}: {error}') from error
+    if layout.dropped:
+        print_log(f'{source} holds {layout}.', logger='current')
+    return converted
 
 
 def some(names: set[str]) -> str:

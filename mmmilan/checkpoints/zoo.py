@@ -72,7 +72,8 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     """The local file of a checkpoint.
 
     Args:
-        checkpoint: A file; a URL; or the name of a config. A name stands for the run of that config in
+        checkpoint: A file or a folder of ``save_pretrained``; a URL; or the name of a config; each with ``#NAME`` for
+            one of several models in it. The name of a config stands for the run of that config in
             ``work_dirs/NAME`` if there is one, which must be finished; else for the published file, which is
             downloaded. The log says which.
 
@@ -82,12 +83,16 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     from mmengine.logging import print_log
 
     from mmmilan.checkpoints.download import download
+    from mmmilan.checkpoints.io import weights_of_folder
     from mmmilan.checkpoints.newest import find_newest, unfinished
 
     text = os.fspath(checkpoint)
     path = Path(text.removeprefix('file://')).expanduser()
-    if path.is_file():
+    if path.is_file() or weights_of_folder(path):
         return path
+    name, separator, model = text.rpartition('#')
+    if separator and name:
+        return Path(f'{resolve_checkpoint(name)}#{model}')
     if text.startswith(('http://', 'https://')):
         return download(text)
     model, folder = zoo_models().get(text), Path('work_dirs', text)

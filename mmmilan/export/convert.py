@@ -8,7 +8,7 @@ from typing import Literal
 from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.checkpoints import layouts
-from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file, save_checkpoint_file
+from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file, save_checkpoint_file, split_name
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 from mmmilan.files import check_output
@@ -27,7 +27,8 @@ def convert(
     """Convert a checkpoint between the layouts of mmmilan, OpenMMLab, the published repository, timm and Hugging Face.
 
     Args:
-        checkpoint: file, URL, or name of a model of the zoo; its layout is recognised.
+        checkpoint: file, folder of save_pretrained, URL, or name of a model of the zoo; its layout is recognised.
+            FILE#NAME is one of several models in a file, such as dino.pth#teacher.
         out: file to write, .pth or .safetensors.
         to: layout to write.
         encoder_only: leave out decoder, head and detector parts.
@@ -39,7 +40,7 @@ def convert(
             weights.
     """
     path = resolve_checkpoint(checkpoint)
-    check_output(out, [path], endings=('.pth', '.pt', '.bin', '.safetensors'), overwrite=overwrite)
+    check_output(out, [split_name(path)[0]], endings=('.pth', '.pt', '.bin', '.safetensors'), overwrite=overwrite)
     out, content = os.fspath(out), load_checkpoint_file(path, allow_pickle)
     weights = get_state_dict(content, str(path))
     try:

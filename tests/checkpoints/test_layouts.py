@@ -280,10 +280,10 @@ def test_parts_of_other_vits_are_refused_by_name(key, part):
 
 def test_weight_without_a_place():
     """The message gives the remedy once."""
-    weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), 'decoder_blocks.0.attn.qkv.weight': torch.zeros(1)}
+    weights = {'patch_embed.proj.weight': torch.zeros(8, 3, 2, 2), 'decoder_blocks.0.attn.kv.weight': torch.zeros(1)}
     with pytest.raises(InputError) as error:
         convert(weights, to='huggingface')
     assert str(error.value) == (
-        "Hugging Face ViT has no place for 'decoder_blocks.0.attn.qkv.weight'; convert the encoder alone "
+        "Hugging Face ViT has no place for 'decoder_blocks.0.attn.kv.weight'; convert the encoder alone "
         '(--encoder-only), or choose another layout.'
     )
