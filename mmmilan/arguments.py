@@ -79,6 +79,32 @@ def several(name: str, value: Any, what: str) -> list:
     return elements
 
 
+def check_images(name: str, value: Any) -> list:
+    """One image, any iterable of images or an array of them -> the images: paths, arrays or PIL images.
+
+    Of an array only the shape tells one from several; its type and values are for whoever reads it.
+    """
+    import numpy as np
+    from PIL.Image import Image
+
+    dtype = getattr(value, 'dtype', None)
+    if getattr(dtype, 'kind', '') in ('O', 'U') and hasattr(value, 'tolist'):  # an array, or a column of paths
+        value = value.tolist()
+    if isinstance(value, (str, os.PathLike, Image)) or (isinstance(value, np.ndarray) and value.ndim < 4):
+        value = [value]
+    images = several(name, list(value) if isinstance(value, np.ndarray) else value, 'images')
+    for i, image in enumerate(images):
+        if isinstance(image, (str, os.PathLike)):
+            check_path(name, image)
+        elif not isinstance(image, (np.ndarray, Image)):
+            where = f'{name}[{i}]' if len(images) > 1 else name
+            raise InputError(
+                f'{where}={shown(image)} is not an image; give a path, a PIL image, or a uint8 array [H, W, 3] in BGR '
+                'order.'
+            )
+    return images
+
+
 def check_device(name: str, value: Any) -> str:
     """A device that this machine has."""
     import torch
@@ -101,6 +127,7 @@ Pixels = Annotated[int, Whole(1, 16384)]
 Seed = Annotated[int, Whole(0, 2**32 - 1)]
 Path = Annotated[str | os.PathLike, check_path]
 Paths = Annotated[Sequence[str | os.PathLike] | str | os.PathLike, check_paths]
+Images = Annotated[Any, check_images]
 Text = Annotated[str, check_text]
 Texts = Annotated[Sequence[str], check_texts]
 Device = Annotated[str, check_device]
@@ -170,7 +197,7 @@ def checked(function: Function) -> Function:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            sentence = misfit(function.__name__, signature, error, kwargs)
+            sentence = misfit(function.__qualname__.partition('.__')[0], signature, error, kwargs)
             raise InputError(sentence) from error
         for name, value in bound.arguments.items():
             parameter = signature.parameters[name]

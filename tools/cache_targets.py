@@ -25,6 +25,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mmmilan.building import build_errors, change_config
+from mmmilan.checkpoints.config import read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import CachedTargets, Draw, ImageFolder
 from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, encode, read_manifest
@@ -119,10 +121,10 @@ def write_manifest(folder: Path, manifest: dict, epochs: int) -> None:
 def main() -> None:
     args = parse_args()
     use_safe_loading()
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
-    init_default_scope(cfg.default_scope)
-    if not cfg.model.head.get('teacher'):
+    cfg = read_config_file(args.config)
+    change_config(cfg, args.cfg_options or {})
+    init_default_scope(cfg.get('default_scope') or 'mmpretrain')
+    if not (cfg.model.get('head') or {}).get('teacher'):
         raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')
     model = MODELS.build(cfg.model).to(get_device()).eval()
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
@@ -148,5 +150,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with exit_on_input_error():
+    with exit_on_input_error(), build_errors():
         main()

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from mmmilan.api.models import get_model, read_config
+from mmmilan.building import build_errors
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.open_clip_folder import FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
@@ -37,5 +38,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with exit_on_input_error():
+    with exit_on_input_error(), build_errors():
         main()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from mmmilan.building import build_errors
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.packed import pack_images
@@ -30,5 +31,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with exit_on_input_error():
+    with exit_on_input_error(), build_errors():
         main()

@@ -21,7 +21,8 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmmilan.api.models import get_model, is_checkpoint
-from mmmilan.checkpoints.config import config_text, own_config
+from mmmilan.building import build_errors
+from mmmilan.checkpoints.config import config_text, own_config, read_config_file
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
@@ -67,7 +68,7 @@ def main() -> None:
         check_output_folder(args.hub_dir, {*HUB_FILES, *FILES, 'README.md'}, inputs, overwrite=args.overwrite)
     checkpoint = load_checkpoint_file(args.checkpoint)
     weights = convert(get_state_dict(checkpoint))
-    config = Config.fromfile(args.config)
+    config = read_config_file(os.fspath(args.config))
     facts = gather_facts(args, config, checkpoint, weights)
     public = config_text(public_config(config))
 
@@ -180,5 +181,5 @@ def count_parameters(weights: dict[str, Tensor]) -> int:
 
 
 if __name__ == '__main__':
-    with exit_on_input_error():
+    with exit_on_input_error(), build_errors():
         main()

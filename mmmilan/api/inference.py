@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from mmmilan import arguments
 from mmmilan.api.models import get_model
+from mmmilan.arguments import check_path, checked, shown
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
-    from mmengine.model import BaseModel
     from PIL.Image import Image
     from torch import Tensor
 
     from mmmilan.evaluation.features import Arrays
+
+
+def check_model(name: str, value: Any) -> Any:
+    """A model of :func:`get_model`, or what names one."""
+    if isinstance(value, (str, os.PathLike)):
+        return check_path(name, value)
+    if not hasattr(value, '_config') or not hasattr(value, 'data_preprocessor'):
+        raise InputError(f'{name}={shown(value)} is no model; give one of mmmilan.get_model, or a name or file for it.')
+    return value
+
+
+Model = Annotated[Any, check_model]
 
 
 class Inferencer:
@@ -30,11 +43,12 @@ class Inferencer:
         device: where to run, by default on the GPU if there is one.
     """
 
+    @checked
     def __init__(
         self,
-        model: BaseModel | str | os.PathLike,
-        pretrained: bool | str | os.PathLike = True,
-        device: str | None = None,
+        model: Model,
+        pretrained: bool | arguments.Path = True,
+        device: arguments.Device | None = None,
     ) -> None:
         from mmengine.dataset import Compose
         from mmengine.registry import DefaultScope
@@ -50,14 +64,14 @@ class Inferencer:
         self.prepare = Compose(steps)
 
     def extract(
-        self, images: Any, encode: Callable[[Tensor], dict[str, Tensor]], description: str = '', **options: Any
+        self, images: Sequence, encode: Callable[[Tensor], dict[str, Tensor]], description: str = '', **options: Any
     ) -> Iterator[Arrays]:
         """:func:`mmmilan.evaluation.features.extract` of images: paths, arrays or PIL images."""
         from mmmilan.evaluation.features import extract
 
         return extract(Images(images, self), self.model.data_preprocessor, encode, description, **options)
 
-    def encode(self, images: Any, encode: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
+    def encode(self, images: Sequence, encode: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
         """What a function from normalised images [B, 3, H, W] to [B, ...] gives of all images, [M, ...] on the CPU.
 
         Raises:
@@ -68,12 +82,11 @@ class Inferencer:
         from mmmilan.evaluation.features import join
 
         options = dict(batch_size=batch_size, num_workers=0, skip=False, shared=False)
-        batches = self.extract(
-            _as_list(images), lambda inputs: dict(rows=encode(inputs)), type(self).__name__, **options
-        )
+        batches = self.extract(images, lambda inputs: dict(rows=encode(inputs)), type(self).__name__, **options)
         return torch.from_numpy(join(batches)['rows'])
 
-    def inputs(self, images: Any) -> Tensor:
+    @checked
+    def inputs(self, images: arguments.Images) -> Tensor:
         """Normalised images [B, 3, H, W] on the model's device."""
         return self.encode(images, lambda inputs: inputs, 32).to(next(self.model.parameters()).device)
 
@@ -145,11 +158,12 @@ class FeatureExtractor(Inferencer):
         torch.Size([2, 768])
     """
 
+    @checked
     def __init__(
         self,
-        model: BaseModel | str | os.PathLike,
-        pretrained: bool | str | os.PathLike = True,
-        device: str | None = None,
+        model: Model,
+        pretrained: bool | arguments.Path = True,
+        device: arguments.Device | None = None,
         out_type: str | None = None,
     ) -> None:
         from torch import nn
@@ -164,11 +178,12 @@ class FeatureExtractor(Inferencer):
         if self.out_type == 'avg_featmap' and not hasattr(backbone, 'ln2'):
             backbone.ln2 = nn.Identity()  # the tokens have been normed already
 
-    def __call__(self, images: Any, batch_size: int = 32) -> Tensor:
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count = 32) -> Tensor:
         """Features of each image.
 
         Args:
-            images: one image or a sequence of them: paths, uint8 arrays [H, W, 3] in BGR order (OpenCV's, as in
+            images: one image or an iterable of them: paths, uint8 arrays [H, W, 3] in BGR order (OpenCV's, as in
                 mmpretrain) or PIL images; or one array [B, H, W, 3].
             batch_size: number of images that the model sees at once.
 
@@ -195,7 +210,8 @@ class ImageClassificationInferencer(Inferencer):
         'tabby, tabby cat'
     """
 
-    def __call__(self, images: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count = 32) -> list[dict[str, Any]]:
         """Classify each image.
 
         Args:
@@ -219,14 +235,3 @@ class ImageClassificationInferencer(Inferencer):
             result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
             results.append({**result, 'pred_class': classes[label]} if classes else result)
         return results
-
-
-def _as_list(images: Any) -> Sequence:
-    """A single image as a sequence of one."""
-    import numpy as np
-
-    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
-    images = images if several else [images]
-    if len(images) == 0:
-        raise InputError('No images were given; give at least one.')
-    return images

@@ -17,6 +17,7 @@ from mmmilan.files import first_line
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher, check_input_size, pair
 from mmmilan.teachers.weights import (
+    AS_FILE,
     HUB,
     LOCAL,
     hub_file,
@@ -122,7 +123,7 @@ def published_file(model: str) -> str:
         return weights_in(local_folder(model), HUB_FILES)
     config = timm.get_pretrained_cfg(model)
     if config is None or not (config.hf_hub_id or config.url):
-        raise InputError(f'timm has no weights of {model}; give them as pretrained=FILE.')
+        raise InputError(f'timm has no weights of {model}; give them as {AS_FILE}.')
     if not config.hf_hub_id:
         return str(download(config.url))
     names = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES

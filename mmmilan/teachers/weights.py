@@ -17,6 +17,8 @@ from mmmilan.errors import InputError
 HUB, LOCAL = 'hf-hub:', 'local-dir:'
 # Seconds to wait for the hub's first answer: long enough for a slow line, short enough to be told that there is none.
 HUB_TIMEOUT = 5
+# How a user gives a file of weights: on the command line and in a config.
+AS_FILE = '--teacher MODEL:FILE (pretrained=FILE in a config)'
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ def weights_in(folder: Path, names: Sequence[str]) -> str:
     found = sorted(path for path in folder.iterdir() if path.suffix in ('.safetensors', '.bin', '.pth', '.pt'))
     if len(found) != 1:
         what = f'several files of weights ({", ".join(path.name for path in found)})' if found else 'no file of weights'
-        raise InputError(f'{folder} has {what}; give one as pretrained=FILE, or name it {names[0]}.')
+        raise InputError(f'{folder} has {what}; give one as {AS_FILE}, or name it {names[0]}.')
     return str(found[0])
 
 
@@ -84,7 +86,7 @@ def hub_file(repo: str, names: Sequence[str]) -> str:
     for name in names:
         if hub_has(repo, name, revision, names):
             return hf_hub_download(repo, name, revision=revision)
-    raise InputError(f'{page_of(repo)} has none of the files {", ".join(names)}; give the weights as pretrained=FILE.')
+    raise InputError(f'{page_of(repo)} has none of the files {", ".join(names)}; give the weights as {AS_FILE}.')
 
 
 def hub_has(repo: str, name: str, revision: str | None, names: Sequence[str]) -> bool:
@@ -102,13 +104,13 @@ def hub_has(repo: str, name: str, revision: str | None, names: Sequence[str]) ->
     except GatedRepoError:
         raise InputError(
             f'{page_of(repo)} is gated; accept its licence there and run `hf auth login`, or download {names[0]} and '
-            'give its path as pretrained=FILE.'
+            f'give its path as {AS_FILE}.'
         ) from None
     except Exception as error:  # of the hub, or of requests or httpx under it
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else type(error).__name__
         raise InputError(
             f'{page_of(repo)} does not answer ({status}); download {names[0]} from there on a machine with a network '
-            'and give its path as pretrained=FILE.'
+            f'and give its path as {AS_FILE}.'
         ) from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import mmpretrain
@@ -194,12 +195,80 @@ def test_errors_are_one_sentence(published, tmp_path, image_files):
     extract = mmmilan.FeatureExtractor(model)
     for images, message in [
         ('none.jpg', 'none.jpg is not a file'),
-        ([], 'No images'),
+        ([], 'images is empty; give at least one'),
         (np.zeros((8, 8, 3), np.float32), 'float32 .* is not an image'),
         (np.zeros((8, 8), np.uint8), r'uint8 \[8, 8\] is not an image'),
     ]:
         with pytest.raises(InputError, match=message):
             extract(images)
+
+
+CLOSED = Image.new('RGB', (8, 8))
+CLOSED.close()
+
+
+@pytest.mark.parametrize('kind', [mmmilan.FeatureExtractor, mmmilan.ImageClassificationInferencer])
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        ('', "images='' names no file"),
+        (['a.jpg', ' '], "images=' ' names no file"),
+        (iter(()), 'images is empty'),
+        ((), 'images is empty'),
+        (np.zeros((0, 8, 8, 3), np.uint8), 'images is empty'),
+        (np.array([]), r'An array of float64 \[0\] is not an image'),
+        (None, 'images=None is not a list of images'),
+        (3, 'images=3 is not a list'),
+        (b'a.jpg', "images=b'a.jpg' is not a list"),
+        (dict(path='a.jpg'), 'is not a list of images'),
+        (torch.zeros(2, 3, 8, 8), 'images=<Tensor> is not a list of images'),
+        ([torch.zeros(3, 8, 8)], 'images=<Tensor> is not an image; give a path, a PIL image'),
+        ([np.zeros((8, 8, 3), np.uint8), None], r'images\[1\]=None is not an image'),
+        ([['a.jpg']], 'is not an image'),
+        (CLOSED, 'An image does not decode'),
+        ([CLOSED], 'An image does not decode'),
+    ],
+)
+def test_images_that_are_none(kind, images, message):
+    reader = kind.__new__(kind)
+    reader.model = SimpleNamespace(with_head=True, backbone=SimpleNamespace(out_type='raw'), data_preprocessor=None)
+    reader.out_type, reader.prepare = 'raw', None
+    with pytest.raises(InputError, match=message) as error:
+        reader(images)
+    assert '\n' not in str(error.value)
+
+
+def test_iterables_of_images(image_files):
+    """A generator, an array of paths, a set of one and one path give the features of a list."""
+    extract = mmmilan.FeatureExtractor(mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL)), device='cpu')
+    expected = extract(list(image_files))
+    for images in ((file for file in image_files), np.array([str(file) for file in image_files])):
+        torch.testing.assert_close(extract(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(extract({image_files[0]}), expected[:1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [mmmilan.FeatureExtractor, mmmilan.ImageClassificationInferencer])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(model=''), "model='' names no file"),
+        (dict(model=None), 'model=None is no model'),
+        (dict(model=torch.nn.Linear(1, 1)), 'is no model; give one of mmmilan.get_model'),
+        (dict(model=PRETRAINED, device='gpu'), "device='gpu' is not a device of this machine"),
+        (dict(model=PRETRAINED, device='cuda:99'), "device='cuda:99' is not a device"),
+        (dict(model=PRETRAINED, pretrained=''), "pretrained='' names no file"),
+        (dict(modle=PRETRAINED), 'takes no modle; the nearest name is model'),
+    ],
+)
+def test_refused_models_and_devices(kind, options, message):
+    with pytest.raises(InputError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize('size', [0, -1, 2.5, True, '8', None])
+def test_refused_batch_sizes(size):
+    with pytest.raises(InputError, match='batch_size='):
+        mmmilan.FeatureExtractor.__new__(mmmilan.FeatureExtractor)('a.jpg', batch_size=size)
 
 
 def test_whole_pretraining_model(clip_file):

@@ -107,7 +107,7 @@ def test_no_network(cfg, hub, build, monkeypatch):
         closed.bind(('127.0.0.1', 0))
         point_to(monkeypatch, closed.getsockname()[1])
         start = time.monotonic()
-        with pytest.raises(InputError, match=r'timm/\S+ does not answer .*; download \S+\.safetensors .*=FILE'):
+        with pytest.raises(InputError, match=r'timm/\S+ does not answer .*; download \S+\.safetensors .* --teacher M'):
             build(**cfg)
     assert time.monotonic() - start < 8  # building the architecture for its check takes some of it
 
@@ -137,7 +137,9 @@ def test_a_repository_without_weights(hub, build):
 def test_names_without_weights(build):
     with pytest.raises(InputError, match="timm has no weights 'vit_small_patch16_dinov3.clip'; its tags .*lvd1689m"):
         build(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3.clip')
-    with pytest.raises(InputError, match='timm has no weights of vit_base_patch16_xp_224; give them as pretrained'):
+    with pytest.raises(
+        InputError, match='timm has no weights of vit_base_patch16_xp_224; give them as --teacher MODEL'
+    ):
         build(type='mmmilan.TimmTeacher', model='vit_base_patch16_xp_224')
 
 
