@@ -86,12 +86,14 @@ ALIKE = 0.85  # of a misspelt key and the right one, where a part may have other
 
 
 class Part(NamedTuple):
-    """A dict of a config: its dotted name, the registry that its `type` is looked up in, and whether it needs one."""
+    """A dict of a config: its dotted name, the registry that its `type` is looked up in, whether it needs one, and the
+    components around it."""
 
     name: str
     value: Mapping[str, Any]
     registry: Registry | None
     typed: bool
+    owners: tuple[Mapping[str, Any], ...] = ()
 
 
 class Unread(NamedTuple):
@@ -212,21 +214,24 @@ def parts_of(cfg: Config) -> Iterator[Part]:
         yield from _parts(cfg.get(name), name, name, AT_TOP.get(name), name in AT_TOP)
 
 
-def _parts(value: Any, name: str, key: str, registry: Registry | None, typed: bool) -> Iterator[Part]:
+def _parts(
+    value: Any, name: str, key: str, registry: Registry | None, typed: bool, owners: tuple[Mapping[str, Any], ...] = ()
+) -> Iterator[Part]:
     if isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _parts(inner, f'{name}.{i}', key, registry, typed)
+            yield from _parts(inner, f'{name}.{i}', key, registry, typed, owners)
     if not isinstance(value, Mapping):
         return
     holder = name in ('default_hooks',) or (registry is roots.METRICS and 'type' not in value)
     if not holder:
-        yield Part(name, value, registry, typed)
+        yield Part(name, value, registry, typed, owners)
+    owners = (*owners, value) if 'type' in value else owners
     for inner_key, inner in value.items():
         table = ANYWHERE | (IN_LOADER if key.endswith('dataloader') else {})
         if inner_key in table:
-            yield from _parts(inner, f'{name}.{inner_key}', inner_key, table[inner_key], True)
+            yield from _parts(inner, f'{name}.{inner_key}', inner_key, table[inner_key], True, owners)
         else:
-            yield from _parts(inner, f'{name}.{inner_key}', str(inner_key), registry, holder)
+            yield from _parts(inner, f'{name}.{inner_key}', str(inner_key), registry, holder, owners)
 
 
 def unread_keys(cfg: Config) -> Iterator[Unread]:
@@ -234,7 +239,7 @@ def unread_keys(cfg: Config) -> Iterator[Unread]:
     known = {*inspect.signature(Runner.__init__).parameters} | TOP
     for name in set(cfg) - known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
-        if nearest:
+        if nearest and not _is_copied(cfg, name):
             yield Unread(name, f'Nothing reads {name} of the config; the nearest name is {nearest[0]}.', False)
     hooks = cfg.get('default_hooks')
     for name in set(hooks if isinstance(hooks, Mapping) else ()) - set(DEFAULT_HOOKS):
@@ -244,6 +249,11 @@ def unread_keys(cfg: Config) -> Iterator[Unread]:
             yield Unread(f'default_hooks.{name}', reason, False)
     for part in parts_of(cfg):
         yield from _unread_in(part)
+
+
+def _is_copied(cfg: Config, name: str) -> bool:
+    """Whether a value at the top of a config is a variable of the file, whose copy stands where it is read."""
+    return any(value == cfg[name] and key.split('.')[0] != name for key, value in values_of(cfg))
 
 
 def _unread_in(part: Part) -> Iterator[Unread]:
@@ -258,12 +268,40 @@ def _unread_in(part: Part) -> Iterator[Unread]:
         if not callable(builder):
             return
         known, is_open = arguments_of(builder)
+        if not known and not part.typed:  # a mixin, whose keys its owner passes to a method
+            return
         title = getattr(builder, '__name__', str(builder))
         also = also | (OF_LOADER if builder is DataLoader else set())
+        if part.registry is roots.HOOKS:
+            also = also | {'priority'}
+        if key.endswith('norm_cfg'):  # mmcv's `build_norm_layer` sets whether it is trained
+            also = also | {'requires_grad'}
+        if not part.typed:
+            also = also | _read_by_owners(part, set(part.value) - known)
     for name in set(part.value) - known - also - {'type', '_scope_', '_delete_', '_reversed_'}:
         if not is_open or difflib.get_close_matches(str(name), known, n=1, cutoff=ALIKE):
             reason = _sentence(part.name, name, known | ALSO.get(top, set()), title)
             yield Unread(f'{part.name}.{name}', reason, bool(title) and not is_open)
+
+
+def _read_by_owners(part: Part, names: set[str]) -> set[str]:
+    """Those of the keys of a component inside others that the others read, by their source.
+
+    mmdet's DETR, for one, takes ``bg_cls_weight`` out of the config of its loss before it builds the loss.
+    """
+    read: set[str] = set()
+    for owner in part.owners if names else ():
+        builder = _builder_of(Part('', owner, part.registry, False), '')
+        if inspect.isclass(builder):
+            read |= {name for name in names if re.search(rf'[\'"]{re.escape(name)}[\'"]', _source_of(builder))}
+    return read
+
+
+@functools.cache
+def _source_of(builder: type) -> str:
+    """The source of a class and its bases, and of the modules of OpenMMLab that they are in."""
+    modules = {inspect.getmodule(each) for each in builder.__mro__ if each.__module__.startswith(SCOPES)}
+    return '\n'.join(inspect.getsource(module) for module in modules if module)
 
 
 def _sentence(part: str, name: str, known: Iterable[str], title: str = '') -> str:
@@ -359,10 +397,19 @@ def _passes_on(function: Callable, name: str) -> bool:
     passed = sum(
         keyword.arg is None and isinstance(keyword.value, ast.Name) and keyword.value.id == name
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == '__init__'
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == '__init__'
+        and _is_next(node.func.value, function)
         for keyword in node.keywords
     )
     return uses == passed > 0
+
+
+def _is_next(node: ast.expr, function: Callable) -> bool:
+    """Whether an expression is ``super()`` of the class of a method, not of a base class, which skips some."""
+    first = node.args[0] if isinstance(node, ast.Call) and node.args else None
+    return not isinstance(first, ast.Name) or first.id == function.__qualname__.split('.')[-2]
 
 
 # The functions in which MMEngine builds a part of a config, and the variable that holds it.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
 from torch import nn
 
 import mmmilan
 from helpers import ROOT
-from mmmilan.building import arguments_of, change_config, check_config
+from mmmilan.building import arguments_of, change_config, check_config, unread_keys, values_of
 from mmmilan.checkpoints.config import option_value, read_config_file
 from mmmilan.errors import InputError
 from mmmilan.models import MILANViT
@@ -199,3 +202,29 @@ def test_dicts_that_are_none():
     for word in ('dict(a', 'dict(a=b)', '{a: 1}', '{'):
         with pytest.raises(InputError, match='is not a dict; write it as'):
             option_value(word)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmdet/detr/detr_r50_8xb2-150e_coco.py',  # the head takes a key out of its loss
+        'mmdet/vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py',  # super() of another class; the stage reads dcn
+        'mmdet/pascal_voc/ssd512_voc0712.py',  # priority of a hook
+        'mmseg/fcn/fcn_r50-d8_4xb2-80k_cityscapes-769x769.py',  # norms that are trained
+        'mmpretrain/regnet/regnetx-8.0gf_8xb64_in1k.py',
+        'mmpretrain/minigpt4/minigpt-4_vicuna-7b_caption.py',  # `pretrained` of a part, read by the whole
+        'mmpretrain/flamingo/flamingo_zeroshot_caption.py',  # keys of a method
+    ],
+)
+def test_configs_of_others_are_not_refused(name, caplog):
+    package, _, path = name.partition('/')
+    folder = find_spec(package).submodule_search_locations[0] if find_spec(package) else pytest.skip(f'no {package}')
+    config = Config.fromfile(f'{folder}/.mim/configs/{path}')
+    with DefaultScope.overwrite_default_scope(config.get('default_scope') or package):
+        assert not [each.reason for each in unread_keys(config)]
+        for key in ('model.test_cgf', 'model.backbone.norm_cfg.requires_grd', 'custom_hooks.0.prioritty'):
+            changed = Config(config.to_dict())
+            holder = key.rpartition('.')[0]
+            if any(holder == part and isinstance(value, dict) for part, value in values_of(changed)):
+                changed.merge_from_dict({key: 1})
+                assert [each.key for each in unread_keys(changed)] == [key]
