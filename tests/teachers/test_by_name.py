@@ -348,7 +348,7 @@ def test_folders_without_weights(folder):
         (folder / 'mine.pth').write_bytes(b'no weights')
         build_teacher(folder)
     (folder / 'other.pt').touch()
-    with pytest.raises(InputError, match='has several files of weights .mine.pth, other.pt.; give one as pretrained'):
+    with pytest.raises(InputError, match='has several files of weights .mine.pth, other.pt.; give one as --teacher'):
         build_teacher(folder)
     for path in folder.glob('*.p*t*'):
         path.unlink()

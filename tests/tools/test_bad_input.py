@@ -48,7 +48,7 @@ def test_empty_data_folder(tiny_config, error_of, tmp_path):
     (tmp_path / 'empty/nested').mkdir(parents=True)
     (tmp_path / 'empty/nested/notes.txt').write_text('no image')
     config = tiny_config({'train_dataloader.dataset.data_root': str(tmp_path / 'empty')})
-    assert error_of('train.py', config).startswith(f'The data folder {tmp_path}/empty/ holds no image; it should hold ')
+    assert f'{tmp_path}/empty/ holds no image; it should hold ' in error_of('train.py', config)
 
 
 @pytest.fixture
