@@ -116,7 +116,7 @@ def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
     expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
     if ending == 'parquet':
-        feature_files.write_features(tmp_path / 'features.parquet', dict(np.load(path)))
+        feature_files.write_features(tmp_path / 'features.parquet', iter([dict(np.load(path))]))
         path = tmp_path / 'features.parquet'
         tokens = feature_files.read_features(path, ['class_token', 'patch_tokens'])[1]
         assert [each.shape for each in tokens] == [(2, 48), (2, 16, 48)]

@@ -43,6 +43,14 @@ COMMANDS = {
 OFTEN = ('embed', 'train', 'cache', 'pack')  # without -m slow
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell that starts the tests in the background makes them, and what they start, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run_in_fork(folder: Path, run: Callable, *args: object) -> None:
     """Be a command: its output goes to ``folder / 'output'``, and it is ready once Ctrl-C is handled."""
     os.setpgid(0, 0)
