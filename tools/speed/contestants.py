@@ -56,6 +56,8 @@ def random_clip(args: argparse.Namespace) -> dict[str, Tensor]:
     shapes = {'positional_embedding': (8, 64), 'text_projection': (64, output_dim), 'ln_final.weight': (64,)}
     shapes |= {'token_embedding.weight': (10, 64), 'transformer.resblocks.0.ln_1.weight': (64,)}
     text = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    numbers = dict(input_resolution=args.img_size, context_length=8, vocab_size=10)  # which only OpenAI's files have
+    text |= {key: torch.tensor(value) for key, value in numbers.items()}
     return text | {f'visual.{key}': value for key, value in visual.state_dict().items()}
 
 
