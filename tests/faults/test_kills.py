@@ -73,7 +73,8 @@ def fine_tuning() -> dict:
         train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
     )
     loader = dict(dataset=Pictures(), batch_size=2, num_workers=0, collate_fn=dict(type='default_collate'))
-    return dict(model=model, train_dataloader=loader | dict(sampler=dict(type='DefaultSampler', shuffle=True, seed=0)))
+    loader['sampler'] = dict(type='DefaultSampler', shuffle=True, seed=0)
+    return dict(model=model, train_dataloader=loader, randomness=dict(seed=0))
 
 
 def train(work_dir: Path, task: Callable[[], dict], alarm: AlarmHook | None = None) -> None:

@@ -110,9 +110,9 @@ def test_files(line, refusal, folder):
         (f'folder{ending}', 'is a folder'),
         (f'milan.pth/x{ending}', 'Not a directory'),
         (f'/proc/none/x{ending}', 'Nothing can be written in /proc/none'),
-        (f'{"x" * 300}{ending}', 'File name too long'),
+        (f'{"x" * 300}{ending}', 'File name too long|names no file'),
     ):
-        assert message in refusal(line, out, '--overwrite')
+        assert re.search(message, refusal(line, out, '--overwrite'))
 
 
 @pytest.mark.parametrize('line', FOLDERS)
@@ -122,7 +122,7 @@ def test_folders(line, refusal, folder):
         ('milan.pth/deep/er', 'Not a directory'),
         ('/dev/null', 'Not a directory|exists'),
         ('/proc/none', 'Nothing can be written in /proc/none'),
-        ('x' * 300, 'File name too long'),
+        ('x' * 300, 'File name too long|names no file'),
     ):
         assert re.search(message, refusal(line, out))
     if FOLDERS[line]:
