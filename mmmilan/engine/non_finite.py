@@ -46,7 +46,11 @@ class NonFiniteLossHook(Hook):
         """Replace gradients by zeros if any is not finite."""
         gradients = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        finite = torch.stack(torch._foreach_norm(local, ord=math.inf)).isfinite().all().float()
+        some = [
+            torch.zeros(1, device=local[0].device),
+            *(each for each in local if each.numel()),
+        ]  # or empty shards
+        finite = torch.stack(torch._foreach_norm(some, ord=math.inf)).isfinite().all().float()
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             all_reduce(finite, op='min')  # each process has seen its own shards
         self.finite = finite.bool()
