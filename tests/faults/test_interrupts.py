@@ -32,7 +32,7 @@ COMMANDS = {
     'embed': 'mmmilan embed images --checkpoint milan.pth --out out.npz --num-workers 2 --batch-size 2',
     'report': 'mmmilan report images milan.pth --out page.html',
     'figures': 'mmmilan figures images milan.pth figures --config config.py',
-    'convert': 'mmmilan convert milan.pth vit.safetensors --to timm',
+    'convert': 'mmmilan convert milan.pth vit.safetensors --to timm --encoder-only',
     'export-onnx': 'mmmilan export-onnx milan.pth vit.onnx',
     'train': 'tools/train.py config.py',
     'test': 'tools/test.py config.py milan.pth --out predictions.pkl',
