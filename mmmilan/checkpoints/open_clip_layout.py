@@ -21,6 +21,7 @@ _BLOCK = {
     'ffn.layers.0.0.': 'mlp.c_fc.',
     'ffn.layers.1.': 'mlp.c_proj.',
 }
+_BLOCK_KEY = re.compile(rf'backbone\.layers\.(\d+)\.({"|".join(map(re.escape, _BLOCK))})(weight|bias)')
 _CLIP_PARTS = {clips: ours for ours, clips in _BLOCK.items()}
 _CLIP_BLOCK_KEY = re.compile(rf'transformer\.resblocks\.(\d+)\.({"|".join(map(re.escape, _CLIP_PARTS))})(weight|bias)')
 # The rest of a CLIP's image tower: its name, and that in mmpretrain's ViT with ``pre_norm=True``.
@@ -33,7 +34,6 @@ _CLIP_STEM = {
     'ln_post.weight': 'ln1.weight',
     'ln_post.bias': 'ln1.bias',
 }
-_BLOCK_KEY = re.compile(rf'backbone\.layers\.(\d+)\.({"|".join(map(re.escape, _BLOCK))})(weight|bias)')
 
 
 def is_maskclip(weights: dict[str, Tensor]) -> bool:
@@ -97,8 +97,9 @@ def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif match:
             converted[f'backbone.layers.{match[1]}.{_CLIP_PARTS[match[2]]}{match[3]}'] = value
         elif name in _CLIP_STEM:
-            rank = {'class_embedding': 3, 'positional_embedding': 3}.get(name, value.ndim)
-            converted[f'backbone.{_CLIP_STEM[name]}'] = value.reshape((1,) * (rank - value.ndim) + value.shape)
+            if name.endswith('_embedding'):  # [D] and [1 + N, D] there, both with a batch of one here
+                value = value.reshape(1, -1, value.shape[-1])
+            converted[f'backbone.{_CLIP_STEM[name]}'] = value
         elif prefix:
             raise InputError(f"mmpretrain's ViT has no place for {key!r}; give a plain CLIP ViT.")
         else:  # of the rest of a file without prefixes
