@@ -24,7 +24,7 @@ MODULES = {
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',
     'figures': 'mmmilan.api.figures',
-    'get_flops': 'mmmilan.api.flops',
+    'get_flops': 'mmmilan.api.models',
     'get_model': 'mmmilan.api.models',
     'heat_maps': 'mmmilan.api.language',
     'list_models': 'mmmilan.api.models',

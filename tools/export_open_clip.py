@@ -11,7 +11,7 @@ from pathlib import Path
 from mmmilan.api.models import get_model, read_config
 from mmmilan.building import build_errors
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.export.open_clip_folder import FILES, write_open_clip
+from mmmilan.export.hub import FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import check_output_folder
 

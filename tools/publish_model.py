@@ -29,9 +29,8 @@ from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
+from mmmilan.export.hub import FILES, write_hub_dir, write_open_clip
 from mmmilan.export.hub import FILES as HUB_FILES
-from mmmilan.export.hub import write_hub_dir
-from mmmilan.export.open_clip_folder import FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import check_name, check_output_folder, write_text
 

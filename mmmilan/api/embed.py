@@ -1,4 +1,4 @@
-"""Write the features of many images to a file."""
+"""Write the features of many images to a file, and read such files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmmilan import arguments
-from mmmilan.api.feature_files import check_features_output, write_features
 from mmmilan.arguments import checked
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
+    from torch import Tensor
+
+    from mmmilan.evaluation.features import Arrays
+
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    import numpy as np
+    import pyarrow
     from torch import Tensor
 
     from mmmilan.evaluation.features import Arrays
@@ -103,3 +118,162 @@ def add_rows(files: list[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
         begin = found[-1] + 1
     if begin < len(files):
         yield columns(len(files), found[:0], {name: values[:0] for name, values in batch.items()})
+
+
+GROUP_BYTES = 1 << 25  # of rows that are written to Parquet at once
+# Kind of numpy's dtypes and number of dimensions of the columns that are read.
+COLUMNS = {'paths': ('U', 1), 'ok': ('b', 1), 'class_token': ('f', 2), 'patch_tokens': ('f', 3), 'embedding': ('f', 2)}
+
+
+def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool:
+    """Whether this is a file of features and not of images."""
+    return isinstance(images, (str, os.PathLike)) and Path(images).suffix in ('.npz', '.parquet')
+
+
+def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Paths of the images in a file of ``mmmilan.embed`` that could be read, and the columns [M, ...] of the file.
+
+    Raises:
+        InputError: there is no such file, it is damaged, lacks a column, or has columns of another kind.
+    """
+    import numpy as np
+
+    if not os.path.isfile(path):
+        raise InputError(f'{path} is not a file; write it with mmmilan embed.')
+    try:
+        read = read_parquet if Path(path).suffix == '.parquet' else read_npz
+        found, names = read(path, ('paths', 'ok', *columns))
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(
+            f'{path} is damaged, or no file of features ({first_line(error)}); write it with mmmilan embed.'
+        ) from error
+    missing = [name for name in ('paths', *columns) if name not in found]
+    if missing:
+        raise InputError(
+            f'{path} has no {missing[0]} (it has {names}); write it with mmmilan embed, from a checkpoint with its '
+            'decoder, and for heat maps with patches.'
+        )
+    found.setdefault('ok', np.ones(found['paths'].shape, bool))
+    kinds = {name: COLUMNS[name] for name in found}
+    odd = [name for name, (kind, ndim) in kinds.items() if found[name].dtype.kind != kind or found[name].ndim != ndim]
+    odd += [name for name in found if not odd and len(found[name]) != len(found['paths'])]
+    if odd:
+        rows = found[odd[0]]
+        raise InputError(
+            f'The column {odd[0]} of {path} is {rows.dtype} {list(rows.shape)}, which mmmilan embed did not write; '
+            'write the file again.'
+        )
+    ok = found['ok']
+    return found['paths'][ok].tolist(), [found[name][ok].astype(np.float32) for name in columns]
+
+
+def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of some columns that a file has, and the names of all its columns."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in columns if name in file.files}, ', '.join(file.files)
+
+
+def read_parquet(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """As :func:`read_npz`; rows of patch tokens, which the file holds flat, get the width of the class token."""
+    import numpy as np
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    names, found = file.schema_arrow.names, {}
+    for name in columns:
+        if name in names:
+            rows = file.read([name])[name].to_pylist()
+            if name == 'paths':
+                rows = [row if isinstance(row, str) else os.fsdecode(row) for row in rows]
+            found[name] = np.array(rows)
+    if 'patch_tokens' in found and 'class_token' in found:
+        found['patch_tokens'] = found['patch_tokens'].reshape(len(found['paths']), -1, found['class_token'].shape[1])
+    return found, ', '.join(names)
+
+
+def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
+    """Paths and embeddings [M, C] of length 1 in a file of ``mmmilan.embed``.
+
+    Raises:
+        InputError: there is no such file, or it has no embeddings.
+    """
+    import torch
+
+    paths, [embeddings] = read_features(path, ['embedding'])
+    return paths, torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=1)
+
+
+def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool) -> Path:
+    """Refuse a path that :func:`write_features` could not or must not write, before the features are computed.
+
+    Raises:
+        InputError: the file is neither ``.npz`` nor ``.parquet``, pyarrow is missing, or as
+            :func:`mmmilan.files.check_output` says.
+    """
+    from mmmilan.files import check_output
+
+    path = check_output(out, inputs, endings=('.npz', '.parquet'), overwrite=overwrite)
+    if path.suffix == '.parquet':
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise InputError(f'{path} needs pyarrow; pip install pyarrow, or write .npz.') from error
+    return path
+
+
+def write_features(path: Path, batches: Iterator[Arrays]) -> None:
+    """Write batches of columns as ``.npz`` or as Parquet (each row a flat list), whole or not at all.
+
+    Parquet is written as the batches come, in groups of rows.
+    """
+    from mmmilan.evaluation.features import join
+    from mmmilan.files import atomic_write
+
+    if path.suffix == '.npz':
+        write_npz(path, **join(batches))
+        return
+    import pyarrow.parquet
+
+    groups = row_groups(batches)
+    first = next(groups)  # what is wrong with the model or the images is not a fault of the file
+    with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, first.schema) as writer:
+        for table in itertools.chain([first], groups):
+            writer.write_table(table)
+
+
+def row_groups(batches: Iterable[Arrays]) -> Iterator[pyarrow.Table]:
+    """Batches of columns as tables of at least ``GROUP_BYTES``, except for the last one."""
+    import pyarrow
+
+    from mmmilan.evaluation.features import join
+
+    def column(rows: np.ndarray) -> pyarrow.Array:
+        if rows.dtype.kind == 'U':  # Parquet takes UTF-8 alone, file names are any bytes
+            return pyarrow.array([str(text).encode(errors='backslashreplace').decode() for text in rows])
+        return pyarrow.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows)
+
+    def table() -> pyarrow.Table:
+        return pyarrow.table({name: column(rows) for name, rows in join(waiting).items()})
+
+    waiting, size = [], 0
+    for batch in batches:
+        waiting.append(batch)
+        size += sum(rows.nbytes for rows in batch.values())
+        if size >= GROUP_BYTES:
+            yield table()
+            waiting, size = [], 0
+    if waiting:
+        yield table()
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> Path:
+    """Write arrays as ``.npz``, whole or not at all; returns the path."""
+    import numpy as np
+
+    from mmmilan.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **arrays)
+    return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan import arguments
-from mmmilan.api.feature_files import is_features, read_embeddings, read_features, write_npz
+from mmmilan.api.embed import is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import Inferencer
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError

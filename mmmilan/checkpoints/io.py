@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mmmilan.checkpoints.archives import read_archive
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
-from mmmilan.checkpoints.unpickling import ForbiddenName
+from mmmilan.checkpoints.unpickling import ForbiddenName, read_archive
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, first_line
 

@@ -1,7 +1,8 @@
 """Load weights of any layout into a model; refuse what does not fit.
 
 There is one set of rules, :func:`load_weights`, for the encoder of a new model (``init_cfg``, in any process), for a
-whole model (``load_from``, ``resume``, ``tools/test.py``) and for ``mmmilan.get_model``.
+whole model (``load_from``, ``resume``, ``tools/test.py``) and for ``mmmilan.get_model``. A sharded model (DTensor)
+takes its part of full tensors.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader, get_external_models, get_torchvision_models
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout, find_models, without_prefix
 from mmmilan.checkpoints.open_clip_layout import from_open_clip, is_clip_tower
-from mmmilan.checkpoints.sharding import shard_weights
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 
@@ -229,3 +232,26 @@ def use_safe_loading() -> None:
     schemes = {'', *CheckpointLoader._schemes}
     CheckpointLoader.register_scheme(list(schemes), read_checkpoint, force=True)
     WEIGHT_INITIALIZERS.register_module('Pretrained', force=True, module=PretrainedWeights)
+
+
+def shard_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a full ``tensor`` like ``like``; unchanged if ``like`` is not sharded or has another shape."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shard full weights as ``model`` shards its own, for its ``load_state_dict``."""
+    own = model.state_dict()
+    return {key: shard_as(value, own[key]) if key in own else value for key, value in weights.items()}
+
+
+def gather(tree: Any) -> Any:
+    """Replace shards in nested dicts and lists by full tensors, on the CPU of the main process. A collective call."""
+
+    def whole(tensor: Tensor) -> Tensor | None:
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.detach().cpu() if is_main_process() else None
+
+    return tree_map_only(Tensor, whole, tree)

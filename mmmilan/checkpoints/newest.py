@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
-from mmmilan.checkpoints.archives import check_archive, read_meta
 from mmmilan.checkpoints.config import parse_config
+from mmmilan.checkpoints.unpickling import check_archive, read_meta
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 

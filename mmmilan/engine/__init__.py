@@ -1,9 +1,7 @@
 from mmmilan.engine.checkpointing import CheckpointHook
-from mmmilan.engine.class_names import ClassCountHook
 from mmmilan.engine.compilation import CompileHook
+from mmmilan.engine.data_checks import ClassCountHook, CorruptImageHook, ImageSizeHook
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
-from mmmilan.engine.heartbeat import HeartbeatHook
-from mmmilan.engine.image_checks import CorruptImageHook, ImageSizeHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
 from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
 from mmmilan.engine.mean_teacher import MeanTeacherHook
@@ -17,7 +15,7 @@ from mmmilan.engine.optim import (
 )
 from mmmilan.engine.resuming import ExactLoadingHook
 from mmmilan.engine.schedule import ScheduleCheckHook
-from mmmilan.engine.stopping import StopHook
+from mmmilan.engine.stopping import HeartbeatHook, StopHook
 from mmmilan.engine.throughput import ThroughputHook
 
 __all__ = [

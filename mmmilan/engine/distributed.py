@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmmilan.checkpoints.sharding import gather, shard_as, shard_weights
+from mmmilan.checkpoints.loading import gather, shard_as, shard_weights
 from mmmilan.registry import HOOKS, STRATEGIES
 
 

@@ -29,8 +29,8 @@ from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
-from mmmilan.engine.heartbeat import HeartbeatHook
 from mmmilan.engine.optim import computes_in_bfloat16
+from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, check_output, check_output_folder

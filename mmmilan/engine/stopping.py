@@ -1,21 +1,40 @@
-"""Save a checkpoint when a run is told to stop, and exit with a status that asks to be resumed."""
+"""Ends of a run: told to stop, or because a process died or hangs; the status says whether it can be resumed.
+
+For the second, PyTorch's own means are not enough: NCCL's watchdog ends a process ten minutes after a collective began,
+but does not know which process was missing. gloo notices dead processes, but not hanging ones. ``monitored_barrier``
+names the missing process, but adds a synchronization to each step.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import is_distributed
+from mmengine.dist import barrier, get_rank, get_world_size, is_distributed
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from torch import nn
 
 from mmmilan.engine.checkpointing import CheckpointHook
+from mmmilan.errors import send_to_torchrun
+from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's end, Ctrl-C, Slurm's warning (--signal=USR1)
@@ -95,3 +114,181 @@ class StopHook(Hook):
         """Restore the signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+# A process is before an iteration while it loads its batch, saves and logs.
+PLACES = ('before', 'in the forward pass of', 'in the backward pass of')
+
+
+class State(NamedTuple):
+    """What a process publishes about itself."""
+
+    name: str
+    beat: int  # counts the updates
+    marks: int  # three for each iteration, see PLACES
+    error: str  # the error that ends the process, '' for none
+    done: bool  # whether it has finished training
+
+    @property
+    def place(self) -> str:
+        return f'{PLACES[self.marks % 3]} iteration {self.marks // 3 + 1}'
+
+
+@HOOKS.register_module()
+class HeartbeatHook(Hook):
+    """End this process when another one is gone or training makes no progress, and name the process at fault.
+
+    A thread publishes the progress of this process in the store of the process group and reads the others' progress.
+    A process that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, while
+    hooks work between epochs, and while the first step compiles, only processes that are gone are noticed.
+
+    Args:
+        silent: Seconds without an update after which a process counts as gone.
+        stuck: Seconds without progress after which all processes end; the one furthest behind is named. NCCL's own
+            limit is 600.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, silent: float = 60.0, stuck: float = 540.0) -> None:
+        self.silent, self.stuck = silent, stuck
+        self.moved: float | None = None  # time of the last progress; None while none is expected
+        self.compiling: bool | None = None  # whether this step compiles; None before the first step
+        self.store: dist.Store | None = None
+        self.finished = threading.Event()
+
+    # -- what training does
+
+    def before_train(self, runner: Runner) -> None:
+        self.state = State(f'process {os.getpid()} on {socket.gethostname()}', 0, 3 * runner.iter, '', False)
+        if is_distributed():
+            address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.silent))
+            self.store = dist.PrefixStore('mmmilan/heartbeat', store)
+            self.publish()
+            barrier()  # all have published
+        runner.model.register_forward_hook(self.after_forward)
+        self.thread = threading.Thread(target=self.watch, name='heartbeat', daemon=True)
+        self.thread.start()
+
+    def mark(self, marks: int) -> None:
+        self.state, self.moved = self.state._replace(marks=marks), None if self.compiling else time.monotonic()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if self.compiling is None:  # of the first step, before which CompileHook has done its part
+            self.compiling = any(getattr(hook, 'compiled', False) for hook in runner.hooks)
+        self.mark(3 * runner.iter + 1)
+
+    def after_forward(self, module: nn.Module, *args: object) -> None:
+        if module.training and self.state.marks % 3 == 1:
+            self.mark(self.state.marks + 1)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        self.compiling = False
+        self.mark(3 * (runner.iter + 1))
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.moved = None  # other hooks may evaluate now
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.moved = time.monotonic()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.moved = None
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self.moved = time.monotonic()
+
+    def after_train(self, runner: Runner) -> None:
+        self.finished.set()
+        self.thread.join()
+        self.publish(done=True)
+
+    @contextmanager
+    def publish_error(self) -> Iterator[None]:
+        """Publish an exception of this context.
+
+        A lost connection only says that some process is gone. The main thread then waits until the heartbeat's thread
+        has found out which one, or until the launcher ends this process.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, dist.DistError) or 'gloo' in str(error):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(2 * self.silent if self.store else 0)
+            self.publish(error=first_line(error))
+            raise
+
+    # -- what the thread does
+
+    def publish(self, **changes: Any) -> None:
+        """Update the state of this process in the store."""
+        if self.store:
+            self.state = self.state._replace(beat=self.state.beat + 1, **changes)
+            self.store.set(str(get_rank()), json.dumps(self.state))
+
+    def exchange(self) -> dict[int, State]:
+        """Publish the state of this process; return the last state of each process by its rank."""
+        if not self.store:
+            return {0: self.state}
+        self.publish()
+        states = self.store.multi_get([str(rank) for rank in range(get_world_size())])
+        return {rank: State(*json.loads(text)) for rank, text in enumerate(states)}
+
+    def watch(self) -> None:
+        """The thread's loop: exchange states, and end the process at the first fault."""
+        seen: dict[int, tuple[State, float]] = {}
+        before = time.monotonic()
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            while not self.finished.wait(self.silent / 6):
+                try:
+                    future = executor.submit(self.exchange)
+                except RuntimeError:  # the interpreter is shutting down
+                    return
+                try:
+                    states = future.result(timeout=self.silent)
+                except (RuntimeError, FutureTimeoutError):  # the first is the store's
+                    self.end('Process 0, or the launcher of the processes, does not answer')
+                now = time.monotonic()
+                if now - before > self.silent / 2:  # this process itself was stopped
+                    seen, self.moved = {}, self.moved and now
+                for rank, state in states.items():
+                    if rank not in seen or seen[rank][0] != state:
+                        seen[rank] = state, now
+                fault = self.fault(seen, now)
+                if fault:
+                    self.end(fault)
+                before = now
+
+    def fault(self, seen: dict[int, tuple[State, float]], now: float) -> str:
+        """The process at fault and its fault; '' if all is well.
+
+        Args:
+            seen: The last state of each process, and when it was first seen.
+            now: The time.
+        """
+        for rank, (state, when) in seen.items():
+            if state.error:
+                return f'Process {rank} ({state.name}) ended {state.place}: {state.error}'
+            if self.store and not state.done and now - when > self.silent:
+                return f'Process {rank} ({state.name}) has not answered for {self.silent:g} s, last seen {state.place}'
+        if self.moved is None or now - self.moved <= self.stuck:
+            return ''
+        states = [state for state, _ in seen.values()]
+        last = min(states, key=lambda state: state.marks)
+        if all(state.marks == last.marks for state in states):
+            return f'Training made no progress for {self.stuck:g} s {last.place}'
+        rank = states.index(last)
+        return f'Training made no progress for {self.stuck:g} s: process {rank} ({last.name}) is behind, {last.place}'
+
+    def end(self, fault: str) -> None:
+        """End the process from this thread, as the main thread may wait forever."""
+        for process in multiprocessing.active_children():  # a suspended data worker would outlive the process
+            process.kill()
+        message = f'error: {fault}; look at the output and the machine of that process, and continue with --resume.'
+        if not send_to_torchrun(message):
+            print(message, file=sys.stderr, flush=True)
+        os._exit(1)

@@ -76,7 +76,7 @@ def build_tower(visual: nn.Module, size: tuple[int, int] | None, *options: Any) 
     from open_clip.timm_model import TimmModel
 
     from mmmilan.teachers.clip_tower import CLIPTower
-    from mmmilan.teachers.timm_tower import TimmTower, own_input_size
+    from mmmilan.teachers.timm import TimmTower, own_input_size
 
     if isinstance(visual, TimmModel):
         return TimmTower(visual.trunk, visual.head, size or own_input_size(visual.trunk), *options)
@@ -107,7 +107,7 @@ def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) ->
     from open_clip.timm_model import TimmModel
 
     from mmmilan.teachers.clip_tower import check_clip_tower
-    from mmmilan.teachers.timm_tower import check_timm_vit, patch_size
+    from mmmilan.teachers.timm import check_timm_vit, patch_size
 
     if isinstance(visual, TimmModel):
         check_timm_vit(visual.trunk, f'The image tower of {model}')

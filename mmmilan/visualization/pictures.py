@@ -14,7 +14,7 @@ from matplotlib.font_manager import findfont
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from mmmilan.models.attention import last_attention
+from mmmilan.models.vit import last_attention
 from mmmilan.visualization.page import Page
 
 

@@ -103,7 +103,7 @@ def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):
 def test_parquet(images, checkpoint, tmp_path, monkeypatch):
     """It is written in groups of rows as they come; what cannot be used stands in its place, at the end too."""
     parquet = pytest.importorskip('pyarrow.parquet')
-    monkeypatch.setattr('mmmilan.api.feature_files.GROUP_BYTES', 1)
+    monkeypatch.setattr('mmmilan.api.embed.GROUP_BYTES', 1)
     (images / 'z.jpg').write_bytes(b'no image')
     path = mmmilan.embed(images, checkpoint, tmp_path / 'groups.parquet', batch_size=2, patches=True)
     file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'all.npz', batch_size=2, patches=True))

@@ -15,12 +15,11 @@ from mmengine.config import Config
 from mmpretrain.models import VisionTransformer
 
 from helpers import ROOT
-from mmmilan.api.compared_models import load_compared_model, titles_of
-from mmmilan.api.figures import figures, sample_classes
+from mmmilan.api.figures import figures, load_compared_model, sample_classes, titles_of
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
-from mmmilan.models.attention import last_attention
+from mmmilan.models.vit import last_attention
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from mmmilan.visualization.paper import draw_tsne

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import mmmilan
-from mmmilan.api import feature_files
+from mmmilan.api.embed import read_features, write_features
 from mmmilan.cli import main
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -92,7 +92,7 @@ def test_search_in_a_folder(checkpoint, photos, log):
     assert np.std(list(everything.values())) > 0.02  # there is something to tell apart
 
 
-def write_features(path: Path, **changes: np.ndarray) -> Path:
+def write_embedded(path: Path, **changes: np.ndarray) -> Path:
     """A file as ``mmmilan.embed`` writes it: three images, the second of them unreadable."""
     rng = np.random.default_rng(0)
     columns = dict(
@@ -111,14 +111,14 @@ def write_features(path: Path, **changes: np.ndarray) -> Path:
 @pytest.mark.parametrize('as_list', [False, True])
 @pytest.mark.parametrize('ending', ['npz', 'parquet'])
 def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
-    path = write_features(tmp_path / 'features.npz')
+    path = write_embedded(tmp_path / 'features.npz')
     model = mmmilan.get_model(checkpoint, encoder_only=False)
     embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
     expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
     if ending == 'parquet':
-        feature_files.write_features(tmp_path / 'features.parquet', iter([dict(np.load(path))]))
+        write_features(tmp_path / 'features.parquet', iter([dict(np.load(path))]))
         path = tmp_path / 'features.parquet'
-        tokens = feature_files.read_features(path, ['class_token', 'patch_tokens'])[1]
+        tokens = read_features(path, ['class_token', 'patch_tokens'])[1]
         assert [each.shape for each in tokens] == [(2, 48), (2, 16, 48)]
     found = dict(mmmilan.search([path] if as_list else path, checkpoint, TEXTS[0]))
     assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
@@ -139,7 +139,7 @@ def test_heat_maps(checkpoint, photos, tmp_path):
     assert [each.stem for each in drawn] == [f'000{i}-{i}' for i in range(6)]
     assert len(list(path.parent.glob('*.pdf'))) == 6 and cv2.imread(str(drawn[0])).std() > 10
 
-    features = write_features(tmp_path / 'features.npz')
+    features = write_embedded(tmp_path / 'features.npz')
     path = mmmilan.heat_maps(features, checkpoint, tmp_path / 'of-file', texts='grass')
     with np.load(features) as file:
         latent = np.concatenate([file['class_token'][:, None], file['patch_tokens'].astype(np.float32)], axis=1)
@@ -196,9 +196,9 @@ def test_what_cannot_be_searched(checkpoint, tiny_config, photos, tmp_path):
     assert 'does not exist' in error(mmmilan.search, tmp_path / 'nowhere', checkpoint, 'a')
     assert error(mmmilan.search, [photos / 'broken.jpg'], checkpoint, 'a').endswith('; give images.')
     assert 'text has an empty text; say something in it.' in error(mmmilan.search, photos, checkpoint, '')
-    other = write_features(tmp_path / 'other.npz', embedding=np.ones((3, 7), np.float32))
+    other = write_embedded(tmp_path / 'other.npz', embedding=np.ones((3, 7), np.float32))
     assert 'has embeddings of 7 dimensions but' in error(mmmilan.search, other, checkpoint, 'a')
-    bare = write_features(tmp_path / 'bare.npz', embedding=None, patch_tokens=None)
+    bare = write_embedded(tmp_path / 'bare.npz', embedding=None, patch_tokens=None)
     assert 'has no embedding (it has paths, ok, class_token); write it' in error(mmmilan.search, bare, checkpoint, 'a')
     assert 'has no patch_tokens' in error(mmmilan.heat_maps, bare, checkpoint, tmp_path / 'maps', texts='a')
     assert 'has no folders of classes; give a folder with' in error(mmmilan.zero_shot, photos, checkpoint)

@@ -14,7 +14,7 @@ from mmmilan.checkpoints.layouts import convert
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.open_clip_layout import from_open_clip
 from mmmilan.errors import InputError
-from mmmilan.export.open_clip_folder import write_open_clip
+from mmmilan.export.hub import write_open_clip
 from mmmilan.export.preprocessing import Preprocessing
 from mmmilan.registry import MODELS
 

@@ -18,8 +18,7 @@ from mmengine.hooks import Hook
 
 from mmmilan.engine import data_workers
 from mmmilan.engine.data_workers import guard_workers, worker_errors
-from mmmilan.engine.heartbeat import HeartbeatHook
-from mmmilan.engine.stopping import RESUMABLE, StopHook
+from mmmilan.engine.stopping import RESUMABLE, HeartbeatHook, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 from processes import exit_code, exit_codes, free_port, launched_pids
@@ -250,7 +249,7 @@ from test_processes import LaunchedHook, runner
 from mmengine.config import Config
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.distributed import init_processes
-from mmmilan.engine.heartbeat import HeartbeatHook
+from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.stopping import StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 

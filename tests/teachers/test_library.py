@@ -23,7 +23,7 @@ from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers import Teacher
 from mmmilan.teachers.clip_source import new_visual
-from mmmilan.teachers.timm_tower import patch_size
+from mmmilan.teachers.timm import patch_size
 
 README = ROOT / 'configs/milan/teachers/README.md'
 START, END = '<!-- table: written by tests/teachers/test_library.py -->\n', '<!-- end of table -->\n'
