@@ -5,39 +5,38 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from mmmilan import arguments
-from mmmilan.arguments import checked
-from mmmilan.errors import InputError
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    import numpy as np
-    from torch import Tensor
-
-    from mmmilan.api.figures import ComparedModel
-    from mmmilan.api.inference import Inferencer
-    from mmmilan.visualization.page import Page
-
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmmilan.api.models import get_model, is_checkpoint, read_config
+from mmmilan import arguments
+from mmmilan.api.inference import Inferencer
+from mmmilan.api.models import get_model, is_checkpoint, read_config, titles_of
+from mmmilan.api.recipe import replace_teacher
+from mmmilan.arguments import checked
 from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.loading import as_mmmilan
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
+from mmmilan.datasets.image_folder import as_sources
+from mmmilan.datasets.splits import list_labelled_images
+from mmmilan.errors import InputError
+from mmmilan.evaluation.features import choose_device, join
+from mmmilan.files import check_output_folder
 from mmmilan.models.vit import record_attention
 from mmmilan.teachers import Teacher, build_teacher
 from mmmilan.teachers.base import statistics_of
-from mmmilan.teachers.by_name import LIBRARIES, names_teacher
+from mmmilan.teachers.by_name import names_teacher
+from mmmilan.visualization.page import Page
+from mmmilan.visualization.paper import draw_pictures, draw_tsne, save_figure
+from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
 
 NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
 FILES = ('index.html', *(f'figure{number}.{kind}' for number in (2, 3, 4, 5) for kind in ('png', 'pdf')))
@@ -50,6 +49,7 @@ def figures(
     out: arguments.Path,
     *,
     config: arguments.Path | None = None,
+    teacher: arguments.Path | None = None,
     num_classes: arguments.Count = 20,
     images_per_class: arguments.Count = 50,
     seed: arguments.Seed = 0,
@@ -70,6 +70,8 @@ def figures(
         out: folder to write.
         config: a config or a model of the zoo, by which the images are read, and those encoders are built that have no
             config in the checkpoint or beside it; by default that of the first checkpoint that has one.
+        teacher: the teacher in place of that of the configs, if it has moved: a name or a file, as for
+            ``mmmilan.pretrain``.
         num_classes: maximum number of classes in figure 2; if there are more, they are sampled.
         images_per_class: maximum number of images per class in figure 2.
         seed: seed of the sample of images, of t-SNE, and of the masks in figure 5.
@@ -83,18 +85,6 @@ def figures(
         InputError: there is no image or no checkpoint, a checkpoint does not fit the config, or ``out`` must not or
             cannot be written.
     """
-    import numpy as np
-    import torch
-
-    from mmmilan.api.figures import config_of, load_compared_model, titles_of
-    from mmmilan.api.inference import Inferencer
-    from mmmilan.api.models import get_model
-    from mmmilan.datasets.image_folder import as_sources
-    from mmmilan.datasets.splits import list_labelled_images
-    from mmmilan.evaluation.features import choose_device
-    from mmmilan.files import check_output_folder
-    from mmmilan.visualization.page import Page
-
     checkpoints = [os.fspath(each) for each in as_sources(checkpoints)]
     images = os.fspath(images)
     config = os.fspath(config or next((each for each in checkpoints if config_of(each, '')), checkpoints[0]))
@@ -104,7 +94,7 @@ def figures(
     reader = Inferencer(get_model(config), device=device)
     files, labels, classes = list_labelled_images(images)
     named = dict(zip(titles_of(checkpoints), checkpoints, strict=True))
-    models = {title: load_compared_model(config, name, device) for title, name in named.items()}
+    models = {title: load_compared_model(config, name, device, teacher) for title, name in named.items()}
     random = np.random.default_rng(seed)
     page = Page('Figures', f'{", ".join(models)} on images of {images}, seed {seed}.')
 
@@ -119,7 +109,7 @@ def figures(
     for number, part in (3, pictures[:NUM_SMALL]), (4, pictures[NUM_SMALL:]):
         if part:
             add_attention(page, folder, number, reader, models, part)
-    add_reconstruction(page, folder, reader, config, named, pictures[:NUM_SMALL], seed, device)
+    add_reconstruction(page, folder, reader, config, named, pictures[:NUM_SMALL], seed, device, teacher)
     path = folder / 'index.html'
     page.write(path, f'Written by mmmilan figures with seed {seed}, PyTorch {torch.__version__}.')
     return path
@@ -127,16 +117,12 @@ def figures(
 
 def sample_classes(labels: np.ndarray, num_classes: int, per_class: int, random: np.random.Generator) -> np.ndarray:
     """Sample at most ``num_classes`` classes and ``per_class`` images of each; returns sorted indices of the images."""
-    import numpy as np
-
     chosen = random.permutation(np.unique(labels))[:num_classes]
     return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:per_class] for c in chosen]))
 
 
 def warn(page: Page, text: str) -> None:
     """Say on the page and in the log what is left out, and why."""
-    from mmengine.logging import print_log
-
     page.heading('Left out', text)
     print_log(text, logger='current', level=logging.WARNING)
 
@@ -152,10 +138,6 @@ def add_tsne(
     seed: int,
 ) -> None:
     """Figure 2: t-SNE of the features."""
-    import numpy as np
-
-    from mmmilan.evaluation.features import join
-    from mmmilan.visualization.paper import draw_tsne, save_figure
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         return {name: model(images)[0] for name, model in models.items()}
@@ -180,10 +162,6 @@ def add_attention(
     page: Page, folder: Path, number: int, reader: Inferencer, models: dict[str, ComparedModel], files: list[str]
 ) -> None:
     """Figure 3 or 4: attention maps."""
-
-    from mmmilan.visualization.paper import draw_pictures, save_figure
-    from mmmilan.visualization.pictures import draw_heat, to_images
-
     batch = reader.inputs(files)
     originals = to_images(batch, reader.model.data_preprocessor)
     columns = {'image': originals}
@@ -206,21 +184,15 @@ def add_reconstruction(
     files: list[str],
     seed: int,
     device: str,
+    teacher: str | os.PathLike | None,
 ) -> None:
     """Figure 5: mask and loss per patch, of the first checkpoint (by its title) that has its decoder."""
-    import torch
-
-    from mmmilan.api.figures import config_of
-    from mmmilan.api.inference import Inferencer
-    from mmmilan.api.models import get_model
-    from mmmilan.visualization.paper import draw_pictures, save_figure
-    from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
-
     reasons = []
     for title, name in named.items():
         try:
             source = config_of(name, config)
-            model = get_model(source, name, device=device, encoder_only=False)
+            other = teacher if own_teacher(source) else None
+            model = get_model(source, name, device=device, encoder_only=False, teacher=other)
         except InputError as error:
             reasons.append(str(error))
             continue
@@ -252,7 +224,9 @@ ComparedModel = Callable[[Tensor], tuple[Tensor, Tensor]]
 Statistics = tuple[Sequence[float], Sequence[float]]
 
 
-def load_compared_model(config: str | os.PathLike, name: str, device: str) -> ComparedModel:
+def load_compared_model(
+    config: str | os.PathLike, name: str, device: str, teacher: str | os.PathLike | None = None
+) -> ComparedModel:
     """Load a model to compare.
 
     Args:
@@ -261,20 +235,28 @@ def load_compared_model(config: str | os.PathLike, name: str, device: str) -> Co
         name: an encoder: a checkpoint in any layout (file, URL or name of the zoo); ``teacher``; or the name of a
             teacher, as :func:`teacher_config` takes it.
         device: where to put it.
+        teacher: the teacher in place of the config's.
 
     Raises:
         InputError: there is no such model, or the checkpoint does not fit the config's encoder.
     """
     if name == 'teacher':
-        teacher = (read_config(config).model.get('head') or {}).get('teacher')
-        if teacher is None:
+        if own_teacher(config) is None:
             raise InputError(f'{config} has no teacher to compare; leave teacher out, or give a config that has one.')
-        return compare_teacher(build_teacher(teacher), config, device)
+        whole = read_config(config)
+        if teacher is not None:
+            replace_teacher(whole, teacher, config)
+        return compare_teacher(build_teacher(whole.model.head.teacher), config, device)
     if names_teacher(name):
         return compare_teacher(build_teacher(name), config, device)
     encoder = load_encoder(config_of(name, config), name, device)
     statistics = [statistics_of(each.model.get('data_preprocessor')) for each in (read_config(config), encoder._config)]
     return ComparedEncoder(encoder.backbone, *statistics)
+
+
+def own_teacher(config: str | os.PathLike) -> Any:
+    """The teacher that a config names; None if it has none."""
+    return (read_config(config).model.get('head') or {}).get('teacher')
 
 
 def config_of(name: str, config: str | os.PathLike) -> str | os.PathLike:
@@ -304,36 +286,6 @@ def load_encoder(config: str | os.PathLike, checkpoint: str, device: str) -> Bas
     if pooled != normed:
         changes = dict(backbone=dict(out_type='avg_featmap' if pooled else 'cls_token', final_norm=normed))
     return get_model(config, path, device=device, neck=None, head=None, **changes)
-
-
-def title_of(name: str) -> str:
-    """What a figure calls a model: its name without folders, file extension and library."""
-    library, _, rest = name.partition(':')
-    name = rest if library in LIBRARIES else name
-    if is_checkpoint(name):
-        return Path(name).stem
-    return Path(name).name if os.path.isdir(name.removeprefix('local-dir:')) else name
-
-
-def titles_of(names: Sequence[str]) -> list[str]:
-    """:func:`title_of` each model; files of one name are told apart by their folders, as in ``first/milan``.
-
-    Raises:
-        InputError: a model is named twice.
-    """
-    short = [title_of(name) for name in names]
-    titles = list(short)
-    paths = [Path(os.path.abspath(name)).with_suffix('').parts for name in names]
-    for i, title in enumerate(short):
-        others = [path for path, other in zip(paths, short, strict=True) if other == title and path is not paths[i]]
-        if not others:
-            continue
-        depths = range(1, len(paths[i]))
-        depth = next((d for d in depths if all(other[-d:] != paths[i][-d:] for other in others)), None)
-        if depth is None or not is_checkpoint(names[i]):
-            raise InputError(f'{names[i]} is named twice among the models to compare; name each once.')
-        titles[i] = '/'.join(paths[i][-depth:])
-    return titles
 
 
 def compare_teacher(teacher: Teacher, config: str | os.PathLike, device: str) -> ComparedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,9 @@ from mmmilan.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
     from mmengine.model import BaseModel
+    from torch import Tensor
 
     from mmmilan.models.embedding import Embedder
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    from mmengine.model import BaseModel
-    from torch import Tensor
 
 
 @checked
@@ -68,10 +62,13 @@ def get_model(
 
     from mmmilan.api.recipe import replace_teacher
     from mmmilan.building import change_config
+    from mmmilan.checkpoints.config import keep_encoder
     from mmmilan.checkpoints.foreign_config import within_weights
 
     own = is_checkpoint(name)
-    config = _read_config(name, encoder_only)
+    config = read_config(name)
+    if encoder_only:
+        keep_encoder(config)
     if pretrained is True and not own and str(name) not in zoo_models():
         raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
     if teacher is not None:
@@ -100,6 +97,38 @@ def is_checkpoint(name: str | os.PathLike) -> bool:
     )
 
 
+def title_of(name: str) -> str:
+    """What figures and pages call a model: its name without folders, file extension and library."""
+    from mmmilan.teachers.by_name import LIBRARIES
+
+    library, _, rest = name.partition(':')
+    name = rest if library in LIBRARIES else name
+    if is_checkpoint(name):
+        return Path(name).stem
+    return Path(name).name if os.path.isdir(name.removeprefix('local-dir:')) else name
+
+
+def titles_of(names: Sequence[str]) -> list[str]:
+    """:func:`title_of` each model; files of one name are told apart by their folders, as in ``first/milan``.
+
+    Raises:
+        InputError: a model is named twice.
+    """
+    short = [title_of(name) for name in names]
+    titles = list(short)
+    paths = [Path(os.path.abspath(name)).with_suffix('').parts for name in names]
+    for i, title in enumerate(short):
+        others = [path for path, other in zip(paths, short, strict=True) if other == title and path is not paths[i]]
+        if not others:
+            continue
+        depths = range(1, len(paths[i]))
+        depth = next((d for d in depths if all(other[-d:] != paths[i][-d:] for other in others)), None)
+        if depth is None or not is_checkpoint(names[i]):
+            raise InputError(f'{names[i]} is named twice among the models to compare; name each once.')
+        titles[i] = '/'.join(paths[i][-depth:])
+    return titles
+
+
 def read_config(name: str | os.PathLike) -> Config:
     """Read the config of a model of the zoo, of a config file, or of a user's own checkpoint.
 
@@ -114,15 +143,6 @@ def read_config(name: str | os.PathLike) -> Config:
         config = read_config_file(Path(name) if Path(name).suffix == '.py' else find_model(str(name)).config)
     if not isinstance(config.get('model'), Mapping):
         raise InputError(f'The config of {name} has no model; give one that has.')
-    return config
-
-
-def _read_config(name: str | os.PathLike, encoder_only: bool) -> Config:
-    config = read_config(name)
-    if 'masking' in config.model and encoder_only:
-        normalisation = {key: config.model.data_preprocessor[key] for key in ('mean', 'std', 'to_rgb')}
-        backbone = config.model.backbone
-        config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
     return config
 
 
@@ -193,7 +213,6 @@ def get_flops(config: arguments.Path) -> dict[str, int]:
     """
     import torch
 
-    from mmmilan.api.models import get_model, read_config
     from mmmilan.engine.throughput import counted_flops
 
     backbone = read_config(config).model.backbone

@@ -33,6 +33,7 @@ def report(
     device: arguments.Device | None = None,
     overwrite: bool = False,
     teacher: arguments.Path | None = None,
+    compare: arguments.Paths | None = None,
 ) -> Path:
     """Write a page that says whether pretraining helped on your images.
 
@@ -52,13 +53,15 @@ def report(
         device: where to run, by default on the GPU if there is one.
         overwrite: replace the page if there is one.
         teacher: the teacher, if it is not where the checkpoint says: a name or a file, as for ``mmmilan.pretrain``.
+        compare: checkpoints of other runs, whose encoders are measured on the same images. Files of one name are told
+            apart by their folders.
 
     Returns:
         The path of the page.
 
     Raises:
-        InputError: there are too few images, ``train`` lacks a class, the checkpoint was not pretrained by MILAN, or
-            the page must not or cannot be written there.
+        InputError: there are too few images, ``train`` lacks a class, the checkpoint was not pretrained by MILAN, a run
+            is named twice, or the page must not or cannot be written there.
 
     Examples:
         >>> mmmilan.report('photos', 'runs/photos/milan.pth', 'runs/photos/report.html')
@@ -66,7 +69,7 @@ def report(
     import torch
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.models import get_model, read_config
+    from mmmilan.api.models import get_model, read_config, titles_of
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.evaluation.features import choose_device, device_name
     from mmmilan.files import check_output
@@ -75,7 +78,9 @@ def report(
 
     begin = time.monotonic()
     sources = as_sources(data)
-    path = check_output(out, [checkpoint, *sources], endings=('.html',), overwrite=overwrite)
+    runs = [os.fspath(each) for each in (checkpoint, *(as_sources(compare) if compare is not None else ()))]
+    titles = titles_of(runs)
+    path = check_output(out, [*runs, *sources], endings=('.html',), overwrite=overwrite)
     config = read_config(checkpoint)
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
@@ -87,12 +92,16 @@ def report(
         backbones = build_backbones(milan, config, device)
         images, features = encode_images(dataset, max_images, milan, backbones, known)
         bank = encode_bank(known, max_images, milan, backbones) if known and images.labels is not None else None
-    page = Page('What pretraining did', sections.introduction(images), PAPER_LINK)
+        others = dict(zip([f'{sections.OURS}: {title}' for title in titles[1:]], runs[1:], strict=True))
+        for name, run in others.items():
+            features |= encode_run(run, name, sources, images, bank, max_images, device)
+    page = Page('What pretraining did', sections.introduction(images, titles[0] if others else ''), PAPER_LINK)
     sections.add_scores(page, features, images, bank)
     sections.add_training(page, checkpoint, config)
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, backbones, images)
-    page.paragraph(f'mmmilan report {" ".join(map(os.fspath, sources))} {checkpoint} --out {out}', 'code')
+    compared = f' --compare {" ".join(runs[1:])}' if others else ''
+    page.paragraph(f'mmmilan report {" ".join(map(os.fspath, sources))} {checkpoint} --out {out}{compared}', 'code')
     minutes = (time.monotonic() - begin) / 60
     page.write(path, f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
     return path
@@ -187,6 +196,41 @@ def encode_bank(known: ImageFolder, max_images: int, milan: BaseModel, backbones
     return Bank(known.img_prefix, features, features.pop('label'))
 
 
+def encode_run(
+    checkpoint: str,
+    name: str,
+    sources: Sequence[str | os.PathLike],
+    images: Images,
+    bank: Bank | None,
+    max_images: int,
+    device: str,
+) -> dict[str, np.ndarray]:
+    """Features of the same images by the encoder of another run, which reads them as its own config says.
+
+    Those of the labelled images are added to ``bank``.
+
+    Raises:
+        InputError: an image can no longer be read.
+    """
+    import numpy as np
+
+    from mmmilan.api.models import get_model, read_config
+
+    config, model = read_config(checkpoint), get_model(checkpoint, device=device)
+    known, encoders = read_known(config, sources), {name: model.backbone}
+    dataset = read_images(config, sources, known)
+    found = extract_features(dataset, images.indices, model, encoders, f'Encoding images, {name}')
+    same = len(found.pop('position')) == len(images.indices)
+    found.pop('label', None)
+    if bank is not None:
+        labelled = encode_bank(known, max_images, model, encoders)
+        same = same and np.array_equal(labelled.labels, bank.labels)
+        bank.features.update(labelled.features)
+    if not same:
+        raise InputError(f'Not all images could be read again for {checkpoint}; leave them as they are, and repeat.')
+    return found
+
+
 def extract_features(
     dataset: ImageFolder,
     indices: Sequence[int] | np.ndarray,
@@ -201,7 +245,7 @@ def extract_features(
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         tokens = {name: class_and_mean(backbone, images) for name, backbone in backbones.items()}
-        if milan.head.teacher is not None:
+        if getattr(milan.head, 'teacher', None) is not None:
             tokens[TEACHER] = split_tokens(milan.head.teacher, milan.head.run_teacher(images)[0])
         return {
             f'{name}{suffix}': each[token]

@@ -62,6 +62,14 @@ def own_config(checkpoint: str | os.PathLike) -> Config:
     return config
 
 
+def keep_encoder(config: Config) -> None:
+    """Reduce the model of a pretraining config to its encoder, as an mmpretrain ``ImageClassifier`` without head."""
+    if 'masking' in config.model:
+        normalisation = {key: config.model.data_preprocessor[key] for key in ('mean', 'std', 'to_rgb')}
+        backbone = config.model.backbone
+        config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
+
+
 def read_text(path: Path) -> str:
     """The text of a config file.
 

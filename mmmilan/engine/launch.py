@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.building import build_errors, change_config
-from mmmilan.checkpoints.config import check_plain, own_config, read_config_file
+from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
@@ -128,6 +128,8 @@ def test(
     if out is not None:
         check_output(out, [config, checkpoint or config], endings=('.pkl', '.pickle'), overwrite=overwrite)
     cfg = read_config(config, work_dir, launcher, local_rank, changes)
+    if str((cfg.get('test_cfg') or {}).get('type')).rpartition('.')[2] == 'KNNLoop':
+        keep_encoder(cfg)  # it needs no teacher, which may not be here
     cfg.load_from = os.fspath(checkpoint or config)
     cfg.resume = False
     with launched(cfg, 'test') as runner:

@@ -93,21 +93,27 @@ def few_labels(train: np.ndarray, labels: np.ndarray, share: float) -> np.ndarra
     return np.concatenate(chosen)
 
 
-def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
-    """One sentence: whether an encoder is better than another one on the same images.
+def comparison(one: Accuracy, other: Accuracy, name: str, probe: str) -> tuple[str, float, float]:
+    """A sentence on two encoders on the same images, and the interval of 95 % of their difference.
 
     Args:
-        after: Of the pretrained encoder.
-        before: Of the other one.
+        one: Of the pretrained encoder.
+        other: Of the other one.
         name: What the sentence calls the other one.
         probe: What was measured.
     """
-    difference = after.correct.astype(float) - before.correct.astype(float)
+    difference = one.correct.astype(float) - other.correct.astype(float)
     low, high = bootstrap(difference)
-    figures = (
-        f'{probe} gets {after.value:.1f} % of {len(difference)} images right against {before.value:.1f} % with {name} '
+    sentence = (
+        f'{probe} gets {one.value:.1f} % of {len(difference)} images right against {other.value:.1f} % with {name} '
         f'(difference {100 * difference.mean():+.1f}, 95 % interval {low:+.1f} to {high:+.1f}).'
     )
+    return sentence, low, high
+
+
+def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
+    """One sentence: whether an encoder is better than another one on the same images, see :func:`comparison`."""
+    figures, low, high = comparison(after, before, name, probe)
     if low > 0:
         return f'Pretraining helped: {figures}'
     return (

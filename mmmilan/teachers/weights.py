@@ -24,7 +24,7 @@ AS_FILE = '--teacher MODEL:FILE (pretrained=FILE in a config)'
 def read_weights(path: str) -> dict[str, Tensor]:
     """State dict of a checkpoint file or of a TorchScript archive."""
     if not os.path.exists(path):
-        raise InputError(f"The teacher's file {path} does not exist; correct pretrained=.")
+        raise InputError(f"The teacher's file {path} does not exist; correct --teacher (pretrained= in a config).")
     return get_state_dict(load_checkpoint_file(path), path)
 
 

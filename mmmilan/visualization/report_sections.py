@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import load_checkpoint_file
-from mmmilan.evaluation.comparison import PROBES, hold_out, most_frequent, score_encoders, verdict
+from mmmilan.evaluation.comparison import PROBES, comparison, hold_out, most_frequent, score_encoders, verdict
 from mmmilan.evaluation.probes import rankme
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
@@ -72,14 +72,15 @@ class Bank:
     labels: np.ndarray
 
 
-def introduction(images: Images) -> str:
-    """The sentences at the top of the page."""
+def introduction(images: Images, title: str = '') -> str:
+    """The sentences at the top of the page; ``title`` tells the run from others that it is compared with."""
     labels = (
         f'the names of the folders are the {len(images.classes)} classes' if images.labels is not None else 'no labels'
     )
     return (
         f'{len(images.indices)} images of {images.names}; {labels}. Encoders are frozen, and compared by their class '
         'token and by the mean of their patch tokens: the better one differs by method. No label was used in training.'
+        + (f' The encoder called {OURS} is that of {title}.' if title else '')
     )
 
 
@@ -117,6 +118,9 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images, bank
         f'{images.classes[label]}, is right for {alone.value:.1f} %.',
         'verdict',
     )
+    for name in scores:
+        if name.startswith(f'{OURS}: ') and not name.endswith(MEAN):
+            page.paragraph(comparison(scores[OURS]['k-NN'], scores[name]['k-NN'], name, 'k-NN')[0])
     page.heading(
         'What the frozen encoders know',
         f'Top-1 accuracy in percent on {len(labels)} images, with 95 % confidence intervals: of the 20 nearest '

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmpretrain.models import VisionTransformer
 
 from helpers import ROOT
-from mmmilan.api.figures import figures, load_compared_model, sample_classes, titles_of
+from mmmilan.api.figures import figures, load_compared_model, sample_classes
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.cli import main
 from mmmilan.errors import InputError
@@ -63,6 +63,16 @@ def test_all_figures(models, image_folder, tmp_path):
     assert page.count('<img alt="') == 4 and 'silhouette' in page and 'Left out' not in page
     assert 'milan, teacher' in page
     assert not re.search(r'(src|href)="(?!data:|#|https)', page)
+
+
+def test_a_teacher_that_has_moved(models, image_folder, tmp_path):
+    config, files = models
+    teacher = Path(Config.fromfile(config).model.head.teacher.pretrained)
+    teacher = teacher.rename(tmp_path / 'moved.pt')
+    with pytest.raises(InputError, match='--teacher'):
+        figures(image_folder, [files['milan'], 'teacher'], tmp_path / 'a', config=config)
+    page = figures(image_folder, [files['milan'], 'teacher'], tmp_path / 'b', config=config, teacher=teacher)
+    assert 'Left out' not in page.read_text() and len(digest(tmp_path / 'b')) == 9
 
 
 @torch.no_grad()
@@ -178,21 +188,6 @@ def test_what_cannot_be_drawn(models, image_folder, tmp_path):
     assert 'is named twice' in error(str(files['mae']), str(files['mae']))
     (tmp_path / 'clip-only.pth').write_bytes(b'')
     assert 'clip-only.pth' in error(str(tmp_path / 'clip-only.pth'))
-
-
-def test_files_of_one_name_are_told_apart_by_their_folders():
-    runs = ['a/one/milan.pth', 'b/one/milan.pth', './a/two/milan.pth']
-    assert titles_of(runs) == ['a/one/milan', 'b/one/milan', 'two/milan']
-    assert titles_of(['a/milan.pth', 'a/other.pth', 'teacher', 'b/milan.safetensors']) == [
-        'a/milan',
-        'other',
-        'teacher',
-        'b/milan',
-    ]
-    with pytest.raises(InputError, match='a/milan.pth is named twice'):
-        titles_of(['a/milan.pth', './a/milan.pth'])
-    with pytest.raises(InputError, match='teacher is named twice'):
-        titles_of(['teacher', 'teacher'])
 
 
 def test_one_image_a_class():

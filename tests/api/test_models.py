@@ -8,6 +8,7 @@ import torch
 
 import mmmilan
 from helpers import PRETRAINED, ROOT
+from mmmilan.api.models import titles_of
 from mmmilan.cli import main
 from mmmilan.engine.throughput import counted_flops
 from mmmilan.errors import InputError
@@ -58,3 +59,18 @@ def test_command(capsys):
         main(['get-flops', 'resnet50'])
     with pytest.raises(InputError, match='does not exist|is not a file'):
         mmmilan.get_flops('configs/none.py')
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    runs = ['a/one/milan.pth', 'b/one/milan.pth', './a/two/milan.pth']
+    assert titles_of(runs) == ['a/one/milan', 'b/one/milan', 'two/milan']
+    assert titles_of(['a/milan.pth', 'a/other.pth', 'teacher', 'b/milan.safetensors']) == [
+        'a/milan',
+        'other',
+        'teacher',
+        'b/milan',
+    ]
+    with pytest.raises(InputError, match='a/milan.pth is named twice'):
+        titles_of(['a/milan.pth', './a/milan.pth'])
+    with pytest.raises(InputError, match='teacher is named twice'):
+        titles_of(['teacher', 'teacher'])

@@ -23,12 +23,18 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     quick['epochs'] = 1
     first = mmmilan.pretrain(image_folder, tmp_path / 'a', **quick)
     second = mmmilan.pretrain(image_folder, tmp_path / 'b', start=str(first), **quick)
-    page = mmmilan.report(image_folder, second, tmp_path / 'report.html').read_text()
+    page = mmmilan.report(image_folder, second, tmp_path / 'report.html', compare=first).read_text()
     verdicts = re.findall(r'class="verdict">(Pretraining [^<]+)', page)
     assert len(verdicts) == 1 and 'with starting point' in verdicts[0] and '95 % interval' in verdicts[0]
-    for name in ('pretrained', 'starting point', 'random weights', 'teacher'):
+    for name in ('pretrained', 'pretrained: a/milan', 'starting point', 'random weights', 'teacher'):
         for row in (name, f'{name}, mean token'):
             assert re.search(rf'<td>{row}</td><td>(<b>)?[\d.]+(</b>)?<small>[\d.]+ to [\d.]+</small>', page), row
+    assert 'The encoder called pretrained is that of b/milan.' in page
+    assert re.search(
+        r'<p class="note">k-NN gets [\d.]+ % of 8 images right against [\d.]+ % with pretrained: a/milan', page
+    )
+    rows = [re.search(rf'<td>{name}</td>(.*?)</tr>', page)[1] for name in ('pretrained: a/milan', 'starting point')]
+    assert re.sub('</?b>', '', rows[0]) == re.sub('</?b>', '', rows[1])  # the second run started at the first
     assert 'The captions name the classes' in page and '<small>class0</small>' in page
     assert 'name="viewport"' in page and 'prefers-color-scheme: dark' in page and 'alt=""' not in page
     assert 'It took' in page and page.count('<svg') == 7 and 'href="https://arxiv.org/abs/2208.06049"' in page

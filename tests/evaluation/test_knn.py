@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
@@ -84,6 +85,22 @@ def test_knn_from_a_raw_pretraining_checkpoint(
     assert metrics['accuracy/top1'] == pytest.approx(top1, abs=1e-4)
     assert metrics['accuracy/top2'] == pytest.approx(top2, abs=1e-4)
     assert metrics['accuracy/top5'] == 100
+
+
+def test_knn_with_the_config_of_pretraining(
+    knn_config, tiny_config, pretrained_checkpoint, labelled_images, run_tool, tmp_path
+):
+    """It needs no teacher and builds none: the accuracy is that of the config of the encoder."""
+    run_tool('test.py', knn_config, pretrained_checkpoint, '--out', tmp_path / 'encoder.pkl', *KNN_OPTIONS)
+    knn = Config.fromfile(knn_config)
+    config = Config.fromfile(tiny_config())
+    config.model.head.teacher.pretrained = str(tmp_path / 'gone.pt')
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        config[key] = knn[key]
+    config.dump(tmp_path / 'pretraining.py')
+    options = ['--work-dir', tmp_path / 'work2', '--out', tmp_path / 'whole.pkl', *KNN_OPTIONS]
+    run_tool('test.py', tmp_path / 'pretraining.py', pretrained_checkpoint, *options)
+    assert torch.equal(*(read_scores(tmp_path / name) for name in ('encoder.pkl', 'whole.pkl')))
 
 
 def test_knn_on_two_ranks(knn_config, pretrained_checkpoint, labelled_images, run_tool, tmp_path):

@@ -136,7 +136,7 @@ def test_teacher_whose_grid_cannot_match(milan_cfg):
 def test_teacher_file_that_does_not_exist(tiny_config, error_of, tmp_path):
     config = tiny_config({'model.head.teacher.pretrained': str(tmp_path / 'none.pt')})
     assert error_of('train.py', config) == (
-        f"The teacher's file {tmp_path}/none.pt does not exist; correct pretrained=."
+        f"The teacher's file {tmp_path}/none.pt does not exist; correct --teacher (pretrained= in a config)."
     )
 
 
