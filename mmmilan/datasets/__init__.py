@@ -4,6 +4,7 @@ from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.crops import LoadRandomResizedCrop
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder, ImageSources
+from mmmilan.datasets.labelled import LabelledImages
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
 from mmmilan.datasets.shards import ShardSampler
 from mmmilan.datasets.target_cache import CachedTargets
@@ -16,6 +17,7 @@ __all__ = [
     'Draw',
     'ImageFolder',
     'ImageSources',
+    'LabelledImages',
     'LoadImage',
     'LoadLabelMap',
     'LoadRandomResizedCrop',
