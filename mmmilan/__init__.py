@@ -19,7 +19,8 @@ extend_openmmlab()
 # The public functions and their modules, which are imported on first use.
 MODULES = {
     'FeatureExtractor': 'mmmilan.api.inference',
-    'ImageClassificationInferencer': 'mmmilan.api.inference',
+    'ImageClassificationInferencer': 'mmmilan.api.predict',
+    'Predictor': 'mmmilan.api.predict',
     'convert': 'mmmilan.export.convert',
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',
@@ -28,6 +29,7 @@ MODULES = {
     'get_model': 'mmmilan.api.models',
     'heat_maps': 'mmmilan.api.language',
     'list_models': 'mmmilan.api.models',
+    'predict': 'mmmilan.api.predict',
     'pretrain': 'mmmilan.api.pretrain',
     'report': 'mmmilan.api.report',
     'search': 'mmmilan.api.language',

@@ -147,7 +147,7 @@ def check(hint: Any, name: str, value: Any) -> Any:
     """
     kind = typing.get_origin(hint)
     if kind is Annotated:
-        rules = [each for each in hint.__metadata__ if callable(each)]
+        rules = [each for each in hint.__metadata__ if isinstance(each, (Whole, types.FunctionType))]
         return rules[0](name, value) if rules else check(hint.__origin__, name, value)
     if kind in (typing.Union, types.UnionType):
         return check_one_of(typing.get_args(hint), name, value)

@@ -12,7 +12,8 @@ import re
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mmcv.transforms import BaseTransform
@@ -427,6 +428,25 @@ BUILDERS = dict(
     set_randomness='self',
     from_cfg='cfg',
 )
+
+
+def in_scope(cfg: Config) -> AbstractContextManager:
+    """A context in which a type without a scope is looked up where the config means it, as MMEngine's runner does."""
+    return DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain')
+
+
+def check_operators(cfg: Config) -> None:
+    """Check that mmcv has its operators if the config is one of mmdet or mmseg, which import them.
+
+    Raises:
+        InputError: it was built without them.
+    """
+    scopes = (cfg.get('default_scope'), cfg.model.get('_scope_'))
+    if not {'mmdet', 'mmseg'}.isdisjoint(scopes) and find_spec('mmcv._ext') is None:
+        raise InputError(
+            'Detection and segmentation need mmcv with its operators, but this mmcv was built without them; install it '
+            'as docs/installation.md says (dense).'
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mmmilan.errors import InputError, exit_on_input_error
 
 # What a person wants -> the commands for it.
 COMMANDS = {
-    'Your own images': ('pretrain', 'report', 'embed', 'zero-shot', 'search', 'heat-maps', 'figures'),
+    'Your own images': ('pretrain', 'report', 'predict', 'embed', 'zero-shot', 'search', 'heat-maps', 'figures'),
     "Configs of OpenMMLab's kind": ('train', 'test', 'get-flops'),
     'Models for other programs': ('convert', 'export-onnx'),
 }
@@ -32,8 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors='surrogateescape')
     with exit_on_input_error():
         result = run(list(sys.argv[1:] if argv is None else argv))
-        for row in result if isinstance(result, list) else [result]:
-            print_result(row)
+        if os.environ.get('RANK', '0') == '0':  # of a launcher's processes, one
+            for row in result if isinstance(result, list) else [result]:
+                print_result(row)
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        from mmmilan.engine.distributed import leave
+
+        leave(0)
 
 
 def print_result(result: object) -> None:

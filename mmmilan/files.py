@@ -6,13 +6,16 @@ only with ``overwrite`` (``--overwrite``), or where it says itself that the same
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mmmilan.errors import InputError
 from mmmilan.interrupts import UNFINISHED
@@ -76,7 +79,7 @@ def check_output_folder(
 
     Args:
         folder: the folder, which need not exist.
-        names: of the files.
+        names: of the files; with ``pictures``, none stands for any.
         inputs: as for :func:`check_output`.
         overwrite: as for :func:`check_output`.
         pictures: whether images are written, which must not lie in a folder of images that the command reads.
@@ -87,10 +90,15 @@ def check_output_folder(
     Raises:
         InputError: the command must not write there, or cannot.
     """
-    folder, inputs = Path(folder), list(inputs)
+    folder, inputs, names = Path(folder), list(inputs), list(names)
     _check_folder(folder)
     for each in inputs if pictures else ():
-        if os.path.isdir(each) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(each)):
+        inside, image = Path(os.path.realpath(folder)), Path(os.path.realpath(each))
+        if not names and os.path.exists(each) and image.is_relative_to(inside):
+            raise InputError(
+                f'{each} is read, and lies in {folder}, where pictures are written; choose another folder.'
+            )
+        if os.path.isdir(each) and inside.is_relative_to(image):
             raise InputError(
                 f'{folder} lies in {each}, whose images are read: the pictures would be among them; choose another '
                 'folder.'
@@ -177,6 +185,119 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with _unfinished(path, folder=True) as temporary:
         yield Path(temporary)
         os.chmod(temporary, 0o777 & ~_umask())
+
+
+def write_part(path: Path, content: bytes) -> None:
+    """Write one of many files of a folder, whole or not at all, without waiting for the disk.
+
+    For runs with a :class:`Journal`, which write a file again that a crash of the machine took.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    temporary = path.with_name(f'.{os.getpid()}{ENDING}')
+    make_folder(path.parent)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f'{path} was not written ({error.strerror}); free space or choose another folder.') from error
+
+
+class Journal:
+    """What a long run has done, by which a stopped run goes on where it ended.
+
+    A file of lines: the first says which run it is, each of the others has the position of one thing that is done, in
+    rising order, and what came out. Lines that were cut off by a kill are removed.
+
+    Args:
+        path: The file.
+        run: What the run was asked to do, as JSON has it.
+        replace: Replace the file of another run.
+
+    Attributes:
+        begin: Position after the last one that is done.
+        done: How many things are done.
+
+    Raises:
+        InputError: the file is of another run, another process writes it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, run: dict, replace: bool = False) -> None:
+        self.path, self.begin, self.done = path, 0, 0
+        make_folder(path.parent)
+        try:
+            self.file = open(path, 'ab+')  # noqa: SIM115
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f'{path} is written by another run; wait for it, or choose another folder.') from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                raise InputError(f'{path} cannot be written ({error.strerror}); choose another folder.') from error
+        self.file.seek(0)
+        first = json.dumps(run).encode() + b'\n'
+        same, others = self.file.readline() == first, self.file.readline()
+        if others and not same and not replace:
+            raise InputError(
+                f'{path} is of a run that was stopped, on other images, with another checkpoint or other options; go '
+                'on with those, choose another folder, or add --overwrite (overwrite=True).'
+            )
+        if same:
+            self.file.truncate(self._end(len(first)))
+        else:
+            self.file.truncate(0)
+            self._write(first)
+
+    def _end(self, end: int) -> int:
+        """Where the last whole line ends, at ``end`` at least; what the lines say is counted."""
+        self.file.seek(end)
+        for line in self.file:
+            try:
+                position, _ = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b'\n'):
+                break
+            self.begin, self.done, end = position + 1, self.done + 1, end + len(line)
+        return end
+
+    def append(self, entries: Iterable[tuple[int, Any]]) -> None:
+        """Add what came out, by position."""
+        lines = [json.dumps(entry).encode() + b'\n' for entry in entries]
+        self._write(b''.join(lines))
+        self.done += len(lines)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self.file.write(content)
+            self.file.flush()
+        except OSError as error:
+            raise InputError(
+                f'{self.path} was not written ({error.strerror}); free space and start again to go on.'
+            ) from error
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Positions and what came out."""
+        with self.path.open('rb') as file:
+            next(file)
+            for line in file:
+                yield tuple(json.loads(line))
+
+    def remove(self) -> None:
+        """The run is complete, or nothing is done."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.done:
+            self.remove()
+            with suppress(OSError):  # not empty
+                self.path.parent.rmdir()
+        self.file.close()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +14,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine import registry as roots
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from mmmilan.building import in_scope
 from mmmilan.engine import MeanTeacherHook
 from mmmilan.registry import MODELS
 from mmmilan.teachers import Teacher
@@ -166,6 +168,42 @@ def check_layer_decay(
 
 
 # -- models and batches
+
+
+DEMO = dict(
+    classification='vit-tiny-p8_finetune_scenes.py',
+    detection='mask-rcnn_vit-tiny-p8_scenes.py',
+    segmentation='upernet_vit-tiny-p8_scenes.py',
+)  # configs/demo, by task
+
+
+def demo_config(task: str) -> Config:
+    """The demo's config of a task, with an encoder of two layers and 32 dimensions, and without a checkpoint."""
+    cfg = Config.fromfile(ROOT / 'configs/demo' / DEMO[task])
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    cfg.model.backbone.update(arch=arch, init_cfg=None)
+    if task == 'classification':
+        cfg.model.head.in_channels = 32
+        return cfg
+    cfg.model.backbone.out_indices = (0, 0, 1, 1)
+    if task == 'detection':
+        cfg.model.backbone.global_indices = (1,)
+        cfg.model.neck.in_channels = [32] * 4
+        cfg.model.test_cfg.rcnn.score_thr = 0.0  # an untrained detector finds something
+    else:
+        cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = [32] * 4, 32
+    return cfg
+
+
+def save_trained(cfg: Config, path: Path, classes: Sequence[str]) -> Path:
+    """A checkpoint as MMEngine's runner writes one, untrained."""
+    torch.manual_seed(0)
+    with in_scope(cfg):
+        model = roots.MODELS.build(cfg.model)
+        model.init_weights()
+    meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(classes=tuple(classes)))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return path
 
 
 def build_model(cfg: dict) -> nn.Module:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmmilan import arguments
-from mmmilan.api.models import get_model
+from mmmilan.api.models import get_model, test_dataset
 from mmmilan.arguments import check_path, checked, shown
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
+    from mmengine.config import Config
     from PIL.Image import Image
     from torch import Tensor
 
     from mmmilan.evaluation.features import Arrays
+
+ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap|Proposal)')  # steps of a pipeline that load them
 
 
 def check_model(name: str, value: Any) -> Any:
@@ -51,17 +56,15 @@ class Inferencer:
         device: arguments.Device | None = None,
     ) -> None:
         from mmengine.dataset import Compose
-        from mmengine.registry import DefaultScope
-        from mmpretrain.registry import TRANSFORMS
 
+        from mmmilan.building import in_scope
         from mmmilan.evaluation.features import choose_device
 
         self.model = get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model
         self.model.to(choose_device(device))
-        with DefaultScope.overwrite_default_scope('mmpretrain'):
-            steps = self.model._config.test_dataloader.dataset.pipeline
-            self.load, *steps = [TRANSFORMS.build(step) for step in steps]
-        self.prepare = Compose(steps)
+        load, *steps = test_steps(self.model._config)
+        with in_scope(self.model._config):
+            self.load, self.prepare = Compose([load]), Compose(steps)
 
     def extract(
         self, images: Sequence, encode: Callable[[Tensor], dict[str, Tensor]], description: str = '', **options: Any
@@ -115,6 +118,16 @@ class Inferencer:
         return dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
 
 
+def test_steps(config: Config) -> list[dict]:
+    """The steps that read an image in evaluation, by our own decoding, without those that load annotations."""
+    steps = [
+        copy.deepcopy(step) for step in test_dataset(config)['pipeline'] if not ANNOTATIONS.search(str(step['type']))
+    ]
+    if str(steps[0]['type']).rpartition('.')[2] == 'LoadImageFromFile':
+        steps[0] = dict(type='mmmilan.LoadImage', backend_args=steps[0].get('backend_args'))
+    return steps
+
+
 class Images:
     """Data set of images, each after the pipeline of a model.
 
@@ -135,8 +148,12 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
+        return self.reader.prepare(self.read(index))
+
+    def read(self, index: int) -> dict:
+        """An image after the first step of the pipeline."""
         image = self.images[index]
-        return self.reader.prepare(self.reader.read(os.fsdecode(image) if isinstance(image, bytes) else image))
+        return self.reader.read(os.fsdecode(image) if isinstance(image, bytes) else image)
 
 
 class FeatureExtractor(Inferencer):
@@ -199,39 +216,3 @@ class FeatureExtractor(Inferencer):
             return self.encode(images, lambda inputs: backbone(inputs)[-1], batch_size)
         finally:
             backbone.out_type = trained_with
-
-
-class ImageClassificationInferencer(Inferencer):
-    """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
-
-    Examples:
-        >>> classify = ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab')
-        >>> classify('cat.jpg')[0]['pred_class']
-        'tabby, tabby cat'
-    """
-
-    @checked
-    def __call__(self, images: arguments.Images, batch_size: arguments.Count = 32) -> list[dict[str, Any]]:
-        """Classify each image.
-
-        Args:
-            images: as for :class:`FeatureExtractor`.
-            batch_size: number of images that the model sees at once.
-
-        Returns:
-            For each image ``pred_scores`` (probabilities, float32 [classes]), ``pred_label`` and ``pred_score`` (the
-            best), and ``pred_class`` if the names of the classes are known.
-
-        Raises:
-            InputError: the model has no head, or an image cannot be read.
-        """
-        if not self.model.with_head:
-            raise InputError('This model has no classification head; choose a fine-tuned one, see list_models("vit").')
-        scores = self.encode(images, lambda inputs: self.model(inputs).softmax(1), batch_size)
-        classes = self.model._dataset_meta.get('classes')
-        results = []
-        for pred_scores in scores:
-            label = int(pred_scores.argmax())
-            result = dict(pred_scores=pred_scores.numpy(), pred_label=label, pred_score=float(pred_scores[label]))
-            results.append({**result, 'pred_class': classes[label]} if classes else result)
-        return results

@@ -57,11 +57,10 @@ def get_model(
         InputError: the name is unknown, weights are missing or do not fit, or the config in a checkpoint could run code
             or asks for much more memory than its weights.
     """
-    from mmengine.registry import DefaultScope
-    from mmpretrain.registry import MODELS
+    from mmengine.registry import MODELS
 
     from mmmilan.api.recipe import replace_teacher
-    from mmmilan.building import change_config
+    from mmmilan.building import change_config, check_operators, in_scope
     from mmmilan.checkpoints.config import keep_encoder
     from mmmilan.checkpoints.foreign_config import within_weights
 
@@ -79,7 +78,8 @@ def get_model(
         if nearest := difflib.get_close_matches(key, ('pretrained', 'device', 'encoder_only'), n=1):
             raise InputError(f'get_model takes no {key}; the nearest name is {nearest[0]}.')
     change_config(config, {'model': kwargs})
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    check_operators(config)
+    with in_scope(config):
         with within_weights(config):
             model = MODELS.build(config.model)
         model._dataset_meta = _dataset_meta(config)
@@ -179,10 +179,31 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
 
 
 def _dataset_meta(config: Config) -> dict:
-    """The metainfo of the type of the config's data set, such as the names of its classes."""
-    from mmpretrain.registry import DATASETS
+    """The metainfo of the config's data set, such as the names of its classes."""
+    from mmengine.registry import DATASETS
 
-    return getattr(DATASETS.get(config.test_dataloader.dataset.type), 'METAINFO', {})
+    dataset = test_dataset(config)
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.get('type'), str) else dataset.get('type')
+        own = getattr(kind, 'METAINFO', {})
+    return own | dict(dataset.get('metainfo') or {})
+
+
+def test_dataset(config: Config) -> dict:
+    """The part of a config that says how images are read in evaluation: within wrappers, the first one's.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name in ('test_dataloader', 'val_dataloader'):
+        part = (config.get(name) or {}).get('dataset')
+        while isinstance(part, Mapping) and 'pipeline' not in part:
+            part = part.get('dataset') or (part.get('datasets') or [None])[0]
+        if part:
+            return part
+    raise InputError(
+        'The config has no test_dataloader with a pipeline, which says how images are read; give one that has.'
+    )
 
 
 def _load_weights(model: BaseModel, path: Path) -> dict:

@@ -47,6 +47,19 @@ def processes(cfg: Config) -> Iterator[None]:
         leave(status)
 
 
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started beside this one for this context, if it did and they are not joined."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'TORCHELASTIC_RUN_ID' not in os.environ or is_distributed():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    yield  # after an error the others may never arrive; torchrun ends them
+    end_processes()
+
+
 def init_processes(cfg: Config) -> None:
     """Configure DistributedDataParallel; on machines without a GPU, torchrun's processes use gloo.
 

@@ -8,7 +8,6 @@ import subprocess
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from mmengine.runner import Runner
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-from mmmilan.building import build_errors, change_config
+from mmmilan.building import build_errors, change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -284,11 +283,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
             mmseg import; another run uses the work dir; there is no complete checkpoint to resume from; a data worker
             died or hangs.
     """
-    if cfg.get('default_scope') in ('mmdet', 'mmseg') and find_spec('mmcv._ext') is None:
-        raise InputError(
-            'Detection and segmentation need mmcv with its operators, but this mmcv was built without them; install it '
-            'as docs/installation.md says (dense).'
-        )
+    check_operators(cfg)
     check_packages(cfg)
     check_data(cfg, task)
     changed = use_boxes_alone(cfg, task)

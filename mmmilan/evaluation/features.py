@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmmilan.errors import InputError, count
 
-Step = TypeVar('Step')
+Step, Batch = TypeVar('Step'), TypeVar('Batch')
 Arrays = dict[str, np.ndarray]
 
 
@@ -27,46 +28,79 @@ def extract(
     normalise: nn.Module,
     encode: Callable[[Tensor], Mapping[str, Tensor]],
     description: str = '',
-    *,
-    indices: Sequence[int] | np.ndarray | None = None,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    skip: bool = True,
-    shared: bool = True,
+    **options: Any,
 ) -> Iterator[Arrays]:
     """Encode the images of a data set, batch by batch and in order.
-
-    Images that cannot be used are left out: named in the log and counted at the end.
 
     Args:
         dataset: Packs ``inputs`` (uint8 [3, H, W]), and maybe ``data_samples`` with labels.
         normalise: The model's data preprocessor.
         encode: Function from normalised images [B, 3, H, W] to tensors [B, ...] by name.
         description: What the progress bar says; no bar without it.
-        indices: The images to encode, by default all.
-        batch_size: Number of images that the model sees at once.
-        num_workers: Number of processes that read images, by default one per core and at most 8.
-        skip: False stops at an image that cannot be used.
-        shared: Each process of a distributed run encodes a part of the images, and every one gets all arrays; False:
-            each process encodes images of its own.
+        options: As for :func:`each_batch`, which also says what is left out, yielded and raised.
 
     Yields:
         Arrays [B, ...] by name, floating-point ones in float32: those of ``encode``, ``position`` in ``indices``, and
         ``label`` if the images are labelled.
+    """
+
+    def encoded(batch: tuple[Tensor, Arrays], positions: np.ndarray) -> Arrays:
+        images, labels = batch
+        rows = encode(normalise(dict(inputs=images), False)['inputs'])
+        return labels | {
+            name: (each.float() if each.is_floating_point() else each).cpu().numpy() for name, each in rows.items()
+        }
+
+    return each_batch(dataset, _stack, encoded, description, **options)
+
+
+def each_batch(
+    dataset: Dataset,
+    collate: Callable[[list[dict]], Batch],
+    compute: Callable[[Batch, np.ndarray], Arrays],
+    description: str = '',
+    *,
+    indices: Sequence[int] | np.ndarray | None = None,
+    begin: int = 0,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    skip: bool = True,
+    shared: bool = True,
+) -> Iterator[Arrays]:
+    """Compute something for the images of a data set, batch by batch and in order.
+
+    Images that cannot be used are left out: named in the log and counted at the end.
+
+    Args:
+        dataset: Gives a dict for each image.
+        collate: Function from these dicts to a batch; it runs in the processes that read images.
+        compute: Function from a batch, and the positions [B] of its images in ``indices``, to arrays [B, ...] by name.
+        description: What the progress bar says; no bar without it.
+        indices: The images, by default all.
+        begin: Position of the first one, after those that a stopped run did.
+        batch_size: Number of images that the model sees at once.
+        num_workers: Number of processes that read images, by default one per core and at most 8.
+        skip: False stops at an image that cannot be used.
+        shared: Each process of a distributed run takes a part of the images, and every one gets all arrays; False:
+            each process has images of its own.
+
+    Yields:
+        What ``compute`` gives, and ``position``.
 
     Raises:
         InputError: no image can be used, or ``skip`` is False and one cannot.
     """
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     rank, world_size = get_dist_info() if shared else (0, 1)
-    share = np.arange(rank, world_size * -(-len(chosen) // world_size), world_size) % len(chosen)
+    left = len(chosen) - begin
+    share = begin + np.arange(rank, world_size * -(-left // world_size), world_size) % max(left, 1)
     if num_workers is None:
         num_workers = min(8, os.cpu_count() or 1, len(share) // batch_size)
     images = _Images(dataset, chosen, share)
-    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=_collate)
+    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=partial(_divide, collate))
     faults, last = {}, -1
     for batch in progress(loader, description):
-        part = _encode(batch, normalise, encode), batch.faults
+        part = _compute(batch, compute), batch.faults
         parts = all_gather_object(part) if shared else [part]
         for position, fault in sorted(item for _, each in parts for item in each.items()):
             if not skip:
@@ -83,7 +117,7 @@ def extract(
         if len(order):
             last = int(positions[-1])
             yield {name: rows[order] for name, rows in arrays.items()}
-    if len(faults) == len(chosen):
+    if faults and len(faults) == len(chosen):
         cause = next(iter(faults.values())).partition(';')[0]
         raise InputError(f'None of the {len(chosen)} images can be used ({cause}); give images.')
     if faults:
@@ -97,11 +131,11 @@ def join(batches: Iterable[Arrays]) -> Arrays:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-class _Batch(NamedTuple):
-    """Images uint8 [B, 3, H, W] of a data set, and why others cannot be used, by position."""
+class _Divided(NamedTuple):
+    """A batch of the images of a data set that can be used, their positions, and why others cannot, by position."""
 
-    arrays: Arrays
-    inputs: Tensor | None
+    content: Any
+    positions: np.ndarray
     faults: dict[int, str]
 
 
@@ -123,23 +157,24 @@ class _Images(Dataset):
             return position, str(error)
 
 
-def _collate(items: list[tuple[int, dict | str]]) -> _Batch:
+def _divide(collate: Callable[[list[dict]], Batch], items: list[tuple[int, dict | str]]) -> _Divided:
     usable = {position: sample for position, sample in items if not isinstance(sample, str)}
-    arrays = dict(position=np.array(list(usable)))
-    records = [sample.get('data_samples', ()) for sample in usable.values()]
-    if records and 'gt_label' in records[0]:
-        arrays['label'] = np.array([int(record.gt_label) for record in records])
-    inputs = torch.stack([sample['inputs'] for sample in usable.values()]) if usable else None
-    return _Batch(arrays, inputs, {position: sample for position, sample in items if position not in usable})
+    content = collate(list(usable.values())) if usable else None
+    faults = {position: sample for position, sample in items if position not in usable}
+    return _Divided(content, np.array(list(usable)), faults)
+
+
+def _stack(samples: list[dict]) -> tuple[Tensor, Arrays]:
+    """Images [B, 3, H, W], and their labels if they have some."""
+    records = [sample.get('data_samples', ()) for sample in samples]
+    labelled = 'gt_label' in records[0]
+    labels = dict(label=np.array([int(record.gt_label) for record in records])) if labelled else {}
+    return torch.stack([sample['inputs'] for sample in samples]), labels
 
 
 @torch.no_grad()
-def _encode(batch: _Batch, normalise: nn.Module, encode: Callable[[Tensor], Mapping[str, Tensor]]) -> Arrays:
-    if batch.inputs is None:
-        return {}
-    encoded = encode(normalise(dict(inputs=batch.inputs), False)['inputs'])
-    rows = {name: (each.float() if each.is_floating_point() else each).cpu().numpy() for name, each in encoded.items()}
-    return batch.arrays | rows
+def _compute(batch: _Divided, compute: Callable[[Batch, np.ndarray], Arrays]) -> Arrays:
+    return dict(position=batch.positions) | compute(batch.content, batch.positions) if len(batch.positions) else {}
 
 
 def progress(steps: Collection[Step], description: str) -> Iterable[Step]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import cv2
 import matplotlib
@@ -37,6 +38,9 @@ td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums;
 .gallery img { width: clamp(104px, 13vw, 142px); display: block; margin: 0 auto; image-rendering: pixelated }
 .gallery caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .9rem }
 .gallery small { line-height: 1.2; max-width: 142px; white-space: normal }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem; align-items: start }
+.pictures figure { margin: 0 } .pictures img { width: 100%; height: auto; display: block }
+.pictures figcaption { font-size: .85rem } .pictures small { display: block; color: var(--ink) }
 .chart { background: #fff; color: #1f2937; border-radius: 6px; padding: .5rem; margin: 1rem 0; width: fit-content;
   max-width: 100%; overflow-x: auto } .chart svg, .chart img { max-width: 100%; height: auto; display: block }
 .curves { display: flex; flex-wrap: wrap; gap: .5rem }
@@ -112,6 +116,19 @@ class Page:
             body += f'<tr>{cells}</tr>'
         table = f'<table class="gallery"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         self.parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
+
+    def pictures(self, pictures: Iterable[tuple[str, str, str]]) -> None:
+        """Add pictures that lie beside the page and are loaded when they are seen.
+
+        Args:
+            pictures: Of each the path relative to the page, its title and a few words below it.
+        """
+        figures = ''
+        for path, title, note in pictures:
+            address, alt = quote(path), html.escape(f'{title}: {note}' if note else title)
+            figures += f'<figure><a href="{address}"><img loading="lazy" alt="{alt}" src="{address}"></a>'
+            figures += f'<figcaption>{html.escape(title)}<small>{html.escape(note)}</small></figcaption></figure>'
+        self.parts.append(f'<div class="pictures">{figures}</div>')
 
     def legend(self, names: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
         """Add a legend of names and their colours (RGB, 0 to 255)."""

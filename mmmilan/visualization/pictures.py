@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -164,14 +165,86 @@ def draw_heat(
     return np.where(np.isnan(heat)[..., None], image, blended).astype(np.uint8)
 
 
-def draw_labels(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The image with each pixel in the colour of its class; ``labels`` is int [H, W]."""
-    masks = torch.from_numpy(labels)[None] == torch.arange(num_classes)[:, None, None]
-    return _to_array(draw_segmentation_masks(_to_tensor(image), masks, alpha=0.7, colors=class_colours(num_classes)))
+PICTURE = 640  # pixels of the longer side of a drawn picture, at most
+DRAWN_FROM = 0.3  # score from which a predicted object is drawn
+Colour = tuple[int, int, int]
+
+
+def reduced(image: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3] with its longer side at most :data:`PICTURE`, to draw on."""
+    factor = PICTURE / max(image.shape[:2])
+    if factor >= 1:
+        return np.ascontiguousarray(image)
+    height, width = (max(1, round(factor * side)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def draw_result(
+    image: np.ndarray, task: str, result: Mapping[str, np.ndarray], classes: Sequence[str], colours: Sequence[Colour]
+) -> np.ndarray:
+    """Draw what was predicted for an image, or annotated, on the image or a reduced one.
+
+    Args:
+        image: RGB uint8 [h, w, 3].
+        task: 'classification', 'detection' or 'segmentation'.
+        result: As :mod:`mmmilan.evaluation.predictions` gives it, in pixels of the image's own size.
+        classes: Names of the classes.
+        colours: Of the classes.
+    """
+    height, width = image.shape[:2]
+    if task == 'classification':
+        return draw_lines(image, class_lines(result, classes))
+    if task == 'segmentation':
+        labels = cv2.resize(result['map'], (width, height), interpolation=cv2.INTER_NEAREST)
+        return draw_labels(image, labels, colours)
+    if 'scores' in result:
+        drawn = result['scores'] >= DRAWN_FROM
+        result = {name: rows[drawn] for name, rows in result.items() if name != 'size'} | dict(size=result['size'])
+    factor = height / result['size'][0], width / result['size'][1]
+    boxes = torch.from_numpy(result['boxes']) * torch.tensor([factor[1], factor[0]] * 2, dtype=torch.float32)
+    masks = [cv2.resize(mask.astype(np.uint8), (width, height)) for mask in result.get('masks', ())]
+    masks = torch.from_numpy(np.array(masks, bool)) if masks else None
+    labels, scores = torch.from_numpy(result['labels']), result.get('scores')
+    return draw_objects(image, boxes, masks, labels, classes, zoom=1, scores=scores, colours=colours)
+
+
+def class_lines(result: Mapping[str, np.ndarray], classes: Sequence[str], count: int = 3) -> list[str]:
+    """The first classes of a prediction in words, or those of an annotation."""
+    names = [classes[label] for label in result['labels'][:count]]
+    if 'scores' not in result:
+        return names
+    return [f'{name} {100 * score:.0f} %' for name, score in zip(names, result['scores'], strict=False)]
+
+
+def draw_lines(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """The image, enlarged if it is small, with lines of text below it."""
+    if min(image.shape[:2]) < 160:
+        zoom = -(-160 // min(image.shape[:2]))
+        image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    font = ImageFont.truetype(findfont('DejaVu Sans'), 14)
+    below = Image.new('RGB', (image.shape[1], 4 + 18 * len(lines)), 'white')
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(below).text((4, 2 + 18 * i), line, 'black', font)
+    return np.concatenate([image, np.asarray(below)])
+
+
+def draw_labels(image: np.ndarray, labels: np.ndarray, colours: Sequence[Colour]) -> np.ndarray:
+    """The image with each pixel in the colour of its class; ``labels`` is int [H, W], without a class beyond them."""
+    known = labels < len(colours)
+    table = np.array(colours, np.float32)[np.where(known, labels, 0)]
+    return np.where(known[..., None], 0.3 * image + 0.7 * table, image).astype(np.uint8)
 
 
 def draw_objects(
-    image: np.ndarray, boxes: Tensor, masks: Tensor, labels: Tensor, classes: Sequence[str], zoom: int = 3
+    image: np.ndarray,
+    boxes: Tensor,
+    masks: Tensor | None,
+    labels: Tensor,
+    classes: Sequence[str],
+    zoom: int = 3,
+    *,
+    scores: np.ndarray | None = None,
+    colours: Sequence[Colour] | None = None,
 ) -> np.ndarray:
     """The image, enlarged ``zoom`` times, with the box, the mask and the class name of each object.
 
@@ -180,19 +253,29 @@ def draw_objects(
         boxes: Left, top, right, bottom in pixels [K, 4].
         masks: bool [K, H, W].
         labels: Index of each object into ``classes`` [K].
+        scores: [K], written after the names.
+        colours: Of the classes.
     """
     enlarged = _to_tensor(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC))
     if len(labels):
-        colours = [class_colours(len(classes))[label] for label in labels]
-        masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-        enlarged = draw_segmentation_masks(enlarged, masks, alpha=0.5, colors=colours)
+        colours = [(colours or class_colours(len(classes)))[label] for label in labels]
+        if masks is not None:
+            masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
+            enlarged = draw_segmentation_masks(enlarged, masks, alpha=0.5, colors=colours)
         names = [classes[label] for label in labels]
-        font = dict(font=findfont('DejaVu Sans'), font_size=8 * zoom)  # this font is part of matplotlib
-        enlarged = draw_bounding_boxes(enlarged, zoom * boxes, names, colors=colours, width=2, **font)
+        if scores is not None:
+            names = [f'{name} {100 * score:.0f} %' for name, score in zip(names, scores, strict=True)]
+        font = dict(font=findfont('DejaVu Sans'), font_size=max(8 * zoom, 13))  # this font is part of matplotlib
+        enlarged = draw_bounding_boxes(enlarged, in_order(zoom * boxes), names, colors=colours, width=2, **font)
     return _to_array(enlarged)
 
 
-def class_colours(num_classes: int) -> list[tuple[int, int, int]]:
+def in_order(boxes: Tensor) -> Tensor:
+    """Boxes whose right is not left of their left, nor their bottom above their top, by rounding."""
+    return torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1)
+
+
+def class_colours(num_classes: int) -> list[Colour]:
     """One RGB colour (0 to 255) per class, with evenly spaced hues."""
     hues = matplotlib.colormaps['hsv'](np.linspace(0, 1, num_classes, endpoint=False))
     return [tuple(int(255 * channel) for channel in colour[:3]) for colour in hues]

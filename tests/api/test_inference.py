@@ -188,7 +188,7 @@ def test_errors_are_one_sentence(published, tmp_path, image_files):
     with pytest.raises(InputError, match=r'does not hold all of ImageClassifier: missing .*head.fc'):
         mmmilan.get_model(FINE_TUNED, pretrained=PRETRAINED)
     model = mmmilan.get_model(PRETRAINED, backbone=dict(arch=SMALL))
-    with pytest.raises(InputError, match='no classification head'):
+    with pytest.raises(InputError, match='This model has no head that predicts classes; give one'):
         mmmilan.ImageClassificationInferencer(model)(image_files)
     with pytest.raises(InputError, match="out_type='pooled' is unknown"):
         mmmilan.FeatureExtractor(model, out_type='pooled')

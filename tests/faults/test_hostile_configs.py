@@ -21,7 +21,6 @@ from torch import nn
 
 import mmmilan
 from helpers import ROOT, TINY_ARCH, build_model
-from mmmilan.api.inference import ImageClassificationInferencer
 from mmmilan.api.models import build_embedder
 from mmmilan.checkpoints.config import parse_config
 from mmmilan.checkpoints.foreign_config import SCOPES, check_foreign_config, is_allowed
@@ -203,7 +202,8 @@ ENTRIES: dict[str, Callable[[Path, Callable, Path], object]] = {
     'get_model': lambda path, *_: mmmilan.get_model(path),
     'whole model': lambda path, *_: mmmilan.get_model(str(path), encoder_only=False),
     'FeatureExtractor': lambda path, *_: mmmilan.FeatureExtractor(path),
-    'ImageClassificationInferencer': lambda path, *_: ImageClassificationInferencer(path),
+    'ImageClassificationInferencer': lambda path, *_: mmmilan.ImageClassificationInferencer(path),
+    'predict': lambda path, _, images: mmmilan.predict(images, path, path.parent / 'predictions'),
     'build_embedder': lambda path, *_: build_embedder(nn.Linear(1, 1), path),
     'embed': lambda path, _, images: mmmilan.embed(images, path, path.parent / 'features.npz'),
     'search': lambda path, _, images: mmmilan.search(images, path, 'a boat'),

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch.utils.data import Dataset
 
-from mmmilan.visualization.pictures import draw_labels, draw_objects, evenly_spaced
+from mmmilan.visualization.pictures import class_colours, draw_labels, draw_objects, evenly_spaced
 
 NUM_PICTURES = 6
 MIN_SCORE = 0.5  # boxes of lower scores are not drawn
@@ -143,4 +143,4 @@ def draw_instances(image: np.ndarray, sample: BaseDataElement, kind: str, classe
 
 def draw_map(image: np.ndarray, sample: BaseDataElement, kind: str, classes: Sequence[str]) -> np.ndarray:
     """Draw the annotated (kind 'gt') or predicted ('pred') label map of MMSegmentation's data sample on the image."""
-    return draw_labels(image, sample.get(f'{kind}_sem_seg').data[0].numpy(), len(classes))
+    return draw_labels(image, sample.get(f'{kind}_sem_seg').data[0].numpy(), class_colours(len(classes)))

@@ -1,0 +1,531 @@
+"""Predictions of a trained classifier, detector or segmentor for many images: in Python, or as files and pictures."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+
+from cyclopts import Parameter
+
+from mmmilan import arguments
+from mmmilan.api.inference import Images, Inferencer, Model
+from mmmilan.arguments import checked
+from mmmilan.errors import InputError, count
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    import numpy as np
+    from PIL.Image import Image as PILImage
+
+    from mmmilan.evaluation.features import Arrays
+    from mmmilan.evaluation.predictions import Result
+    from mmmilan.files import Journal
+
+RESULTS = dict(classification='predictions.csv', detection='predictions.json', segmentation='classes.txt')
+MAPS, DRAWN, JOURNAL = 'maps', 'drawn', 'predictions.unfinished'  # in the folder of the output
+TOP = 5  # classes of an image in predictions.csv
+ON_A_PAGE, LEGEND = 200, 40  # pictures, classes
+MAX_CLASSES = 256  # of a palette
+
+
+class Predictor(Inferencer):
+    """Predict with a classifier, detector or segmentor: a checkpoint of ``finetune`` or ``train``, or one of the zoo.
+
+    Args:
+        checkpoint: a checkpoint of your own or the name of a model of the zoo, with a head; or a model of
+            :func:`get_model`.
+        device: where to run, by default on the GPU if there is one.
+
+    Attributes:
+        task: 'classification', 'detection' or 'segmentation'.
+        classes: names of the classes, in the order of the labels.
+
+    Raises:
+        InputError: the checkpoint has no head, or its head and its names of classes do not agree.
+
+    Examples:
+        >>> predict = Predictor('runs/birds/model.pth')
+        >>> best = predict('robin.jpg')[0]
+        >>> predict.classes[best['labels'][0]], best['scores'][0]
+        ('robin', 0.98)
+    """
+
+    @checked
+    def __init__(self, checkpoint: Model, device: arguments.Device | None = None) -> None:
+        from mmmilan.evaluation.predictions import all_names, num_classes, task_of
+
+        super().__init__(checkpoint, True, device)
+        self.task = task_of(self.model)
+        names = self.model._dataset_meta.get('classes') or ()
+        self.classes = all_names(names, num_classes(self.model, self.task))
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images at once in the evaluations of the training."""
+        loader = self.model._config.get('test_dataloader') or self.model._config.val_dataloader
+        return min(int(loader.get('batch_size', 1)), 64)
+
+    @property
+    def colours(self) -> list[tuple[int, int, int]]:
+        """A colour for each class: those of the data set, else evenly spaced hues."""
+        from mmmilan.visualization.pictures import class_colours
+
+        palette = self.model._dataset_meta.get('palette')
+        if isinstance(palette, (list, tuple)) and len(palette) == len(self.classes):
+            return [tuple(map(int, colour)) for colour in palette]
+        return class_colours(len(self.classes))
+
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count | None = None) -> list[Result]:
+        """Predict for each image.
+
+        Args:
+            images: as for :class:`FeatureExtractor`: paths, uint8 arrays [H, W, 3] in BGR order or PIL images.
+            batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation.
+
+        Returns:
+            For each image arrays by name, in pixels of the image: of a classifier ``labels`` [C], best first, and
+            their ``scores`` [C]; of a detector ``boxes`` [K, 4] (left, top, right, bottom), ``labels``, ``scores`` [K],
+            ``size`` [2] (height, width) and ``masks`` (bool [K, H, W], if it has masks); of a segmentor ``map`` [H, W].
+            Labels are places in ``classes``.
+
+        Raises:
+            InputError: there is no image, or one is missing, does not decode or is not uint8 [H, W, 3].
+        """
+        options = dict(batch_size=batch_size or self.batch_size, num_workers=0, skip=False, shared=False)
+
+        def compute(samples: list[dict], positions: np.ndarray) -> Arrays:
+            return dict(result=as_column(self.predict(samples)))
+
+        batches = self.each_batch(Images(images, self), compute, type(self).__name__, **options)
+        return [result for batch in batches for result in batch['result']]
+
+    def each_batch(
+        self, images: Images, compute: Callable[[list[dict], np.ndarray], Arrays], description: str, **options: Any
+    ) -> Iterator[Arrays]:
+        """:func:`mmmilan.evaluation.features.each_batch` of images, whose batches are lists of what the images give."""
+        from mmmilan.evaluation.features import each_batch
+
+        return each_batch(images, list, compute, description, **options)
+
+    def predict(self, samples: Sequence[dict]) -> list[Result]:
+        """Predictions for images after the pipeline of the model.
+
+        Images of one shape go through the model together, so that no result depends on the padding of another image.
+        """
+        import torch
+
+        from mmmilan.building import in_scope
+        from mmmilan.evaluation.predictions import predicted
+
+        places, results = defaultdict(list), [{} for _ in samples]
+        for place, sample in enumerate(samples):
+            places[tuple(sample['inputs'].shape)].append(place)
+        with torch.no_grad(), in_scope(self.model._config):
+            for same in places.values():
+                batch = {name: [samples[place][name] for place in same] for name in ('inputs', 'data_samples')}
+                for place, sample in zip(same, self.model.test_step(batch), strict=True):
+                    results[place] = predicted(sample, self.task)
+        return results
+
+
+class ImageClassificationInferencer(Predictor):
+    """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
+
+    Examples:
+        >>> classify = ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab')
+        >>> classify('cat.jpg')[0]['pred_class']
+        'tabby, tabby cat'
+    """
+
+    @checked
+    def __init__(
+        self,
+        model: Model,
+        pretrained: bool | arguments.Path = True,
+        device: arguments.Device | None = None,
+    ) -> None:
+        from mmmilan.api.models import get_model
+
+        super().__init__(get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model, device)
+        if self.task != 'classification':
+            raise InputError(f'This model is for {self.task}; use mmmilan.Predictor.')
+
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count = 32) -> list[dict[str, Any]]:
+        """Classify each image.
+
+        Args:
+            images: as for :class:`FeatureExtractor`.
+            batch_size: number of images that the model sees at once.
+
+        Returns:
+            For each image ``pred_scores`` (probabilities, float32 [classes]), ``pred_label`` and ``pred_score`` (the
+            best), and ``pred_class`` if the names of the classes are known.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        results = []
+        for result in super().__call__(images, batch_size):
+            label, scores = int(result['labels'][0]), result['scores'][result['labels'].argsort()]
+            named = dict(pred_class=self.classes[label]) if self.model._dataset_meta.get('classes') else {}
+            results.append(dict(pred_scores=scores, pred_label=label, pred_score=float(scores[label])) | named)
+        return results
+
+
+@checked
+def predict(
+    images: arguments.Paths,
+    checkpoint: arguments.Path,
+    out: arguments.Path,
+    *,
+    draw: Annotated[bool, Parameter(negative='--no-draw')] = True,
+    batch_size: arguments.Count | None = None,
+    num_workers: arguments.Workers | None = None,
+    device: arguments.Device | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Predict the classes, objects or label maps of images with a trained checkpoint, and draw them.
+
+    Writes a folder. Of a classifier it holds ``predictions.csv``, with a row for each image: its path, and its five
+    best classes with their probabilities (empty if it cannot be read). Of a detector, ``predictions.json``: COCO's
+    format, whose ``annotations`` are results with a score. Of a segmentor, ``maps``, with a PNG for each image by its
+    own name: its values are the places of the classes in ``classes.txt``, shown in colours by a palette. Drawn pictures
+    are in ``drawn``, shown by ``index.html``; objects below a score of 0.3 are not drawn.
+
+    Images are read in parallel and predictions written as they come. A run that was stopped goes on where it ended if
+    it is started again with the same arguments. Under ``python -m mmmilan.torchrun`` each process takes a part.
+
+    Args:
+        images: images, folders of images (flat or nested, sorted by path) and tar shards.
+        checkpoint: a checkpoint of ``finetune`` or ``train``, or a fine-tuned model of the zoo.
+        out: folder to write.
+        draw: draw the predictions.
+        batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation.
+        num_workers: number of processes that read images, by default one per core and at most 8.
+        device: where to run, by default on the GPU if there is one.
+        overwrite: replace the predictions that are in ``out``.
+
+    Returns:
+        ``predictions.csv``, ``predictions.json`` or the folder of the maps.
+
+    Raises:
+        InputError: an image is missing, none can be read, the checkpoint has no head, or ``out`` must not or cannot be
+            written.
+
+    Examples:
+        >>> mmmilan.predict('photos', 'runs/birds/model.pth', 'predictions')
+        PosixPath('predictions/predictions.csv')
+    """
+    from mmengine.dist import broadcast_object_list, is_main_process
+
+    from mmmilan.engine.distributed import joined
+    from mmmilan.files import Journal
+
+    with joined():
+        folder, items = check_folder(out, checkpoint, images, overwrite), list_items(images)
+        predictor = Predictor(checkpoint, device)
+        work, files = Work(predictor, folder, items, draw), Pictured([item.path for item in items], predictor)
+        with (
+            Journal(folder / JOURNAL, run_of(items, checkpoint, draw), overwrite)
+            if is_main_process()
+            else nullcontext() as journal
+        ):
+            begin = [journal.begin if journal else 0]
+            broadcast_object_list(begin)
+            options = dict(begin=begin[0], batch_size=batch_size or predictor.batch_size, num_workers=num_workers)
+            for batch in predictor.each_batch(files, work.write, 'Predictions', **options):
+                if journal:
+                    journal.append(zip(batch['position'].tolist(), batch['row'], strict=True))
+            if journal:
+                work.finish(journal, checkpoint)
+    return folder / (MAPS if predictor.task == 'segmentation' else RESULTS[predictor.task])
+
+
+class Item(NamedTuple):
+    """An image: its path, and the name of what is written for it, relative and without its extension."""
+
+    path: str
+    name: str
+
+
+def list_items(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Item]:
+    """The images of some sources, each with a name of its own: its path in its source, of several below the source's.
+
+    Where two would share a name without extension, they keep their extensions, and then they are numbered.
+
+    Raises:
+        InputError: a source does not exist or holds no image.
+    """
+    from mmmilan.datasets.image_folder import as_sources, images_in
+
+    sources, paths, names = as_sources(sources), [], []
+    for source in sources:
+        top = os.path.join(os.path.expanduser(os.fspath(source)), '')
+        for path in images_in(source):
+            inner = path.removeprefix('tar://').rpartition('@')[0] if path.startswith('tar://') else path
+            name = inner.removeprefix(top) if inner.startswith(top) else os.path.basename(inner)
+            if len(sources) > 1 and inner.startswith(top):
+                name = os.path.join(os.path.basename(os.path.normpath(source)), name)
+            paths.append(path)
+            names.append('/'.join(part for part in name.split('/') if part not in ('', '.', '..')))
+    short = [os.path.splitext(name)[0] for name in names]
+    shared = {name for name, number in Counter(short).items() if number > 1}
+    items, used = [], Counter()
+    for path, name, without in zip(paths, names, short, strict=True):
+        chosen = name if without in shared else without
+        used[chosen] += 1
+        items.append(Item(path, f'{chosen}-{used[chosen]}' if used[chosen] > 1 else chosen))
+    return items
+
+
+def check_folder(
+    out: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    images: str | os.PathLike | Sequence[str | os.PathLike],
+    overwrite: bool,
+) -> Path:
+    """Decide whether predictions may be written to a folder, before the model is loaded.
+
+    Raises:
+        InputError: they may not: they would replace an image, or the predictions of another run.
+    """
+    from mmmilan.datasets.image_folder import as_sources
+    from mmmilan.files import check_output_folder
+
+    inputs = [checkpoint, *as_sources(images)]
+    replace = overwrite or Path(out, JOURNAL).is_file()
+    folder = check_output_folder(out, [*RESULTS.values(), 'index.html'], inputs, overwrite=replace, pictures=True)
+    for name in (MAPS, DRAWN):
+        check_output_folder(folder / name, (), inputs, pictures=True)
+        if not replace and (folder / name).exists():
+            raise InputError(
+                f'{folder / name} exists; choose another folder, or add --overwrite (overwrite=True) to replace its '
+                'pictures.'
+            )
+    return folder
+
+
+def run_of(items: Sequence[Item], checkpoint: str | os.PathLike, draw: bool) -> dict:
+    """What tells a run from others: one that was stopped goes on only as the same."""
+    from mmmilan.checkpoints.zoo import resolve_checkpoint
+
+    with open(resolve_checkpoint(checkpoint), 'rb') as file:
+        weights = hashlib.file_digest(file, 'sha256').hexdigest()
+    paths = '\n'.join(item.path for item in items)
+    images = hashlib.sha256(os.fsencode(paths)).hexdigest()
+    return dict(of='mmmilan predict', checkpoint=weights, images=images, number=len(items), draw=draw)
+
+
+class Pictured(Images):
+    """Images after the pipeline of a model, each with ``picture``, a reduced one to draw on (RGB uint8 [h, w, 3])."""
+
+    def __getitem__(self, index: int) -> dict:
+        from mmmilan.visualization.pictures import reduced
+
+        results = self.read(index)
+        picture = reduced(results['img'])[..., ::-1].copy()
+        return self.reader.prepare(results) | dict(picture=picture)
+
+
+class Work:
+    """What is written for each image, and at the end.
+
+    Args:
+        predictor: Predicts.
+        folder: Where it is written.
+        items: The images.
+        draw: Whether pictures are drawn.
+    """
+
+    def __init__(self, predictor: Predictor, folder: Path, items: Sequence[Item], draw: bool) -> None:
+        self.predictor, self.folder, self.items, self.draw = predictor, folder, items, draw
+        self.task, self.classes, self.colours = predictor.task, predictor.classes, predictor.colours
+        if self.task == 'segmentation' and len(self.classes) > MAX_CLASSES:
+            raise InputError(
+                f'The checkpoint has {len(self.classes)} classes, where a PNG with a palette has {MAX_CLASSES}; use '
+                'mmmilan.Predictor.'
+            )
+
+    def write(self, samples: Sequence[dict], positions: np.ndarray) -> Arrays:
+        """Predict for a batch, write the files of its images, and give a row for each."""
+        results = self.predictor.predict(samples)
+        for sample, position, result in zip(samples, positions, results, strict=True):
+            self.write_files(self.items[position].name, sample['picture'], result)
+        return dict(row=as_column([self.row(result) for result in results]))
+
+    def write_files(self, name: str, picture: np.ndarray, result: Result) -> None:
+        """Write the label map and the drawn picture of an image."""
+        from PIL import Image
+
+        from mmmilan.files import write_part
+        from mmmilan.visualization.pictures import draw_result
+
+        if self.task == 'segmentation':
+            labels = Image.fromarray(result['map']).convert('P')
+            labels.putpalette(list(itertools.chain(*self.colours)))
+            write_part(self.folder / MAPS / f'{name}.png', encoded(labels, 'PNG'))
+        if self.draw:
+            drawn = draw_result(picture, self.task, result, self.classes, self.colours)
+            write_part(self.folder / DRAWN / f'{name}.jpg', encoded(Image.fromarray(drawn), 'JPEG', quality=90))
+
+    def row(self, result: Result) -> dict:
+        """A prediction as JSON has it, with ``note``, a few words below its picture."""
+        from mmmilan.visualization.pictures import class_lines
+
+        if self.task == 'classification':
+            best = zip(result['labels'][:TOP].tolist(), result['scores'][:TOP].tolist(), strict=True)
+            return dict(note=', '.join(class_lines(result, self.classes)), best=list(best))
+        if self.task == 'segmentation':
+            return dict(note=shares(result['map'], self.classes))
+        return dict(note=objects(result, self.classes), size=result['size'].tolist(), results=coco_results(result))
+
+    def finish(self, journal: Journal, checkpoint: str | os.PathLike) -> None:
+        """Write what all images share: the table or the list of results, the names of the classes, and the pages."""
+        from mmengine.logging import print_log
+
+        from mmmilan.files import atomic_write, write_text
+
+        path = self.folder / RESULTS[self.task]
+        if self.task == 'segmentation':
+            write_text(path, ''.join(f'{name}\n' for name in self.classes))
+        else:
+            write = write_csv if self.task == 'classification' else write_coco
+            with (
+                atomic_write(path) as temporary,
+                open(temporary, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file,
+            ):
+                write(file, journal, self.items, self.classes)
+        if self.draw:
+            self.write_pages(journal, checkpoint)
+        journal.remove()
+        left_out = len(self.items) - journal.done
+        text = f'{self.folder}: predictions for {count(journal.done, "image")}'
+        print_log(f'{text}; {left_out} could not be read.' if left_out else f'{text}.', logger='current')
+
+    def write_pages(self, journal: Journal, checkpoint: str | os.PathLike) -> None:
+        """Write ``index.html``, and further pages if there are many pictures."""
+        from mmmilan.version import __version__
+        from mmmilan.visualization.page import Page
+
+        rows, number = iter(journal), -(-journal.done // ON_A_PAGE)
+        names = ['index.html', *(f'index-{i}.html' for i in range(2, number + 1))]
+        title = f'Predictions of {Path(checkpoint).name}'
+        lead = f'A model for {self.task} with {len(self.classes)} classes, on {count(journal.done, "image")}.'
+        for i, name in enumerate(names):
+            links = {'previous page': names[i - 1]} if i else {}
+            links |= {f'next page, of {number}': names[i + 1]} if i + 1 < number else {}
+            page = Page(title, lead, links)
+            if self.task != 'classification' and len(self.classes) <= LEGEND:
+                page.legend(self.classes, self.colours)
+            page.pictures(
+                (f'{DRAWN}/{self.items[position].name}.jpg', self.items[position].name, row['note'])
+                for position, row in itertools.islice(rows, ON_A_PAGE)
+            )
+            page.write(self.folder / name, f'mmmilan {__version__}')
+
+
+def encoded(image: PILImage, kind: str, **options: Any) -> bytes:
+    """An image as the content of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def as_column(values: Sequence) -> np.ndarray:
+    """Any objects as an array [B]."""
+    import numpy as np
+
+    column = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        column[i] = value
+    return column
+
+
+def shares(labels: np.ndarray, classes: Sequence[str], number: int = 3) -> str:
+    """The largest classes of a label map in words."""
+    import numpy as np
+
+    pixels = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
+    largest = [label for label in np.argsort(-pixels, kind='stable')[:number] if pixels[label]]
+    return ', '.join(f'{classes[label]} {100 * pixels[label] / labels.size:.0f} %' for label in largest)
+
+
+def objects(result: Result, classes: Sequence[str]) -> str:
+    """The drawn objects in words."""
+    from mmmilan.visualization.pictures import DRAWN_FROM
+
+    labels = Counter(result['labels'][result['scores'] >= DRAWN_FROM].tolist())
+    return ', '.join(f'{number} {classes[label]}' for label, number in labels.most_common()) or 'nothing'
+
+
+def coco_results(result: Result) -> list[dict]:
+    """Objects in COCO's result format, without the image's id; categories are numbered from 1."""
+    import numpy as np
+
+    found = []
+    for i, (left, top, right, bottom) in enumerate(result['boxes'].round(2).tolist()):
+        box = [left, top, round(right - left, 2), round(bottom - top, 2)]
+        each = dict(category_id=int(result['labels'][i]) + 1, bbox=box, score=round(float(result['scores'][i]), 5))
+        if 'masks' in result:
+            from pycocotools import mask
+
+            rle = mask.encode(np.asfortranarray(result['masks'][i], np.uint8))
+            each |= dict(segmentation=dict(size=rle['size'], counts=rle['counts'].decode()), area=int(mask.area(rle)))
+        else:
+            each['area'] = round(box[2] * box[3], 2)
+        found.append(each)
+    return found
+
+
+def write_csv(file: TextIO, journal: Journal, items: Sequence[Item], classes: Sequence[str]) -> None:
+    """Write a row for each image, with empty cells for those that could not be read."""
+    best = min(TOP, len(classes))
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(
+        ['path', 'class', 'score', *(f'{name}_{i}' for i in range(2, best + 1) for name in ('class', 'score'))]
+    )
+    rows, row = iter(journal), None
+    for i, item in enumerate(items):
+        row = row or next(rows, None)
+        cells = [''] * 2 * best
+        if row and row[0] == i:
+            cells = [cell for label, score in row[1]['best'] for cell in (classes[label], f'{score:.6f}')]
+            row = None
+        writer.writerow([item.path, *cells])
+
+
+def write_coco(file: TextIO, journal: Journal, items: Sequence[Item], classes: Sequence[str]) -> None:
+    """Write images, those that could not be read, categories and results; image ids are places among all, from 1."""
+
+    def images() -> Iterator[dict]:
+        for position, row in journal:
+            height, width = row['size']
+            yield dict(id=position + 1, file_name=items[position].path, width=width, height=height)
+
+    def results() -> Iterator[dict]:
+        number = itertools.count(1)
+        for position, row in journal:
+            for each in row['results']:
+                yield dict(id=next(number), image_id=position + 1, iscrowd=0) | each
+
+    categories = (dict(id=label + 1, name=name) for label, name in enumerate(classes))
+    done, begin = {position for position, _ in journal}, '{'
+    left_out = (item.path for position, item in enumerate(items) if position not in done)
+    parts = dict(images=images(), left_out=left_out, categories=categories, annotations=results())
+    for name, rows in parts.items():
+        file.write(f'{begin}"{name}": [')
+        for i, row in enumerate(rows):
+            file.write((',\n' if i else '\n') + json.dumps(row))
+        file.write(']')
+        begin = ',\n'
+    file.write('}\n')

@@ -1,0 +1,230 @@
+"""Predictions of classifiers, detectors and segmentors: in Python, and as files that a stopped run goes on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmmilan
+from helpers import demo_config, save_trained
+from mmmilan import cli
+from mmmilan.api.predict import list_items
+from mmmilan.errors import InputError
+
+NAMES = dict(classification='abcdefghij', detection='abcdefghij', segmentation='abcdefghijklmnop')
+TASKS = list(NAMES)
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """An untrained model of each task. Images keep their aspect ratio, so they differ in shape within a batch."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    paths = {}
+    for task in TASKS:
+        cfg = demo_config(task)
+        if task == 'segmentation':
+            cfg.test_dataloader.dataset.pipeline[1].update(scale=(96, 64), keep_ratio=True)
+        paths[task] = save_trained(cfg, folder / f'{task}.pth', NAMES[task])
+    return paths
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Six photos of three shapes in nested folders, of which one does not decode."""
+    rng = np.random.default_rng(0)
+    sizes = {'a/0.jpg': (50, 70), 'a/1.png': (70, 50), 'b/0.jpg': (50, 70), 'b/x.jpg': None, 'c.jpg': (64, 64)}
+    for name, size in (sizes | {'d.jpg': (70, 50)}).items():
+        path = tmp_path / 'photos' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if size is None:
+            path.write_bytes(b'no image')
+        else:
+            cv2.imwrite(str(path), cv2.resize(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8), size))
+    return tmp_path / 'photos'
+
+
+READ = ['a/0.jpg', 'a/1.png', 'b/0.jpg', 'c.jpg', 'd.jpg']
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_classes(photos, checkpoints, tmp_path, log):
+    path = mmmilan.predict(photos, checkpoints['classification'], tmp_path / 'out')
+    assert path == tmp_path / 'out/predictions.csv'
+    header, *rows = csv.reader(path.open())
+    assert header[:3] == ['path', 'class', 'score'] and header[-1] == 'score_5' and len(header) == 11
+    assert [row[0] for row in rows] == [
+        str(photos / name) for name in ('a/0.jpg', 'a/1.png', 'b/0.jpg', 'b/x.jpg', 'c.jpg', 'd.jpg')
+    ]
+    assert rows[3][1:] == [''] * 10 and f'Left out: {photos}/b/x.jpg does not decode' in log.text
+    assert 'predictions for 5 images; 1 could not be read' in log.text
+    predictor = mmmilan.Predictor(checkpoints['classification'])
+    assert predictor.task == 'classification' and predictor.classes == tuple(NAMES['classification'])
+    results = predictor([photos / name for name in READ])
+    for row, result in zip(rows[:3] + rows[4:], results, strict=True):
+        assert row[1::2] == [predictor.classes[label] for label in result['labels'][:5]]
+        assert np.allclose(np.array(row[2::2], float), result['scores'][:5], atol=1e-5)
+        assert result['scores'].sum() == pytest.approx(1, abs=1e-5) and len(result['labels']) == 10
+        assert (np.diff(result['scores']) <= 0).all()
+    drawn = sorted(str(path.relative_to(tmp_path / 'out/drawn')) for path in (tmp_path / 'out/drawn').rglob('*.*'))
+    assert drawn == ['a/0.jpg', 'a/1.jpg', 'b/0.jpg', 'c.jpg', 'd.jpg']
+    page = (tmp_path / 'out/index.html').read_text()
+    assert all(f'src="drawn/{name}"' in page for name in drawn) and f'{rows[0][1]} ' in page
+
+
+def test_objects(photos, checkpoints, tmp_path):
+    coco = pytest.importorskip('pycocotools.coco')
+    path = mmmilan.predict(photos, checkpoints['detection'], tmp_path / 'out', batch_size=4)
+    content = json.loads(path.read_text())
+    assert content['left_out'] == [str(photos / 'b/x.jpg')]
+    assert [each['file_name'] for each in content['images']] == [str(photos / name) for name in READ]
+    assert [each['id'] for each in content['images']] == [1, 2, 3, 5, 6]
+    assert [(each['id'], each['name']) for each in content['categories']] == list(enumerate(NAMES['detection'], 1))
+    index = coco.COCO(str(path))
+    found = index.loadRes(content['annotations'])
+    predictor = mmmilan.Predictor(checkpoints['detection'])
+    for image, result in zip(
+        content['images'], predictor([each['file_name'] for each in content['images']]), strict=True
+    ):
+        assert result['size'].tolist() == [image['height'], image['width']]
+        own = found.loadAnns(found.getAnnIds(imgIds=image['id']))
+        assert len(own) == len(result['boxes']) > 0
+        left, top, right, bottom = result['boxes'].T
+        assert np.allclose(
+            [each['bbox'] for each in own], np.stack([left, top, right - left, bottom - top], 1), atol=0.02
+        )
+        assert [each['category_id'] - 1 for each in own] == result['labels'].tolist()
+        assert np.allclose([each['score'] for each in own], result['scores'], atol=1e-5)
+        assert all(np.array_equal(found.annToMask(each), mask) for each, mask in zip(own, result['masks'], strict=True))
+
+
+def test_label_maps(photos, checkpoints, tmp_path):
+    folder = mmmilan.predict(photos, checkpoints['segmentation'], tmp_path / 'out', batch_size=4)
+    assert sorted(contents(folder)) == ['a/0.png', 'a/1.png', 'b/0.png', 'c.png', 'd.png']
+    assert (tmp_path / 'out/classes.txt').read_text().split() == list(NAMES['segmentation'])
+    predictor = mmmilan.Predictor(checkpoints['segmentation'])
+    for name, result in zip(READ, predictor([photos / name for name in READ]), strict=True):
+        with Image.open(folder / Path(name).with_suffix('.png')) as image:
+            assert image.mode == 'P' and np.array_equal(np.asarray(image), result['map'])
+            palette = np.array(image.getpalette()).reshape(-1, 3)
+        assert result['map'].shape == cv2.imread(str(photos / name)).shape[:2]
+        assert [tuple(colour) for colour in palette[:16]] == predictor.colours and len(set(predictor.colours)) == 16
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_predictions_do_not_depend_on_the_batch(task, photos, checkpoints):
+    """Nor on whether an image is a path, an array or of Pillow."""
+    predictor = mmmilan.Predictor(checkpoints[task])
+    together = predictor([photos / name for name in READ], batch_size=5)
+    alone = predictor([cv2.imread(str(photos / name)) for name in READ], batch_size=1)
+    with Image.open(photos / 'c.jpg') as image:
+        alone[3] = predictor(image)[0]
+    for one, other in zip(together, alone, strict=True):
+        for name, rows in one.items():
+            assert np.array_equal(rows, other[name]) or np.allclose(rows, other[name], atol=1e-4), name
+
+
+def test_a_stopped_run_goes_on(photos, checkpoints, tmp_path, monkeypatch):
+    """What is done is not done again, and the files are those of a run that was not stopped."""
+    from mmmilan.files import Journal
+
+    checkpoint = checkpoints['segmentation']
+    expected = contents(mmmilan.predict(photos, checkpoint, tmp_path / 'whole', batch_size=1).parent)
+    append = Journal.append
+
+    def stop(journal, entries):
+        append(journal, entries)
+        if journal.done == 3:
+            journal._write(b'[4, {"no')  # cut off
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, 'append', stop)
+    with pytest.raises(KeyboardInterrupt):
+        mmmilan.predict(photos, checkpoint, tmp_path / 'out', batch_size=1)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match='is of a run that was stopped, on other images'):
+        mmmilan.predict(photos, checkpoints['classification'], tmp_path / 'out')
+    with pytest.raises(InputError, match='is of a run that was stopped, on other images'):
+        mmmilan.predict(photos / 'a', checkpoint, tmp_path / 'out')
+    seen = []
+    predict = mmmilan.Predictor.predict
+    monkeypatch.setattr(
+        mmmilan.Predictor, 'predict', lambda self, samples: seen.extend(samples) or predict(self, samples)
+    )
+    mmmilan.predict(photos, checkpoint, tmp_path / 'out', batch_size=1)
+    assert len(seen) == 2 and contents(tmp_path / 'out') == expected
+    with pytest.raises(InputError, match=r'classes.txt exists; choose another name, or add --overwrite'):
+        mmmilan.predict(photos, checkpoint, tmp_path / 'out')
+    mmmilan.predict(photos, checkpoint, tmp_path / 'out', overwrite=True, draw=False)
+
+
+def test_many_pictures_have_several_pages(photos, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmmilan.api.predict.ON_A_PAGE', 2)
+    cli.main(['predict', str(photos), str(checkpoints['classification']), str(tmp_path / 'out')])
+    pages = [(tmp_path / 'out' / name).read_text() for name in ('index.html', 'index-2.html', 'index-3.html')]
+    assert [page.count('<img') for page in pages] == [2, 2, 1]
+    assert 'href="index-2.html"' in pages[0] and 'href="index.html"' in pages[1] and 'href="index-3.html"' in pages[1]
+    cli.main(['predict', str(photos), str(checkpoints['classification']), str(tmp_path / 'plain'), '--no-draw'])
+    assert [path.name for path in (tmp_path / 'plain').iterdir()] == ['predictions.csv']
+
+
+def test_refused_outputs(photos, checkpoints, tmp_path):
+    """A picture never replaces an image that is read."""
+    checkpoint = checkpoints['classification']
+    (tmp_path / 'out/drawn').mkdir(parents=True)
+    image = tmp_path / 'out/drawn/c.jpg'
+    image.write_bytes((photos / 'c.jpg').read_bytes())
+    for images, out, message in (
+        (photos, photos / 'out', 'whose images are read'),
+        (image, tmp_path / 'out', 'is read, and lies in .*drawn, where pictures are written'),
+        (image.parent, tmp_path / 'out', 'drawn'),
+        (photos, tmp_path / 'out', r'out/drawn exists; choose another folder, or add --overwrite'),
+        (photos, image, 'Not a directory'),
+        (photos / 'none', tmp_path / 'new', 'none does not exist'),
+        (photos / 'b/x.jpg', tmp_path / 'new', 'None of the 1 images can be used'),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmmilan.predict(images, checkpoint, out)
+    assert not (tmp_path / 'new').exists() and image.read_bytes() == (photos / 'c.jpg').read_bytes()
+
+
+def test_refused_checkpoints(photos, checkpoints, tmp_path, monkeypatch):
+    cfg = demo_config('classification')
+    cfg.model.head = None
+    with pytest.raises(InputError, match='has no head that predicts classes; give one that was trained on labels'):
+        mmmilan.predict(photos, save_trained(cfg, tmp_path / 'encoder.pth', ()), tmp_path / 'new')
+    content = torch.load(checkpoints['classification'], weights_only=False)
+    content['meta']['dataset_meta']['classes'] = ('one', 'two')
+    torch.save(content, tmp_path / 'a.pth')
+    with pytest.raises(InputError, match='names 2 classes, but its head has 10'):
+        mmmilan.Predictor(tmp_path / 'a.pth')
+    monkeypatch.setattr('mmmilan.building.find_spec', lambda name: None)
+    for task in ('detection', 'segmentation'):
+        with pytest.raises(InputError, match='Detection and segmentation need mmcv with its operators'):
+            mmmilan.predict(photos, checkpoints[task], tmp_path / 'new')
+    mmmilan.Predictor(checkpoints['classification'])
+
+
+def test_names_of_what_is_written(tmp_path):
+    """Every image has a name of its own, which stays in the folder."""
+    for name in ('p/a.jpg', 'p/a.png', 'p/b/c.jpg', 'q/a.jpg', 'one.jpg', 'x/one.jpg'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'')
+    with tarfile.open(tmp_path / 'p/s.tar', 'w') as tar:
+        tar.add(tmp_path / 'one.jpg', '../../up.jpg')
+    assert [item.name for item in list_items(tmp_path / 'p')] == ['a.jpg', 'a.png', 'b/c', 's.tar/up']
+    several = [tmp_path / name for name in ('p', 'q', 'one.jpg', 'x/one.jpg', 'p/s.tar')]
+    names = [item.name for item in list_items(several)]
+    assert names == ['p/a.jpg', 'p/a.png', 'p/b/c', 'p/s.tar/up', 'q/a', 'one.jpg', 'one.jpg-2', 's.tar/up']
+    assert [item.name for item in list_items(tmp_path / 'p/s.tar')] == ['up']
