@@ -32,6 +32,7 @@ FILES = {
 FOLDERS = {
     'mmmilan figures images milan.pth OUT --config config.py': 'figure3.png',
     'mmmilan heat-maps images milan.pth OUT --texts dog': '0000-0.png',
+    'mmmilan predict images milan.pth OUT': 'predictions.csv',
     'publish_model.py config.py milan.pth OUT': None,
     'publish_model.py config.py milan.pth published --hub-dir OUT': 'config.json',
     'export_open_clip.py config.py milan.pth OUT': 'open_clip_config.json',
