@@ -77,6 +77,7 @@ setup(
     extras_require={
         # Needs mmcv with operators, built before: docs/installation.md.
         'dense': ['onedl-mmdetection>=3.5,<4.0', 'onedl-mmsegmentation>=1.4,<2.0'],
+        'annotations': ['labelformat>=0.1.17'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'parquet': ['pyarrow'],
         'heic': ['pillow-heif'],

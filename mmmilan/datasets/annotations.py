@@ -139,7 +139,8 @@ class LoadLabelMap(BaseTransform):
     """Read ``results['seg_map_path']`` into ``results['gt_seg_map']``, uint8 [H, W]: a strict ``LoadAnnotations``.
 
     mmseg's ``LoadAnnotations`` lets 16-bit labels wrap around, and with colour images, maps of another size or labels
-    out of range the loss fails later or is silently wrong.
+    out of range the loss fails later or is silently wrong. With ``results['label_table']`` of
+    :class:`mmmilan.datasets.LabelledImages` the file may have any values, or colours, that the table names.
 
     Args:
         num_classes: Labels are 0 to ``num_classes - 1``; 255 marks unlabelled pixels. With the data set's
@@ -157,7 +158,11 @@ class LoadLabelMap(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         path = results['seg_map_path']
-        labels = read_label_map(read_bytes(path, self.backend_args), path, results['reduce_zero_label'])
+        content, table = read_bytes(path, self.backend_args), results.get('label_table')
+        if table:
+            labels = apply_table(read_values(content, path, has_colours(table)), table, path)
+        else:
+            labels = read_label_map(content, path, results['reduce_zero_label'])
         shape = tuple(results['ori_shape'][:2])
         if labels.shape != shape:
             sizes = ' x '.join(map(str, labels.shape[::-1])), ' x '.join(map(str, shape[::-1]))
@@ -169,6 +174,74 @@ class LoadLabelMap(BaseTransform):
         results['gt_seg_map'] = table[labels]
         results['seg_fields'].append('gt_seg_map')
         return results
+
+
+def read_values(content: bytes, path: str, colours: bool) -> np.ndarray:
+    """Decode a label map -> its values, uint8 [H, W]; or its colours R << 16 | G << 8 | B, int32 [H, W].
+
+    An RGB image of grey pixels has values too: many tools save masks so.
+
+    Raises:
+        InputError: the file does not decode, or is in colours where there is no table of them.
+    """
+    try:
+        with open_header(content) as image:
+            mode = image.mode
+            if not colours and mode in ('L', 'P', '1'):
+                return np.array(image).astype(np.uint8)
+            pixels = np.array(image.convert('RGB')).astype(np.int32) if mode[:3] != 'I;1' and mode not in 'IF' else None
+    except Exception as error:  # of any type, as the file may hold anything
+        raise InputError(f'{path} does not decode ({first_line(error)}); replace it.') from error
+    if pixels is None:
+        raise InputError(f'{path} is an image of mode {mode}; give label maps of 8 bits.')
+    if colours:
+        return pixels @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    if (pixels != pixels[..., :1]).any():
+        raise InputError(
+            f'{path} is an RGB image in colours; give label maps with one 8-bit channel, or a table of the colours in '
+            'classes.json: {"NAME": [R, G, B], ...}.'
+        )
+    return pixels[..., 0].astype(np.uint8)
+
+
+def apply_table(values: np.ndarray, table: Sequence[tuple[int | list[int], int]], path: str) -> np.ndarray:
+    """The labels, uint8 [H, W], of the values or colours of a map, see :func:`read_values`.
+
+    Args:
+        values: [H, W].
+        table: Pairs of a value, or of a colour [R, G, B], and its label; a value 255 that is not in it is ignored.
+        path: The file, for the error.
+
+    Raises:
+        InputError: a value is not in the table.
+    """
+    known = {as_code(value): label for value, label in table}
+    if not has_colours(table):
+        known.setdefault(IGNORE, IGNORE)
+    own, places = np.unique(values, return_inverse=True)
+    wrong = [value for value in own.tolist() if value not in known]
+    if wrong:
+        shown = listed(show_code(value, has_colours(table)) for value in wrong)
+        raise InputError(
+            f'{path} has {shown} in {np.isin(values, wrong).sum()} pixels, which no class has; correct the map, or '
+            'name them.'
+        )
+    return np.array([known[value] for value in own.tolist()], np.uint8)[places].reshape(values.shape)
+
+
+def has_colours(table: Sequence[tuple[int | list[int], int]]) -> bool:
+    """Whether a table of labels is one of colours."""
+    return any(not isinstance(value, int) for value, _ in table)
+
+
+def as_code(value: int | Sequence[int]) -> int:
+    """A value, or a colour [R, G, B] as the number R << 16 | G << 8 | B."""
+    return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
+
+
+def show_code(code: int, colour: bool) -> str:
+    """A value or a colour for a message."""
+    return f'({code >> 16}, {code >> 8 & 255}, {code & 255})' if colour else str(code)
 
 
 def check_labels(pixels: np.ndarray, num_classes: int, path: str, reduced: bool) -> None:

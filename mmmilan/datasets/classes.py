@@ -13,9 +13,10 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
@@ -26,6 +27,7 @@ from mmmilan.files import first_line
 
 IGNORE = 255  # label of pixels without a class
 SHOWN = 5
+NAME_FILES = ('classes.txt', 'classes.json', 'class_dict.csv', 'labelmap.txt')
 
 
 def as_name(name: Any) -> str:
@@ -221,19 +223,35 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         InputError: it is none of these, or the numbers have a gap.
     """
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-        pairs = json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'{path} cannot be read as names of classes ({first_line(error)}); give a text with one name a line.'
-        ) from error
+    pairs = read_numbered(path)
     numbers = sorted(pairs)
     if not numbers or numbers[0] not in (0, 1) or numbers[-1] - numbers[0] + 1 != len(numbers):
         raise InputError(f'{path} does not number its {len(numbers)} classes without a gap from 0 or 1; correct it.')
     names = [pairs[number] for number in numbers]
     positions(names, str(path))
     return names
+
+
+def read_numbered(path: Path) -> dict[int, str]:
+    """Number -> name from a file, see :func:`read_class_names`; numbers may have gaps.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with readable(path):
+        text = path.read_text(encoding='utf-8-sig')
+        return json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn errors while a table is read into an ``InputError``."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'{path} cannot be read as names of classes ({first_line(error)}); give a text with one name a line.'
+        ) from error
 
 
 def json_names(content: Any) -> dict[int, str]:
@@ -258,3 +276,139 @@ def text_names(text: str) -> dict[int, str]:
     if lines and all(matches) and [int(match[1]) - int(matches[0][1]) for match in matches] == [*range(len(lines))]:
         return {int(match[1]): match[2] for match in matches}
     return dict(enumerate(lines))
+
+
+# -- names that a data set comes with
+
+
+class Names(NamedTuple):
+    """Names of classes that the user gave, or that lie beside the images.
+
+    Attributes:
+        numbered: Number -> name, from 0 where the names have no numbers.
+        where: The option or file that has them.
+        chosen: Whether the user gave them.
+        colours: Number -> [R, G, B], of names that have one.
+        counted: Whether the names have no numbers of their own.
+    """
+
+    numbered: dict[int, str]
+    where: str
+    chosen: bool
+    colours: dict[int, list[int]] = {}
+    counted: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names in the order of their numbers."""
+        return [self.numbered[number] for number in sorted(self.numbered)]
+
+
+def names_of(folders: Sequence[Path], classes: Sequence[str] | str | os.PathLike | None) -> Names | None:
+    """The names that were given, or those of a file ``NAME_FILES`` in the first folder that has one; None without.
+
+    Raises:
+        InputError: they cannot be read, or a name stands there twice.
+    """
+    if classes is None:
+        paths = (folder / name for folder in folders for name in NAME_FILES)
+        path = next((path for path in paths if path.is_file()), None)
+        return path and read_names(path, False)
+    if isinstance(classes, (str, os.PathLike)):
+        path = Path(os.path.expanduser(classes))
+        if not path.is_file():
+            raise InputError(f'classes={os.fspath(classes)!r} is no file; give a file of names, or a list of names.')
+        return read_names(path, True)
+    positions(classes, 'classes')
+    return Names(dict(enumerate(map(as_name, classes))), 'classes', True, counted=True)
+
+
+def read_names(path: Path, chosen: bool) -> Names:
+    """The names in a file, see :func:`read_class_names`, and their colours; numbers may have gaps.
+
+    Colours: rows of a name and three numbers, in any order (``class_dict.csv``, ``labelmap.txt`` of CVAT,
+    ``label_colors.txt``), or in JSON ``{"name": ..., "color": [R, G, B]}`` or ``{name: [R, G, B]}``.
+    """
+    with readable(path):
+        text = path.read_text(encoding='utf-8-sig')
+        coloured = json_colours(json.loads(text)) if path.suffix == '.json' else text_colours(text)
+    if coloured:
+        numbered, colours = dict(enumerate(coloured)), dict(enumerate(coloured.values()))
+        if path.suffix == '.json':
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # names alone, as most have no id
+                numbered = json_names(json.loads(text))
+                colours = {number: coloured[name] for number, name in numbered.items() if name in coloured}
+    else:
+        numbered, colours = read_numbered(path), {}
+    positions(numbered.values(), str(path))
+    numbered = {number: as_name(name) for number, name in numbered.items()}
+    counted = as_name(next(iter(text.split('\n')), '').strip()) == numbered.get(0)
+    if path.suffix == '.json':
+        counted = isinstance(json.loads(text), list) and '"id"' not in text
+    return Names(numbered, str(path), chosen, colours, counted)
+
+
+def json_colours(content: Any) -> dict[str, list[int]]:
+    """Name -> [R, G, B] from a table in JSON; {} if it has no colours."""
+    if isinstance(content, dict):
+        content = content.get('categories', content)
+    if isinstance(content, dict):
+        return {str(name): as_colour(value) for name, value in content.items() if as_colour(value)}
+    entries = [each for each in content if isinstance(each, dict)]
+    colours = {str(each.get('name')): as_colour(each.get('color', each.get('colour'))) for each in entries}
+    return {name: colour for name, colour in colours.items() if colour}
+
+
+def as_colour(value: Any) -> list[int] | None:
+    """A colour [R, G, B] from three numbers or ``#rrggbb``; None if it is none."""
+    if isinstance(value, str) and re.fullmatch('#[0-9a-fA-F]{6}', value):
+        return list(bytes.fromhex(value[1:]))
+    is_one = isinstance(value, list) and len(value) >= 3 and all(type(v) is int and 0 <= v <= 255 for v in value[:3])
+    return value[:3] if is_one else None
+
+
+def text_colours(text: str) -> dict[str, list[int]]:
+    """Name -> [R, G, B] from lines; {} if a line has no colour."""
+    colours = {}
+    for line in filter(None, (line.split('#')[0].strip() for line in text.splitlines())):
+        numbers = re.search(r'(?<!\d)(\d{1,3})\s*[,;\s]\s*(\d{1,3})\s*[,;\s]\s*(\d{1,3})(?!\d)', line)
+        colour = numbers and as_colour(list(map(int, numbers.groups())))
+        name = (line[: numbers.start()] + line[numbers.end() :]).strip(' \t,;:') if colour else ''
+        if colour and name:
+            colours[name] = colour
+        elif not re.fullmatch(r'name\W+r\W+g\W+b', line.casefold()):  # the head of class_dict.csv
+            return {}
+    return colours
+
+
+def order_of(found: list[str], given: Names | None, where: str, notes: list[str]) -> list[str]:
+    """The names that data have in the order in which names were given; as they are where none fit.
+
+    Args:
+        found: The names that the data have.
+        given: The names that were given, or lie beside the data.
+        where: What has ``found``, for messages.
+        notes: Gets a line if ``given`` is not used.
+
+    Raises:
+        InputError: a file beside the data names some of the classes, but not all.
+    """
+    if given is None:
+        return found
+    if set(found) <= set(given.names) or given.chosen:
+        return given.names
+    if set(found) & set(given.names):
+        extra = sorted(set(found).difference(given.names))
+        raise InputError(
+            f'{given.where} lacks {len(extra)} of the {len(found)} classes of {where}: {listed(extra)}; add them '
+            'there, or remove that file.'
+        )
+    notes.append(f'{given.where} names none of the classes of {where} ({listed(found)}) and is not used.')
+    return found
+
+
+def absent(classes: Sequence[str], counts: Mapping[str, int], split: str) -> list[str]:
+    """A line about the classes that a split has no image of, if there are any."""
+    names = [name for name in classes if not counts.get(name)]
+    what = 'cannot be learnt' if split == 'train' else 'cannot be measured'
+    return [f'Classes that {what}, without images in {split}: {listed(names)}.'] * bool(names)

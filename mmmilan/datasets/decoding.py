@@ -157,6 +157,22 @@ def exif_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
+def read_size(path: str) -> tuple[int, int]:
+    """Width and height of an image file after its EXIF orientation, from its header.
+
+    Raises:
+        CorruptImageError: it is no image.
+        InputError: there is no such file.
+    """
+    content = read_bytes(path)
+    register_heif()
+    try:
+        with open_header(content) as image:
+            return image.size[::-1] if exif_orientation(image) >= 5 else image.size
+    except Exception as error:  # of any type, as the file may hold anything
+        raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
+
+
 def check_pixels(content: bytes, path: str, max_pixels: int) -> None:
     """Raise a :class:`CorruptImageError` for an image of more pixels, without decoding it."""
     try:

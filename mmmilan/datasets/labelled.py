@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.datasets.classes import as_name, listed, match_names, positions, read_class_names
+from mmmilan.datasets.classes import absent, as_name, listed, match_names, names_of, order_of
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
-from mmmilan.datasets.listing import is_leaving, list_folder, listed_once
-from mmmilan.datasets.splits import look_into, splits_of
+from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
+from mmmilan.datasets.labelled_objects import Coco, read_objects
+from mmmilan.datasets.listing import LABELS, extension, is_leaving, list_annotated, list_folder, listed_once
+from mmmilan.datasets.object_formats import Part, find_objects
+from mmmilan.datasets.splits import IMAGES, look_into, splits_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line, write_text
 from mmmilan.registry import DATASETS
 
 TASKS = ('classification', 'detection', 'segmentation')
-NAME_FILES = ('classes.txt', 'classes.json')
+SPLITS = ('train', 'val')
+
+
+Present = dict[str, set[int]]  # image -> labels in it
 
 
 class Labelled(NamedTuple):
@@ -50,24 +57,6 @@ class Labelled(NamedTuple):
     root: str
     table: list[tuple[int | list[int], int]] | None = None
     seed: int | None = None
-
-
-class Names(NamedTuple):
-    """Names of classes that the user gave, or that lie beside the images.
-
-    Attributes:
-        names: The names.
-        where: The option or file that has them.
-        numbered: Number -> name, where the numbers stand there too.
-        colours: Name -> [R, G, B], where colours stand there too.
-        chosen: Whether the user gave them.
-    """
-
-    names: list[str]
-    where: str
-    chosen: bool
-    numbered: dict[int, str] = {}
-    colours: dict[str, list[int]] = {}
 
 
 def read_labelled(
@@ -101,38 +90,113 @@ def read_labelled(
         raise InputError(f'val_fraction={val_fraction} is not between 0 and 1; give 0.2 to validate on a fifth.')
     ignored = [ignore] if isinstance(ignore, (str, int)) else list(ignore or ())
     with listed_once():
-        labelled = read_class_folders(root, names_of(root, classes), ignored)
-    return labelled if labelled.val else divided(labelled, val_fraction, seed)
+        readers = find_tasks(root)
+        read = readers.get(choose_task(root, readers, task), read_class_folders)
+        labelled, present = read(root, classes, ignored)
+    if not image_paths(labelled.val):
+        labelled = divided(labelled, present, val_fraction, seed)
+    for split in SPLITS:
+        images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
+        labelled.notes.extend(
+            absent(labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split)
+        )
+    return labelled
 
 
-# -- names
+# -- the task
 
 
-def names_of(root: Path, classes: Sequence[str] | str | os.PathLike | None) -> Names | None:
-    """The names that were given, or those of a file in the folder; None without."""
-    if classes is None:
-        path = next((root / name for name in NAME_FILES if (root / name).is_file()), None)
-        return path and read_names(path, False)
-    if isinstance(classes, (str, os.PathLike)):
-        path = Path(os.path.expanduser(classes))
-        if not path.is_file():
-            raise InputError(f'classes={os.fspath(classes)!r} is no file; give a file of names, or a list of names.')
-        return read_names(path, True)
-    names = list(map(as_name, classes))
-    positions(names, 'classes')
-    return Names(names, 'classes', True)
+def find_tasks(root: Path) -> dict[str, Callable[..., tuple[Labelled, Present]]]:
+    """The tasks for which a folder has labels, each with what reads the data set."""
+    readers: dict[str, Callable[..., tuple[Labelled, Present]]] = {}
+    if formats := find_objects(root):
+        readers['detection'] = partial(read_annotations, formats)
+    if root.is_dir() and (pairs := find_maps(root)):
+        readers['segmentation'] = partial(read_label_maps, pairs)
+    if root.is_dir() and has_class_folders(root, bool(readers)):
+        readers['classification'] = read_class_folders
+    return readers
 
 
-def read_names(path: Path, chosen: bool) -> Names:
-    """The names in a file, see :func:`mmmilan.datasets.classes.read_class_names`."""
-    return Names(list(map(as_name, read_class_names(path))), str(path), chosen)
+def has_class_folders(root: Path, annotated: bool) -> bool:
+    """Whether the folders of images look like classes: several, with hardly an image beside them.
+
+    Folders within one of images, beside annotations, are something else, such as cities or cameras.
+    """
+    splits = splits_of(root)
+    source = (splits.train or splits.held_out)[0] if splits else root
+    folder = look_into(source)
+    inside = os.path.relpath(folder.root, root).split('/')
+    return len(folder.counts) > max(1, folder.loose) and not (annotated and any(map(IMAGES.fullmatch, inside)))
+
+
+def choose_task(root: Path, found: Mapping[str, Any], task: str | None) -> str:
+    """The task that is asked for, or the only one.
+
+    Raises:
+        InputError: the folder does not have it, or has several or none.
+    """
+    if task is None and len(found) == 1:
+        return next(iter(found))
+    if task == 'classification' and root.is_dir() and list_folder(root).files:
+        return task  # which says what is wrong with the folders
+    if task in found:
+        return task
+    if task is None and found:
+        raise InputError(f'{root} has labels for {" and ".join(found)}; choose with task={next(iter(found))!r}.')
+    raise InputError(
+        f'{root} has no labels{f" for {task}" * bool(task)} ({what_is_in(root)}); give folders of classes, annotations '
+        "of objects (COCO's JSON, YOLO's data.yaml, Pascal VOC's XML), or label maps in a folder masks beside images."
+    )
+
+
+def what_is_in(root: Path) -> str:
+    """What a folder holds, for an error."""
+    if root.is_file():
+        return 'it is a file'
+    files = list_annotated(root).files
+    images = list_folder(root).files
+    folders = sorted({os.path.dirname(file) or '.' for file in images})
+    kinds = Counter(extension(file) for file in files if extension(file) in LABELS)
+    others = ''.join(f', {number} {kind}' for kind, number in sorted(kinds.items()))
+    return f'found: {count(len(images), "image")}{f" in {listed(folders)}" * bool(folders)}{others}'
+
+
+# -- objects and label maps
+
+
+def read_annotations(
+    formats: dict[str, Callable[[], list[Part]]], root: Path, classes: Any, ignored: Sequence[str | int]
+) -> tuple[Labelled, Present]:
+    """A data set of annotated objects, and the labels in each image."""
+    if len(formats) > 1:
+        raise InputError(
+            f'{root} has annotations of objects in {len(formats)} formats, {" and ".join(formats)}; give the file '
+            'data.yaml or the JSON in place of the folder, or remove the others.'
+        )
+    parts = next(iter(formats.values()))()
+    folder = root if root.is_dir() else root.parent
+    names, train, val, has_masks, notes = read_objects(parts, names_of([folder], classes), ignored)
+    present: Present = {}
+    for split in (train, val):
+        own = {image['id']: present.setdefault(image['file_name'], set()) for image in split['images']}
+        for each in split['annotations']:
+            own[each['image_id']].add(each['category_id'] - 1)
+    return Labelled('detection', tuple(names), train, val, has_masks, notes, str(folder)), present
+
+
+def read_label_maps(pairs: Pairs, root: Path, classes: Any, ignored: Sequence[str | int]) -> tuple[Labelled, Present]:
+    """A data set of images with label maps, and the labels in each image."""
+    names, train, val, present, table, notes = read_maps(root, pairs, classes, ignored)
+    return Labelled('segmentation', tuple(names), train, val, False, notes, str(root), table), present
 
 
 # -- classification
 
 
-def read_class_folders(root: Path, given: Names | None, ignored: Sequence[str | int]) -> Labelled:
-    """A data set whose folders are named after its classes."""
+def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -> tuple[Labelled, Present]:
+    """A data set whose folders are named after its classes, and the label of each image."""
+    given = names_of([root], classes)
     splits = splits_of(root)
     train_roots, val_roots = (splits.train or [root], splits.held_out[:1]) if splits else ([root], [])
     notes: list[str] = []
@@ -143,24 +207,22 @@ def read_class_folders(root: Path, given: Names | None, ignored: Sequence[str | 
         left_out = len(train.pop(name, [])) + len(val.pop(name, []))
         notes.append(f'{count(left_out, "image")} of the class {name} left out, as ignore says.')
     where = ', '.join(map(str, train_roots))
-    classes = order_of(sorted(train), given, where, notes)
+    names = order_of(sorted(train), given, where, notes)
     for images, place in ((train, where), (val, ', '.join(map(str, val_roots)))):
         amounts = Counter({number: len(paths) for number, paths in enumerate(images.values())})
-        if not set(images) <= set(classes):
-            match_names(list(images), classes, place, given.where if given else where, lambda amounts=amounts: amounts)
-    if len(kinds := [name for name in classes if train.get(name)]) < 2:
+        if not set(images) <= set(names):
+            match_names(list(images), names, place, given.where if given else where, lambda amounts=amounts: amounts)
+    if len(kinds := [name for name in names if train.get(name)]) < 2:
         raise InputError(
             f'{where} has images of {f"the class {kinds[0]} alone" if kinds else "no class"}: there is nothing to '
             'tell apart; give each class a folder of its own.'
         )
-    notes += absent(classes, {name: len(paths) for name, paths in train.items()}, 'train')
-    if val:
-        notes += absent(classes, {name: len(paths) for name, paths in val.items()}, 'val')
     records = [
-        [dict(img_path=path, label=label) for label, name in enumerate(classes) for path in images.get(name, [])]
+        [dict(img_path=path, label=label) for label, name in enumerate(names) for path in images.get(name, [])]
         for images in (train, val)
     ]
-    return Labelled('classification', tuple(classes), *records, False, notes, str(root))
+    labelled = Labelled('classification', tuple(names), *records, False, notes, str(root))
+    return labelled, {record['img_path']: {record['label']} for part in records for record in part}
 
 
 def gather(roots: Iterable[str | Path], notes: list[str]) -> dict[str, list[str]]:
@@ -181,60 +243,59 @@ def gather(roots: Iterable[str | Path], notes: list[str]) -> dict[str, list[str]
     return images
 
 
-def order_of(found: list[str], given: Names | None, where: str, notes: list[str]) -> list[str]:
-    """The names of folders in the order in which names were given; sorted where none fit."""
-    if given is None:
-        return found
-    if set(found) <= set(given.names) or given.chosen:
-        return given.names
-    if set(found) & set(given.names):
-        extra = sorted(set(found).difference(given.names))
-        raise InputError(
-            f'{given.where} lacks {len(extra)} of the {len(found)} classes of {where}: {listed(extra)}; add them '
-            'there, or remove that file.'
-        )
-    notes.append(f'{given.where} names none of the folders of {where} and is not used: the folders are the classes.')
-    return found
-
-
-def absent(classes: Sequence[str], counts: Mapping[str, int], split: str) -> list[str]:
-    """A line about the classes that a split has no image of, or none."""
-    names = [name for name in classes if not counts.get(name)]
-    what = 'cannot be learnt' if split == 'train' else 'cannot be measured'
-    return [f'Classes that {what}, without images in {split}: {listed(names)}.'] * bool(names)
-
-
 # -- the split
 
 
-def divided(labelled: Labelled, val_fraction: float, seed: int) -> Labelled:
-    """The data set with a part of its training records moved to ``val``, stratified by class."""
-    present = [{record['label']} for record in labelled.train]
-    chosen = stratify(keys_of(labelled, 'train'), present, val_fraction, seed)
-    if not chosen:
+def divided(labelled: Labelled, present: Present, val_fraction: float, seed: int) -> Labelled:
+    """The data set with a part of its training images moved to ``val``, stratified by class.
+
+    Args:
+        labelled: The data set.
+        present: The labels in each image.
+        val_fraction: Share of the part.
+        seed: Of the draw.
+    """
+    paths = image_paths(labelled.train)
+    keys = [os.path.relpath(path, labelled.root) for path in paths]
+    held_out = {paths[i] for i in stratify(keys, [present[path] for path in paths], val_fraction, seed)}
+    if not held_out:
         raise InputError(
             f'No class of {labelled.root} has two images, so none can be kept to validate on; give more images, or a '
             'folder val beside train.'
         )
-    seen = Counter(label for i in chosen for label in present[i])
     note = (
-        f'No images to validate on: {len(chosen)} of {len(present)} are kept for it, drawn by class with seed {seed}.'
+        f'No images to validate on: {len(held_out)} of {len(paths)} are kept for it, drawn by class with seed {seed}.'
     )
-    return labelled._replace(
-        train=[record for i, record in enumerate(labelled.train) if i not in chosen],
-        val=[record for i, record in enumerate(labelled.train) if i in chosen],
-        notes=[
-            *labelled.notes,
-            note,
-            *absent(labelled.classes, {name: seen[i] for i, name in enumerate(labelled.classes)}, 'val'),
-        ],
-        seed=seed,
+    train, val = (
+        select(labelled.train, [path for path in paths if (path in held_out) == each]) for each in (False, True)
+    )
+    return labelled._replace(train=train, val=val, notes=[*labelled.notes, note], seed=seed)
+
+
+def image_paths(part: list[dict] | Coco) -> list[str]:
+    """The paths of the images of a split."""
+    return (
+        [each['file_name'] for each in part['images']]
+        if isinstance(part, dict)
+        else [each['img_path'] for each in part]
     )
 
 
-def keys_of(labelled: Labelled, split: str) -> list[str]:
-    """The paths of the images of a split relative to the folder of the data."""
-    return [os.path.relpath(record['img_path'], labelled.root) for record in getattr(labelled, split)]
+def select(part: list[dict] | Coco, paths: Sequence[str]) -> list[dict] | Coco:
+    """The images of a split that have these paths, in their order; objects get new ids."""
+    place = {path: i for i, path in enumerate(paths)}
+    if not isinstance(part, dict):
+        return sorted((each for each in part if each['img_path'] in place), key=lambda each: place[each['img_path']])
+    new = {image['id']: place[image['file_name']] for image in part['images'] if image['file_name'] in place}
+    images = [image | dict(id=new[image['id']]) for image in part['images'] if image['id'] in new]
+    annotations = [
+        each | dict(image_id=new[each['image_id']]) for each in part['annotations'] if each['image_id'] in new
+    ]
+    annotations.sort(key=lambda each: each['image_id'])
+    return part | dict(
+        images=sorted(images, key=lambda image: image['id']),
+        annotations=[each | dict(id=number) for number, each in enumerate(annotations, 1)],
+    )
 
 
 def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, seed: int) -> set[int]:
@@ -260,13 +321,15 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
     }
     chosen: set[int] = set()
     got: Counter[int] = Counter()
+    images: dict[int, list[int]] = {label: [] for label in total}
+    for i, each in waiting.items():
+        for label in each:
+            images[label].append(i)
     for label in sorted(total, key=lambda label: (total[label], label)):
-        own = [i for i in waiting if label in waiting[i]]
-        # first those whose other labels lack images too
-        own.sort(key=lambda i: sum(got[each] >= wanted[each] for each in waiting[i]))
+        own = [i for i in images[label] if i in waiting] if wanted[label] else []
+        own.sort(key=lambda i: sum(got[each] >= wanted[each] for each in waiting[i]))  # first what others lack too
         for i in own:
-            take = got[label] < wanted[label]
-            if take:
+            if got[label] < wanted[label]:
                 chosen.add(i)
                 got.update(waiting[i])
             del waiting[i]
@@ -285,20 +348,43 @@ def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> dict[str, d
     Raises:
         InputError: ``split.json`` is of other data, or images of it are gone.
     """
-    path = Path(folder) / 'split.json'
+    folder = Path(os.path.abspath(folder))
+    path = folder / 'split.json'
     if path.exists():
         labelled = divided_as(labelled, read_split(path), path)
     content = dict(data=labelled.root, task=labelled.task, classes=labelled.classes, seed=labelled.seed)
-    for split in ('train', 'val'):
-        labels = [record['label'] for record in getattr(labelled, split)]
-        content[split] = list(zip(keys_of(labelled, split), labels, strict=True))
+    content['table'] = labelled.table
+    content |= {split: [entry_of(record, labelled.root) for record in records(labelled, split)] for split in SPLITS}
+    metainfo = dict(classes=labelled.classes)
+    configs = {}
+    for split in SPLITS:
+        configs[split] = dict(type='mmmilan.LabelledImages', ann_file=str(path), split=split, metainfo=metainfo)
+        if labelled.task == 'detection':
+            own = folder / 'annotations' / f'{split}.json'
+            write_text(own, json.dumps(getattr(labelled, split)))
+            configs[split] = dict(
+                type='mmmilan.CocoDataset', ann_file=str(own), data_prefix=dict(img=''), metainfo=metainfo
+            )
     write_text(path, json.dumps(content, indent=0) + '\n')
-    common = dict(type='mmmilan.LabelledImages', ann_file=str(path.absolute()), metainfo=dict(classes=labelled.classes))
-    return dict(train=common | dict(split='train'), val=common | dict(split='val', test_mode=True))
+    configs['val']['test_mode'] = True
+    return configs
+
+
+def records(labelled: Labelled, split: str) -> list[dict]:
+    """The records of a split; those of objects are their images."""
+    part = getattr(labelled, split)
+    return [dict(img_path=path) for path in image_paths(part)] if isinstance(part, dict) else part
+
+
+def entry_of(record: dict, root: str) -> list:
+    """A record in ``split.json``: the path of the image from the folder, and its label or the path of its map."""
+    entry = [os.path.relpath(record['img_path'], root)]
+    entry += [record['label']] if 'label' in record else []
+    return entry + ([os.path.relpath(record['map_path'], root)] if 'map_path' in record else [])
 
 
 def divided_as(labelled: Labelled, content: dict[str, Any], path: Path) -> Labelled:
-    """The data set with its records divided as a ``split.json`` says.
+    """The data set with its images divided as a ``split.json`` says.
 
     Raises:
         InputError: that file is of another task, of other classes or of other images.
@@ -307,21 +393,34 @@ def divided_as(labelled: Labelled, content: dict[str, Any], path: Path) -> Label
     for key, value in (('task', labelled.task), ('classes', list(labelled.classes))):
         if content[key] != value:
             raise InputError(f'{path} was written for other data (its {key}: {content[key]}, now {value}); {remedy}.')
-    records = {
-        key: record
-        for split in ('train', 'val')
-        for key, record in zip(keys_of(labelled, split), getattr(labelled, split), strict=True)
+    paths = {
+        os.path.relpath(record['img_path'], labelled.root): record['img_path']
+        for split in SPLITS
+        for record in records(labelled, split)
     }
-    names = [[entry[0] for entry in content[split]] for split in ('train', 'val')]
-    gone = [name for part in names for name in part if name not in records]
-    new = set(records).difference(*names)
+    names = {split: [entry[0] for entry in content[split]] for split in SPLITS}
+    known = {name for own in names.values() for name in own}
+    gone, new = known.difference(paths), set(paths).difference(known)
     if gone or new:
         raise InputError(
             f'{path} does not fit the images of {labelled.root}: {count(len(gone), "image")} of it are gone and '
-            f'{len(new)} are new ({listed([*gone, *sorted(new)])}); {remedy}.'
+            f'{len(new)} are new ({listed([*sorted(gone), *sorted(new)])}); {remedy}.'
         )
-    train, val = ([records[name] for name in part] for part in names)
+    if content['seed'] is None:
+        return labelled
+    every = join(labelled.train, labelled.val)
+    train, val = (select(every, [paths[name] for name in names[split]]) for split in SPLITS)
     return labelled._replace(train=train, val=val, seed=content['seed'])
+
+
+def join(train: list[dict] | Coco, val: list[dict] | Coco) -> list[dict] | Coco:
+    """All images of two splits."""
+    if not isinstance(train, dict):
+        return train + val
+    shift = 1 + max(image['id'] for image in train['images'])
+    images = [image | dict(id=image['id'] + shift) for image in val['images']]
+    annotations = [each | dict(image_id=each['image_id'] + shift) for each in val['annotations']]
+    return train | dict(images=train['images'] + images, annotations=train['annotations'] + annotations)
 
 
 @DATASETS.register_module()
@@ -343,7 +442,13 @@ class LabelledImages(ImageFolder):
         content = read_split(Path(self.ann_file))
         root = self.moved_to or content['data']
         self._metainfo.setdefault('classes', tuple(content['classes']))
-        return [dict(img_path=os.path.join(root, file), gt_label=label) for file, label in content[self.split]]
+        if content['task'] == 'classification':
+            return [dict(img_path=os.path.join(root, file), gt_label=label) for file, label in content[self.split]]
+        common = dict(label_table=content['table'], label_map=None, reduce_zero_label=False)
+        return [
+            dict(img_path=os.path.join(root, image), seg_map_path=os.path.join(root, own), seg_fields=[], **common)
+            for image, own in content[self.split]
+        ]
 
 
 def read_split(path: Path) -> dict[str, Any]:

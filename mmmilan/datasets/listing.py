@@ -19,6 +19,9 @@ LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'syste
 LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found'}
 OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.shards
 
+IMAGES = (*EXTENSIONS, '.tar')
+LABELS = ('.json', '.yaml', '.yml', '.xml', '.txt', '.csv')
+
 _remembered: dict[Any, Any] | None = None  # within listed_once
 
 
@@ -69,7 +72,7 @@ def extension(name: str) -> str:
     return name[dot:].lower() if (dot := name.rfind('.')) > name.rfind('/') + 1 else ''
 
 
-def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = (*EXTENSIONS, '.tar')) -> Listing:
+def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = IMAGES) -> Listing:
     """The files of some extensions in a folder, however nested; the others are counted in one line of the log.
 
     Hidden files and leavings of other tools are skipped. Links to folders are followed, except back to a folder on the
@@ -82,6 +85,17 @@ def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = (*EXTENSIONS
     folder = os.path.normpath(os.fspath(folder))
     known = part_of_known(folder, kinds)
     return known or remember((folder, kinds), lambda: log_listing(folder, walk(folder, frozenset(kinds))))
+
+
+def list_annotated(folder: str | os.PathLike) -> Listing:
+    """As :func:`list_folder`, of images and of files that may hold their labels.
+
+    Within :func:`listed_once` the folder then is listed for images alone, too, without a word on the files of labels.
+    """
+    listing = list_folder(folder, (*IMAGES, *LABELS))
+    images = [file for file in listing.files if extension(file) in IMAGES]
+    remember((os.path.normpath(os.fspath(folder)), IMAGES), lambda: Listing(images, listing.folders, listing.left_out))
+    return listing
 
 
 def part_of_known(folder: str, kinds: tuple[str, ...]) -> Listing | None:

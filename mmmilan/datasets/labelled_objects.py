@@ -1,0 +1,255 @@
+"""Annotations of objects as a detector is trained on them: two splits, classes by name, faults named and counted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from rich.progress import track
+
+from mmmilan.datasets.classes import Names, as_name, listed, match_names, order_of
+from mmmilan.datasets.listing import list_folder
+from mmmilan.datasets.object_formats import Part, size_of
+from mmmilan.errors import InputError, count
+
+ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
+Coco = dict[str, list[dict[str, Any]]]
+
+
+class Counts(dict):
+    """What was counted: kind -> number and the first case."""
+
+    def add(self, kind: str, case: str) -> None:
+        """Count a case of a kind."""
+        number, first = self.get(kind, (0, case))
+        self[kind] = number + 1, first
+
+    def lines(self, split: str) -> list[str]:
+        """A line for each kind."""
+        return [f'{split}: {number} {kind}; the first is {first}.' for kind, (number, first) in self.items()]
+
+
+def read_objects(
+    parts: Sequence[Part], given: Names | None, ignored: Sequence[str | int]
+) -> tuple[list[str], Coco, Coco, bool, list[str]]:
+    """The two splits of annotated images.
+
+    Args:
+        parts: What the data have.
+        given: Names of classes that were given.
+        ignored: Classes whose objects are left out.
+
+    Returns:
+        Names of the classes; training and validation in COCO's format, where category ``label + 1`` is
+        ``classes[label]`` (validation without images where the data have no split for it); whether each object has
+        a mask; and lines about what was counted.
+
+    Raises:
+        InputError: see :mod:`mmmilan.datasets.labelled`.
+    """
+    notes: list[str] = []
+    train_parts, val_parts = choose_parts(parts, notes)
+    contents = dict(train=[each.read() for each in train_parts], val=[each.read() for each in val_parts])
+    where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
+    classes = choose_classes(contents, where, given, ignored, notes)
+    splits = {name: clean(each, classes, name, where[name], notes) for name, each in contents.items() if each}
+    check_twice(splits, notes)
+    masks = [bool(each['segmentation']) for split in splits.values() for each in split['annotations']]
+    if not masks:
+        raise InputError(f'{where["train"]} has no objects of {listed(classes)}; annotate some.')
+    if any(masks) and not all(masks):
+        notes.append(f'{masks.count(False)} of {len(masks)} objects have no mask: a detector of boxes is trained.')
+    for annotation in chain(*(split['annotations'] for split in splits.values())) if not all(masks) else ():
+        del annotation['segmentation']
+    return classes, splits['train'], splits.get('val', dict(images=[], annotations=[])), all(masks), notes
+
+
+def choose_parts(parts: Sequence[Part], notes: list[str]) -> tuple[list[Part], list[Part]]:
+    """Which splits to train and to validate on."""
+    by_role = {role: [part for part in parts if part.role == role] for role in ('train', '', 'val', 'test')}
+    train = by_role['train'] or by_role['']
+    val = by_role['val'] or by_role['test']
+    if not train:
+        train, val = val, []
+    unused = [part.where for part in parts if part not in train and part not in val]
+    if unused:
+        notes.append(f'Not used: {listed(unused)}.')
+    return train, val
+
+
+def choose_classes(
+    contents: dict[str, list[Coco]], where: dict[str, str], given: Names | None, ignored: Sequence, notes: list[str]
+) -> list[str]:
+    """The names of the classes in the order of their labels: as they were given, or as the training split has them.
+
+    Raises:
+        InputError: names do not fit each other.
+    """
+    objects = {name: count_objects(each) for name, each in contents.items()}
+    found = [name for name in category_names(contents['train']) if not is_umbrella(name, contents, objects)]
+    for name in map(as_name, ignored):
+        if name not in found:
+            raise InputError(
+                f'ignore names {name}, which is no class of {where["train"]} ({listed(found)}); correct it.'
+            )
+    if given and given.chosen and not set(given.names) <= set(found):
+        match_names(given.names, found, given.where, where['train'], lambda: None)
+    classes = [name for name in order_of(found, given, where['train'], notes) if name not in map(as_name, ignored)]
+    if not (given and given.chosen):
+        others = [name for name in category_names(contents['val']) if name not in found and objects['val'][name]]
+        if others:
+            names = [*found, *others]
+            match_names(
+                names,
+                found,
+                where['val'],
+                where['train'],
+                lambda: Counter({place: objects['val'][name] for place, name in enumerate(names)}),
+            )
+    return classes
+
+
+def category_names(contents: Iterable[Coco]) -> list[str]:
+    """The names of the categories of some files, each once."""
+    return list(dict.fromkeys(as_name(each['name']) for content in contents for each in content['categories']))
+
+
+def count_objects(contents: Iterable[Coco]) -> Counter[str]:
+    """Number of objects by the name of their category."""
+    counts: Counter[str] = Counter()
+    for content in contents:
+        names = {each['id']: as_name(each['name']) for each in content['categories']}
+        counts.update(names[each['category_id']] for each in content['annotations'])
+    return counts
+
+
+def is_umbrella(name: str, contents: dict[str, list[Coco]], objects: dict[str, Counter[str]]) -> bool:
+    """Whether a category without objects only stands above all others, as in files of Roboflow."""
+    others = [
+        each.get('supercategory')
+        for content in chain(*contents.values())
+        for each in content['categories']
+        if as_name(each['name']) != name
+    ]
+    return bool(others) and set(others) == {name} and not any(counts[name] for counts in objects.values())
+
+
+def clean(contents: Sequence[Coco], classes: Sequence[str], split: str, where: str, notes: list[str]) -> Coco:
+    """One split in COCO's format with new ids; what cannot be used is left out and counted.
+
+    Raises:
+        InputError: images are missing, occur twice, or have another size than their annotations.
+    """
+    counts = Counts()
+    images: list[dict] = []
+    annotations: list[dict] = []
+    label = {name: place for place, name in enumerate(classes)}
+    for content in contents:
+        names = {each['id']: as_name(each['name']) for each in content['categories']}
+        numbers = {}
+        for image in track(content['images'], 'Looking at images', transient=True):
+            if size := checked_size(image, counts):
+                numbers[image['id']] = len(images)
+                images.append(dict(id=len(images), file_name=image['file_name'], width=size[0], height=size[1]))
+        for annotation in content['annotations']:
+            name, place = names[annotation['category_id']], numbers.get(annotation['image_id'])
+            if place is None:
+                continue
+            if name not in label:
+                counts.add('objects left out, of classes that are not used', name)
+            elif kept := checked_object(annotation, images[place], counts):
+                annotations.append(kept | dict(id=len(annotations) + 1, image_id=place, category_id=label[name] + 1))
+    check_images(images, counts, where)
+    with_objects = {each['image_id'] for each in annotations}
+    for image in images:
+        if image['id'] not in with_objects:
+            counts.add('images without objects, kept as negatives', image['file_name'])
+    notes += counts.lines(split)
+    categories = [dict(id=place + 1, name=name) for place, name in enumerate(classes)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def checked_size(image: dict, counts: Counts) -> tuple[int, int] | None:
+    """Width and height of an image; None for one that is left out."""
+    path = image['file_name']
+    if not (size := size_of(path)):
+        counts.add('images left out, ' + ('that do not decode' if os.path.exists(path) else MISSING), path)
+        return None
+    if size != (image.get('width', size[0]), image.get('height', size[1])):
+        counts.add(SIZES, f'{path}, {size[0]} x {size[1]} and not {image["width"]} x {image["height"]}')
+    return tuple(size)
+
+
+MISSING = 'that are missing'
+SIZES = 'images of another size than their annotations say'
+
+
+def check_images(images: Sequence[dict], counts: Counts, where: str) -> None:
+    """Raise an :class:`InputError` for a split whose images are missing, of another size, or there twice."""
+    number, first = counts.get(f'images left out, {MISSING}', (0, ''))
+    if number > len(images):
+        raise InputError(
+            f'{number} of {number + len(images)} images of {where} are missing, the first is {first}; put the images '
+            'beside the annotations.'
+        )
+    if SIZES in counts:
+        number, first = counts[SIZES]
+        raise InputError(
+            f'{where}: {number} of {len(images)} {SIZES}, the first is {first} (width x height); correct the sizes, or '
+            'restore the images that were annotated.'
+        )
+    twice = [name for name, number in Counter(image['file_name'] for image in images).items() if number > 1]
+    if twice:
+        raise InputError(
+            f'{where} has {count(len(twice), "image")} more than once, the first is {twice[0]}: objects of one entry '
+            'would be background in the other; join their entries.'
+        )
+
+
+def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None:
+    """An object cut at the border of its image; None for one that is left out.
+
+    mmdet would leave out boxes of less than a pixel in silence.
+    """
+    case = image['file_name']
+    x, y, width, height = map(float, annotation['bbox'])
+    if width < 1 or height < 1:
+        return counts.add('objects left out, with a box of less than a pixel', case)
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, image['width']), min(y + height, image['height'])
+    if right - left < 1 or bottom - top < 1:
+        return counts.add('objects left out, outside their image', case)
+    if max(left - x, top - y, x + width - right, y + height - bottom) > ROUNDING:
+        counts.add('objects cut at the border of their image', case)
+    mask = annotation.get('segmentation') or []
+    if isinstance(mask, list):
+        polygons = [polygon for polygon in mask if len(polygon) >= 6]
+        if any(mask) and not polygons:
+            return counts.add('objects left out, with polygons of less than three points', case)
+        mask = polygons
+    return dict(
+        bbox=[left, top, right - left, bottom - top],
+        area=float(annotation['area']) or (right - left) * (bottom - top),
+        iscrowd=int(bool(annotation.get('iscrowd') or annotation.get('ignore'))),
+        segmentation=mask,
+    )
+
+
+def check_twice(splits: dict[str, Coco], notes: list[str]) -> None:
+    """Count the images that are in both splits, and those beside the images of both that are in neither."""
+    files = [{image['file_name'] for image in split['images']} for split in splits.values()]
+    if len(files) == 2 and (both := files[0] & files[1]):
+        notes.append(
+            f'{count(len(both), "image")} of val are in train too, which flatters the result: {listed(sorted(both))}.'
+        )
+    folders = {os.path.dirname(file) for file in set().union(*files)}
+    unused = [
+        os.path.join(folder, file)
+        for folder in sorted(folders)
+        for file in list_folder(folder).files
+        if '/' not in file and os.path.join(folder, file) not in set().union(*files)
+    ]
+    if unused:
+        notes.append(f'{count(len(unused), "image")} without annotations not used: {listed(unused)}.')

@@ -1,0 +1,582 @@
+"""Annotations of objects as people have them: COCO's JSON, YOLO's text files, Pascal VOC's XML.
+
+Each format becomes COCO's three lists, with absolute file names. The library labelformat reads YOLO and Pascal VOC;
+what it would leave out in silence is looked for before. COCO's JSON is used as it is: crowds would be lost on the way.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from rich.progress import track
+
+from mmmilan.datasets.annotations import PARTS, check_coco
+from mmmilan.datasets.classes import as_name, listed, positions
+from mmmilan.datasets.decoding import read_size
+from mmmilan.datasets.listing import extension, list_annotated, list_folder, remember
+from mmmilan.datasets.splits import role_of
+from mmmilan.errors import InputError
+from mmmilan.files import first_line
+
+COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
+BOXES = re.compile(rb'"(bbox|segmentation)"\s*:')
+YAML_SPLITS = dict(train='train', val='val', valid='val', validation='val', test='test')
+
+
+class Part(NamedTuple):
+    """One split of annotations.
+
+    Attributes:
+        role: 'train', 'val', 'test', or '' where it has no name.
+        where: The file or folder that has them, for messages.
+        read: Gives them in COCO's format, with absolute file names; images may lack their size.
+    """
+
+    role: str
+    where: str
+    read: Callable[[], dict[str, Any]]
+
+
+def list_images_of(root: Path) -> list[str]:
+    """The images of a folder, relative to it; shards are none that annotations could name."""
+    return [file for file in list_folder(root).files if not file.lower().endswith('.tar')]
+
+
+def files_in(root: Path, *kinds: str) -> list[str]:
+    """The files of annotations in a folder, relative to it."""
+    return [file for file in list_annotated(root).files if extension(file) in kinds]
+
+
+class Images:
+    """The images of a folder, to be found by what annotations call them.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.by_name: dict[str, list[str]] = defaultdict(list)
+        self.by_stem: dict[str, list[str]] = defaultdict(list)
+        for file in list_images_of(root):
+            name = file.rpartition('/')[2]
+            self.by_name[as_name(name)].append(file)
+            self.by_stem[as_name(name.rpartition('.')[0])].append(file)
+
+    def find(self, name: str, role: str, beside: Path) -> str | None:
+        """The absolute path of the image that an annotation file calls ``name``; None if it is missing.
+
+        Args:
+            name: A file name, perhaps with folders.
+            role: Of the split, which decides between folders of splits.
+            beside: The folder of the annotation file, which decides first.
+
+        Raises:
+            InputError: several folders have it.
+        """
+        name = name.replace('\\', '/')
+        if os.path.isabs(name) and os.path.isfile(name):
+            return name
+        parts = [part for part in as_name(name).split('/') if part not in ('', '.', '..')]
+        found = self.by_name.get(parts[-1], []) if parts else []
+        return self.choose(found, parts, role, beside)
+
+    def choose(self, found: list[str], parts: list[str], role: str, beside: Path) -> str | None:
+        """The one of some images of the same name that is meant, see :meth:`find`."""
+        if not found:
+            return None
+        inside = f'{os.path.relpath(beside, self.root)}/'
+        tests = (
+            lambda file: as_name(file).split('/')[-len(parts) :] == parts,
+            lambda file: file.startswith(inside),
+            lambda file: roles_of(file)[:1] == [role],
+        )
+        for test in tests:
+            found = list(filter(test, found)) or found
+        if len(found) > 1:
+            raise InputError(
+                f'{self.root} has the image {parts[-1]} in {len(found)} places ({listed(found)}); give the images '
+                'different names, or write their folders into the annotations.'
+            )
+        return str(self.root / found[0])
+
+
+def roles_of(file: str) -> list[str]:
+    """The splits that the folders and the name of a file are called after, the innermost first."""
+    return [role[0] for part in reversed(file.split('/')) if (role := role_of(part.rpartition('.')[0] or part))]
+
+
+def find_objects(root: Path) -> dict[str, Callable[[], list[Part]]]:
+    """The formats of annotations of objects that a folder has, each with what gives its splits.
+
+    Args:
+        root: A folder, or the ``data.yaml`` or JSON file of one.
+    """
+    if root.is_file() and root.suffix.lower() not in ('.json', '.yaml', '.yml'):
+        return {}
+    formats = dict(COCO=coco_files(root), YOLO=yolo_files(root), VOC=voc_files(root))
+    readers = dict(COCO=coco_parts, YOLO=yolo_parts, VOC=voc_parts)
+    return {name: lambda name=name, files=files: readers[name](files, root) for name, files in formats.items() if files}
+
+
+def require_labelformat(where: str | os.PathLike) -> None:
+    """Check that the library which reads YOLO and Pascal VOC is installed."""
+    if not find_spec('labelformat'):
+        raise InputError(
+            f"{where} is read by the package labelformat, which is missing; pip install 'mmmilan[annotations]'."
+        )
+
+
+# -- COCO
+
+
+def coco_files(root: Path) -> list[Path]:
+    """JSON files of objects in COCO's format."""
+    files = [root] if root.is_file() else [root / file for file in files_in(root, '.json')]
+    return [file for file in files if file.suffix.lower() == '.json' and is_coco(file)]
+
+
+def is_coco(path: Path) -> bool:
+    """Whether a file has COCO's lists, with boxes or masks; as fast as it is read."""
+    with path.open('rb') as file, suppress(ValueError), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return all(key.search(content) for key in COCO_KEYS) and BOXES.search(content) is not None
+    return False  # an empty file
+
+
+def coco_parts(files: list[Path], root: Path) -> list[Part]:
+    """The splits of COCO's files, named by the files or their folders."""
+    folder = root if root.is_dir() else root.parent
+    if root.is_file() and not list_images_of(folder):  # annotations/instances.json
+        folder = folder.parent
+    images = Images(folder)
+    roles: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        roles[next(iter(roles_of(os.path.relpath(file, folder))), '')].append(file)
+    parts = []
+    for role, own in roles.items():
+        own = [file for file in own if file.name.startswith('instances')] or own  # beside those of persons' keypoints
+        if len(own) > 1:
+            raise InputError(
+                f'{root} has {len(own)} files of annotations{f" for {role}" * bool(role)}: {listed(map(str, own))}; '
+                'name the one to use in place of the folder, or remove the others.'
+            )
+        parts.append(Part(role, str(own[0]), lambda role=role, path=own[0]: read_coco(path, role, images)))
+    return parts
+
+
+def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
+    """A file of annotations, completed and checked, with absolute file names; None in place of a missing one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as JSON in COCO's format ({first_line(error)}); write it again."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
+        raise InputError(f"{path} is not in COCO's format: {', '.join(PARTS)} must be lists; convert it.")
+    for image in content['images']:
+        if isinstance(image, dict) and isinstance(name := image.get('file_name'), str):
+            image['file_name'] = images.find(name, role, path.parent) or str(path.parent / name)
+    complete_coco(content)
+    check_coco(content, path)
+    return content
+
+
+def complete_coco(content: dict[str, Any]) -> None:
+    """Add in place what tools leave out and the rest of a file tells: sizes, ids, areas, boxes of polygons."""
+    images, annotations = ([e for e in content[part] if isinstance(e, dict)] for part in ('images', 'annotations'))
+    for image in images:
+        if image.get('width') is None and image.get('height') is None and (size := size_of(image.get('file_name', ''))):
+            image['width'], image['height'] = size
+    for index, entry in enumerate(annotations):
+        entry.setdefault('id', f'of entry {index}')
+        mask = entry.get('segmentation')
+        with suppress(TypeError, ValueError, IndexError):  # check_coco says what is wrong
+            if entry.get('bbox') is None and mask:
+                entry['bbox'] = box_of(mask)
+            if entry.get('area') is None:
+                entry['area'] = (
+                    area_of(mask) if isinstance(mask, list) and mask else entry['bbox'][2] * entry['bbox'][3]
+                )
+
+
+def box_of(polygons: list[list[float]]) -> list[float]:
+    """The box x, y, width, height of polygons x, y, x, y, ..."""
+    points = np.concatenate([np.asarray(polygon, float).reshape(-1, 2) for polygon in polygons])
+    low, high = points.min(0), points.max(0)
+    return [*low.tolist(), *(high - low).tolist()]
+
+
+def area_of(polygons: list[list[float]]) -> float:
+    """The area of polygons that do not cross, by the shoelace formula."""
+    total = 0.0
+    for polygon in polygons:
+        x, y = np.asarray(polygon, float).reshape(-1, 2).T
+        total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
+    return total
+
+
+# -- YOLO
+
+
+class Texts:
+    """YOLO's text files in place of their folder: labelformat opens them as paths, by the names of the images."""
+
+    def __init__(self, rows: dict[str, list[list[str]]], image: str = '') -> None:
+        self.rows, self.image = rows, image
+
+    def __truediv__(self, image: str) -> Texts:
+        return Texts(self.rows, image)
+
+    def with_suffix(self, suffix: str) -> Texts:
+        return self
+
+    def exists(self) -> bool:
+        return True
+
+    def open(self) -> io.StringIO:
+        return io.StringIO('\n'.join(map(' '.join, self.rows[self.image])))
+
+
+def yolo_files(root: Path) -> list[Path]:
+    """The ``data.yaml`` of a folder, or else the folder itself where text files with rows of numbers lie by images."""
+    files = [root] if root.is_file() else [root / file for file in files_in(root, '.yaml', '.yml')]
+    found = [file for file in files if file.suffix.lower() in ('.yaml', '.yml') and is_data_yaml(read_yaml(file))]
+    if found or root.is_file():
+        return found
+    texts = {str(root / file) for file in files_in(root, '.txt')}
+    images = (str(root / file) for file in list_images_of(root)) if texts else ()
+    return [root] if any(any(path in texts for path in label_paths(image)) for image in images) else []
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; None if it is none."""
+    try:
+        return yaml.safe_load(path.read_text(encoding='utf-8-sig'))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def is_data_yaml(content: Any) -> bool:
+    """Whether a YAML file is that of a data set."""
+    return isinstance(content, dict) and 'names' in content and any(key in content for key in YAML_SPLITS)
+
+
+def yolo_parts(files: list[Path], root: Path) -> list[Part]:
+    """The splits that ``data.yaml`` names; without one, those of folders."""
+    if len(files) > 1:
+        raise InputError(
+            f'{root} has {len(files)} files like data.yaml: {listed(map(str, files))}; name the one to use.'
+        )
+    path = files[0]
+    if path.is_dir():
+        return yolo_folders(path)
+    content = read_yaml(path)
+    names = yolo_names(content['names'], path)
+    splits: dict[str, list[str]] = {}
+    for key, role in YAML_SPLITS.items():
+        if content.get(key):
+            splits.setdefault(role, []).extend(yolo_images(content, key, path))
+    if not splits.get('train'):
+        raise InputError(f'{path} has no train; name the folder of the images to train on.')
+    for role in ('val', 'test'):
+        if set(splits.get(role, ())) == set(splits['train']):  # as in coco128.yaml
+            del splits[role]
+    return [
+        Part(role, f'{role} of {path}', lambda images=images: read_yolo(images, names, path))
+        for role, images in splits.items()
+    ]
+
+
+def yolo_folders(root: Path) -> list[Part]:
+    """The splits of images that have text files but no ``data.yaml``."""
+    names = next((root / name for name in ('classes.txt', 'obj.names') if (root / name).is_file()), None)
+    names = names or next((root / file for file in files_in(root, '.txt') if file.endswith('/classes.txt')), None)
+    if names is None:
+        raise InputError(
+            f'{root} has rows of boxes in text files, but no names of their classes; write data.yaml with names, train '
+            'and val, or classes.txt with one name a line.'
+        )
+    classes = [as_name(line.strip()) for line in names.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    splits: dict[str, list[str]] = defaultdict(list)
+    for file in list_images_of(root):
+        splits[next(iter(roles_of(os.path.dirname(file))), '')].append(str(root / file))
+    return [
+        Part(role, f'{root / role}' if role else str(root), lambda images=images: read_yolo(images, classes, names))
+        for role, images in splits.items()
+    ]
+
+
+def yolo_names(names: Any, path: Path) -> list[str]:
+    """The names of ``data.yaml``, a list or a dictionary from 0 on.
+
+    Raises:
+        InputError: they are something else, or have a gap.
+    """
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        names = {int(number): as_name(name) for number, name in names.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f'{path} has names that are no list; write names: [cat, dog].') from None
+    if sorted(names) != list(range(len(names))):
+        raise InputError(
+            f'{path} numbers its {len(names)} names {listed(map(str, sorted(names)))}, and not 0 to {len(names) - 1} '
+            'without a gap; correct them.'
+        )
+    names = [names[number] for number in range(len(names))]
+    positions(names, str(path))
+    return names
+
+
+def yolo_images(content: dict, key: str, path: Path) -> list[str]:
+    """The images of a split of ``data.yaml``: of a folder, of a text file that lists them, or of several.
+
+    Raises:
+        InputError: one of them does not exist.
+    """
+    entries = content[key] if isinstance(content[key], list) else [content[key]]
+    images: list[str] = []
+    for entry in map(str, entries):
+        tried = yolo_places(content, entry, path)
+        place = next((place for place in tried if place.exists()), None)
+        if place is None:
+            raise InputError(
+                f'{path} has {key}: {entry}, which does not exist ({listed(map(str, tried))}); correct path or {key}.'
+            )
+        if place.suffix.lower() == '.txt':
+            lines = [line.strip() for line in place.read_text(encoding='utf-8').splitlines() if line.strip()]
+            images += [os.path.normpath(place.parent / line) for line in lines]
+        else:
+            images += [str(place / file) for file in list_images_of(place)] if place.is_dir() else [str(place)]
+    return images
+
+
+def yolo_places(content: dict, entry: str, path: Path) -> list[Path]:
+    """Where a folder that ``data.yaml`` names may be: below ``path``, beside the file, or, from Roboflow, below it."""
+    bases = [path.parent / str(content['path'])] if content.get('path') else []
+    bases.append(path.parent)
+    places = [base / entry for base in bases]
+    if entry.startswith('../'):
+        places.append(path.parent / entry[3:])
+    return [Path(os.path.normpath(place)) for place in places]
+
+
+def label_paths(image: str) -> list[str]:
+    """Where the text file of an image may be: in ``labels`` in place of the last ``images``, or beside it."""
+    stem = f'{image.rpartition(".")[0]}.txt'
+    before, folder, after = stem.rpartition('/images/')
+    return [f'{before}/labels/{after}', stem] if folder else [stem]
+
+
+def read_yolo(images: list[str], names: list[str], where: Path) -> dict[str, Any]:
+    """The objects of images, as labelformat reads them from the text files of the images."""
+    require_labelformat(where)
+    from labelformat.formats import YOLOv8InstanceSegmentationInput, YOLOv8ObjectDetectionInput
+    from labelformat.model.image import Image
+
+    rows: dict[str, list[list[str]]] = {}  # of each image that has a text file
+    texts: dict[str, str] = {}
+    for image in track(images, 'Reading labels', transient=True):
+        text = next((path for path in label_paths(image) if os.path.isfile(path)), None)
+        if text:
+            if text in texts:
+                raise InputError(f'{text} belongs to {texts[text]} and to {image}; give the images different names.')
+            texts[text] = image
+            rows[image] = yolo_rows(text, names, where)
+    if not texts:
+        raise InputError(
+            f'None of the {len(images)} images of {where} has a text file, as {label_paths(images[0])[0]}.'
+        )
+    with_masks = has_polygons({text: rows[image] for text, image in texts.items()})
+    base = YOLOv8InstanceSegmentationInput if with_masks else YOLOv8ObjectDetectionInput
+
+    class Reader(base):
+        def __init__(self) -> None:
+            self._config_data = dict(names=names)
+
+        def get_images(self) -> Iterator[Image]:
+            for image in rows:
+                if size := size_of(image):
+                    yield Image(places[image], image, *size)
+
+        def _labels_dir(self) -> Texts:
+            return Texts(rows)
+
+    places = {image: place for place, image in enumerate(images)}
+    return in_coco_format(images, names, Reader().get_labels())
+
+
+def size_of(image: str) -> tuple[int, int] | None:
+    """The width and height of an image; None if it is missing or no image."""
+    try:
+        return remember(('size', image), lambda: read_size(image))
+    except InputError:
+        return None
+
+
+def yolo_rows(path: str, names: Sequence[str], where: Path) -> list[list[str]]:
+    """The rows of a text file, of which labelformat would leave out wrong ones.
+
+    Raises:
+        InputError: a row is neither a box nor a polygon of a known class.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding='utf-8-sig', errors='replace').splitlines(), 1):
+        cells = line.split()
+        if not cells:
+            continue
+        try:
+            values = list(map(float, cells))
+            fault = row_fault(values, names, where)
+        except ValueError:
+            fault = f'is no row of numbers ({line.strip()[:40]})'
+        if fault:
+            raise InputError(f'{path}, line {number}, {fault}; correct or remove it.')
+        rows.append([str(int(values[0])), *cells[1:]])
+    return rows
+
+
+def row_fault(values: list[float], names: Sequence[str], where: Path) -> str:
+    """What is wrong with the numbers of a row; '' if nothing is."""
+    if not all(map(math.isfinite, values)):
+        return 'has a number that is not finite'
+    if values[0] not in range(len(names)):
+        return f'has the class {values[0]:g}, where {where} names {len(names)}, 0 to {len(names) - 1}'
+    if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+        return (
+            f'has {len(values) - 1} numbers after the class, neither a box (4) nor a polygon of three points or more '
+            '(an even number from 6 on)'
+        )
+    if max(values[1:]) > 2 or min(values[1:]) < -1:
+        return 'has coordinates in pixels, where shares of the width and height of the image, 0 to 1, are expected'
+    return ''
+
+
+def has_polygons(rows: dict[str, list[list[str]]]) -> bool:
+    """Whether the rows of text files are polygons.
+
+    Raises:
+        InputError: some are, and some are not.
+    """
+    kinds: dict[bool, str] = {}
+    for path, own in rows.items():
+        for number, row in enumerate(own, 1):
+            kinds.setdefault(len(row) > 5, f'{path}, row {number},')
+    if len(kinds) == 2:
+        raise InputError(
+            f'{kinds[False]} has 4 numbers, a box or a polygon of two points, where others are polygons, as '
+            f'{kinds[True]} is; give each object three points or more, or write all of them as boxes.'
+        )
+    return kinds == {} or next(iter(kinds))
+
+
+def in_coco_format(images: Sequence[str], names: Sequence[str], labels: Iterable[Any]) -> dict[str, Any]:
+    """COCO's lists of what labelformat reads; the id of its images is their place in ``images``."""
+    from labelformat.model.bounding_box import BoundingBoxFormat
+
+    annotations = []
+    for label in labels:
+        for thing in label.objects:
+            polygons = [
+                np.ravel(each).tolist() for each in getattr(getattr(thing, 'segmentation', None), 'polygons', ())
+            ]
+            box = box_of(polygons) if polygons else thing.box.to_format(BoundingBoxFormat.XYWH)
+            entry = dict(id=len(annotations), image_id=label.image.id, category_id=thing.category.id, bbox=box)
+            entry |= dict(segmentation=polygons, area=area_of(polygons)) if polygons else dict(area=box[2] * box[3])
+            annotations.append(entry)
+    return dict(
+        images=[dict(id=place, file_name=image) for place, image in enumerate(images)],
+        categories=[dict(id=number, name=name) for number, name in enumerate(names)],
+        annotations=annotations,
+    )
+
+
+# -- Pascal VOC
+
+
+def voc_files(root: Path) -> list[Path]:
+    """XML files of Pascal VOC."""
+    files = [root / file for file in files_in(root, '.xml')] if root.is_dir() else []
+    return files if files and b'<annotation' in files[0].read_bytes()[:1000] else []
+
+
+def voc_parts(files: list[Path], root: Path) -> list[Part]:
+    """The splits of Pascal VOC: by the lists in ``ImageSets/Main``, or else by folders."""
+    images = Images(root)
+    lists = {path.stem: path for path in sorted(root.rglob('ImageSets/Main/*.txt'))}
+    stems = {role: set(lists[role].read_text().split()) for role in ('train', 'val', 'test') if role in lists}
+    roles: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if 'train' in stems:
+            role = next((role for role, own in stems.items() if file.stem in own), 'unused')
+        else:
+            role = next(iter(roles_of(os.path.relpath(file.parent, root))), '')
+        roles[role].append(file)
+    roles.pop('unused', None)
+    names = sorted({name for file in files for name in voc_names(file)})
+    return [
+        Part(
+            role,
+            f'{role} of {root}' if role else str(root),
+            lambda role=role, own=own: read_voc(own, names, role, images),
+        )
+        for role, own in roles.items()
+    ]
+
+
+def voc_names(path: Path) -> list[str]:
+    """The names of the objects in an XML file.
+
+    Raises:
+        InputError: it is no XML.
+    """
+    try:
+        return [(each.findtext('name') or '') for each in ElementTree.parse(path).getroot().findall('object')]
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f'{path} cannot be read as XML ({first_line(error)}); write it again.') from error
+
+
+def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> dict[str, Any]:
+    """The objects of XML files, as labelformat reads them."""
+    require_labelformat(images.root)
+    from labelformat.formats import PascalVOCObjectDetectionInput
+    from labelformat.model.category import Category
+    from labelformat.types import ParseError
+
+    reader = PascalVOCObjectDetectionInput(images.root, '')
+    reader._categories = [Category(number, name) for number, name in enumerate(names)]  # names may have commas
+    paths, labels = [], []
+    for file in track(files, 'Reading labels', transient=True):
+        reader._input_folder = SimpleNamespace(glob=lambda pattern, file=file: [file])
+        try:
+            (label,) = reader.get_labels()
+        except (ParseError, ValueError) as error:
+            reason = first_line(error).rpartition('xml: ')[2]
+            raise InputError(f'{file} is not as Pascal VOC has it ({reason}); correct or remove it.') from error
+        name = label.image.filename
+        stem = [path for path in images.by_stem.get(as_name(file.stem), [])]
+        path = images.choose(stem, [file.stem], role, file.parent) or images.find(name, role, file.parent)
+        labels.append(replace(label, image=replace(label.image, id=len(paths))))
+        paths.append(path or str(file.parent / name))
+    content = in_coco_format(paths, names, labels)
+    for image, label in zip(content['images'], labels, strict=True):
+        if label.image.width > 0 and label.image.height > 0:  # some tools write 0
+            image |= dict(width=label.image.width, height=label.image.height)
+    return content
