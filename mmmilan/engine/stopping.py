@@ -155,6 +155,7 @@ class HeartbeatHook(Hook):
         self.moved: float | None = None  # time of the last progress; None while none is expected
         self.compiling: bool | None = None  # whether this step compiles; None before the first step
         self.store: dist.Store | None = None
+        self.guarding = False  # within publish_error
         self.finished = threading.Event()
 
     # -- what training does
@@ -167,6 +168,8 @@ class HeartbeatHook(Hook):
             self.store = dist.PrefixStore('mmmilan/heartbeat', store)
             self.publish()
             barrier()  # all have published
+        elif not self.guarding:  # a program of the user, which goes on when training fails
+            self.finished.set()
         runner.model.register_forward_hook(self.after_forward)
         self.thread = threading.Thread(target=self.watch, name='heartbeat', daemon=True)
         self.thread.start()
@@ -208,11 +211,12 @@ class HeartbeatHook(Hook):
 
     @contextmanager
     def publish_error(self) -> Iterator[None]:
-        """Publish an exception of this context.
+        """Publish an exception of this context, within which a process that trains alone is watched, too.
 
         A lost connection only says that some process is gone. The main thread then waits until the heartbeat's thread
         has found out which one, or until the launcher ends this process.
         """
+        self.guarding = True
         try:
             yield
         except Exception as error:
@@ -221,6 +225,8 @@ class HeartbeatHook(Hook):
                 time.sleep(2 * self.silent if self.store else 0)
             self.publish(error=first_line(error))
             raise
+        finally:
+            self.finished.set()
 
     # -- what the thread does
 

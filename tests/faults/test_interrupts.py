@@ -45,10 +45,17 @@ OFTEN = ('embed', 'train', 'cache', 'pack')  # without -m slow
 
 @pytest.fixture(autouse=True)
 def heard():
-    """A shell that starts the tests in the background makes them, and what they start, ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals are as a command finds them.
+
+    A shell that starts the tests in the background makes them, and what they start, ignore SIGINT; a test that trains
+    in this process leaves a handler of SIGTERM, which a forked worker of a pool would have, too.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run_in_fork(folder: Path, run: Callable, *args: object) -> None:

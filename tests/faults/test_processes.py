@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,11 @@ class SlowHook(Hook):
 
 def train_with_pauses(work_dir: Path) -> None:
     built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=2))
-    for hook in (HeartbeatHook(silent=LIMIT, stuck=LIMIT), SlowHook()):
+    heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
+    for hook in (heartbeat, SlowHook()):
         built.register_hook(hook)
-    built.train()
+    with heartbeat.publish_error():
+        built.train()
 
 
 def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
@@ -133,11 +136,33 @@ def test_a_compilation_takes_its_time(tmp_path, safe_mmengine, compiled, slow, f
     def train_slowly(work_dir: Path) -> None:
         sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
         built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=1))
-        for hook in (HeartbeatHook(silent=LIMIT, stuck=LIMIT), CompiledHook(compiled, slow)):
+        heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
+        for hook in (heartbeat, CompiledHook(compiled, slow)):
             built.register_hook(hook)
-        built.train()
+        with heartbeat.publish_error():
+            built.train()
 
     assert (exit_code(train_slowly, tmp_path) == 1) == fault
+
+
+class RaisingHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        raise ValueError('no')
+
+
+def fail_and_go_on(work_dir: Path, guarded: bool) -> None:
+    heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
+    built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=1))
+    for hook in (heartbeat, RaisingHook()):
+        built.register_hook(hook)
+    with pytest.raises(ValueError, match='no'), heartbeat.publish_error() if guarded else nullcontext():
+        built.train()
+    time.sleep(3 * LIMIT)
+
+
+@pytest.mark.parametrize('guarded', [True, False])
+def test_a_program_goes_on_after_a_training_that_failed(tmp_path, safe_mmengine, guarded):
+    assert exit_code(fail_and_go_on, tmp_path, guarded) == 0
 
 
 # -- data workers
