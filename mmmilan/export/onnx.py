@@ -1,46 +1,77 @@
-"""Export an encoder as ONNX."""
+"""Export an encoder, a classifier or a segmentor as ONNX, with what it takes and gives in the file's metadata."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    import numpy as np
     from torch import Tensor, nn
+
+    from mmmilan.export.preprocessing import Preprocessing
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 BOUND = 1e-4  # of a relative error in float32
+RESIZED_BOUND = 1e-3  # of a relative error where the graph resizes: a few pixels round to the next of 256 values
+PHOTOS = ((96, 128), (160, 100), (480, 640), (50, 40))  # height and width of those on which resizing is compared
+
+# Library and interpolation of a pipeline -> attributes of ONNX's Resize, and whether the columns are resized first, to
+# whole numbers, and then the rows, as Pillow does (for some shapes the other way round, which differs in rounding).
+RESIZE = {
+    ('pillow', 'bicubic'): ('mode = "cubic", cubic_coeff_a = -0.5, antialias = 1, exclude_outside = 1', True),
+    ('pillow', 'bilinear'): ('mode = "linear", antialias = 1, exclude_outside = 1', True),
+    ('cv2', 'bicubic'): ('mode = "cubic", cubic_coeff_a = -0.75', False),
+    ('cv2', 'bilinear'): ('mode = "linear"', False),
+}
 
 
 @checked
-def export_onnx(checkpoint: arguments.Path, out: arguments.Path, *, overwrite: bool = False) -> Path:
-    """Write an encoder as ONNX, and compare its outputs in onnxruntime with those of PyTorch.
+def export_onnx(
+    checkpoint: arguments.Path,
+    out: arguments.Path,
+    *,
+    resize: Literal['before', 'graph'] = 'before',
+    overwrite: bool = False,
+) -> Path:
+    """Write an encoder, a classifier or a segmentor as ONNX, and compare its outputs in onnxruntime with PyTorch's.
 
     The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the model includes the normalisation. The
-    outputs, float32, are ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, if the checkpoint
-    has a decoder that predicts CLIP features, ``embedding`` [B, C], of length 1 in the joint space of image and text.
+    outputs are float32. Of a classifier: ``probabilities`` [B, classes]. Of a segmentor: ``logits`` [B, classes, H, W].
+    Of an encoder: ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, if the checkpoint has a
+    decoder that predicts CLIP features, ``embedding`` [B, C], of length 1 in the joint space of image and text.
 
-    The relative error of every feature must be at most 1e-4, on batches of one and of three random images.
+    The file's metadata says the ``task``, the names of the ``classes`` (JSON), and under ``preprocessing`` (JSON) how a
+    photo becomes the input: the ``short_edge`` or ``size`` (height, width) that it is resized to, or the long and short
+    edge that it stays ``within``, by which ``interpolation`` of which ``library``; the centre ``crop``; ``size`` and
+    ``stride`` of the ``windows`` that a segmentor slides over it; ``mean`` and ``std`` of the normalisation inside.
+
+    The relative error of every output must be at most 1e-4, on batches of one and of three random images.
 
     Args:
         checkpoint: a model of the zoo, or a checkpoint of your own.
         out: file to write, .onnx.
+        resize: 'graph' puts resizing and crop into the model. ``images`` are then photos as Pillow reads them: uint8
+            [B, height, width, 3], RGB, of any one size. The outputs for photos of several sizes must be those of the
+            checkpoint's own test pipeline, to 1e-3.
         overwrite: replace the file if there is one.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint has no encoder, the outputs differ,
-            or the file must not or cannot be written. In these cases nothing is written.
+        InputError: onnx, onnxscript or onnxruntime is not installed, the checkpoint is a detector or of another kind
+            that is not exported, the outputs differ, ONNX cannot resize as the test pipeline does, or the file must not
+            or cannot be written. In these cases nothing is written.
 
     Examples:
         >>> mmmilan.export_onnx('runs/photos/milan.pth', 'photos.onnx')
@@ -55,69 +86,298 @@ def export_onnx(checkpoint: arguments.Path, out: arguments.Path, *, overwrite: b
     if missing:
         raise InputError(f'ONNX needs {" and ".join(missing)}; pip install {" ".join(missing)}.')
     model = get_model(checkpoint, pretrained=True, device='cpu')
-    encoder = build_encoder(model, checkpoint).eval()
+    task = exported_task(model, checkpoint)
+    says, preparation = describe(model, task)
+    exported = build_exported(model, task, checkpoint).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 3, *model.backbone.img_size, generator=generator)
+    images = torch.rand(3, 3, *input_size(model), generator=generator)
     with atomic_write(path) as temporary:
-        write(encoder, images[:2], temporary)
+        write(exported, images[:2], temporary, checkpoint)
         for batch in (images[:1], images):
-            compare(encoder, batch, temporary, path)
+            compare(run(exported, batch), run_onnx(temporary, batch.numpy()), BOUND, path, 'PyTorch')
+        if resize == 'graph':
+            prepend_resizing(temporary, says, preparation, path)
+            for photo in photos():
+                expected = run(exported, prepare(model, photo))
+                compare(expected, run_onnx(temporary, photo[None]), RESIZED_BOUND, path, 'the test pipeline')
+        add_metadata(temporary, says)
     return path
 
 
-def build_encoder(model: nn.Module, checkpoint: str | os.PathLike) -> nn.Module:
-    """A module from images [B, 3, H, W], RGB from 0 to 1, to a dictionary of features."""
+def exported_task(model: nn.Module, checkpoint: str | os.PathLike) -> str:
+    """'features', 'classification' or 'segmentation'.
+
+    Raises:
+        InputError: the model is of another kind.
+    """
+    from mmpretrain.models import ClsHead, ImageClassifier, MultiLabelClsHead
+
+    if hasattr(model, 'decode_head'):
+        return 'segmentation'
+    if hasattr(model, 'roi_head') or hasattr(model, 'bbox_head'):
+        raise InputError(
+            f'{checkpoint} is a detector, whose number of boxes depends on the image, which is not exported to ONNX; '
+            "use mmmilan predict or mmdet's DetInferencer, or export the encoder that it started from."
+        )
+    if not isinstance(model, ImageClassifier):
+        raise InputError(
+            f'{checkpoint} is a {type(model).__name__}, which is not exported to ONNX; give an encoder, a classifier '
+            'or a segmentor.'
+        )
+    if not model.with_head:
+        return 'features'
+    if not isinstance(model.head, ClsHead) or isinstance(model.head, MultiLabelClsHead):
+        raise InputError(
+            f'{checkpoint} ends in a {type(model.head).__name__}, which is not exported to ONNX; give a classifier of '
+            'one class for each image, or its encoder (mmmilan convert --encoder-only).'
+        )
+    return 'classification'
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images, or of the windows of a segmentor."""
+    test_cfg = getattr(model, 'test_cfg', None) or {}
+    return tuple(test_cfg['crop_size'] if test_cfg.get('mode') == 'slide' else model.backbone.img_size)
+
+
+def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing | None]:
+    """What the file says of itself, and its preprocessing if it is one of those that other libraries have too.
+
+    Raises:
+        InputError: a segmentor takes whole images of any size.
+    """
+    from mmmilan.export.preprocessing import normalisation, read_preprocessing
+
+    preparation, steps = None, model._config.test_dataloader.dataset.pipeline
+    mean, std = normalisation(model)
+    values = dict(colours='RGB', range=[0, 1], mean=mean, std=std, normalised='in the model')
+    resize = next((step for step in steps if step['type'].rpartition('.')[2] == 'Resize'), {})
+    if task == 'segmentation' and resize.get('keep_ratio'):
+        long, short = max(resize['scale']), min(resize['scale'])
+        library, interpolation = resize.get('backend') or 'cv2', resize.get('interpolation', 'bilinear')
+        values |= dict(within=[long, short], library=library, interpolation=interpolation)
+        if model.test_cfg.mode != 'slide':
+            raise InputError(
+                'This segmentor takes whole images of any shape, and an ONNX file images of one; export it with a '
+                "config whose test_cfg is dict(mode='slide', crop_size=..., stride=...), or whose Resize has no "
+                'keep_ratio.'
+            )
+    else:
+        try:
+            preparation = read_preprocessing(model._config, model)
+            values |= preparation.in_words()
+        except InputError:  # it has no words for these steps
+            values['pipeline'] = [dict(step) for step in steps]
+    if task == 'segmentation' and model.test_cfg.mode == 'slide':
+        values['windows'] = dict(size=list(model.test_cfg.crop_size), stride=list(model.test_cfg.stride))
+    says = dict(task=task, input_size=list(input_size(model)), preprocessing=values)
+    if task != 'features':
+        says['classes'] = list(model._dataset_meta.get('classes') or ())
+    return says, preparation
+
+
+def build_exported(model: nn.Module, task: str, checkpoint: str | os.PathLike) -> nn.Module:
+    """A module from images [B, 3, H, W], RGB from 0 to 1, to a dictionary of outputs."""
     from torch import nn
 
     from mmmilan.api.models import build_embedder
+    from mmmilan.export.preprocessing import mean_and_std
 
-    class Encoder(nn.Module):
+    preprocessor = model.data_preprocessor
+    takes_rgb = getattr(preprocessor, 'to_rgb', False) or getattr(preprocessor, '_channel_conversion', False)
+
+    class Exported(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedder = build_embedder(model, checkpoint)
-            self.register_buffer('mean', model.data_preprocessor.mean / 255)
-            self.register_buffer('std', model.data_preprocessor.std / 255)
+            self.model = build_embedder(model, checkpoint) if task == 'features' else model
+            mean, std = mean_and_std(model)
+            self.register_buffer('mean', mean)
+            self.register_buffer('std', std)
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
-            return self.embedder((images - self.mean) / self.std)
+            images = ((images if takes_rgb else images.flip(1)) - self.mean) / self.std
+            if task == 'features':
+                return self.model(images)
+            if task == 'classification':
+                return dict(probabilities=self.model(images).softmax(1))
+            return dict(logits=self.model.encode_decode(images, [dict(img_shape=images.shape[2:])]))
 
-    return Encoder()
+    return Exported()
 
 
-def write(encoder: nn.Module, images: Tensor, path: str) -> None:
-    """Export for any batch size."""
+def write(exported: nn.Module, images: Tensor, path: str, checkpoint: str | os.PathLike) -> None:
+    """Export for any batch size.
+
+    Raises:
+        InputError: PyTorch cannot express the model in ONNX, or fixed the batch size.
+    """
+    import onnx
     import torch
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # the exporter warns about its own code
-        logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-        torch.onnx.export(
-            encoder,
-            (images,),
-            path,
-            input_names=['images'],
-            output_names=list(encoder(images)),
-            dynamic_shapes=dict(images={0: torch.export.Dim('batch')}),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    batch = torch.export.Dim('batch')
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter('ignore')  # the exporter warns about its own code
+            logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+            logging.getLogger('onnxscript').setLevel(logging.ERROR)
+            torch.onnx.export(
+                exported,
+                (images,),
+                path,
+                input_names=['images'],
+                output_names=list(exported(images)),
+                dynamic_shapes=dict(images={0: batch}),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(
+            f'{checkpoint} cannot be expressed in ONNX ({str(error.__cause__ or error).strip().splitlines()[0]}); use '
+            'mmmilan predict or embed.'
+        ) from error
+    if not onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise InputError(f'{checkpoint} has a layer that only takes batches of {len(images)}; use mmmilan predict.')
 
 
-def compare(encoder: nn.Module, images: Tensor, written: str, path: Path) -> None:
-    """Raise an :class:`InputError` if the outputs of the file ``written`` differ from those of PyTorch."""
+def run(exported: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The outputs of PyTorch."""
+    import torch
+
+    with torch.no_grad():
+        return exported(images)
+
+
+def run_onnx(path: str, images: np.ndarray) -> dict[str, Tensor]:
+    """The outputs of onnxruntime."""
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(written, providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
-    outputs = dict(zip(names, session.run(None, {'images': images.numpy()}), strict=True))
-    with torch.no_grad():
-        expected = encoder(images)
+    values = map(torch.from_numpy, session.run(None, {'images': images}))
+    return dict(zip(names, values, strict=True))
+
+
+def compare(expected: dict[str, Tensor], actual: dict[str, Tensor], bound: float, path: Path, source: str) -> None:
+    """Raise an :class:`InputError` if outputs differ from those of a ``source`` by more than a part of their length."""
     for name, values in expected.items():
-        difference = (torch.from_numpy(outputs[name]) - values).norm(dim=-1) / values.norm(dim=-1)
-        if not difference.max() <= BOUND:
-            raise InputError(
-                f'{path} was not written: its {name} differs from that of PyTorch by {float(difference.max()):.1e} of '
-                'its length; try another version of onnxruntime.'
-            )
+        channels = 1 if values.ndim == 4 else -1
+        error = ((actual[name] - values).norm(dim=channels) / values.norm(dim=channels)).max()
+        if error <= bound:
+            continue
+        remedy = 'try another version of onnxruntime' if source == 'PyTorch' else 'leave out resize (--resize)'
+        raise InputError(
+            f'{path} was not written: its {name} differs from that of {source} by {float(error):.1e} of its length, '
+            f'where {bound:.0e} is allowed; {remedy}.'
+        )
+
+
+def photos() -> list[np.ndarray]:
+    """Pictures uint8 [H, W, 3] of several sizes, with edges, slopes and grain as in photographs."""
+    import numpy as np
+
+    rng, pictures = np.random.default_rng(0), []
+    for height, width in PHOTOS:
+        coarse = rng.integers(0, 256, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)
+        slope = np.linspace(-60, 60, width)[:, None] + np.linspace(-40, 40, height)[:, None, None]
+        picture = coarse[:height, :width] + slope + rng.normal(0, 6, (height, width, 3))
+        pictures.append(picture.clip(0, 255).astype(np.uint8))
+    return pictures
+
+
+def prepare(model: nn.Module, photo: np.ndarray) -> Tensor:
+    """A photo uint8 [H, W, 3], RGB, resized by the test pipeline of a model -> [1, 3, h, w] from 0 to 1."""
+    import numpy as np
+    import torch
+    from mmengine.registry import DefaultScope
+    from mmpretrain.registry import TRANSFORMS
+
+    from mmmilan.export.preprocessing import READING
+
+    results = dict(img=photo[..., ::-1].copy(), img_shape=photo.shape[:2])
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        for step in model._config.test_dataloader.dataset.pipeline:
+            if step['type'].rpartition('.')[2] not in READING:
+                results = TRANSFORMS.build(step)(results)
+    image = np.ascontiguousarray(results['img'][..., ::-1].transpose(2, 0, 1))
+    return torch.from_numpy(image)[None].float() / 255
+
+
+def prepend_resizing(path: str, says: dict[str, Any], preparation: Preprocessing | None, out: Path) -> None:
+    """Put resizing and crop into an ONNX file, before all else.
+
+    Raises:
+        InputError: they are not of those that ONNX has.
+    """
+    import onnx
+
+    kind = (preparation.library, preparation.interpolation) if preparation else None
+    if kind not in RESIZE or 'windows' in says['preprocessing']:
+        raise InputError(
+            f'{out} was not written: the test pipeline of its checkpoint resizes as no operator of ONNX does; leave '
+            'out resize (--resize), and resize images as the metadata of the file says.'
+        )
+    model = onnx.load(path)
+    text = f'<ir_version: {model.ir_version}, opset_import: ["" : {model.opset_import[0].version}]>'
+    before = onnx.parser.parse_model(text + resizing_graph(preparation, *RESIZE[kind]))
+    model = onnx.compose.merge_models(before, model, io_map=[('prepared', 'images')], prefix1='resize_')
+    model.graph.input[0].name = model.graph.node[0].input[0] = 'images'
+    onnx.save(model, path)
+    says['preprocessing']['resized'] = 'in the model'
+
+
+def resizing_graph(preparation: Preprocessing, attributes: str, by_axis: bool) -> str:
+    """Photos uint8 [B, height, width, 3] -> ``prepared`` float [B, 3, h, w] from 0 to 1, in ONNX's own language."""
+    height, width = preparation.size
+    resize = f"""
+        second = Concat <axis = 0> (count, size)
+        resized = Resize <{attributes}> ({'wide' if by_axis else 'photo'}, , , second)"""
+    if by_axis:
+        resize = f"""
+        columns = Gather <axis = 0> (size, last)
+        rows = Shape <start = 2, end = 3> (photo)
+        first = Concat <axis = 0> (count, rows, columns)
+        wider = Resize <{attributes}> (photo, , , first)
+        rounded = Round (wider)
+        wide = Clip (rounded, black, white){resize}"""
+    short, centre, used = 'size = Identity (sides_of_crop)', 'centre = Identity (pixels)', ''
+    if preparation.resize:
+        used = f', int64[1] edge = {{{preparation.resize}}}, int64[2] axes = {{2, 3}}, float two = {{2}}'
+        short = """sides = Shape <start = 2> (photo)
+        short = ReduceMin <keepdims = 1> (sides)
+        scaled = Mul (sides, edge)
+        size = Div (scaled, short)"""
+        centre = """spare = Sub (size, sides_of_crop)
+        spare_pixels = Cast <to = 1> (spare)
+        half = Div (spare_pixels, two)
+        left_top = Round (half)
+        start = Cast <to = 7> (left_top)
+        end = Add (start, sides_of_crop)
+        centre = Slice (pixels, start, end, axes)"""
+    used += ', int64[1] last = {1}' if by_axis else ''
+    return f"""
+    prepare (uint8[batch, height, width, 3] images) => (float[batch, 3, {height}, {width}] prepared)
+    <int64[2] sides_of_crop = {{{height}, {width}}}, float black = {{0}}, float white = {{255}}{used}>
+    {{
+        channels = Transpose <perm = [0, 3, 1, 2]> (images)
+        photo = Cast <to = 1> (channels)
+        count = Shape <end = 2> (photo)
+        {short}{resize}
+        whole = Round (resized)
+        pixels = Clip (whole, black, white)
+        {centre}
+        prepared = Div (centre, white)
+    }}"""
+
+
+def add_metadata(path: str, says: dict[str, Any]) -> None:
+    """Write what the file says of itself: texts as they are, the rest as JSON."""
+    import onnx
+
+    from mmmilan.version import __version__
+
+    model = onnx.load(path)
+    texts = {key: each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for key, each in says.items()}
+    onnx.helper.set_model_props(model, texts | dict(mmmilan=__version__))
+    onnx.save(model, path)

@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
 from mmmilan.errors import InputError
 
-_INTERPOLATION = {'nearest': 0, 'bilinear': 2, 'bicubic': 3}  # Pillow's numbers
+# Pillow's numbers. Only OpenCV has 'area'; the antialiased bilinear filter of the others averages pixels too.
+_INTERPOLATION = {'nearest': 0, 'bilinear': 2, 'bicubic': 3, 'area': 2}
+# Steps of a test pipeline that leave the pixels as they are.
+READING = ('LoadImage', 'LoadImageFromFile', 'LoadAnnotations', 'LoadLabelMap', 'PackInputs', 'PackSegInputs')
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,10 @@ class Preprocessing:
         resize: short side of the image in pixels before the crop; None if the image is not cropped but resized to
             ``size``, whatever its aspect ratio.
         size: height and width of the encoder's input.
-        interpolation: 'bicubic', 'bilinear' or 'nearest'.
+        interpolation: 'bicubic', 'bilinear', 'nearest' or 'area'.
         mean: mean of RGB images in [0, 1].
         std: standard deviation of RGB images in [0, 1].
+        library: what resizes: 'pillow', which averages where images become smaller, or 'cv2', which does not.
     """
 
     resize: int | None
@@ -32,6 +37,12 @@ class Preprocessing:
     interpolation: str
     mean: list[float]
     std: list[float]
+    library: str = 'pillow'
+
+    @property
+    def filter(self) -> str:
+        """The interpolation in the words of timm and open_clip."""
+        return 'bilinear' if self.interpolation == 'area' else self.interpolation
 
     def timm(self) -> dict[str, Any]:
         """The entries of timm's ``pretrained_cfg``.
@@ -39,7 +50,7 @@ class Preprocessing:
         Raises:
             InputError: the crop is not square; timm then resizes the image to cover the crop, not by its short side.
         """
-        settings = dict(interpolation=self.interpolation, mean=self.mean, std=self.std, input_size=[3, *self.size])
+        settings = dict(interpolation=self.filter, mean=self.mean, std=self.std, input_size=[3, *self.size])
         if self.resize is None:
             return settings | dict(crop_pct=1.0, crop_mode='squash')
         self.check_square('timm')
@@ -57,7 +68,7 @@ class Preprocessing:
         """
         if self.interpolation == 'nearest':
             raise InputError("open_clip has no interpolation 'nearest'; give the test pipeline 'bicubic'.")
-        settings = dict(mean=self.mean, std=self.std, interpolation=self.interpolation)
+        settings = dict(mean=self.mean, std=self.std, interpolation=self.filter)
         if self.resize is None:
             return settings | dict(resize_mode='squash')
         self.check_square('open_clip')
@@ -67,6 +78,12 @@ class Preprocessing:
                 f'{self.resize}; set the scale of ResizeEdge to {self.size[0]}.'
             )
         return settings | dict(resize_mode='shortest')
+
+    def in_words(self) -> dict[str, Any]:
+        """As JSON, for other programs."""
+        size = list(self.size)
+        sides = dict(size=size, crop=None) if self.resize is None else dict(short_edge=self.resize, crop=size)
+        return sides | dict(interpolation=self.interpolation, library=self.library)
 
     def check_square(self, library: str) -> None:
         """Raise an :class:`InputError` if the crop is not square."""
@@ -105,14 +122,14 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
         InputError: the pipeline does something that other libraries cannot express, or its output is not of the
             encoder's input size.
     """
-    steps = {}
-    for step in config.test_dataloader.dataset.pipeline:
-        steps[step['type'].rpartition('.')[2]] = step
+    steps = {step['type'].rpartition('.')[2]: step for step in config.test_dataloader.dataset.pipeline}
+    resizing = {name: step for name, step in steps.items() if name not in READING}
     resize: int | None = None
-    if 'ResizeEdge' in steps and 'CenterCrop' in steps and steps['ResizeEdge'].get('edge', 'short') == 'short':
-        step, size, resize = steps['ResizeEdge'], steps['CenterCrop']['crop_size'], steps['ResizeEdge']['scale']
-    elif 'Resize' in steps and not steps['Resize'].get('keep_ratio'):
-        step, size = steps['Resize'], steps['Resize']['scale']
+    step = resizing.get('ResizeEdge') or resizing.get('Resize') or {}
+    if [*resizing] == ['ResizeEdge', 'CenterCrop'] and step.get('edge', 'short') == 'short':
+        size, resize = resizing['CenterCrop']['crop_size'], step['scale']
+    elif [*resizing] == ['Resize'] and 'scale' in step and not step.get('keep_ratio'):
+        size = step['scale']
         size = size[::-1] if isinstance(size, (tuple, list)) else size  # OpenMMLab's is width, height
     else:
         raise InputError(
@@ -125,15 +142,21 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
             f'The test pipeline gives images of {size} but img_size={tuple(model.backbone.img_size)}; make them equal.'
         )
     interpolation = step.get('interpolation', 'bilinear')
-    if interpolation == 'area':  # only OpenCV has it; the antialiased bilinear filter of the others averages pixels too
-        interpolation = 'bilinear'
     if interpolation not in _INTERPOLATION:
         raise InputError(
             f'The interpolation {interpolation!r} of the test pipeline cannot be told to other libraries; choose one '
             f'of {", ".join(_INTERPOLATION)}.'
         )
-    normalisation = model.data_preprocessor
-    mean, std = (
-        [round(value / 255, 6) for value in each.flatten().tolist()] for each in (normalisation.mean, normalisation.std)
-    )
-    return Preprocessing(resize, size, interpolation, mean, std)
+    return Preprocessing(resize, size, interpolation, *normalisation(model), step.get('backend') or 'cv2')
+
+
+def normalisation(model: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, of images in [0, 1], that the data preprocessor of a model takes out."""
+    return tuple([round(value, 6) for value in each.flatten().tolist()] for each in mean_and_std(model))
+
+
+def mean_and_std(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The same as tensors [3, 1, 1]; a data preprocessor that does not normalise leaves values from 0 to 255."""
+    mean = getattr(model.data_preprocessor, 'mean', torch.zeros(3, 1, 1))
+    std = getattr(model.data_preprocessor, 'std', torch.ones(3, 1, 1))
+    return mean / 255, std / 255

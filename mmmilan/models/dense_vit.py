@@ -145,7 +145,7 @@ class DenseViT(VisionTransformer):
         """
         tokens, grid = self.patch_embed(images)
         if self.with_cls_token:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + resize_pos_embed(
             self.pos_embed, self.patch_resolution, grid, self.interpolate_mode, self.num_extra_tokens
         )

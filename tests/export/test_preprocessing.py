@@ -25,11 +25,16 @@ def test_pipelines_that_other_libraries_cannot_express(trained):
     with pytest.raises(InputError, match=r'gives images of \(24, 24\) but img_size=\(32, 32\); make them equal'):
         read_preprocessing(model._config, model)
     pipeline[1:3] = [dict(type='Resize', scale=(32, 32), interpolation='area')]
-    assert read_preprocessing(model._config, model) == Preprocessing(None, (32, 32), 'bilinear', MEAN, STD)
+    settings = read_preprocessing(model._config, model)
+    assert settings == Preprocessing(None, (32, 32), 'area', MEAN, STD, 'cv2')
+    assert settings.timm()['interpolation'] == settings.open_clip()['interpolation'] == 'bilinear'
     pipeline[1]['interpolation'] = 'lanczos'
     with pytest.raises(InputError, match="The interpolation 'lanczos' of the test pipeline cannot be told"):
         read_preprocessing(model._config, model)
-    pipeline[1:2] = [dict(type='RandomCrop', crop_size=32)]
+    pipeline[1:2] = [dict(type='Resize', scale=(32, 32)), dict(type='Pad', size=(64, 64))]
+    with pytest.raises(InputError, match=r'The test pipeline \(LoadImage, Resize, Pad, PackInputs\) cannot be told'):
+        read_preprocessing(model._config, model)
+    pipeline[1:3] = [dict(type='RandomCrop', crop_size=32)]
     with pytest.raises(InputError, match=r'The test pipeline \(LoadImage, RandomCrop, PackInputs\) cannot be told'):
         read_preprocessing(model._config, model)
 
