@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, shown
 
 Function = TypeVar('Function', bound=Callable)
 
@@ -131,12 +131,6 @@ Images = Annotated[Any, check_images]
 Text = Annotated[str, check_text]
 Texts = Annotated[Sequence[str], check_texts]
 Device = Annotated[str, check_device]
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut to 60 characters."""
-    text = f'<{type(value).__name__}>' if hasattr(value, 'dtype') else ' '.join(repr(value).split())
-    return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def check(hint: Any, name: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmmilan.interrupts import end_at_interrupt
 
@@ -83,3 +84,9 @@ def send_to_torchrun(message: str) -> bool:
         with open(file, 'w', encoding='utf-8') as stream:
             json.dump(dict(message=message, timestamp=int(time.time())), stream)
     return bool(file)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut to 60 characters."""
+    text = f'<{type(value).__name__}>' if hasattr(value, 'dtype') else ' '.join(repr(value).split())
+    return text if len(text) <= 60 else f'{text[:57]}...'

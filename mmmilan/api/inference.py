@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmmilan import arguments
 from mmmilan.api.models import get_model, test_dataset
-from mmmilan.arguments import check_path, checked, shown
-from mmmilan.errors import InputError
+from mmmilan.arguments import check_path, checked
+from mmmilan.errors import InputError, shown
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
