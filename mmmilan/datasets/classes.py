@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mmmilan.files import first_line
 
 IGNORE = 255  # label of pixels without a class
 SHOWN = 5
-NAME_FILES = ('classes.txt', 'classes.json', 'class_dict.csv', 'labelmap.txt')
+NAME_FILES = ('classes.txt', 'classes.json', 'class_dict.csv', 'labelmap.txt', '_classes.csv')
 
 
 def as_name(name: Any) -> str:
@@ -272,9 +272,14 @@ def text_names(text: str) -> dict[int, str]:
     if lines and lines[0].split('\t')[0] == 'Idx':  # ADE20K: Idx, Ratio, Train, Val, Stuff, Name
         cells = [line.split('\t') for line in lines[1:]]
         return {int(row[0]): row[-1] for row in cells}
+    if len(lines) > 1 and re.fullmatch(r'pixel value\s*,\s*class', lines[0].casefold()):  # Roboflow
+        del lines[0]
     matches = [re.fullmatch(r'(\d+)[\s:,;]+(.+)', line) for line in lines]
-    if lines and all(matches) and [int(match[1]) - int(matches[0][1]) for match in matches] == [*range(len(lines))]:
-        return {int(match[1]): match[2] for match in matches}
+    if lines and all(matches):
+        numbers = [int(match[1]) for match in matches]
+        rising = all(before < after for before, after in zip(numbers, numbers[1:], strict=False))
+        if rising and len({match[2] for match in matches}) == len(lines) and (len(lines) > 1 or numbers[0] < 2):
+            return {int(match[1]): match[2] for match in matches}
     return dict(enumerate(lines))
 
 
@@ -319,6 +324,8 @@ def names_of(folders: Sequence[Path], classes: Sequence[str] | str | os.PathLike
         if not path.is_file():
             raise InputError(f'classes={os.fspath(classes)!r} is no file; give a file of names, or a list of names.')
         return read_names(path, True)
+    if not classes:
+        raise InputError('classes names none; give a list of names, a file of them, or leave it out.')
     positions(classes, 'classes')
     return Names(dict(enumerate(map(as_name, classes))), 'classes', True, counted=True)
 
@@ -331,32 +338,37 @@ def read_names(path: Path, chosen: bool) -> Names:
     """
     with readable(path):
         text = path.read_text(encoding='utf-8-sig')
-        coloured = json_colours(json.loads(text)) if path.suffix == '.json' else text_colours(text)
-    if coloured:
-        numbered, colours = dict(enumerate(coloured)), dict(enumerate(coloured.values()))
-        if path.suffix == '.json':
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # names alone, as most have no id
-                numbered = json_names(json.loads(text))
-                colours = {number: coloured[name] for number, name in numbered.items() if name in coloured}
-    else:
-        numbered, colours = read_numbered(path), {}
+        table = json_table(json.loads(text)) if path.suffix == '.json' else text_table(text)
+    numbered = {number: as_name(name) for number, name in table[0].items()}
+    if not numbered:
+        raise InputError(f'{path} names no class; write one name a line.')
     positions(numbered.values(), str(path))
-    numbered = {number: as_name(name) for number, name in numbered.items()}
-    counted = as_name(next(iter(text.split('\n')), '').strip()) == numbered.get(0)
-    if path.suffix == '.json':
-        counted = isinstance(json.loads(text), list) and '"id"' not in text
-    return Names(numbered, str(path), chosen, colours, counted)
+    return Names(numbered, str(path), chosen, *table[1:])
 
 
-def json_colours(content: Any) -> dict[str, list[int]]:
-    """Name -> [R, G, B] from a table in JSON; {} if it has no colours."""
+Table = tuple[dict[int, str], dict[int, list[int]], bool]  # names and colours by number, and whether they have none
+
+
+def json_table(content: Any) -> Table:
+    """A table in JSON; see :class:`Names`."""
+    content = content.get('categories', content) if isinstance(content, dict) else content
     if isinstance(content, dict):
-        content = content.get('categories', content)
-    if isinstance(content, dict):
-        return {str(name): as_colour(value) for name, value in content.items() if as_colour(value)}
-    entries = [each for each in content if isinstance(each, dict)]
-    colours = {str(each.get('name')): as_colour(each.get('color', each.get('colour'))) for each in entries}
-    return {name: colour for name, colour in colours.items() if colour}
+        entries = [dict(name=name, color=value) for name, value in content.items()]
+        has_numbers = not all(as_colour(value) for value in content.values())
+    else:
+        entries = [each if isinstance(each, dict) else dict(name=each) for each in content]
+        has_numbers = all('id' in each for each in entries)
+    numbered = json_names(content) if has_numbers else {i: str(each['name']) for i, each in enumerate(entries)}
+    given = {str(each['name']): as_colour(each.get('color', each.get('colour'))) for each in entries}
+    return numbered, {i: given[name] for i, name in numbered.items() if given.get(name)}, not has_numbers
+
+
+def text_table(text: str) -> Table:
+    """A table in lines; see :class:`Names`."""
+    colours = text_colours(text)
+    numbered = dict(enumerate(colours)) if colours else text_names(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return numbered, dict(enumerate(colours.values())), bool(colours) or list(numbered.values()) == lines
 
 
 def as_colour(value: Any) -> list[int] | None:

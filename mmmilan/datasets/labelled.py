@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.datasets.classes import absent, as_name, listed, match_names, names_of, order_of
+from mmmilan.datasets.classes import Names, absent, as_name, listed, match_names, names_of, order_of
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
@@ -95,12 +95,20 @@ def read_labelled(
         labelled, present = read(root, classes, ignored)
     if not image_paths(labelled.val):
         labelled = divided(labelled, present, val_fraction, seed)
+    return labelled._replace(notes=labelled.notes + absent_classes(labelled, present))
+
+
+def absent_classes(labelled: Labelled, present: Present) -> list[str]:
+    """A line about the classes that a split has no image of, unless there are label maps that were not looked at."""
+    lines = []
     for split in SPLITS:
-        images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
-        labelled.notes.extend(
-            absent(labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split)
-        )
-    return labelled
+        paths = image_paths(getattr(labelled, split))
+        if all(path in present for path in paths):
+            images = Counter(label for path in paths for label in present[path])
+            lines += absent(
+                labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split
+            )
+    return lines
 
 
 # -- the task
@@ -166,7 +174,7 @@ def what_is_in(root: Path) -> str:
 
 
 def read_annotations(
-    formats: dict[str, Callable[[], list[Part]]], root: Path, classes: Any, ignored: Sequence[str | int]
+    formats: dict[str, Callable[[Names | None], list[Part]]], root: Path, classes: Any, ignored: Sequence[str | int]
 ) -> tuple[Labelled, Present]:
     """A data set of annotated objects, and the labels in each image."""
     if len(formats) > 1:
@@ -174,9 +182,10 @@ def read_annotations(
             f'{root} has annotations of objects in {len(formats)} formats, {" and ".join(formats)}; give the file '
             'data.yaml or the JSON in place of the folder, or remove the others.'
         )
-    parts = next(iter(formats.values()))()
     folder = root if root.is_dir() else root.parent
-    names, train, val, has_masks, notes = read_objects(parts, names_of([folder], classes), ignored)
+    given = names_of([folder], classes)
+    parts = next(iter(formats.values()))(given)
+    names, train, val, has_masks, notes = read_objects(parts, given, ignored)
     present: Present = {}
     for split in (train, val):
         own = {image['id']: present.setdefault(image['file_name'], set()) for image in split['images']}
@@ -257,7 +266,7 @@ def divided(labelled: Labelled, present: Present, val_fraction: float, seed: int
     """
     paths = image_paths(labelled.train)
     keys = [os.path.relpath(path, labelled.root) for path in paths]
-    held_out = {paths[i] for i in stratify(keys, [present[path] for path in paths], val_fraction, seed)}
+    held_out = {paths[i] for i in stratify(keys, [present.get(path, set()) for path in paths], val_fraction, seed)}
     if not held_out:
         raise InputError(
             f'No class of {labelled.root} has two images, so none can be kept to validate on; give more images, or a '

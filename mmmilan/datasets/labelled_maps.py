@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from rich.progress import track
 
 from mmmilan.datasets.annotations import LOOKED_AT, as_code, read_values, show_code
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
-from mmmilan.datasets.decoding import read_bytes
+from mmmilan.datasets.decoding import open_header, read_bytes
 from mmmilan.datasets.object_formats import list_images_of, size_of
 from mmmilan.datasets.splits import WORD, role_of
 from mmmilan.errors import InputError, count
@@ -182,6 +183,19 @@ def look_at(pairs: Sequence[tuple[str, str]], colours: bool) -> Seen:
     return seen
 
 
+def has_coloured_maps(paths: Sequence[str], given: Names) -> bool:
+    """Whether the colours of a table are those of the pixels: of RGB images; of palettes if names have no numbers."""
+    for path in paths[:LOOKED_AT] if given.colours else ():
+        with (
+            suppress(Exception),
+            open_header(read_bytes(path)) as picture,
+        ):  # of any type; reading it says what is wrong
+            if picture.mode != 'P':
+                return picture.mode in ('RGB', 'RGBA')
+            return given.counted
+    return False
+
+
 def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The values that occur in uint8 [H, W], and how often; faster than sorting them."""
     numbers = np.bincount(values.ravel())
@@ -209,10 +223,14 @@ def read_maps(
     if lost := len(train) + len(val) - sum(map(len, readable)):
         notes.append(f'{count(lost, "image")} left out, that do not decode.')
     train, val = readable
-    colours = bool(given and given.colours)
     every = train + val
+    if given and not has_coloured_maps([path for _, path in every], given):
+        given = given._replace(colours={})
+    colours = bool(given and given.colours)
     order = sorted(np.random.default_rng(0).permutation(len(every))[:LOOKED_AT].tolist())
     seen = look_at([every[i] for i in order], colours)
+    known = given.names if given else []
+    ignored = [each if each in known or not str(each).isdigit() else int(each) for each in ignored]  # '0' of a shell
     names, table = make_table(seen, given, ignored, str(root), notes)
     label = {as_code(value): number for value, number in table if number != IGNORE}
     present = {image: {label[value] for value in seen.present.get(path, ()) if value in label} for image, path in every}
@@ -235,8 +253,8 @@ def make_table(
             raise InputError(f'{given.where} has no colour of {listed(lacking)}; add it.')
     else:
         values = {name: value for value, name in name_values(seen, given, ignored, notes).items()}
-    names = [name for name in values if name not in map(str, ignored) and as_code(values[name]) not in ignored]
-    unknown = [each for each in ignored if isinstance(each, str) and each not in values]
+    names = [name for name in values if name not in map(as_name, ignored) and as_code(values[name]) not in ignored]
+    unknown = [each for each in ignored if isinstance(each, str) and as_name(each) not in values]
     if unknown:
         raise InputError(f'ignore names {unknown[0]}, which is no class of {where} ({listed(values)}); correct it.')
     table = [(values[name], label) for label, name in enumerate(names)]
@@ -245,6 +263,8 @@ def make_table(
     extra = [each for each in ignored if isinstance(each, int) and each not in known]
     table += [(each, IGNORE) for each in extra]
     check_values(seen, table, given, notes)
+    if len(names) > IGNORE:
+        raise InputError(f'{given.where} names {len(names)} classes; label maps of 8 bits have {IGNORE} at most.')
     classes = [name for name in names if seen.pixels[as_code(values[name])]]
     if len(classes) < 2:
         raise InputError(
@@ -264,9 +284,11 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
         notes.append(f'The value 0 of the label maps is taken for background, {pair[1]} for foreground.')
         return {0: 'background', pair[1]: 'foreground'}
     if given is None:
+        path = seen.first[max(seen.pixels)]
         raise InputError(
-            f'The label maps have the values {listed(map(str, sorted(seen.pixels)))}, and nothing names them; write '
-            'classes.txt beside the images, with a name for 0, 1, 2, ... a line each, or give classes.'
+            f'The label maps have the values {listed(map(str, sorted(seen.pixels)))} ({path}), and nothing names them; '
+            + (lossy(path) or 'write classes.txt beside the images, one name a line for 0, 1, 2, ..., or give classes')
+            + '.'
         )
     numbered = dict(sorted(given.numbered.items()))
     if two and len(numbered) == 1:
@@ -280,6 +302,13 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
         notes.append(f'The names of {given.where} are of the values from 1 on, as 0 is ignored.')
         return {value + 1: name for value, name in numbered.items()}
     return numbered
+
+
+def lossy(path: str) -> str:
+    """What to do about values of a map in a format such as JPEG; '' for others."""
+    if path.lower().endswith(LOSSLESS):
+        return ''
+    return f'{path.rpartition(".")[2].upper()} changes values, so save label maps as PNG'
 
 
 def check_values(seen: Seen, table: list[tuple[int | list[int], int]], given: Names | None, notes: list[str]) -> None:
@@ -301,10 +330,8 @@ def check_values(seen: Seen, table: list[tuple[int | list[int], int]], given: Na
     if not wrong:
         return
     path, kind = seen.first[wrong[0]], 'colours' if colours else 'values'
-    remedy = 'correct the map, or name them'
-    if not path.lower().endswith(LOSSLESS):
-        remedy = f'{path.rpartition(".")[2].upper()} changes values, so save label maps as PNG'
-    elif wrong == [len(known)] and 0 in seen.pixels:
+    remedy = lossy(path) or 'correct the map, or name them'
+    if wrong == [len(known)] and 0 in seen.pixels:
         remedy += ', or give ignore=0 if 0 marks pixels without a class'
     raise InputError(
         f'{path} has {kind} that {given.where if given else "nothing"} does not name: '

@@ -56,7 +56,7 @@ def read_objects(
     where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
     classes = choose_classes(contents, where, given, ignored, notes)
     splits = {name: clean(each, classes, name, where[name], notes) for name, each in contents.items() if each}
-    check_twice(splits, notes)
+    note_files(splits, {image['file_name'] for part in chain(*contents.values()) for image in part['images']}, notes)
     masks = [bool(each['segmentation']) for split in splits.values() for each in split['annotations']]
     if not masks:
         raise InputError(f'{where["train"]} has no objects of {listed(classes)}; annotate some.')
@@ -216,7 +216,7 @@ def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None
     """
     case = image['file_name']
     x, y, width, height = map(float, annotation['bbox'])
-    if width < 1 or height < 1:
+    if not (width >= 1 and height >= 1):  # of numbers that are none, too
         return counts.add('objects left out, with a box of less than a pixel', case)
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, image['width']), min(y + height, image['height'])
     if right - left < 1 or bottom - top < 1:
@@ -237,19 +237,18 @@ def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None
     )
 
 
-def check_twice(splits: dict[str, Coco], notes: list[str]) -> None:
-    """Count the images that are in both splits, and those beside the images of both that are in neither."""
+def note_files(splits: dict[str, Coco], named: set[str], notes: list[str]) -> None:
+    """Count the images that are in both splits, and those that lie beside others and that no annotations name."""
     files = [{image['file_name'] for image in split['images']} for split in splits.values()]
     if len(files) == 2 and (both := files[0] & files[1]):
         notes.append(
             f'{count(len(both), "image")} of val are in train too, which flatters the result: {listed(sorted(both))}.'
         )
-    folders = {os.path.dirname(file) for file in set().union(*files)}
-    unused = [
+    beside = (
         os.path.join(folder, file)
-        for folder in sorted(folders)
+        for folder in sorted({os.path.dirname(file) for file in named if os.path.isabs(file)})
         for file in list_folder(folder).files
-        if '/' not in file and os.path.join(folder, file) not in set().union(*files)
-    ]
-    if unused:
+        if '/' not in file
+    )
+    if unused := [file for file in beside if file not in named]:
         notes.append(f'{count(len(unused), "image")} without annotations not used: {listed(unused)}.')

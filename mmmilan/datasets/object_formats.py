@@ -16,7 +16,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,11 +28,11 @@ import numpy as np
 import yaml
 from rich.progress import track
 
-from mmmilan.datasets.annotations import PARTS, check_coco
-from mmmilan.datasets.classes import as_name, listed, positions
+from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
+from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import read_size
 from mmmilan.datasets.listing import extension, list_annotated, list_folder, remember
-from mmmilan.datasets.splits import role_of
+from mmmilan.datasets.splits import ANNOTATIONS, role_of
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
@@ -106,6 +108,7 @@ class Images:
             lambda file: as_name(file).split('/')[-len(parts) :] == parts,
             lambda file: file.startswith(inside),
             lambda file: roles_of(file)[:1] == [role],
+            lambda file: not any(map(ANNOTATIONS.fullmatch, file.split('/')[:-1])),  # label maps
         )
         for test in tests:
             found = list(filter(test, found)) or found
@@ -122,8 +125,8 @@ def roles_of(file: str) -> list[str]:
     return [role[0] for part in reversed(file.split('/')) if (role := role_of(part.rpartition('.')[0] or part))]
 
 
-def find_objects(root: Path) -> dict[str, Callable[[], list[Part]]]:
-    """The formats of annotations of objects that a folder has, each with what gives its splits.
+def find_objects(root: Path) -> dict[str, Callable[[Names | None], list[Part]]]:
+    """The formats of annotations of objects that a folder has, each with what gives its splits, by names of classes.
 
     Args:
         root: A folder, or the ``data.yaml`` or JSON file of one.
@@ -132,7 +135,7 @@ def find_objects(root: Path) -> dict[str, Callable[[], list[Part]]]:
         return {}
     formats = dict(COCO=coco_files(root), YOLO=yolo_files(root), VOC=voc_files(root))
     readers = dict(COCO=coco_parts, YOLO=yolo_parts, VOC=voc_parts)
-    return {name: lambda name=name, files=files: readers[name](files, root) for name, files in formats.items() if files}
+    return {name: partial(readers[name], files, root) for name, files in formats.items() if files}
 
 
 def require_labelformat(where: str | os.PathLike) -> None:
@@ -159,7 +162,7 @@ def is_coco(path: Path) -> bool:
     return False  # an empty file
 
 
-def coco_parts(files: list[Path], root: Path) -> list[Part]:
+def coco_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     """The splits of COCO's files, named by the files or their folders."""
     folder = root if root.is_dir() else root.parent
     if root.is_file() and not list_images_of(folder):  # annotations/instances.json
@@ -181,7 +184,7 @@ def coco_parts(files: list[Path], root: Path) -> list[Part]:
 
 
 def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
-    """A file of annotations, completed and checked, with absolute file names; None in place of a missing one."""
+    """A file of annotations, completed and checked, with absolute file names."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -202,8 +205,8 @@ def complete_coco(content: dict[str, Any]) -> None:
     """Add in place what tools leave out and the rest of a file tells: sizes, ids, areas, boxes of polygons."""
     images, annotations = ([e for e in content[part] if isinstance(e, dict)] for part in ('images', 'annotations'))
     for image in images:
-        if image.get('width') is None and image.get('height') is None and (size := size_of(image.get('file_name', ''))):
-            image['width'], image['height'] = size
+        if image.get('width') is None and image.get('height') is None:
+            image['width'], image['height'] = size_of(str(image.get('file_name'))) or (1, 1)  # it will be left out
     for index, entry in enumerate(annotations):
         entry.setdefault('id', f'of entry {index}')
         mask = entry.get('segmentation')
@@ -262,23 +265,41 @@ def yolo_files(root: Path) -> list[Path]:
         return found
     texts = {str(root / file) for file in files_in(root, '.txt')}
     images = (str(root / file) for file in list_images_of(root)) if texts else ()
-    return [root] if any(any(path in texts for path in label_paths(image)) for image in images) else []
+    beside = (next((text for text in label_paths(image) if text in texts), None) for image in images)
+    return [root] if any(map(has_rows, islice(filter(None, beside), LOOKED_AT))) else []
+
+
+def has_rows(text: str) -> bool:
+    """Whether a text file begins with a row of five numbers or more: captions lie beside images, too."""
+    with open(text, encoding='utf-8', errors='replace') as file:
+        cells = next(filter(None, map(str.split, file)), [])
+    with suppress(ValueError):
+        return len(list(map(float, cells))) >= 5
+    return False
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; None if it is none."""
+    """The content of a YAML file, all values as text; None if it has nothing of a data set.
+
+    Raises:
+        InputError: it has names of classes and a fault.
+    """
+    text = ''
     try:
-        return yaml.safe_load(path.read_text(encoding='utf-8-sig'))
-    except (OSError, ValueError, yaml.YAMLError):
+        text = path.read_text(encoding='utf-8-sig')
+        return yaml.load(text, yaml.BaseLoader)  # a class may be called no, on or 1
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if re.search(r'^\s*(names|nc)\s*:', text, re.MULTILINE):
+            raise InputError(f'{path} cannot be read as YAML ({first_line(error)}); correct it.') from error
         return None
 
 
 def is_data_yaml(content: Any) -> bool:
     """Whether a YAML file is that of a data set."""
-    return isinstance(content, dict) and 'names' in content and any(key in content for key in YAML_SPLITS)
+    return isinstance(content, dict) and bool({'names', 'nc'} & set(content)) and bool(set(YAML_SPLITS) & set(content))
 
 
-def yolo_parts(files: list[Path], root: Path) -> list[Part]:
+def yolo_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     """The splits that ``data.yaml`` names; without one, those of folders."""
     if len(files) > 1:
         raise InputError(
@@ -286,45 +307,47 @@ def yolo_parts(files: list[Path], root: Path) -> list[Part]:
         )
     path = files[0]
     if path.is_dir():
-        return yolo_folders(path)
+        return yolo_folders(path, given)
     content = read_yaml(path)
-    names = yolo_names(content['names'], path)
+    names = yolo_names(content.get('names'), str(path))
+    if str(content.get('nc', len(names))) != str(len(names)):
+        raise InputError(f'{path} has nc: {content["nc"]}, but {len(names)} names; correct one of them.')
     splits: dict[str, list[str]] = {}
     for key, role in YAML_SPLITS.items():
-        if content.get(key):
+        if content.get(key) not in (None, '', 'null', '~', []):
             splits.setdefault(role, []).extend(yolo_images(content, key, path))
-    if not splits.get('train'):
+    if 'train' not in splits:
         raise InputError(f'{path} has no train; name the folder of the images to train on.')
     for role in ('val', 'test'):
         if set(splits.get(role, ())) == set(splits['train']):  # as in coco128.yaml
             del splits[role]
     return [
-        Part(role, f'{role} of {path}', lambda images=images: read_yolo(images, names, path))
+        Part(role, f'{role} of {path}', partial(read_yolo, list(dict.fromkeys(images)), names, str(path)))
         for role, images in splits.items()
     ]
 
 
-def yolo_folders(root: Path) -> list[Part]:
+def yolo_folders(root: Path, given: Names | None) -> list[Part]:
     """The splits of images that have text files but no ``data.yaml``."""
-    names = next((root / name for name in ('classes.txt', 'obj.names') if (root / name).is_file()), None)
-    names = names or next((root / file for file in files_in(root, '.txt') if file.endswith('/classes.txt')), None)
-    if names is None:
+    files = [root / 'obj.names', *(root / file for file in files_in(root, '.txt') if file.endswith('/classes.txt'))]
+    found = given or next((read_names(file, False) for file in files if file.is_file()), None)
+    if found is None:
         raise InputError(
             f'{root} has rows of boxes in text files, but no names of their classes; write data.yaml with names, train '
             'and val, or classes.txt with one name a line.'
         )
-    classes = [as_name(line.strip()) for line in names.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+    names = yolo_names(found.numbered, found.where)
     splits: dict[str, list[str]] = defaultdict(list)
     for file in list_images_of(root):
         splits[next(iter(roles_of(os.path.dirname(file))), '')].append(str(root / file))
     return [
-        Part(role, f'{root / role}' if role else str(root), lambda images=images: read_yolo(images, classes, names))
+        Part(role, f'{role} of {root}' if role else str(root), partial(read_yolo, images, names, found.where))
         for role, images in splits.items()
     ]
 
 
-def yolo_names(names: Any, path: Path) -> list[str]:
-    """The names of ``data.yaml``, a list or a dictionary from 0 on.
+def yolo_names(names: Any, where: str) -> list[str]:
+    """The names of ``data.yaml``, a list or a dictionary from 0 on, in their order.
 
     Raises:
         InputError: they are something else, or have a gap.
@@ -334,14 +357,14 @@ def yolo_names(names: Any, path: Path) -> list[str]:
     try:
         names = {int(number): as_name(name) for number, name in names.items()}
     except (AttributeError, TypeError, ValueError):
-        raise InputError(f'{path} has names that are no list; write names: [cat, dog].') from None
+        raise InputError(f'{where} has names that are no list; write names: [cat, dog].') from None
     if sorted(names) != list(range(len(names))):
         raise InputError(
-            f'{path} numbers its {len(names)} names {listed(map(str, sorted(names)))}, and not 0 to {len(names) - 1} '
+            f'{where} numbers its {len(names)} names {listed(map(str, sorted(names)))}, and not 0 to {len(names) - 1} '
             'without a gap; correct them.'
         )
     names = [names[number] for number in range(len(names))]
-    positions(names, str(path))
+    positions(names, where)
     return names
 
 
@@ -385,7 +408,7 @@ def label_paths(image: str) -> list[str]:
     return [f'{before}/labels/{after}', stem] if folder else [stem]
 
 
-def read_yolo(images: list[str], names: list[str], where: Path) -> dict[str, Any]:
+def read_yolo(images: list[str], names: list[str], where: str) -> dict[str, Any]:
     """The objects of images, as labelformat reads them from the text files of the images."""
     require_labelformat(where)
     from labelformat.formats import YOLOv8InstanceSegmentationInput, YOLOv8ObjectDetectionInput
@@ -402,7 +425,8 @@ def read_yolo(images: list[str], names: list[str], where: Path) -> dict[str, Any
             rows[image] = yolo_rows(text, names, where)
     if not texts:
         raise InputError(
-            f'None of the {len(images)} images of {where} has a text file, as {label_paths(images[0])[0]}.'
+            f'None of the {len(images)} images of {where} has a text file, as {label_paths(images[0])[0]}; put the '
+            'folder labels beside images.'
         )
     with_masks = has_polygons({text: rows[image] for text, image in texts.items()})
     base = YOLOv8InstanceSegmentationInput if with_masks else YOLOv8ObjectDetectionInput
@@ -431,7 +455,7 @@ def size_of(image: str) -> tuple[int, int] | None:
         return None
 
 
-def yolo_rows(path: str, names: Sequence[str], where: Path) -> list[list[str]]:
+def yolo_rows(path: str, names: Sequence[str], where: str) -> list[list[str]]:
     """The rows of a text file, of which labelformat would leave out wrong ones.
 
     Raises:
@@ -453,7 +477,7 @@ def yolo_rows(path: str, names: Sequence[str], where: Path) -> list[list[str]]:
     return rows
 
 
-def row_fault(values: list[float], names: Sequence[str], where: Path) -> str:
+def row_fault(values: list[float], names: Sequence[str], where: str) -> str:
     """What is wrong with the numbers of a row; '' if nothing is."""
     if not all(map(math.isfinite, values)):
         return 'has a number that is not finite'
@@ -517,7 +541,7 @@ def voc_files(root: Path) -> list[Path]:
     return files if files and b'<annotation' in files[0].read_bytes()[:1000] else []
 
 
-def voc_parts(files: list[Path], root: Path) -> list[Part]:
+def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     """The splits of Pascal VOC: by the lists in ``ImageSets/Main``, or else by folders."""
     images = Images(root)
     lists = {path.stem: path for path in sorted(root.rglob('ImageSets/Main/*.txt'))}
@@ -529,7 +553,6 @@ def voc_parts(files: list[Path], root: Path) -> list[Part]:
         else:
             role = next(iter(roles_of(os.path.relpath(file.parent, root))), '')
         roles[role].append(file)
-    roles.pop('unused', None)
     names = sorted({name for file in files for name in voc_names(file)})
     return [
         Part(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -474,3 +475,294 @@ def test_two_classes(tmp_path, classes, names, value, channels):
     _, val = built(labelled, tmp_path / 'out', SEGMENTATION)
     for name, row in stripes(val).items():
         assert row == [[names[0], names[1], names[0]], [names[1], names[1], names[0]]][int(name[0]) % 2]
+
+
+# -- what is wrong with them
+
+
+def refused(data: Path, message: str, **options) -> None:
+    """One sentence, ``cause; remedy.``"""
+    with pytest.raises(InputError, match=message) as error:
+        read_labelled(data, **options)
+    text = str(error.value)
+    assert text.endswith('.') and ';' in text and '\n' not in text
+
+
+BOX = '0 0.5 0.5 0.5 0.5'
+NAMES = 'train: images\nnames: [cat, dog]'
+
+
+@pytest.mark.parametrize(
+    'row, content, message',
+    [
+        (f'{BOX}\n2 0.5 0.5 0.5 0.5', NAMES, r'1\.txt, line 2, has the class 2, where .*data.yaml names 2, 0 to 1'),
+        ('-1 0.5 0.5 0.5 0.5', NAMES, 'line 1, has the class -1'),
+        ('0.5 0.5 0.5 0.5 0.5', NAMES, 'line 1, has the class 0.5'),
+        ('cat 0.5 0.5 0.5 0.5', NAMES, r'line 1, is no row of numbers \(cat 0.5'),
+        ('0 0.5 0.5 0.5', NAMES, r'has 3 numbers after the class, neither a box \(4\) nor a polygon'),
+        ('0 0.5 0.5 0.5 0.5 0.9', NAMES, 'has 5 numbers after the class'),
+        ('0 0.5 0.5 nan 0.5', NAMES, 'has a number that is not finite'),
+        ('0 20 16 10 10', NAMES, 'has coordinates in pixels'),
+        (f'{BOX}\n0 0 0 0.5 0 0.5 0.5', NAMES, r'row 1, has 4 numbers, a box or a polygon of two points, where others'),
+        (BOX, 'train: images\nnames: {0: cat, 2: dog}', 'numbers its 2 names 0, 2, and not 0 to 1 without a gap'),
+        (BOX, 'train: images\nnames: cat', 'has names that are no list; write names'),
+        (BOX, 'train: images\nnc: 2', 'has names that are no list'),
+        (BOX, 'train: images\nnames: [cat, cat]', 'names the class cat twice'),
+        (BOX, 'train: images\nnc: 3\nnames: [cat, dog]', 'has nc: 3, but 2 names'),
+        (BOX, 'train: pictures\nnames: [cat]', r'has train: pictures, which does not exist \(.*data/pictures\)'),
+        (BOX, 'train: images\nval: [images, more]\nnames: [cat]', 'has val: more, which does not exist'),
+        (BOX, 'val: images\nnames: [cat]', 'has no train; name the folder'),
+        (BOX, 'train: images\nnames: [cat', r'data.yaml cannot be read as YAML \('),
+        (None, NAMES, 'None of the 2 images of .*data.yaml has a text file, as .*labels/'),
+        ('', NAMES, 'has no objects of cat, dog; annotate some'),
+        (BOX, None, 'has rows of boxes in text files, but no names of their classes; write data.yaml'),
+    ],
+)  # fmt: skip
+def test_yolo_that_is_wrong(tmp_path, row, content, message):
+    pytest.importorskip('labelformat')
+    rows = {'images/0.png': None if row is None else '' if row == '' else BOX, 'images/1.png': row}
+    if row is not None and '0 0 0' in row:
+        rows['images/0.png'] = None
+    refused(yolo(tmp_path / 'data', rows, content), message)
+
+
+def test_yolo_names_that_yaml_takes_for_something_else(tmp_path):
+    pytest.importorskip('labelformat')
+    data = yolo(
+        tmp_path / 'data', {f'images/{i}.png': BOX for i in range(3)}, 'train: images\nval:\nnames: [no, on, 007]'
+    )
+    assert read_labelled(data).classes == ('no', 'on', '007')
+    image(data / 'images/0.jpg')
+    refused(data, r'labels/0.txt belongs to .*0.jpg and to .*0.png; give the images different names')
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+    data = yolo(tmp_path / 'data', {'images/0.png': BOX}, NAMES)
+    monkeypatch.setattr('mmmilan.datasets.object_formats.find_spec', lambda name: None)
+    refused(data, r"the package labelformat, which is missing; pip install 'mmmilan\[annotations\]'")
+
+
+def changed(content: dict, **changes) -> dict:
+    """A file with its second annotation (of ``annotation``), second image (``image``) or categories changed."""
+    if 'annotation' in changes:
+        content['annotations'][1] |= changes['annotation']
+    if 'image' in changes:
+        content['images'][1] |= changes['image']
+    return content | {key: value for key, value in changes.items() if key not in ('annotation', 'image')}
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(annotation=dict(category_id=4)), r'a.json, annotations\[1\] \(id 6\) has the unknown category_id 4'),
+        (dict(annotation=dict(image_id=4)), 'has the unknown image_id 4'),
+        (dict(annotation=dict(segmentation=dict(size=[40, 32], counts=[1]))), "nor an RLE of the image's size"),
+        (dict(annotation=dict(bbox=[1, 2, 'x', 4])), 'has the bbox'),
+        (dict(image=dict(file_name='1.png')), r'has 1 image more than once, the first is .*1.png: objects'),
+        (dict(image=dict(width=32, height=40)), '1 of 4 images of another size .*2.png, 40 x 32 and not 32 x 40'),
+        (dict(image=dict(file_name=None)), r'images\[1\] has no file_name'),
+        (dict(categories=[dict(id=3, name='dog'), dict(id=90, name='dog')]), 'has the name dog of an earlier one'),
+        (dict(images=5), "is not in COCO's format: images, categories, annotations must be lists"),
+    ],
+)  # fmt: skip
+def test_coco_that_is_wrong(tmp_path, changes, message):
+    objects = {f'{i}.png': [DOG, CAT] for i in range(1, 5)}
+    content = coco(tmp_path / 'data', 'a.json', 'images', objects, {3: 'dog', 90: 'cat'})
+    (tmp_path / 'data/a.json').write_text(json.dumps(changed(content, **changes)))
+    refused(tmp_path / 'data', message)
+
+
+def test_what_is_counted_in_coco(tmp_path):
+    """Objects and images that cannot be used are left out, and each kind has its line."""
+    data = tmp_path / 'data'
+    objects = {f'{i}.png': [DOG, CAT] for i in range(10)}
+    content = coco(data, 'a.json', 'images', objects, {3: 'dog', 90: 'cat', 1: 'animals'})
+    for category in content['categories']:
+        category['supercategory'] = 'none' if category['name'] == 'animals' else 'animals'
+    changes = [
+        dict(bbox=[5, 5, 0, 5]), dict(segmentation=[[1, 2, 3, 4]]), dict(bbox=[50, 5, 5, 5]), dict(bbox=[30, 5, 20, 5]),
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        content['annotations'][2 * number] |= change
+    for annotation in content['annotations'][8:]:
+        for key in ('id', 'area', 'iscrowd', 'bbox') if annotation['image_id'] == 47 else ():
+            del annotation[key]  # tools leave these out
+    for picture in content['images'][5:]:
+        del picture['width'], picture['height']
+    (data / 'images/8.png').unlink()
+    (data / 'images/9.png').write_bytes(b'no image')
+    image(data / 'images/more.png')
+    (data / 'a.json').write_text(json.dumps(content))
+    labelled = read_labelled(data)
+    assert labelled.classes == ('dog', 'cat') and labelled.has_masks
+    assert [note.partition('; ')[0].partition(': /')[0] for note in labelled.notes] == [
+        'train: 1 images left out, that are missing',
+        'train: 1 images left out, that do not decode',
+        'train: 1 objects left out, with a box of less than a pixel',
+        'train: 1 objects left out, with polygons of less than three points',
+        'train: 1 objects left out, outside their image',
+        'train: 1 objects cut at the border of their image',
+        '1 image without annotations not used',
+        'No images to validate on: 2 of 8 are kept for it, drawn by class with seed 0.',
+    ]
+    every = labelled.train['annotations'] + labelled.val['annotations']
+    assert sorted(each['bbox'] for each in every if each['bbox'] not in ([8, 4, 10, 12], [0, 0, 20, 16])) == [
+        [30, 5, 10, 5]
+    ]
+    assert all(each['area'] in (120, 320) for each in every)
+    for picture in content['images']:
+        (data / 'images' / picture['file_name']).unlink(missing_ok=True)
+    refused(data, r'10 of 10 images of .*a.json are missing, the first is .*0.png; put the images beside')
+
+
+def test_objects_without_masks_make_a_detector_of_boxes(tmp_path):
+    content = coco(tmp_path, 'a.json', '', {f'{i}.png': [DOG, CAT] for i in range(4)}, {3: 'dog', 90: 'cat'})
+    content['annotations'][0]['segmentation'] = []
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    labelled = read_labelled(tmp_path)
+    assert not labelled.has_masks and '1 of 8 objects have no mask: a detector of boxes is trained.' in labelled.notes
+    assert not any('segmentation' in each for each in labelled.train['annotations'] + labelled.val['annotations'])
+
+
+def test_classes_of_objects(tmp_path):
+    """Those that are chosen, ignored, or only in one split."""
+    objects = {f'{i}.png': [DOG, CAT] for i in range(4)}
+    coco(tmp_path, 'train.json', 'train', objects, {3: 'dog', 90: 'cat'})
+    assert read_labelled(tmp_path, classes=['cat', 'dog']).classes == ('cat', 'dog')
+    for labelled in (read_labelled(tmp_path, classes=['cat']), read_labelled(tmp_path, ignore='dog')):
+        assert labelled.classes == ('cat',) and {each['category_id'] for each in labelled.train['annotations']} == {1}
+        assert labelled.notes[0] == 'train: 4 objects left out, of classes that are not used; the first is dog.'
+    refused(
+        tmp_path,
+        r'classes has 1 of its 1 classes, Dog, where .*train.json has dog, cat \(is dog meant',
+        classes=['Dog'],
+    )
+    refused(tmp_path, r'ignore names cow, which is no class of .*train.json \(dog, cat\)', ignore=['cow'])
+    (tmp_path / 'classes.txt').write_text('cat\nbird\n')
+    refused(tmp_path, r'classes.txt lacks 1 of the 2 classes of .*train.json: dog; add')
+    (tmp_path / 'classes.txt').unlink()
+    coco(tmp_path, 'val.json', 'val', {'0.png': [DOG, CAT]}, {3: 'dogs', 90: 'cat'})
+    refused(
+        tmp_path, r'val.json has 1 of its 3 classes, dogs \(1 samples\), where .*train.json has dog, cat \(is dog meant'
+    )
+    coco(tmp_path, 'val.json', 'val', {'0.png': [CAT]}, {3: 'dogs', 90: 'cat'})
+    labelled = read_labelled(tmp_path)
+    assert labelled.val['annotations'][0]['category_id'] == 2
+    assert labelled.notes == ['Classes that cannot be measured, without images in val: dog.']
+    coco(tmp_path, 'train2.json', 'train', objects, {3: 'dog', 90: 'cat'})
+    refused(tmp_path, r'has 2 files of annotations for train: .*train.json, .*train2.json; name the one to use')
+    assert read_labelled(tmp_path / 'train2.json').classes == ('dog', 'cat')
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (
+            '<annotation><object><name>cat</name></object></annotation>',
+            r'a.xml is not as Pascal VOC has it \(Missing field',
+        ),
+        ('<annotation><filename>a', r'a.xml cannot be read as XML \('),
+        (None, r'is not as Pascal VOC has it \(.*x'),
+    ],
+)
+def test_pascal_voc_that_is_wrong(tmp_path, text, message):
+    pytest.importorskip('labelformat')
+    image(tmp_path / 'a.png')
+    voc(tmp_path, 'a', [('cat', 'x', 1, 2, 3)], folder='')
+    if text:
+        (tmp_path / 'a.xml').write_text(text)
+    refused(tmp_path, message)
+
+
+RED, GREEN = [255, 0, 0], [0, 255, 0]
+
+
+@pytest.mark.parametrize(
+    'rows, names, options, message',
+    [
+        ([[0, 1, 2]], None, {}, r'have the values 0, 1, 2 \(.*\), and nothing names them; write classes.txt'),
+        ([[0, 1, 2], [0, 1, 7]], 'a\nb\nc', {}, r'1.png has values that .*classes.txt does not name: 7 in 512 pixels'),
+        ([[0, 1, 2]], 'a\nb', {}, 'does not name: 2 .*; correct the map, or name them, or give ignore=0 if 0 marks'),
+        ([[RED, GREEN]], 'a\nb', {}, r'0.png is an RGB image in colours; give label maps with one 8-bit'),
+        ([[RED, GREEN]], 'a,0,0,0\nb,255,0,0', {}, r'classes.txt does not name: \(0, 255, 0\) in 512'),
+        ([[1, 1], [255, 1]], 'a\nb', {}, r'have the class b alone \(values: 1, 255\): there is nothing to tell apart'),
+        ([[255, 255]], 'a\nb', {}, r'have no class \(values: 255\): there'),
+        ([[0, 1, 2]], 'a\nb\nc', dict(ignore='d'), r'ignore names d, which is no class of .* \(a, b, c\)'),
+        ([[0, 1]], '', {}, 'classes.txt names no class'),
+    ],
+)  # fmt: skip
+def test_label_maps_that_are_wrong(tmp_path, rows, names, options, message):
+    maps(tmp_path / 'data', 'images', 'masks', {str(number): row for number, row in enumerate(rows)})
+    if names is not None:
+        (tmp_path / 'data/classes.txt').write_text(names)
+    refused(tmp_path / 'data', message, **options)
+
+
+def test_label_maps_of_other_sizes_and_formats(tmp_path):
+    data = tmp_path / 'data'
+    maps(data, 'images', 'masks', {'a': [0, 1, 2], 'b': [0, 1, 2]})
+    (data / 'classes.txt').write_text('x\ny\nz\n')
+    image(data / 'images/b.jpg', 0, (32, 48))
+    refused(data, r'masks/b.png is 48 x 32, but its image 32 x 48 \(width x height\); make them equal')
+    image(data / 'images/b.jpg', 0, (48, 32))
+    image(data / 'images/b.png', 0, (48, 32))
+    refused(data, r'has 2 images of one name, images/b.jpg, images/b.png: which belong together is not clear; rename')
+    (data / 'images/b.png').unlink()
+    Image.fromarray(np.zeros((32, 48), np.uint16)).save(data / 'masks/b.png')
+    refused(data, r'masks/b.png is an image of mode I;16; give label maps of 8 bits')
+    (data / 'masks/b.png').write_bytes(b'')
+    refused(data, r'masks/b.png does not decode \(.*\); replace it')
+    for each in (data / 'masks').iterdir():
+        each.unlink()
+    cv2.imwrite(str(data / 'masks/a.jpg'), np.random.default_rng(0).integers(0, 255, (32, 48), np.uint8))
+    refused(data, r'JPG changes values, so save label maps as PNG')
+
+
+def test_names_of_values_from_1_on(tmp_path):
+    """A table as ADE20K's names no 0, and a list begins at 1 where 0 is ignored."""
+    data = tmp_path / 'data'
+    maps(data, 'images', 'masks', {'a': [0, 1, 2], 'b': [0, 1, 2]})
+    (data / 'classes.txt').write_text('1 wall\n2 sky\n')
+    labelled = read_labelled(data)
+    assert labelled.classes == ('wall', 'sky') and labelled.table == [(1, 0), (2, 1), (0, 255)]
+    assert labelled.notes[0].endswith('classes.txt does not name, is ignored: 33% of pixels.')
+    for ignore in (0, '0', [0]):
+        assert read_labelled(data, classes=['wall', 'sky'], ignore=ignore).table == labelled.table
+
+
+def test_whose_task_is_not_clear(tmp_path):
+    """Two kinds of labels, or two formats of one kind; and a folder of none."""
+    refused(tmp_path / 'none', 'none does not exist; give a folder of labelled images')
+    refused(tmp_path, r'has no labels \(found: 0 images\); give folders of classes, annotations')
+    image(tmp_path / 'photos/1.png')
+    (tmp_path / 'photos/1.txt').write_text('a photo of one two three cats')  # a caption
+    refused(tmp_path, r'has no labels \(found: 1 image in photos, 1 .txt\)')
+    refused(tmp_path, 'has no labels for detection', task='detection')
+    refused(tmp_path / 'photos/1.png', r'has no labels \(it is a file\)')
+    shutil.rmtree(tmp_path / 'photos')
+    maps(tmp_path, 'images', 'masks', {'a': [0, 1], 'b': [1, 0]})
+    coco(tmp_path, 'a.json', 'images', {'a.jpg': [DOG], 'b.jpg': [DOG]}, {3: 'dog'})
+    refused(tmp_path, "has labels for detection and segmentation; choose with task='detection'")
+    assert read_labelled(tmp_path, task='detection').classes == ('dog',)
+    image(tmp_path / 'images/a.jpg', 0, (32, 32))
+    image(tmp_path / 'images/b.jpg', 0, (32, 32))
+    assert read_labelled(tmp_path, task='segmentation').classes == ('background', 'foreground')
+    (tmp_path / 'data.yaml').write_text(NAMES)
+    refused(
+        tmp_path, r'has annotations of objects in 2 formats, COCO and YOLO; give the file data.yaml', task='detection'
+    )
+
+
+def test_a_split_that_cannot_be_read(tmp_path):
+    labelled = read_labelled(class_folders(tmp_path / 'data', dict(ant=2, bee=2)))
+    for text in ('', '[]', '{"train": []}'):
+        (tmp_path / 'split.json').write_text(text)
+        with pytest.raises(InputError, match=r'split.json cannot be read as a split \(.*\); remove it'):
+            write_labelled(labelled, tmp_path)
+
+
+def test_splits_that_share_images_and_lists_of_pascal_voc(tmp_path):
+    coco(tmp_path, 'train.json', 'images', {'0.png': [DOG], '1.png': [DOG]}, {3: 'dog'})
+    coco(tmp_path, 'val.json', 'images', {'1.png': [DOG]}, {3: 'dog'})
+    notes = read_labelled(tmp_path).notes
+    assert len(notes) == 1 and notes[0].startswith('1 image of val are in train too, which flatters the result: ')
