@@ -1,7 +1,7 @@
 # The demo's transfer to detection: a narrow Mask R-CNN on a ninth of the drawn scenes, 64 x 64 pixels.
 # Norms in FPN and heads are ViTDet's, for SyncBN needs GPUs. With BN in their place box AP is higher, but the same from
 # MILAN as from random weights, even if these are not trained: the heads learn such scenes alone.
-_base_ = '../detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
+_base_ = '../detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py'
 
 strides = [2, 4, 8, 16, 32]  # of maps at 4, 2, 1 and 1/2 times the resolution of patches of 8 pixels, and FPN's last
 norm_cfg = dict(type='mmpretrain.LN2d', eps=1e-6)

@@ -1,5 +1,5 @@
 # The demo's transfer to segmentation: a narrow UperNet on a ninth of the drawn scenes, 64 x 64 pixels.
-_base_ = '../segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py'
+_base_ = '../segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py'
 
 norm_cfg = dict(type='BN')  # SyncBN needs GPUs
 head = dict(num_classes=16, norm_cfg=norm_cfg)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmmilan.errors import InputError
+
+# Ends of the names of version 0.1 -> today's, which state the batch, the precision and the augmentation as the names of
+# MMDetection and MMSegmentation do.
+OLD_ENDINGS = {
+    '-pre_1x_coco': '-pre_8xb2-amp-lsj-1x_coco',
+    '-pre_lsj-25e_coco': '-pre_32xb2-amp-lsj-25e_coco',
+    '-pre_lsj-100e_coco': '-pre_32xb2-amp-lsj-100e_coco',
+    '-pre_160k_ade20k-512x512': '-pre_8xb2-amp-160k_ade20k-512x512',
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,31 @@ def zoo_models() -> dict[str, ZooModel]:
     return models
 
 
+@functools.cache
+def current_name(name: str) -> str:
+    """Today's name of a config or a model; the log says once that an old one was meant."""
+    from mmengine.logging import print_log
+
+    old = next((ending for ending in OLD_ENDINGS if name.endswith(ending)), None)
+    if old is None or (new := name.removesuffix(old) + OLD_ENDINGS[old]) not in zoo_models():
+        return name
+    print_log(f'{name} is now called {new}; use that name.', logger='current', level=logging.WARNING)
+    return new
+
+
+def current_file(path: str | os.PathLike) -> str | os.PathLike:
+    """The path of a config file, by its old name too; a path that leads to no file as it is."""
+    new = Path(path).with_name(current_name(Path(path).stem) + Path(path).suffix)
+    return new if not os.path.isfile(path) and new.is_file() else path
+
+
 def find_model(name: str) -> ZooModel:
     """The model of this name.
 
     Raises:
         InputError: the zoo has no such model.
     """
+    name = current_name(name)
     if name not in zoo_models():
         raise InputError(f'The zoo has no model {name!r}; {nearest_names(name)}.')
     return zoo_models()[name]
@@ -95,8 +124,11 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         return Path(f'{resolve_checkpoint(name)}#{model}')
     if text.startswith(('http://', 'https://')):
         return download(text)
-    model, folder = zoo_models().get(text), Path('work_dirs', text)
+    folder = Path('work_dirs', text)
     newest = find_newest(folder)
+    if not newest and current_name(text) != text:
+        return resolve_checkpoint(current_name(text))
+    model = zoo_models().get(text)
     if newest:
         progress = unfinished(newest)
         if progress:

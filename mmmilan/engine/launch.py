@@ -25,6 +25,7 @@ from mmmilan.building import build_errors, change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.checkpoints.zoo import current_file
 from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
@@ -228,7 +229,7 @@ def read_config(
     Raises:
         InputError: there is no such file, it cannot be read, or nothing reads a change.
     """
-    path = os.fspath(path)
+    path = os.fspath(current_file(path))
     if not os.path.isfile(path):
         raise InputError(f'The config {path} does not exist; correct its path.')
     cfg = read_config_file(path) if path.endswith('.py') else own_config(path)

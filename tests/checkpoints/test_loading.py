@@ -20,8 +20,8 @@ from mmmilan.registry import MODELS
 pytestmark = pytest.mark.usefixtures('safe_mmengine')
 
 CLASSIFICATION = 'milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
-DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
-SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py'
+DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py'
+SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py'
 TASKS = dict(classification=CLASSIFICATION, detection=DETECTION, segmentation=SEGMENTATION)
 # Weights of each task's encoder that pretraining lacks.
 NEW = dict(

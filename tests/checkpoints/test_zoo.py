@@ -9,11 +9,14 @@ from pathlib import Path
 
 import modelindex
 import pytest
+import torch
 from mmengine.config import Config
 
 import mmmilan
 from helpers import FINE_TUNED, PRETRAINED, ROOT, real_data
 from mmmilan.checkpoints import zoo
+from mmmilan.engine.launch import read_config
+from mmmilan.errors import InputError
 
 
 def test_metafiles_are_in_openmmlabs_form():
@@ -65,3 +68,29 @@ def test_import_and_list_models_are_light():
     code = 'import sys, mmmilan; mmmilan.list_models(); print({"torch", "mmpretrain", "mmengine"} & set(sys.modules))'
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
     assert run.stdout.splitlines()[-1] == 'set()', run.stderr
+
+
+OLD = 'upernet_vit-base-p16_milan-pre_160k_ade20k-512x512'
+NEW = 'upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512'
+
+
+def test_old_names_lead_to_todays_with_one_line(tmp_path, monkeypatch, log):
+    """As a model, as a config file, as what a run starts from; a run made under the old name is still found."""
+    zoo.current_name.cache_clear()
+    assert zoo.find_model(OLD).config.stem == NEW
+    assert Path(read_config(ROOT / f'configs/segmentation/{OLD}.py').filename).stem == NEW
+    assert log.text.count(f'{OLD} is now called {NEW}; use that name.') == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f'No weights of {NEW} have been published and work_dirs/{NEW} has none'):
+        zoo.resolve_checkpoint(OLD)
+    run = tmp_path / 'work_dirs' / OLD
+    run.mkdir(parents=True)
+    torch.save(dict(state_dict={}, meta=dict(iter=1)), run / 'epoch_1.pth')
+    assert zoo.resolve_checkpoint(OLD).samefile(run / 'epoch_1.pth')
+    for name in (f'no-such_{OLD}', NEW):  # neither is old
+        assert zoo.current_name(name) == name
+
+
+def test_every_old_ending_is_of_a_model():
+    for ending in zoo.OLD_ENDINGS.values():
+        assert any(name.endswith(ending) for name in zoo.zoo_models())

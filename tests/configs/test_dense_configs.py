@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import cv2
@@ -14,12 +15,13 @@ from mmengine.registry import DATASETS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
 
 from helpers import ROOT, own_settings, real_data, restated
+from mmmilan.checkpoints.zoo import zoo_models
 from mmmilan.registry import MODELS
 
 FOLDERS = ('detection', 'segmentation')
 CONFIGS = {path.stem: path for folder in FOLDERS for path in (ROOT / 'configs' / folder).glob('*.py')}
-DETECTION = 'mask-rcnn_vit-base-p16_milan-pre_1x_coco'
-SEGMENTATION = 'upernet_vit-base-p16_milan-pre_160k_ade20k-512x512'
+DETECTION = 'mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco'
+SEGMENTATION = 'upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512'
 LARGE = dict(embed_dims=1024, num_layers=24, num_heads=16)
 BASE = dict(embed_dims=768, num_layers=12, num_heads=12)
 
@@ -36,6 +38,22 @@ def test_config_states_only_its_difference(name):
     bases = own.pop('_base_')
     for base in [bases] if isinstance(bases, str) else bases:
         assert list(restated(own, Config.fromfile(CONFIGS[name].parent / base).to_dict())) == []
+
+
+@pytest.mark.parametrize('name', [name for name in zoo_models() if '_coco' in name or '_ade20k' in name])
+def test_name_states_what_the_config_does(name):
+    """MODEL_ENCODER_START_GPUSxbIMAGES-amp-AUGMENTATION-SCHEDULE_DATA, as in MMDetection and MMSegmentation."""
+    pattern = r'[\w-]+_vit-\w+-p16_\w+-pre_(\d+)xb(\d+)-amp-(lsj-)?(1x|\d+e|\d+k)_(coco|ade20k-512x512)'
+    gpus, images, jitter, schedule, data = re.fullmatch(pattern, name).groups()
+    cfg = Config.fromfile(zoo_models()[name].config)
+    assert cfg.train_dataloader.batch_size == int(images)
+    assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(images)
+    assert cfg.optim_wrapper.type in ('AmpOptimWrapper', 'mmmilan.BFloat16OptimWrapper')
+    resize = next(step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'RandomResize')
+    assert (tuple(resize['ratio_range']) == (0.1, 2.0)) == bool(jitter)
+    length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters // 1000
+    assert length == (12 if schedule == '1x' else int(schedule[:-1]))
+    assert data.partition('-')[0] in cfg.train_dataloader.dataset.type.lower()
 
 
 @pytest.mark.parametrize('name', CONFIGS)

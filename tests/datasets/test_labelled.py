@@ -19,8 +19,8 @@ from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 from tests.helpers import ROOT
 
-DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py'
-SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py'
+DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py'
+SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py'
 CLASSIFICATION = 'milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
 
 

@@ -126,10 +126,10 @@ def test_same_steps(settings):
 # config, blocks, decay, learning rate and weight decay of the paper's appendix A.1
 RECIPES = [
     ('milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py', 12, 0.65, 4e-4, 0.05),
-    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 12, 0.75, 2e-4, 0.1),
-    ('detection/mask-rcnn_vit-large-p16_milan-pre_1x_coco.py', 24, 0.85, 2e-4, 0.1),
-    ('segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py', 12, 0.9, 3e-5, 0.05),
-    ('segmentation/upernet_vit-large-p16_milan-pre_160k_ade20k-512x512.py', 24, 0.9, 3e-5, 0.05),
+    ('detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py', 12, 0.75, 2e-4, 0.1),
+    ('detection/mask-rcnn_vit-large-p16_milan-pre_8xb2-amp-lsj-1x_coco.py', 24, 0.85, 2e-4, 0.1),
+    ('segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py', 12, 0.9, 3e-5, 0.05),
+    ('segmentation/upernet_vit-large-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py', 24, 0.9, 3e-5, 0.05),
 ]
 CONSTRUCTOR = 'mmmilan.LayerDecayOptimWrapperConstructor'
 

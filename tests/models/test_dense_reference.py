@@ -17,8 +17,8 @@ from mmmilan.models import DenseViT
 from mmmilan.registry import MODELS
 
 CONFIGS = dict(
-    mimdet='detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py',
-    mae_segmentation='segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py',
+    mimdet='detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py',
+    mae_segmentation='segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py',
 )
 PATCH = 'patch_embed.proj.weight'
 # New layers: their names in the two repositories, and ours.

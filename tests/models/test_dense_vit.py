@@ -234,7 +234,10 @@ def test_detector_trains_and_predicts():
     from mmdet.structures.mask import BitmapMasks
 
     model = small_model(
-        'detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', img_size=64, window_size=3, global_indices=(3,)
+        'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py',
+        img_size=64,
+        window_size=3,
+        global_indices=(3,),
     )
     samples = []
     for height, width in [(90, 128), (128, 70)]:
@@ -259,7 +262,7 @@ def test_segmentor_trains_and_predicts():
     pytest.importorskip('mmseg')
     from mmseg.structures import SegDataSample
 
-    model = small_model('segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py', img_size=64)
+    model = small_model('segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py', img_size=64)
     samples = []
     for height, width in [(96, 90), (70, 96)]:
         sample = SegDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width)))

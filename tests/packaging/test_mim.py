@@ -17,5 +17,5 @@ def test_mim_reads_the_model_index():
     assert table.loc[PRETRAINED, 'weight'] == zoo_models()[PRETRAINED].weights
     assert all((ROOT / path).is_file() for path in table['config'])
     assert (table['flops'] > 1e10).all() and (table['parameters'] > 8e7).all()
-    row = table.loc['mask-rcnn_vit-base-p16_milan-pre_1x_coco']
+    row = table.loc['mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco']
     assert row['coco/box_ap'] == 52.6 and row['coco/mask_ap'] == 45.5

@@ -22,10 +22,20 @@ ARCH = dict(embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96)
 
 
 MISSING = [
-    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 'train', 'data/coco', 'train_dataloader.dataset'),
-    ('detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py', 'test', 'data/coco', 'test_dataloader.dataset'),
     (
-        'segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py',
+        'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py',
+        'train',
+        'data/coco',
+        'train_dataloader.dataset',
+    ),
+    (
+        'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py',
+        'test',
+        'data/coco',
+        'test_dataloader.dataset',
+    ),
+    (
+        'segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py',
         'train',
         'data/ade/ADEChallengeData2016',
         'train_dataloader.dataset',
@@ -44,7 +54,7 @@ def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
 def test_missing_annotations(tmp_path, monkeypatch):
     """First those of the data set, then those of the evaluator."""
     monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_vit-base-p16_milan-pre_1x_coco.py')
+    cfg = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py')
     (tmp_path / 'coco/annotations').mkdir(parents=True)
     cfg.test_dataloader.dataset.data_root = 'coco'
     file = 'annotations/instances_val2017.json'

@@ -1,6 +1,6 @@
 # UperNet on ADE20K from a MILAN ViT-B/16 (paper, table 3 and appendix A.1: mIoU 52.7), with the encoder of
 # implus/mae_segmentation, on which the paper builds.
-# 8 GPUs x 2 images: bash tools/dist_train.sh configs/segmentation/upernet_vit-base-p16_milan-pre_160k_ade20k-512x512.py 8
+# 8 GPUs x 2 images: bash tools/dist_train.sh configs/segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py 8
 _base_ = ['../_base_/ade20k_512x512.py', '../_base_/dense_adamw.py', '../_base_/default_runtime.py']
 default_scope = 'mmseg'
 
