@@ -89,7 +89,7 @@ def resumed_config(
         config = parse_config(read_text(path), str(path))
         check_foreign_config(config.to_dict(), str(path))
     else:
-        config = own_config(find_newest(folder))
+        config = own_config(find_newest(folder), with_data=True)
     refuse_changes(config, folder, given)
     schedule = own_schedule(config)
     if 'teacher' in given:

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 
+from mmmilan.building import TOP
 from mmmilan.checkpoints.foreign_config import check_foreign_config, mark_foreign
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.components import arguments_of
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
@@ -33,10 +36,15 @@ class NoConfig(InputError):
     """A checkpoint has no config that is plain data."""
 
 
-def own_config(checkpoint: str | os.PathLike) -> Config:
+def own_config(checkpoint: str | os.PathLike, with_data: bool = False) -> Config:
     """The config in a checkpoint file, or else the only one in its folder.
 
-    What is built from it is safe, see :mod:`mmmilan.checkpoints.foreign_config`.
+    What is built from it is safe, see :mod:`mmmilan.checkpoints.foreign_config`. Variables that nothing reads are left
+    out.
+
+    Args:
+        checkpoint: The file.
+        with_data: The data sets of the config will be built too, and not only its model and its pipelines.
 
     Raises:
         NoConfig: there is none, or it is not plain data, or describes no model.
@@ -57,7 +65,9 @@ def own_config(checkpoint: str | os.PathLike) -> Config:
     config = parse_config(text, source)
     if not isinstance(config.get('model'), dict):
         raise NoConfig(f'There is no model in {source}; give a config file as well.')
-    check_foreign_config(config.to_dict(), source)
+    for name in set(config) - {*arguments_of(Runner)[0]} - TOP:
+        config.pop(name)
+    check_foreign_config(config.to_dict(), source, with_data)
     mark_foreign(config, source, get_state_dict(content, str(path)))
     return config
 

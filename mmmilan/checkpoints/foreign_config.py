@@ -46,6 +46,8 @@ OPERATORS = {
     'nms', 'soft_nms', 'nms_match', 'nms_rotated', 'nms_quadri', 'RoIAlign', 'RoIPool', 'RoIAlignRotated',
     'SimpleRoIAlign', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack',
 }  # fmt: skip
+# What mmdet's FPG looks up in a table of its own; none is a module.
+TRANSITIONS = {'conv', 'identity', 'interpolation_conv', 'last_conv'}
 # Keys other than `type` whose string MMEngine or a component looks up in a registry.
 _NAMES_A_TYPE = re.compile(r'\w+_type|(\w+_)?constructor|(norm|act|conv)_layer|(\w+_)?fn|(\w+_)?policy')
 # Keys that say where to write, or which folder to delete.
@@ -54,6 +56,7 @@ _OUTPUT = re.compile(
     r'|file_path|json_trace_path|(img|config|scalar)_save_(dir|file)|tmpdir|format_dir|tracking_uri|base_url|artifact_location|repo|eval_result_file|submission_prefix'
 )
 _CODE = ('py', 'pkl', 'pickle', 'yml', 'yaml')  # files that MMEngine reads as code
+AS_CODE = 'a kind of file that MMEngine runs as code'
 _KEY = re.compile(r'[^\'"\\\n\r]*')  # what MMEngine writes to a config and reads back as it was
 # Upper bounds of numbers. Beyond them a list of that length takes the memory, or as many processes are started.
 _LIMITS = dict(num_workers=128, prefetch_factor=64, batch_size=1 << 16)
@@ -63,7 +66,7 @@ _TEACHER_BYTES = 1 << 33
 _OF_ANOTHER_FILE = ContextVar('of another file', default=False)
 
 
-def check_foreign_config(values: Mapping[str, Any], source: str) -> None:
+def check_foreign_config(values: Mapping[str, Any], source: str, with_data: bool = True) -> None:
     """Refuse a config that names anything but registered types, or could take the memory away.
 
     No module is imported but those of :data:`SCOPES`.
@@ -71,17 +74,24 @@ def check_foreign_config(values: Mapping[str, Any], source: str) -> None:
     Args:
         values: The config, as plain data.
         source: Its name in messages, e.g. 'the config in epoch_1.pth'.
+        with_data: Its data sets will be built, whose files must not be code; else only its model and its pipelines.
 
     Raises:
         InputError: it does, or it needs a package that cannot be imported.
     """
-    fault = next(_faults(values), None)
-    if fault:
-        where, what = fault
+    for where, what in _faults(values):
+        if what.endswith(AS_CODE) and _of_data(where) and not with_data:
+            continue
         raise InputError(
             f'{where.lstrip(".")} of {source} {what}, and is refused; if you trust it as a script, give a config file '
             '(.py) in its place.'
         )
+
+
+def _of_data(where: str) -> bool:
+    """Whether a place belongs to a data set and to none of the pipelines, which are built for every image."""
+    first, *others = where.lstrip('.').split('.')
+    return first.endswith(('_dataloader', '_evaluator')) and 'pipeline' not in others
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -122,7 +132,7 @@ def _faults_in(value: Any, where: str, scopes: tuple[str, ...]) -> Iterator[tupl
         if limit and abs(value) > limit:
             yield where, f'is {value}, more than {limit}'
     elif isinstance(value, str) and value.rpartition('.')[2].strip() in _CODE:
-        yield where, f'is {value!r}, a kind of file that MMEngine runs as code'
+        yield where, f'is {value!r}, {AS_CODE}'
 
 
 def _limit(where: str) -> int | None:
@@ -161,6 +171,8 @@ def _fault_of_name(key: Any, name: Any, scopes: tuple[str, ...]) -> str:
     """What is wrong with the name of a type."""
     if key == 'type':
         if name is None or (isinstance(name, str) and name in OPERATORS):
+            return ''
+        if isinstance(name, str) and name in TRANSITIONS and not _is_module(name):
             return ''
         if not isinstance(name, str):
             return f'is {name!r} and not the name of a type'

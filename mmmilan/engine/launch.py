@@ -232,7 +232,7 @@ def read_config(
     path = os.fspath(current_file(path))
     if not os.path.isfile(path):
         raise InputError(f'The config {path} does not exist; correct its path.')
-    cfg = read_config_file(path) if path.endswith('.py') else own_config(path)
+    cfg = read_config_file(path) if path.endswith('.py') else own_config(path, with_data=True)
     change_config(cfg, changes)
     check_plain(cfg.to_dict())
     cfg.launcher = launcher

@@ -22,7 +22,7 @@ from torch import nn
 import mmmilan
 from helpers import ROOT, TINY_ARCH, build_model
 from mmmilan.api.models import build_embedder
-from mmmilan.checkpoints.config import parse_config
+from mmmilan.checkpoints.config import own_config, parse_config
 from mmmilan.checkpoints.foreign_config import SCOPES, check_foreign_config, is_allowed
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.errors import InputError
@@ -168,6 +168,28 @@ def test_every_position(tmp_path, proof, place):
 def test_what_else_is_refused(tmp_path, proof, key, value):
     with pytest.raises(InputError, match=r'of weights\.pth .* and is refused; if you trust it'):
         check_foreign_config(put(base(), key, value), 'weights.pth')
+
+
+def test_files_of_data_that_is_not_read(tmp_path):
+    """A pickle of proposals, annotations in YAML: an encoder is taken out, but no data set is built."""
+    values = put(base(), 'train_dataloader', dict(dataset=dict(type='mmdet.CocoDataset', proposal_file='a.pkl')))
+    values = put(values, 'test_dataloader.dataset.ann_file', 'labels.yaml') | dict(train_ann='b.yaml', out_dir='/tmp')
+    path = write(tmp_path / 'weights.pth', values)
+    config = own_config(path)
+    assert config.train_dataloader.dataset.proposal_file == 'a.pkl' and not {'train_ann', 'out_dir'} & set(config)
+    with pytest.raises(InputError, match='a kind of file that MMEngine runs as code, and is refused'):
+        own_config(path, with_data=True)
+    with pytest.raises(InputError, match='pipeline.0.x .* is refused'):
+        own_config(write(tmp_path / 'other.pth', put(values, 'test_dataloader.dataset.pipeline.0.x', 'a.pkl')))
+
+
+def test_names_that_a_neck_looks_up(monkeypatch, tmp_path):
+    values = put(base(), 'model.neck', dict(type='mmdet.FPG', same_up_trans=dict(type='conv')))
+    check_foreign_config(values, 'weights.pth')
+    (tmp_path / 'conv.py').write_text('')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match="'conv'"):
+        check_foreign_config(values, 'weights.pth')
 
 
 def test_mmengine_would_run_them(tmp_path):
