@@ -193,7 +193,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
             content = spoil_bytes(content, rng)
         path.write_bytes(content)
     said = []
-    monkeypatch.setattr('mmmilan.checkpoints.io.print_log', lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr('mmmilan.checkpoints.newest.print_log', lambda message, **kwargs: said.append(message))
     newest = find_newest(tmp_path)
     for number in (2, 3):
         path = tmp_path / f'epoch_{number}.pth'
