@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    import numpy as np
-    from torch import Tensor
-
-    from mmmilan.evaluation.features import Arrays
-
-
-import itertools
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
     import pyarrow
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mmmilan.evaluation.features import Arrays
 
@@ -48,9 +37,10 @@ def embed(
     """Write the features of images to a file.
 
     The columns of the file, with one row per image in the order given, are ``paths``; ``ok`` (whether the image could
-    be read); ``class_token`` and ``mean_token`` [M, D]; and, if the checkpoint has a decoder that predicts CLIP
-    features, ``embedding`` [M, C], of length 1 in the joint space of image and text. Features are float32; those of an
-    image that cannot be used are NaN. A Parquet file is written batch by batch, an .npz file is held in memory.
+    be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
+    the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
+    image and text. Features are float32; those of an image that cannot be used are NaN. A Parquet file is written batch
+    by batch, an .npz file is held in memory.
 
     Args:
         images: images, folders of images (flat or nested, sorted by path) and tar shards.
@@ -66,18 +56,21 @@ def embed(
         The path of the file.
 
     Raises:
-        InputError: an image is missing, none can be read, or the file must not or cannot be written.
+        InputError: an image is missing, none can be read, the checkpoint is that of a detector or segmentor, or the
+            file must not or cannot be written.
 
     Examples:
         >>> mmmilan.embed('photos', 'runs/photos/milan.pth', 'photos.npz')
         >>> numpy.load('photos.npz')['class_token'].shape
         (3068, 768)
     """
+    import numpy as np
     from mmengine.dist import is_main_process
 
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import build_embedder
     from mmmilan.datasets.image_folder import as_sources, list_images
+    from mmmilan.models.embedding import fingerprint
 
     path = check_features_output(out, [checkpoint, *as_sources(images)], overwrite)
     files = list_images(images)
@@ -88,8 +81,9 @@ def embed(
         features = embedder(inputs)
         return {name: rows for name, rows in features.items() if patches or name != 'patch_tokens'}
 
+    model = fingerprint(embedder.backbone)
     batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
-    columns = add_rows(files, batches)
+    columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
     if is_main_process():
         write_features(path, columns)
     else:
@@ -122,7 +116,14 @@ def add_rows(files: list[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
 
 GROUP_BYTES = 1 << 25  # of rows that are written to Parquet at once
 # Kind of numpy's dtypes and number of dimensions of the columns that are read.
-COLUMNS = {'paths': ('U', 1), 'ok': ('b', 1), 'class_token': ('f', 2), 'patch_tokens': ('f', 3), 'embedding': ('f', 2)}
+COLUMNS = {
+    'paths': ('U', 1),
+    'model': ('U', 1),
+    'ok': ('b', 1),
+    'class_token': ('f', 2),
+    'patch_tokens': ('f', 3),
+    'embedding': ('f', 2),
+}
 
 
 def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool:
@@ -132,6 +133,8 @@ def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool
 
 def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
     """Paths of the images in a file of ``mmmilan.embed`` that could be read, and the columns [M, ...] of the file.
+
+    Images with a value that is not finite are left out too.
 
     Raises:
         InputError: there is no such file, it is damaged, lacks a column, or has columns of another kind.
@@ -163,8 +166,20 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
             f'The column {odd[0]} of {path} is {rows.dtype} {list(rows.shape)}, which mmmilan embed did not write; '
             'write the file again.'
         )
-    ok = found['ok']
+    ok = found['ok'].copy()
+    for name in columns:
+        ok &= np.isfinite(found[name]).reshape(len(ok), -1).all(1) if found[name].dtype.kind == 'f' else True
     return found['paths'][ok].tolist(), [found[name][ok].astype(np.float32) for name in columns]
+
+
+def check_written_by(path: str | os.PathLike, encoder: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """Raise an :class:`InputError` if the features in a file are of another encoder, where the file says of which."""
+    from mmmilan.models.embedding import fingerprint
+
+    read = read_parquet if Path(path).suffix == '.parquet' else read_npz
+    found = read(path, ['model'])[0].get('model')
+    if found is not None and len(found) and str(found[0]) != fingerprint(encoder):
+        raise InputError(f'{path} has features of another model than {checkpoint}; give the checkpoint that wrote it.')
 
 
 def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:

@@ -30,6 +30,7 @@ from mmmilan.datasets.splits import list_labelled_images
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import choose_device, join
 from mmmilan.files import check_output_folder
+from mmmilan.models.embedding import check_tokens
 from mmmilan.models.vit import record_attention
 from mmmilan.teachers import Teacher, build_teacher
 from mmmilan.teachers.base import statistics_of
@@ -313,6 +314,7 @@ class ComparedEncoder:
     """
 
     def __init__(self, backbone: nn.Module, given: Statistics, own: Statistics) -> None:
+        check_tokens(backbone)
         self.backbone = backbone
         self.given, self.own = given, own
         self.mean = backbone.out_type == 'avg_featmap'

@@ -185,8 +185,11 @@ class FeatureExtractor(Inferencer):
     ) -> None:
         from torch import nn
 
+        from mmmilan.models.embedding import check_tokens
+
         super().__init__(model, pretrained, device)
         backbone = self.model.backbone
+        check_tokens(backbone)
         if out_type is not None and out_type not in backbone.OUT_TYPES:
             raise InputError(
                 f'out_type={out_type!r} is unknown; choose one of {", ".join(sorted(backbone.OUT_TYPES))}.'

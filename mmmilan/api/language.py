@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan import arguments
-from mmmilan.api.embed import is_features, read_embeddings, read_features, write_npz
+from mmmilan.api.embed import check_written_by, is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import Inferencer
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError
@@ -112,6 +112,9 @@ def search(
                 f'{images} has embeddings of {embeddings.shape[1]} dimensions but {checkpoint} of {len(wanted)}; give '
                 'the checkpoint that wrote the file.'
             )
+        check_written_by(images, space.model.backbone, checkpoint)
+        if not paths:
+            raise InputError(f'{images} has no image that could be read; give another file.')
         cosines = embeddings.to(wanted.device) @ wanted
     else:
 
@@ -175,6 +178,8 @@ def heat_maps(
     if not paths:
         raise InputError(f'{images} has no image that could be read; give another file.')
     space = JointSpace(checkpoint, device, teacher)
+    if from_file:
+        check_written_by(images, space.model.backbone, checkpoint)
     texts = [texts] if isinstance(texts, str) else list(texts)
     wanted = space.embed_texts(texts)
 

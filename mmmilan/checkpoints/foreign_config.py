@@ -46,8 +46,8 @@ OPERATORS = {
     'nms', 'soft_nms', 'nms_match', 'nms_rotated', 'nms_quadri', 'RoIAlign', 'RoIPool', 'RoIAlignRotated',
     'SimpleRoIAlign', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack',
 }  # fmt: skip
-# What mmdet's FPG looks up in a table of its own; none is a module.
-TRANSITIONS = {'conv', 'identity', 'interpolation_conv', 'last_conv'}
+# What mmdet's FPG and cascade RPN look up in tables of their own.
+LOOKED_UP = {'conv', 'identity', 'interpolation_conv', 'last_conv', 'dilation', 'offset'}
 # Keys other than `type` whose string MMEngine or a component looks up in a registry.
 _NAMES_A_TYPE = re.compile(r'\w+_type|(\w+_)?constructor|(norm|act|conv)_layer|(\w+_)?fn|(\w+_)?policy')
 # Keys that say where to write, or which folder to delete.
@@ -172,7 +172,7 @@ def _fault_of_name(key: Any, name: Any, scopes: tuple[str, ...]) -> str:
     if key == 'type':
         if name is None or (isinstance(name, str) and name in OPERATORS):
             return ''
-        if isinstance(name, str) and name in TRANSITIONS and not _is_module(name):
+        if isinstance(name, str) and name in LOOKED_UP and not _is_module(name):
             return ''
         if not isinstance(name, str):
             return f'is {name!r} and not the name of a type'

@@ -61,6 +61,8 @@ class DenseViT(VisionTransformer):
         InputError: ``out_indices`` are not four, an index is not that of a block, or arguments do not go together.
     """
 
+    OUT_TYPES = {'featmap'}  # no tokens
+
     def __init__(
         self,
         arch: str | dict = 'base',

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmmilan.errors import InputError
 
 
 class Embedder(nn.Module):
@@ -12,10 +16,14 @@ class Embedder(nn.Module):
     Args:
         backbone: A ViT of mmpretrain's kind with a class token, such as :class:`MILANViT`.
         neck: The decoder that it was pretrained with, if it projects tokens to a CLIP's features; else None.
+
+    Raises:
+        InputError: the backbone gives feature maps and no tokens, as those of detectors and segmentors.
     """
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None) -> None:
         super().__init__()
+        check_tokens(backbone)
         self.backbone = backbone
         self.backbone.out_type = 'raw'
         self.neck = neck
@@ -33,6 +41,23 @@ class Embedder(nn.Module):
         if self.neck is not None:
             features['embedding'] = F.normalize(self.neck.project(tokens[:, :1])[:, 0].float(), dim=-1)
         return features
+
+
+def check_tokens(backbone: nn.Module) -> None:
+    """Raise an :class:`InputError` if a backbone gives no tokens."""
+    if 'raw' not in getattr(backbone, 'OUT_TYPES', ()) or not hasattr(backbone, 'out_type'):
+        raise InputError(
+            f'The encoder of this model, a {type(backbone).__name__}, gives feature maps and no tokens of an image; '
+            'give the checkpoint that the detector or segmentor started from.'
+        )
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """16 hexadecimal digits that tell the weights of an encoder from others, on any device."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def split_tokens(backbone: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 import mmmilan
-from helpers import build_model, relative_error
+from helpers import ROOT, build_model, relative_error
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.errors import InputError
@@ -89,6 +90,20 @@ def test_only_decoders_that_leave_tokens_apart_embed(neck, has_embedding, milan_
     embedder = build_embedder(model, path)
     with torch.no_grad():
         assert ('embedding' in embedder(torch.randn(2, 3, 64, 64))) == has_embedding
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_vit-tiny-p8_scenes', 'upernet_vit-tiny-p8_scenes'])
+def test_detectors_and_segmentors_have_maps_and_no_tokens(name, images, tmp_path):
+    config = Config.fromfile(ROOT / f'configs/demo/{name}.py')
+    config.model.backbone.init_cfg = None
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model)
+    save_checkpoint_file(dict(state_dict=model.state_dict(), meta=dict(cfg=config.pretty_text)), tmp_path / 'a.pth')
+    with pytest.raises(InputError, match='a DenseViT, gives feature maps and no tokens of an image; give'):
+        mmmilan.embed(images, tmp_path / 'a.pth', tmp_path / 'f.npz')
+    with pytest.raises(InputError, match='gives feature maps and no tokens'):
+        mmmilan.FeatureExtractor(tmp_path / 'a.pth')
+    assert not list(tmp_path.glob('f.*'))
 
 
 def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):

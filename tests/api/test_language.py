@@ -124,6 +124,34 @@ def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
 
 
+@pytest.mark.parametrize('ending', ['npz', 'parquet'])
+def test_features_of_another_checkpoint(checkpoint, photos, tmp_path, ending):
+    """They have the same width, and are told apart by what the file says of the encoder; a copy is the same."""
+    path = mmmilan.embed(photos, checkpoint, tmp_path / f'features.{ending}', patches=True)
+    content = torch.load(checkpoint)
+    torch.save(dict(state_dict=content['state_dict'], meta=content['meta'], optimizer={}), tmp_path / 'copy.pth')
+    found = mmmilan.search(path, tmp_path / 'copy.pth', TEXTS[0], top=9)
+    assert len(found) == 6 and [each.path for each in found] == [
+        each.path for each in mmmilan.search(photos, checkpoint, TEXTS[0], top=9)
+    ]
+    content['state_dict']['backbone.layers.0.attn.qkv.weight'][0, 0] += 1e-3
+    torch.save(content, tmp_path / 'other.pth')
+    with pytest.raises(InputError, match=r'has features of another model than .*other.pth; give the checkpoint'):
+        mmmilan.search(path, tmp_path / 'other.pth', TEXTS[0])
+    with pytest.raises(InputError, match='has features of another model'):
+        mmmilan.heat_maps(path, tmp_path / 'other.pth', tmp_path / 'maps', texts=TEXTS)
+
+
+def test_no_row_of_nan(checkpoint, tmp_path):
+    embedding = np.random.default_rng(0).normal(size=(3, 24)).astype(np.float32)
+    embedding[2, 3] = np.nan
+    path = write_embedded(tmp_path / 'nan.npz', embedding=embedding)
+    assert [each.path for each in mmmilan.search(path, checkpoint, TEXTS[0])] == ['a.jpg']
+    embedding[0] = np.inf
+    with pytest.raises(InputError, match='has no image that could be read'):
+        mmmilan.search(write_embedded(tmp_path / 'none.npz', embedding=embedding), checkpoint, TEXTS[0])
+
+
 @torch.no_grad()
 def test_heat_maps(checkpoint, photos, tmp_path):
     (photos / 'broken.jpg').unlink()
