@@ -95,11 +95,34 @@ def annotation_fault(annotation: dict[str, Any], sizes: dict[int | str, list[int
     if not is_numbers([annotation.get('area')]):
         return f'the area {annotation.get("area")!r}'
     mask = annotation.get('segmentation') or []
-    if isinstance(mask, dict) and mask.get('size') == sizes[annotation['image_id']] and mask.get('counts'):
+    size = sizes[annotation['image_id']]
+    if isinstance(mask, dict) and mask.get('size') == size and count_rle(mask.get('counts')) == math.prod(size):
         return ''
     if not isinstance(mask, list) or not all(is_numbers(each) and len(each) % 2 == 0 for each in mask):
         return "a segmentation that is neither polygons x, y, x, y, ... nor an RLE of the image's size"
     return ''
+
+
+def count_rle(counts: Any) -> int:
+    """The number of pixels in all runs of an RLE of COCO, a list or a text; -1 if it is none.
+
+    Of one with too few pycocotools fills the mask with whatever lies in memory.
+    """
+    if isinstance(counts, list):
+        return sum(counts) if all(type(each) is int and each >= 0 for each in counts) else -1
+    if not isinstance(counts, str) or not counts.isascii():
+        return -1
+    # Groups of 6-bit digits, the lowest first; 32 says that another one follows, 16 in the last one is the sign.
+    digits = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(digits & 32 == 0)
+    sizes = np.diff(ends, prepend=-1)
+    if not len(ends) or ends[-1] != len(digits) - 1 or sizes.max() > 8 or digits.min() < 0 or digits.max() > 63:
+        return -1
+    starts = ends - sizes + 1
+    runs = np.add.reduceat((digits & 31) << 5 * (np.arange(len(digits)) - np.repeat(starts, sizes)), starts)
+    runs -= np.where(digits[ends] & 16, 1 << 5 * sizes, 0)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()  # stored as differences
+    return int(runs.sum()) if runs.min() >= 0 else -1
 
 
 def category_ids(categories: dict[int, dict], classes: Sequence[str]) -> list[int]:

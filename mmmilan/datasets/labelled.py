@@ -161,7 +161,7 @@ def choose_task(root: Path, found: Mapping[str, Any], task: str | None) -> str:
 def what_is_in(root: Path) -> str:
     """What a folder holds, for an error."""
     if root.is_file():
-        return 'it is a file'
+        return 'a file without annotations of objects'
     files = list_annotated(root).files
     images = list_folder(root).files
     folders = sorted({os.path.dirname(file) or '.' for file in images})

@@ -210,7 +210,7 @@ def complete_coco(content: dict[str, Any]) -> None:
     for index, entry in enumerate(annotations):
         entry.setdefault('id', f'of entry {index}')
         mask = entry.get('segmentation')
-        with suppress(TypeError, ValueError, IndexError):  # check_coco says what is wrong
+        with suppress(TypeError, ValueError, LookupError):  # check_coco says what is wrong
             if entry.get('bbox') is None and mask:
                 entry['bbox'] = box_of(mask)
             if entry.get('area') is None:

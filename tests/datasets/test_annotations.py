@@ -13,7 +13,7 @@ from mmengine.dataset import BaseDataset
 from PIL import Image
 
 from mmmilan.datasets import LoadImage, LoadLabelMap
-from mmmilan.datasets.annotations import category_ids, check_label_maps, has_masks
+from mmmilan.datasets.annotations import category_ids, check_label_maps, count_rle, has_masks
 from mmmilan.datasets.classes import use_classes
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
@@ -130,7 +130,10 @@ FAULTS = [
     ('annotations', 'category_id', [18], 'annotations[1] (id 8) has the unknown category_id [18]'),
     ('annotations', 'segmentation', [[1, 2, 3]], 'annotations[1] (id 8) has a segmentation'),
     ('annotations', 'segmentation', [[1, 2, math.nan, 4]], 'annotations[1] (id 8) has a segmentation'),
-    ('annotations', 'segmentation', dict(size=[40, 30], counts=[5]), 'annotations[1] (id 8) has a segmentation'),
+    ('annotations', 'segmentation', dict(size=[40, 30], counts=[1200]), 'annotations[1] (id 8) has a segmentation'),
+    ('annotations', 'segmentation', dict(size=[30, 40], counts=[5, 1194]), 'annotations[1] (id 8) has a segmentation'),
+    ('annotations', 'segmentation', dict(size=[30, 40], counts='zz'), 'annotations[1] (id 8) has a segmentation'),
+    ('annotations', 'segmentation', dict(size=[30, 40]), 'annotations[1] (id 8) has a segmentation'),
     ('annotations', 'id', 7, 'annotations[1] has the id 7 of an earlier one'),
     ('annotations', None, 'x', 'annotations[1] has no id'),
     ('images', 'width', 0, 'images[1] (2.jpg) has the width 0'),
@@ -180,6 +183,19 @@ def test_an_image_of_another_size_than_its_annotations(tmp_path):
 def test_whether_a_file_has_masks(tmp_path, text, masks):
     (tmp_path / 'a.json').write_text(text)
     assert has_masks(tmp_path / 'a.json') == masks
+
+
+def test_runs_of_masks_are_counted_as_pycocotools_reads_them():
+    from pycocotools import mask
+
+    random = np.random.default_rng(0)
+    for height, width, share in ((3, 4, 0.5), (200, 300, 0.01), (1, 1, 1), (64, 64, 0), (900, 800, 0.9)):
+        pixels = np.asfortranarray(random.random((height, width)) < share, np.uint8)
+        text = mask.encode(pixels)['counts'].decode()
+        assert count_rle(text) == height * width
+        assert count_rle(text[:-1]) != height * width
+    for wrong in (None, '', 'é', '0' * 20, [1, -1], [1.5], b'0', 'o' * 9 + '0'):
+        assert count_rle(wrong) in (-1, 0)
 
 
 # -- label maps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -39,9 +41,14 @@ def class_folders(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
+@cache
+def read_config(name: str) -> Config:
+    return Config.fromfile(ROOT / 'configs' / name)
+
+
 def built(labelled: Labelled, out: Path, config: str) -> tuple:
     """The data sets of a labelled folder with the pipelines of one of our configs."""
-    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg = deepcopy(read_config(config))
     init_default_scope(cfg.default_scope)
     parts = write_labelled(labelled, out)
     pipelines = dict(train=cfg.train_dataloader.dataset.pipeline, val=cfg.val_dataloader.dataset.pipeline)
@@ -738,7 +745,7 @@ def test_whose_task_is_not_clear(tmp_path):
     (tmp_path / 'photos/1.txt').write_text('a photo of one two three cats')  # a caption
     refused(tmp_path, r'has no labels \(found: 1 image in photos, 1 .txt\)')
     refused(tmp_path, 'has no labels for detection', task='detection')
-    refused(tmp_path / 'photos/1.png', r'has no labels \(it is a file\)')
+    refused(tmp_path / 'photos/1.png', r'has no labels \(a file without annotations of objects\)')
     shutil.rmtree(tmp_path / 'photos')
     maps(tmp_path, 'images', 'masks', {'a': [0, 1], 'b': [1, 0]})
     coco(tmp_path, 'a.json', 'images', {'a.jpg': [DOG], 'b.jpg': [DOG]}, {3: 'dog'})
