@@ -44,7 +44,7 @@ def pretrain(
     ``mmmilan.OnlineEvaluationHook``.
 
     The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training, and
-    with ``--gpus 8`` on eight GPUs.
+    with ``--gpus 8`` on eight GPUs, where schedule and rate follow the images of a step of all of them.
 
     ``resume`` continues the run in ``out`` with its own config, and needs no other argument. Those that are given and
     differ from the run are applied and named in the log, see docs/reliability.md; encoder and image size stay.

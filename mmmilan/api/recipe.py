@@ -12,8 +12,6 @@ from mmmilan.errors import InputError, count
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
-    from mmmilan.engine.schedule import Schedule
-
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
 BATCH_SIZE = {'cuda': 128, 'cpu': 32}
@@ -83,6 +81,7 @@ def resumed_config(
     from mmmilan.checkpoints.config import own_config, parse_config, read_text
     from mmmilan.checkpoints.foreign_config import check_foreign_config
     from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.engine.schedule import own_schedule, use_schedule
 
     path = folder / 'config.py'
     if path.is_file():
@@ -103,7 +102,8 @@ def resumed_config(
     change_config(config, changes)
     if schedule is not None:
         loader = config.train_dataloader
-        change_schedule(config, count_images(loader.dataset.sources, loader.batch_size), schedule)
+        num_images = count_images(loader.dataset.sources, loader.batch_size)
+        use_schedule(config, num_images, loader.batch_size, schedule)
     return config
 
 
@@ -163,30 +163,6 @@ def change_images(
     follows = sources is not None and (root is None or any(Path(root).is_relative_to(each) for each in evaluated))
     if hook and (labelled is not None or follows):
         hook.dataset = evaluation_images(config, sources or evaluated, labelled)
-
-
-def own_schedule(config: Config) -> Schedule | None:
-    """The schedule of a run, if it is one of :func:`fit_schedule`; None if the user changed it."""
-    from mmmilan.engine.schedule import fit_schedule
-
-    batch_size, epochs, schedules = (
-        config.train_dataloader.batch_size,
-        config.train_cfg.max_epochs,
-        config.param_scheduler,
-    )
-    steps = schedules[-1].get('end', 0) // epochs if isinstance(schedules, list) and schedules else 0
-    schedule = fit_schedule(steps * batch_size, batch_size, epochs) if steps else None
-    return schedule if schedule and list(map(dict, schedules)) == schedule.param_scheduler() else None
-
-
-def change_schedule(config: Config, num_images: int, before: Schedule) -> None:
-    """Fit schedule and rate to the length of the run; a rate that the user chose stays."""
-    from mmmilan.engine.schedule import fit_schedule
-
-    after = fit_schedule(num_images, config.train_dataloader.batch_size, config.train_cfg.max_epochs)
-    config.param_scheduler = after.param_scheduler()
-    if config.optim_wrapper.optimizer.lr == before.lr:
-        config.optim_wrapper.optimizer.lr = after.lr
 
 
 def set_data(config: Config, sources: Sequence[str | os.PathLike]) -> None:
@@ -335,7 +311,7 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
         raise InputError(f'{name} has no teacher; leave teacher out.')
     before, after = before if isinstance(before, dict) else {}, named_teacher(teacher)
     kept = {key: value for key, value in before.items() if key not in ('type', 'model', 'pretrained')}
-    if after['type'] != before.get('type'):
+    if after['type'] != before.get('type') or after.get('model', before.get('model')) != before.get('model'):
         kept = {key: value for key, value in kept.items() if key == 'input_size'}
     config.model.head.teacher = kept | after
 
@@ -384,7 +360,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.train_cfg.max_epochs = schedule.epochs
     config.default_hooks.checkpoint.interval = max(1, schedule.epochs // CHECKPOINTS)
     part(config.custom_hooks, 'OnlineEvaluationHook')['interval'] = max(1, schedule.epochs // EVALUATIONS)
-    config.auto_scale_lr.enable = False  # the rate is already that of this batch size
+    config.auto_scale_lr = dict(enable=False, base_batch_size=batch_size)  # the rate is that of this batch already
     print_log(
         f'{num_images} images in batches of {batch_size}: {count(schedule.epochs, "epoch")} of '
         f'{count(schedule.steps_per_epoch, "step")}, the first {schedule.warmup} for warm-up, '

@@ -30,9 +30,10 @@ from mmmilan.engine.config_check import check_batches, check_data, check_data_se
 from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
+from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_write, check_output, check_output_folder
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
@@ -82,10 +83,12 @@ def train(
         enable_amp(cfg)
     if auto_scale_lr or (cfg.get('auto_scale_lr') or {}).get('enable'):
         enable_auto_scale_lr(cfg)
+    fit_processes(cfg)
     if resume:
         cfg.resume = True
         cfg.load_from = None if resume in (True, 'auto') else os.fspath(resume)
     with launched(cfg, 'train') as runner:
+        scale_by_accumulation(runner)
         check_batches(runner)
         runner.train()
 
@@ -257,15 +260,44 @@ def enable_amp(cfg: Config) -> None:
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Scale the learning rate by the ratio of the real batch size to that of the config's learning rate.
 
-    MMEngine multiplies the batch size by the number of processes, and this function by the accumulated steps.
-
     Raises:
         InputError: the config lacks the batch size of its learning rate.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise InputError('The config lacks the batch size of its learning rate; set auto_scale_lr.base_batch_size.')
     cfg.auto_scale_lr.enable = True
-    cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+
+
+def scale_by_accumulation(runner: Runner) -> None:
+    """Let the accumulated steps count in the real batch size, by which MMEngine scales the learning rate.
+
+    The config keeps its own ``base_batch_size``, so that a run can be repeated and resumed with the config it wrote.
+    """
+    options, steps = runner.cfg.get('auto_scale_lr'), runner.cfg.optim_wrapper.get('accumulative_counts', 1)
+    if options and options.get('enable') and steps > 1:
+        scaled = dict(options, base_batch_size=options.base_batch_size / steps)
+        if hasattr(runner, 'strategy'):
+            runner.strategy._auto_scale_lr = scaled
+        else:
+            runner.auto_scale_lr = scaled
+
+
+def fit_processes(cfg: Config) -> None:
+    """Fit the schedule and the rate of ``mmmilan.pretrain`` to the images that all processes see in a step."""
+    variable = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE').get(cfg.launcher, '')
+    before = own_schedule(cfg)
+    if before is None:
+        return
+    per_step = cfg.train_dataloader.batch_size * int(os.environ.get(variable, 1))
+    if per_step == cfg.auto_scale_lr.base_batch_size:
+        return
+    images = before.steps_per_epoch * cfg.auto_scale_lr.base_batch_size
+    after = use_schedule(cfg, images, per_step, before)
+    print_log(
+        f'{per_step} images in a step, of all processes: {count(after.steps_per_epoch, "step")} an epoch, the first '
+        f'{after.warmup} for warm-up, learning rate {cfg.optim_wrapper.optimizer.lr:g}.',
+        logger='current',
+    )
 
 
 @contextmanager

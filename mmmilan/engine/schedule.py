@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import LinearParamScheduler, _ParamScheduler
 from mmengine.runner import Runner
@@ -72,12 +73,36 @@ def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedu
         batch_size: Images in a step.
         epochs: Passes over the images; None for about ``STEPS`` steps.
     """
-    steps_per_epoch = num_images // batch_size
+    steps_per_epoch = max(1, num_images // batch_size)
     if epochs is None:
         epochs = min(max(math.ceil(STEPS / steps_per_epoch), EPOCHS[0]), EPOCHS[1])
     lr = RECIPE_RATE * math.sqrt(batch_size / RECIPE_BATCH)
     warmup = max(2, int(WARMUP * epochs * steps_per_epoch))  # MMEngine's warm-up of one step never ends
     return Schedule(epochs, steps_per_epoch, warmup, float(f'{lr:.2g}'))
+
+
+def own_schedule(config: Config) -> Schedule | None:
+    """The schedule of ``mmmilan.pretrain`` that a config has; None if it has another one, or the user changed it.
+
+    ``auto_scale_lr.base_batch_size`` says for how many images a step it was made.
+    """
+    epochs, schedules = (config.get('train_cfg') or {}).get('max_epochs'), config.get('param_scheduler')
+    batch_size = (config.get('auto_scale_lr') or {}).get('base_batch_size') or 0
+    steps = schedules[-1].get('end', 0) // epochs if epochs and isinstance(schedules, list) and schedules else 0
+    if not steps or not batch_size or config.auto_scale_lr.get('enable'):
+        return None
+    schedule = fit_schedule(steps * batch_size, batch_size, epochs)
+    return schedule if list(map(dict, schedules)) == schedule.param_scheduler() else None
+
+
+def use_schedule(config: Config, num_images: int, batch_size: int, before: Schedule) -> Schedule:
+    """Fit schedule and rate of a config to other images, epochs or images a step; a rate that the user chose stays."""
+    after = fit_schedule(num_images, batch_size, config.train_cfg.max_epochs)
+    config.param_scheduler = after.param_scheduler()
+    config.auto_scale_lr.base_batch_size = batch_size
+    if config.optim_wrapper.optimizer.lr == before.lr:
+        config.optim_wrapper.optimizer.lr = after.lr
+    return after
 
 
 @HOOKS.register_module()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import modelindex
 import pytest
 import torch
+from mmengine.config import Config
 
 import mmmilan
 from helpers import PRETRAINED, ROOT
 from mmmilan.api.models import titles_of
+from mmmilan.api.recipe import replace_teacher
 from mmmilan.cli import main
 from mmmilan.engine.throughput import counted_flops
 from mmmilan.errors import InputError
@@ -74,3 +76,20 @@ def test_files_of_one_name_are_told_apart_by_their_folders():
         titles_of(['a/milan.pth', './a/milan.pth'])
     with pytest.raises(InputError, match='teacher is named twice'):
         titles_of(['teacher', 'teacher'])
+
+
+@pytest.mark.parametrize(
+    ('teacher', 'kept'),
+    [
+        ('ViT-B-16-quickgelu:{file}', dict(teacher_mean_std=None, input_size=96)),  # it has moved
+        ('ViT-B-16-SigLIP2:webli', dict(input_size=96)),  # sees its own pixels
+        ('vit_base_patch16_224.dino', dict(input_size=96)),
+    ],
+)
+def test_what_is_kept_of_a_teacher(clip_file, teacher, kept):
+    before = dict(type='mmmilan.OpenCLIPTeacher', model='ViT-B-16-quickgelu', pretrained='old.pt')
+    head = dict(teacher=before | dict(teacher_mean_std=None, input_size=96))
+    config = Config(dict(model=dict(head=head)))
+    replace_teacher(config, teacher.format(file=clip_file), 'milan.pth')
+    after = config.model.head.teacher
+    assert {key: after[key] for key in after if key not in ('type', 'model', 'pretrained')} == kept

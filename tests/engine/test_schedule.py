@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.optim import CosineAnnealingLR, LinearLR
 
-from mmmilan.engine.schedule import ScheduleCheckHook, fit_batch_size, fit_schedule
+from mmmilan.engine.launch import fit_processes
+from mmmilan.engine.schedule import ScheduleCheckHook, fit_batch_size, fit_schedule, own_schedule
 
 
 def test_schedule_fits_the_images():
@@ -19,6 +21,37 @@ def test_schedule_fits_the_images():
     assert fit_schedule(4096, 4096, None).lr == 2.4e-3 and fit_schedule(64, 8, None).epochs == 400
     assert fit_schedule(10**6, 128, None).epochs == 20
     assert [fit_batch_size(n, 128) for n in (3, 24, 64, 512, 3068)] == [3, 8, 8, 64, 128]
+
+
+def test_schedule_follows_the_number_of_processes(monkeypatch, log):
+    """Eight times the images in a step: an eighth of the steps with their own warm-up and rate, once and not twice."""
+    one, eight = fit_schedule(3200, 32, 20), fit_schedule(3200, 256, 20)
+    config = Config(
+        dict(
+            launcher='pytorch',
+            train_cfg=dict(max_epochs=20),
+            train_dataloader=dict(batch_size=32),
+            param_scheduler=one.param_scheduler(),
+            optim_wrapper=dict(optimizer=dict(lr=one.lr)),
+            auto_scale_lr=dict(enable=False, base_batch_size=32),
+        )
+    )
+    fit_processes(config)
+    assert own_schedule(config) == one and not log.text
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    for _ in range(2):
+        fit_processes(config)
+        assert own_schedule(config) == eight and config.optim_wrapper.optimizer.lr == eight.lr > 2.8 * one.lr
+    assert log.text.count('256 images in a step, of all processes: 12 steps an epoch, the first 24 for warm-up') == 1
+    config.optim_wrapper.optimizer.lr = 1e-3  # the user's own
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    fit_processes(config)
+    assert config.optim_wrapper.optimizer.lr == 1e-3 and config.auto_scale_lr.base_batch_size == 32
+    config.param_scheduler[0]['start_factor'] = 0.5
+    before = config.to_dict()
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    fit_processes(config)
+    assert config.to_dict() == before
 
 
 def warnings_of(caplog, schedules, steps: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from helpers import ROOT, read_scalars
 from mmmilan.engine import MainLoggerHook
@@ -50,6 +51,8 @@ def test_auto_scale_lr(tiny_config, run_tool, tmp_path, accumulative_counts, by_
         run_tool('train.py', tiny_config(changes | {'auto_scale_lr.enable': True}))
     (rate,) = {record['lr'] for record in read_scalars(tmp_path / 'work')}
     assert rate == pytest.approx(2.4e-3 * 4 * accumulative_counts / 4096)
+    (written,) = (tmp_path / 'work').glob('*.py')
+    assert Config.fromfile(written).auto_scale_lr == dict(enable=True, base_batch_size=4096)  # for the next run
 
 
 def test_auto_scale_lr_needs_to_know_the_batch(tiny_config, run_tool):
