@@ -25,6 +25,7 @@ MODULES = {
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',
     'figures': 'mmmilan.api.figures',
+    'finetune': 'mmmilan.api.finetune',
     'get_flops': 'mmmilan.api.models',
     'get_model': 'mmmilan.api.models',
     'heat_maps': 'mmmilan.api.language',

@@ -121,10 +121,18 @@ def check_device(name: str, value: Any) -> str:
     return str(value)
 
 
+def check_rate(name: str, value: Any) -> float:
+    """A learning rate: a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float('inf'):
+        raise InputError(f'{name}={shown(value)} is not a number above 0; give one, such as 0.001.')
+    return float(value)
+
+
 Count = Annotated[int, Whole(1, 1_000_000)]
 Workers = Annotated[int, Whole(0, 256)]
 Pixels = Annotated[int, Whole(1, 16384)]
 Seed = Annotated[int, Whole(0, 2**32 - 1)]
+Rate = Annotated[float, check_rate]
 Path = Annotated[str | os.PathLike, check_path]
 Paths = Annotated[Sequence[str | os.PathLike] | str | os.PathLike, check_paths]
 Images = Annotated[Any, check_images]

@@ -19,7 +19,17 @@ from mmmilan.errors import InputError, exit_on_input_error
 
 # What a person wants -> the commands for it.
 COMMANDS = {
-    'Your own images': ('pretrain', 'report', 'predict', 'embed', 'zero-shot', 'search', 'heat-maps', 'figures'),
+    'Your own images': (
+        'pretrain',
+        'finetune',
+        'predict',
+        'report',
+        'embed',
+        'zero-shot',
+        'search',
+        'heat-maps',
+        'figures',
+    ),
     "Configs of OpenMMLab's kind": ('train', 'test', 'get-flops'),
     'Models for other programs': ('convert', 'export-onnx'),
 }

@@ -87,8 +87,10 @@ def pretrain(
 
     from mmmilan.api.recipe import base_config, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted
+    from mmmilan.checkpoints.newest import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
+    from mmmilan.engine.work_dir import checkpoint_folder
 
     for option in dotted(changes):  # before the teacher is downloaded
         check_top(base_config(), option, inspect.signature(pretrain).parameters)
@@ -97,7 +99,7 @@ def pretrain(
         raise InputError(f'pretrain lacks the {missing}; give it.')
     sources = None if data is None else as_sources(data)
     folder = Path(out)
-    check_out(folder, resume)
+    check_out(folder, resume, FILES)
     arguments = dict(arch=arch, teacher=teacher, start=start, epochs=epochs, batch_size=batch_size)
     arguments |= dict(img_size=img_size, patch_size=patch_size, labelled=labelled, seed=seed)
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -106,17 +108,23 @@ def pretrain(
             config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
         config.work_dir = str(folder.absolute())
-        weights = train(config, folder, resume)
+        meta = train(config, folder, resume)
+        weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)
         if sources is None:
             sources = reported_images(config)
         write_report(weights, sources if labelled is None else [labelled])
     return weights
 
 
-def check_out(folder: Path, resume: bool) -> None:
+def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
     """Refuse to overwrite a run or other files, or to resume where there is no run.
 
     The config of a run that was stopped before its first checkpoint may be replaced.
+
+    Args:
+        folder: Where the run writes.
+        resume: Whether it continues one.
+        files: What it writes beside what every run does.
 
     Raises:
         InputError: the folder holds a run or another's files and ``resume`` is False, or there is no run to resume; or
@@ -132,25 +140,23 @@ def check_out(folder: Path, resume: bool) -> None:
         raise InputError(f'{folder} holds a run already; choose another folder, or resume the run (--resume).')
     if resume and not has_run:
         raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
-    found = [name for name in FILES if os.path.lexists(folder / name)]
+    found = [name for name in files if os.path.lexists(folder / name)]
     if found == ['config.py'] and contains(folder / 'config.py', WRITTEN):
         found = []
     if found and not resume:
         raise InputError(f'{folder} holds {", ".join(found)} already, which would be replaced; choose another folder.')
 
 
-def train(config: Config, folder: Path, resume: bool) -> Path:
-    """Train as ``tools/train.py`` does; returns the path of the weights, saved without the state of the optimizer.
+def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
+    """Train as ``tools/train.py`` does; returns how long that took and on what, for the checkpoint.
 
     The config is written when training begins, so that a run that is refused changes no file.
     """
     import time
 
     from mmmilan.checkpoints.config import config_text, parse_config
-    from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
-    from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.launch import launched
-    from mmmilan.engine.work_dir import ConfigFileHook, checkpoint_folder
+    from mmmilan.engine.work_dir import ConfigFileHook
     from mmmilan.evaluation.features import choose_device, device_name
 
     path = folder / 'config.py'
@@ -164,13 +170,18 @@ def train(config: Config, folder: Path, resume: bool) -> Path:
     with launched(config, 'train') as runner:
         runner.register_hook(ConfigFileHook(path, text))
         runner.train()
-    checkpoint = load_checkpoint_file(find_newest(checkpoint_folder(config)))
-    if not resume:  # a resumed run knows only the time of its last part
-        name = device_name(choose_device(None))
-        checkpoint['meta'].update(training_seconds=time.monotonic() - begin, training_device=name)
-    weights = folder / 'milan.pth'
-    save_checkpoint_file({key: checkpoint[key] for key in ('meta', 'state_dict')}, weights)
-    return weights
+    if resume:  # a resumed run knows only the time of its last part
+        return {}
+    return dict(training_seconds=time.monotonic() - begin, training_device=device_name(choose_device(None)))
+
+
+def save_weights(checkpoint: Path, path: Path, meta: dict[str, Any]) -> Path:
+    """Write the weights of a checkpoint, with its config and more ``meta``, without the state of the optimizer."""
+    from mmmilan.checkpoints.io import load_checkpoint_file, save_checkpoint_file
+
+    content = load_checkpoint_file(checkpoint)
+    save_checkpoint_file(dict(meta=content['meta'] | meta, state_dict=content['state_dict']), path)
+    return path
 
 
 def reported_images(config: Config) -> list[str]:

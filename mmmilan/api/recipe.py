@@ -78,17 +78,9 @@ def resumed_config(
         InputError: there is no config, or an argument would make it another run.
     """
     from mmmilan.building import change_config
-    from mmmilan.checkpoints.config import own_config, parse_config, read_text
-    from mmmilan.checkpoints.foreign_config import check_foreign_config
-    from mmmilan.checkpoints.newest import find_newest
     from mmmilan.engine.schedule import own_schedule, use_schedule
 
-    path = folder / 'config.py'
-    if path.is_file():
-        config = parse_config(read_text(path), str(path))
-        check_foreign_config(config.to_dict(), str(path))
-    else:
-        config = own_config(find_newest(folder), with_data=True)
+    config = run_config(folder)
     refuse_changes(config, folder, given)
     schedule = own_schedule(config)
     if 'teacher' in given:
@@ -104,6 +96,24 @@ def resumed_config(
         loader = config.train_dataloader
         num_images = count_images(loader.dataset.sources, loader.batch_size)
         use_schedule(config, num_images, loader.batch_size, schedule)
+    return config
+
+
+def run_config(folder: Path) -> Config:
+    """The config of the run in a folder: of its ``config.py``, or else of its newest checkpoint.
+
+    Raises:
+        InputError: there is none, or it could run code.
+    """
+    from mmmilan.checkpoints.config import own_config, parse_config, read_text
+    from mmmilan.checkpoints.foreign_config import check_foreign_config
+    from mmmilan.checkpoints.newest import find_newest
+
+    path = folder / 'config.py'
+    if not path.is_file():
+        return own_config(find_newest(folder), with_data=True)
+    config = parse_config(read_text(path), str(path))
+    check_foreign_config(config.to_dict(), str(path))
     return config
 
 
@@ -125,6 +135,11 @@ def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
         asked['img_size'] = pair(asked['img_size'])
     if 'start' in asked:
         asked['start'] = absolute(asked['start'])
+    keep_own(own, asked, folder)
+
+
+def keep_own(own: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Raise an :class:`InputError` if an argument for a resumed run is not what the run has."""
     for name, value in own.items():
         if name in asked and asked[name] != value:
             raise InputError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
@@ -34,13 +35,17 @@ class CheckpointHook(MMEngineCheckpointHook):
     """MMEngine's ``CheckpointHook``; a crash at any moment leaves a complete checkpoint.
 
     Each file, ``last_checkpoint`` too, is written to a temporary file, flushed to disk and then renamed. Only then are
-    older checkpoints, or the previous best one, deleted. MMEngine's arguments; ``out_dir`` must be a folder. A
+    older checkpoints, or the previous best one, deleted. A run that is resumed at the end of an epoch repeats its
+    validation, which may have been interrupted, so that the best checkpoint is that of an uninterrupted run; of several
+    with the best score it is the last one. MMEngine's arguments; ``out_dir`` must be a folder. A
     checkpoint holds the step of the epoch at which it was saved, and :class:`EpochLoop` continues from that step.
 
     Args:
         asynchronous: Write a copy of the state while training continues; the next checkpoint waits until the copy is
             written. The copy takes as much host memory as the checkpoint. The best checkpoint is written at once.
     """
+
+    rule_map: ClassVar = dict(greater=operator.ge, less=operator.le)
 
     def __init__(self, *args, asynchronous: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -55,6 +60,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         if is_main_process():  # leftovers of a run that was killed while it wrote or deleted
             remove(self._paths(runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])))
             remove_leftovers(Path(self.out_dir))
+        if self.save_best and runner._resume and validation_is_due(runner):
+            runner.val_loop.run()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         meta, loop = checkpoint['meta'], runner.train_loop
@@ -110,6 +117,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         return [Path(self.out_dir, self.filename_tmpl.format(step)) for step in steps]
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.save_best and not {'auto', *metrics} & {*self.key_indicators}:  # mmdet's, while it detects nothing
+            return
         outdated: list[Path] = []
         backend, self.file_backend = self.file_backend, _Remembering(outdated)
 
@@ -174,6 +183,15 @@ class CheckpointHook(MMEngineCheckpointHook):
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
         settle(path)
+
+
+def validation_is_due(runner: Runner) -> bool:
+    """Whether a run by epochs stands at the end of an epoch that is followed by a validation."""
+    loop = runner.train_loop
+    if runner.val_loop is None or not isinstance(loop, EpochLoop) or loop.done or not runner.epoch:
+        return False
+    whole = runner.epoch % loop.val_interval == 0 or runner.epoch == runner.max_epochs
+    return whole and runner.epoch >= loop.val_begin
 
 
 def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -47,11 +47,18 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
     """MMEngine's ``RuntimeInfoHook``, but losses are copied from the GPU only when a log line is due.
 
     MMEngine's hook copies them after every step, and so waits for the GPU before the next step. The losses of all steps
-    are still logged. In a config: ``default_hooks.runtime_info``.
+    are still logged. Where rates differ between layers, the log has the head's too, the highest: MMEngine's ``lr`` is
+    that of the first layer. In a config: ``default_hooks.runtime_info``.
     """
 
     def __init__(self) -> None:
         self.pending: list[dict] = []
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        super().before_train_iter(runner, batch_idx, data_batch)
+        rates = runner.optim_wrapper.get_lr().get('lr') or [0.0]
+        if max(rates) > rates[0]:
+            runner.message_hub.update_scalar('train/head_lr', max(rates))
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None

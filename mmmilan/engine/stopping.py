@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from mmengine.dist import barrier, get_rank, get_world_size, is_distributed
+from mmengine.hooks import EarlyStoppingHook as MMEngineEarlyStoppingHook
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
@@ -114,6 +115,20 @@ class StopHook(Hook):
         """Restore the signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@HOOKS.register_module()
+class EarlyStoppingHook(MMEngineEarlyStoppingHook):
+    """MMEngine's ``EarlyStoppingHook``, which a resumed run continues: it waits as long as an uninterrupted one.
+
+    Its state is in the checkpoints, with MMEngine's messages. Same arguments.
+    """
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        hub = runner.message_hub
+        self.best_score, self.wait_count = hub.get_info('early_stopping', (self.best_score, self.wait_count))
+        super().after_val_epoch(runner, metrics)
+        hub.update_info('early_stopping', (self.best_score, self.wait_count))
 
 
 # A process is before an iteration while it loads its batch, saves and logs.

@@ -1,12 +1,19 @@
-"""Frozen features of several encoders on the same labelled images, compared with their uncertainty."""
+"""Encoders, and models trained from them, compared on the same labelled images with their uncertainty."""
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from mmengine.structures import BaseDataElement
 from sklearn.model_selection import train_test_split
 
+from mmmilan.datasets.classes import IGNORE
+from mmmilan.evaluation.features import progress
 from mmmilan.evaluation.probes import knn_predictions, linear_probe_predictions
 
 RESAMPLES = 2000
@@ -118,4 +125,126 @@ def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
         return f'Pretraining helped: {figures}'
     return (
         f'Pretraining did harm: {figures}' if high < 0 else f'Pretraining made no difference to be sure of: {figures}'
+    )
+
+
+# -- models trained from two starts
+
+
+def image_scores(weights: str | os.PathLike) -> dict[str, float]:
+    """How good a model is on each of its validation images, from 0 to 1, by the path of the image.
+
+    That is, of a classifier whether it is right; of a detector the AP (IoU 0.5 to 0.95) of its boxes, the mean over
+    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction. of
+    which that says nothing, such as those without objects, are left out.
+
+    Args:
+        weights: A checkpoint with its config, of ``mmmilan.finetune``.
+    """
+    from mmmilan.checkpoints.config import own_config
+    from mmmilan.engine.launch import launched
+
+    config = own_config(weights)
+    config.test_dataloader = config.val_dataloader
+    config.load_from, config.resume, config.launcher = str(weights), False, 'none'
+    config.experiment_name = f'scores-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    scores: dict[str, float] = {}
+    with launched(config, 'test') as runner, torch.no_grad():
+        runner.load_or_resume()
+        runner.model.eval()
+        for batch in progress(runner.test_dataloader, 'Scores of the validation images'):
+            for sample in runner.model.test_step(batch):
+                score = score_of(sample)
+                if score is not None:
+                    scores[sample.img_path] = score
+    return scores
+
+
+def score_of(sample: BaseDataElement) -> float | None:
+    """The score of one image, see :func:`image_scores`; None if there is none."""
+    if 'gt_label' in sample:
+        return float(sample.pred_label == sample.gt_label)
+    if 'gt_sem_seg' in sample:
+        return mean_iou(sample.pred_sem_seg.data[0].cpu().numpy(), sample.gt_sem_seg.data[0].cpu().numpy())
+    found, truth = sample.pred_instances.cpu().numpy(), sample.gt_instances.cpu().numpy()
+    boxes = np.asarray(truth.bboxes, np.float64) / np.tile(sample.scale_factor, 2)  # to the size of the file's image
+    aps = []
+    for label in np.unique(truth.labels):
+        own = found.labels == label
+        order = np.argsort(-found.scores[own], kind='stable')
+        overlaps = box_ious(found.bboxes[own][order], boxes[truth.labels == label])
+        aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
+    return float(np.mean(aps)) if aps else None
+
+
+def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float | None:
+    """The mean IoU of the classes in one of two maps [H, W], where the second is not 255; None if it is nowhere."""
+    predicted, truth = (each[truth != IGNORE] for each in (predicted, truth))
+    labels = np.union1d(predicted, truth)
+    both = [((predicted == label) & (truth == label)).sum() for label in labels]
+    either = [((predicted == label) | (truth == label)).sum() for label in labels]
+    return float(np.mean(np.divide(both, either))) if len(labels) else None
+
+
+def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU [N, M] of boxes [N, 4] and others [M, 4], each x1, y1, x2, y2."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+    common = sides.clip(0).prod(-1)
+    areas = [(each[:, 2:] - each[:, :2]).prod(-1) for each in (boxes, others)]
+    return common / np.maximum(areas[0][:, None] + areas[1] - common, 1e-9)
+
+
+def average_precision(overlaps: np.ndarray, threshold: float) -> float:
+    """AP of one class in one image: the area below the precision by recall, which falls monotonically.
+
+    Args:
+        overlaps: IoU [N, M] of detections, the most certain first, and M > 0 objects.
+        threshold: A detection is right if it overlaps at least so much with an object that none before it has taken.
+    """
+    free, right = np.ones(overlaps.shape[1], bool), np.zeros(len(overlaps))
+    for place, row in enumerate(overlaps):
+        best = np.argmax(np.where(free, row, -1))
+        if free[best] and row[best] >= threshold:
+            free[best], right[place] = False, 1
+    precision = right.cumsum() / np.arange(1, len(right) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((precision * right).sum() / overlaps.shape[1])
+
+
+SCORES = dict(classification='top-1 accuracy', detection='AP of an image', segmentation='IoU of an image')
+
+
+def compare_models(after: str | os.PathLike, before: str | os.PathLike, task: str, name: str) -> dict[str, Any]:
+    """Compare two models on the same validation images, by :func:`image_scores` and a paired bootstrap.
+
+    Args:
+        after: The checkpoint of the model in question.
+        before: That of the other one.
+        task: Of both.
+        name: What the other one starts from.
+
+    Returns:
+        ``sentence``; ``score``, what is compared; ``means`` of both and the ``difference`` with its ``interval`` of
+        95 %, in percent; ``images``, their paths; and ``scores``, by model. All of it can be written as JSON.
+    """
+    first, second = image_scores(after), image_scores(before)
+    images = sorted(first.keys() & second.keys())
+    values = [np.array([scores[image] for image in images]) for scores in (first, second)]
+    means = [100 * float(each.mean()) for each in values]
+    low, high = bootstrap(values[0] - values[1])
+    said = 'helped' if low > 0 else 'did harm' if high < 0 else 'made no difference to be sure of'
+    sentence = (
+        f'Pretraining {said}: {SCORES[task]}, mean of {len(images)} validation images, {means[0]:.1f} % against '
+        f'{means[1]:.1f} % from {name} (difference {means[0] - means[1]:+.1f}, 95 % interval {low:+.1f} to '
+        f'{high:+.1f}).'
+    )
+    return dict(
+        sentence=sentence,
+        score=SCORES[task],
+        name=name,
+        means=means,
+        difference=means[0] - means[1],
+        interval=[low, high],
+        images=images,
+        scores=[each.tolist() for each in values],
     )

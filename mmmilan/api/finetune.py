@@ -1,0 +1,182 @@
+"""A classifier, a detector or a segmentor of a user's own classes, in one call."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmmilan import arguments
+from mmmilan.arguments import checked
+from mmmilan.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    from mmengine.config import Config
+
+FILES = ('config.py', 'model.pth', 'report.html', 'comparison.json')  # what finetune itself writes beside the run's
+COMPARED = 'compare'  # folder of the second run
+
+
+@checked
+def finetune(
+    data: arguments.Path | None = None,
+    out: arguments.Path | None = None,
+    *,
+    start: arguments.Path | None = None,
+    task: Literal['classification', 'detection', 'segmentation'] | None = None,
+    arch: str | dict[str, Any] | None = None,
+    patch_size: arguments.Pixels | None = None,
+    img_size: arguments.Pixels | None = None,
+    epochs: arguments.Count | None = None,
+    batch_size: arguments.Count | None = None,
+    accumulate: arguments.Count | None = None,
+    lr: arguments.Rate | None = None,
+    freeze: bool = False,
+    compare: arguments.Path | None = None,
+    classes: arguments.Texts | arguments.Path | None = None,
+    ignore: arguments.Texts | arguments.Text | None = None,
+    patience: arguments.Count | None = None,
+    gpus: arguments.Count | None = None,
+    seed: arguments.Seed | None = None,
+    resume: bool = False,
+    **changes: Any,
+) -> Path:
+    """Train a classifier, a detector or a segmentor on your own labelled images, from a pretrained encoder.
+
+    What is trained follows from the data: folders of classes give a classifier; annotated objects Mask R-CNN, or Faster
+    R-CNN where there are boxes alone; images with label maps UperNet. The recipes are the published ones, fitted to
+    the number of images (docs/own_images.md). The model is validated after each epoch, and the best one is kept.
+
+    The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training.
+
+    Args:
+        data: folder of labelled images: folders of classes, COCO, YOLO or Pascal VOC, or images with label maps. If it
+            is not divided into ``train`` and ``val``, a fifth of it is kept to validate on, see ``out/split.json``.
+        out: folder for config, log, checkpoints, model and report.
+        start: the encoder that training starts from: a checkpoint of your own, a model of the zoo, a file or a URL in
+            any layout; by default random weights.
+        task: what to train, if the data allow several.
+        arch: the encoder where there is no ``start``, as for ``mmmilan.pretrain``; by default 'base'.
+        patch_size: side of a patch in pixels where there is no ``start``, by default 16.
+        img_size: side of the images that the model sees, in pixels. By default, for a classifier that of ``start`` or
+            224; for the others about that of the images, at most the 1024 and 512 of the published recipes.
+        epochs: number of epochs; by default it follows from the number of images.
+        batch_size: number of images that a process sees at once.
+        accumulate: number of batches whose gradients make one step, where larger ones do not fit the memory.
+        lr: learning rate of the head; that of the encoder falls from block to block.
+        freeze: train the head alone. Of a classifier it is a linear probe.
+        compare: train a second time from this start, or from random weights ('scratch'), with the same images in the
+            same order, and say which is better.
+        classes: names of the classes in the order of their labels, or a file of them.
+        ignore: classes that are left out.
+        patience: stop after as many epochs without a better validation.
+        gpus: number of processes on this machine, one for each GPU; by default this process alone.
+        seed: seed of all random numbers, by default 0; of the split, too.
+        resume: continue the run in ``out`` from its newest complete checkpoint, with its own config.
+        changes: anything else in the config, e.g. ``--optim_wrapper.optimizer.weight_decay 0.1``.
+
+    Returns:
+        The path of the best model with its config and the names of its classes, ``out/model.pth``. ``mmmilan.predict``,
+        ``mmmilan.test`` and the inferencers of OpenMMLab take it. ``report.html`` is beside it.
+
+    Raises:
+        InputError: data, start or an option is wrong; it is raised before training starts.
+
+    Examples:
+        >>> mmmilan.finetune('flowers', 'runs/flowers', start='runs/photos/milan.pth', compare='scratch')
+    """
+    from mmengine.registry import DefaultScope
+
+    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
+    from mmmilan.api.pretrain import check_out
+    from mmmilan.building import change_config
+
+    if out is None or (data is None and not resume):
+        missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
+        raise InputError(f'finetune lacks the {missing}; give it.')
+    folder = Path(out)
+    check_out(folder, resume, FILES)
+    of_data = dict(data=data, task=task, classes=classes, ignore=ignore)
+    given = dict(start=start, arch=arch, patch_size=patch_size, img_size=img_size, epochs=epochs, lr=lr, seed=seed)
+    given |= dict(batch_size=batch_size, accumulate=accumulate, freeze=freeze or None, patience=patience)
+    of_data, given = ({name: value for name, value in each.items() if value is not None} for each in (of_data, given))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        compose = resumed_config if resume else new_config
+        config = compose(folder, of_data, processes=gpus or 1, **given)
+        change_config(config, changes)
+        second = None if compare is None else compared_config(config, compare)
+    weights = run(config, folder, resume, gpus)
+    comparison = None
+    if second is not None:
+        comparison = compare_runs(second, weights, compare, gpus)
+    write_page(weights, comparison)
+    return weights
+
+
+def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
+    """Train in this process or in several; returns the path of the best model.
+
+    The best checkpoint becomes ``model.pth``. A resumed run that found no better one has it already.
+    """
+    from mmengine.logging import print_log
+
+    from mmmilan.api.pretrain import save_weights, train
+    from mmmilan.checkpoints.config import config_text
+    from mmmilan.checkpoints.io import load_checkpoint_file
+    from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.engine.launch import start_processes
+    from mmmilan.files import write_text
+
+    config.work_dir, meta = str(folder.absolute()), {}
+    if gpus is None:
+        meta = train(config, folder, resume)
+    else:
+        write_text(folder / 'config.py', config_text(config))
+        start_processes(
+            'train', [folder / 'config.py'], gpus, dict(work_dir=folder, resume='auto' if resume else ''), {}
+        )
+    weights, best = folder / 'model.pth', sorted(folder.glob('best_*.pth'))
+    if best or not weights.exists():
+        save_weights(best[-1] if best else find_newest(folder), weights, meta)
+    for path in best:
+        path.unlink()
+    metric, meta = config.default_hooks.checkpoint.save_best, load_checkpoint_file(weights)['meta']
+    print_log(f'{weights} is the model after epoch {meta["epoch"]}, the best by {metric}.', logger='current')
+    return weights
+
+
+def compare_runs(config: Config, weights: Path, compare: str, gpus: int | None) -> dict[str, Any]:
+    """Train from another start, in a folder of its own, and write ``comparison.json``; returns what it holds.
+
+    The second run goes on where it was stopped.
+    """
+    import json
+
+    from mmengine.logging import print_log
+
+    from mmmilan.api.finetune_recipe import task_of
+    from mmmilan.checkpoints.newest import checkpoints_in
+    from mmmilan.evaluation.comparison import compare_models
+    from mmmilan.files import write_text
+
+    folder = weights.parent / COMPARED
+    name = 'random weights' if compare == 'scratch' else str(compare)
+    print_log(f'The same training from {name}, in {folder}.', logger='current')
+    other = run(config, folder, bool(checkpoints_in(folder)), gpus)
+    comparison = compare_models(weights, other, task_of(config), name)
+    write_text(weights.parent / 'comparison.json', json.dumps(comparison))
+    print_log(comparison['sentence'], logger='current')
+    return comparison
+
+
+def write_page(weights: Path, comparison: dict[str, Any] | None) -> None:
+    """Write the page beside the weights; if that fails, only warn, so that the training is not lost."""
+    from mmengine.logging import print_log
+
+    try:
+        from mmmilan.visualization.results_page import write_results
+
+        page = write_results(weights, weights.with_name('report.html'), comparison)
+        print_log(f'{page} shows what it gets right and wrong.', logger='current')
+    except (ImportError, InputError) as error:
+        print_log(f'No report: {error}', logger='current', level=logging.WARNING)

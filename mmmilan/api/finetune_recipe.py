@@ -1,0 +1,500 @@
+"""The config of fine-tuning on a user's own labelled images: a published recipe, fitted to images and encoder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mmmilan.api.recipe import ARCHS, absolute, part
+from mmmilan.errors import InputError, count
+
+if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
+    from mmengine.config import Config
+    from torch import Tensor
+
+    from mmmilan.datasets.labelled import Labelled
+
+HEAD_ALONE = 'vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k'
+ZOO = dict(
+    classification='vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
+    detection='mask-rcnn_vit-base-p16_milan-pre_1x_coco',
+    segmentation='upernet_vit-base-p16_milan-pre_160k_ade20k-512x512',
+)
+METRICS = dict(classification='accuracy/top1', detection='coco/bbox_mAP', segmentation='mIoU')
+
+
+class Recipe(NamedTuple):
+    """What was measured on small data (docs/own_images.md), by task.
+
+    Attributes:
+        lr: Rate of the head for a batch of ``batch``; with the square root of the batch size, as in ``fit_schedule``.
+        layer_decay: Of the rate, from block to block towards the input.
+        batch: Batch size of the rate.
+        largest: Batch size at most, by device.
+        steps: Length of a run, within ``epochs``.
+        epochs: The least and the most.
+    """
+
+    lr: float
+    layer_decay: float
+    batch: int
+    largest: dict[str, int]
+    steps: int
+    epochs: tuple[int, int]
+
+
+RECIPES = dict(
+    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), 1500, (20, 100)),
+    detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), 2000, (12, 100)),
+    segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), 2000, (20, 200)),
+)
+
+
+class Encoder(NamedTuple):
+    """The shape of a ViT, as ``start`` or ``arch`` say it, and the normalisation of its images.
+
+    Attributes:
+        arch: mmpretrain's, with all sizes.
+        patch_size: Side of a patch in pixels.
+        img_size: Side, or height and width, of the images that its positions are stored for.
+        normalisation: Of the data preprocessor; {} for ImageNet's.
+    """
+
+    arch: dict[str, int]
+    patch_size: int
+    img_size: int | tuple[int, int]
+    normalisation: dict[str, Any]
+
+
+# -- the encoder
+
+
+def encoder_of(start: str | None, arch: str | dict[str, Any] | None, patch_size: int | None) -> Encoder:
+    """The encoder of a checkpoint, or a new one.
+
+    Args:
+        start: A checkpoint, see :func:`mmmilan.checkpoints.zoo.resolve_checkpoint`; None for random weights.
+        arch: As for ``mmmilan.pretrain``; by default that of the checkpoint, or 'base'.
+        patch_size: By default that of the checkpoint, or 16.
+
+    Raises:
+        InputError: the checkpoint is missing or of another kind, or ``arch`` or ``patch_size`` are not its own.
+    """
+    asked = None if arch is None else arch_sizes(arch)
+    if start is None:
+        return Encoder(asked or arch_sizes('base'), patch_size or 16, 224, {})
+    found = encoder_in(start)
+    if asked and asked != found.arch:
+        raise InputError(
+            f'{start} is a ViT of {in_words(found.arch)}, but arch is one of {in_words(asked)}; leave out arch.'
+        )
+    if patch_size not in (None, found.patch_size):
+        raise InputError(
+            f'{start} has patches of {found.patch_size} pixels, but patch_size={patch_size}; leave out patch_size.'
+        )
+    return found
+
+
+def arch_sizes(arch: str | dict[str, Any]) -> dict[str, int]:
+    """The sizes of a ViT by name, or as they are.
+
+    Raises:
+        InputError: the name is unknown, or a size is missing.
+    """
+    from mmpretrain.models import VisionTransformer
+
+    from mmmilan.api.recipe import encoder_width
+
+    name = ARCHS.get(arch, arch) if isinstance(arch, str) else arch
+    encoder_width(name)
+    return dict(VisionTransformer.arch_zoo[name] if isinstance(name, str) else name)
+
+
+def in_words(arch: Mapping[str, int]) -> str:
+    """The sizes of a ViT for a message."""
+    blocks, heads = count(arch['num_layers'], 'block'), count(arch['num_heads'], 'head')
+    return f'width {arch["embed_dims"]} ({arch["feedforward_channels"]} in its FFNs), {blocks} and {heads}'
+
+
+def encoder_in(start: str) -> Encoder:
+    """The encoder in a checkpoint, read off its weights; what these do not tell, off its config if it has one.
+
+    Raises:
+        InputError: there is no such checkpoint, or it holds no plain ViT.
+    """
+    from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+    from mmmilan.checkpoints.loading import as_mmmilan
+    from mmmilan.checkpoints.zoo import resolve_checkpoint
+
+    path = resolve_checkpoint(start)
+    weights = as_mmmilan(get_state_dict(load_checkpoint_file(path), start), start)
+    weights = {key.removeprefix('module.').removeprefix('backbone.'): value for key, value in weights.items()}
+    if 'pre_norm.weight' in weights:
+        raise InputError(
+            f'{start} is the image tower of a CLIP, whose activation its weights do not tell; fine-tune it with '
+            'configs/milan/benchmarks/vit-base-p16_clip-pre_8xb128-coslr-100e_in1k.py.'
+        )
+    names = 'patch_embed.projection.weight', 'pos_embed', 'layers.0.ffn.layers.0.0.weight'
+    if not all(name in weights for name in names):
+        raise InputError(f'{start} holds no ViT; give the checkpoint of an encoder.')
+    patches, positions, widening = (weights[name] for name in names)
+    width, blocks = len(patches), len({key.split('.')[1] for key in weights if key.startswith('layers.')})
+    config = config_of(start, path)
+    backbone = config.get('model', {}).get('backbone', {})
+    arch = dict(embed_dims=width, num_layers=blocks, num_heads=max(1, width // 64), feedforward_channels=len(widening))
+    own = backbone.get('arch')
+    if own is not None and (own := arch_sizes(own))['embed_dims'] == width:
+        arch['num_heads'] = own['num_heads']
+    side = stored_size(positions, patches.shape[-1], backbone.get('img_size'))
+    return Encoder(arch, patches.shape[-1], side, normalisation_of(config))
+
+
+def config_of(start: str, path: Path) -> dict[str, Any]:
+    """The config of a checkpoint; {} if it has none."""
+    from mmmilan.checkpoints.config import NoConfig, own_config, read_config_file
+    from mmmilan.checkpoints.zoo import zoo_models
+
+    try:
+        if path.is_file():
+            return own_config(path).to_dict()
+    except NoConfig:
+        pass
+    return read_config_file(zoo_models()[start].config).to_dict() if start in zoo_models() else {}
+
+
+def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[int, int]:
+    """The size of images that positions [1, N or 1 + N, D] are stored for; ``said`` is that of the config."""
+    from mmmilan.teachers.base import pair
+
+    if said is not None:
+        sides = tuple(side // patch_size for side in pair(said))
+        if positions.shape[1] - math.prod(sides) in (0, 1):
+            return said if isinstance(said, int) else tuple(said)
+    side = math.isqrt(positions.shape[1])  # of N, or of 1 + N
+    if positions.shape[1] - side * side not in (0, 1):
+        return 224
+    return side * patch_size
+
+
+def normalisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation of an encoder's images, if its config has them."""
+    preprocessor = (config.get('model') or {}).get('data_preprocessor') or {}
+    return {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
+
+
+# -- the config
+
+
+def new_config(
+    folder: Path,
+    of_data: Mapping[str, Any],
+    start: str | None = None,
+    arch: str | dict[str, Any] | None = None,
+    patch_size: int | None = None,
+    img_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    lr: float | None = None,
+    freeze: bool = False,
+    patience: int | None = None,
+    processes: int = 1,
+    seed: int = 0,
+) -> Config:
+    """The config of a new run; arguments of ``mmmilan.finetune``.
+
+    Args:
+        folder: Where ``split.json`` is written, once all else is known to fit.
+        of_data: What tells the data: arguments of :func:`mmmilan.datasets.labelled.read_labelled`.
+        processes: Number of processes that train together.
+
+    Raises:
+        InputError: an argument is wrong, or two do not fit.
+    """
+    from mmmilan.datasets.labelled import read_labelled, write_labelled
+
+    if freeze and start is None:
+        raise InputError('freeze trains the head of random weights; give a start, or leave out freeze.')
+    labelled = read_labelled(**of_data, seed=seed)
+    say(labelled)
+    encoder = encoder_of(start, arch, patch_size)
+    config = base_config(labelled.task, freeze)
+    side = img_size or default_size(labelled, encoder)
+    check_size(side, encoder.patch_size)
+    config.runner_type = 'mmmilan.ConsoleRunner'
+    config.randomness = dict(seed=seed)
+    set_encoder(config, encoder, start, side, freeze)
+    FIT[labelled.task](config, labelled, encoder, side)
+    num_images = num_records(labelled.train)
+    batch_size = batch_size or default_batch(num_images, RECIPES[labelled.task])
+    batches = Batches(num_images, batch_size, accumulate, processes)
+    set_schedule(config, labelled.task, batches, epochs, lr, freeze)
+    set_hooks(config, METRICS[labelled.task], patience)
+    set_loaders(config, batches, write_labelled(labelled, folder))
+    return config
+
+
+def resumed_config(
+    folder: Path, of_data: Mapping[str, Any], epochs: int | None = None, processes: int = 1, **given: Any
+) -> Config:
+    """The config of the run in a folder; of other arguments of ``mmmilan.finetune``, only ``epochs`` may differ.
+
+    Raises:
+        InputError: there is no config, an argument is not that of the run, or its images have changed.
+    """
+    from mmmilan.api.recipe import keep_own, run_config
+    from mmmilan.datasets.labelled import read_labelled, read_split, write_labelled
+
+    config, split = run_config(folder), read_split(folder / 'split.json')
+    backbone, loader, optimizer = config.model.backbone, config.train_dataloader, config.optim_wrapper.optimizer
+    own = dict(
+        start=(backbone.init_cfg or {}).get('checkpoint'),
+        arch=backbone.arch,
+        patch_size=backbone.patch_size,
+        img_size=backbone.img_size,
+        batch_size=loader.batch_size,
+        accumulate=config.optim_wrapper.get('accumulative_counts', 1),
+        lr=optimizer.lr,
+        freeze=backbone.get('frozen_stages', -1) > 0,
+        patience=(part(config.custom_hooks, 'EarlyStoppingHook') or {}).get('patience'),
+        seed=config.randomness.seed,
+    )
+    asked = dict(given)
+    if 'arch' in asked:
+        asked['arch'] = arch_sizes(asked['arch'])
+    if 'start' in asked:
+        asked['start'] = absolute(asked['start'])
+    keep_own(own, asked, folder)
+    if of_data:  # the split that is there says whether they are the same
+        write_labelled(read_labelled(**dict(data=split['data']) | dict(of_data), seed=own['seed']), folder)
+    if epochs is not None and epochs != config.train_cfg.max_epochs:
+        batches = Batches(len(split['train']), loader.batch_size, own['accumulate'], processes)
+        config.train_cfg.max_epochs = epochs
+        config.param_scheduler = schedule(epochs, batches.per_epoch)
+    return config
+
+
+def compared_config(config: Config, start: str) -> Config:
+    """The config of the same training from another start, or from random weights ('scratch').
+
+    Raises:
+        InputError: it is not an encoder of the same shape.
+    """
+    import copy
+
+    second = copy.deepcopy(config)
+    backbone = second.model.backbone
+    if start == 'scratch':
+        backbone.init_cfg = None
+    else:
+        encoder_of(start, dict(backbone.arch), backbone.patch_size)
+        backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
+    return second
+
+
+def task_of(config: Config) -> str:
+    """The task of a config of :func:`new_config`."""
+    scopes = dict(mmdet='detection', mmseg='segmentation')
+    return scopes.get(config.default_scope, 'classification')
+
+
+def say(labelled: Labelled) -> None:
+    """Log what was understood of the data."""
+    from mmengine.logging import print_log
+
+    from mmmilan.datasets.classes import listed
+
+    sizes = f'{num_records(labelled.train)} images to train on and {num_records(labelled.val)} to validate on'
+    names = f'{count(len(labelled.classes), "class").replace("classs", "classes")} ({listed(labelled.classes)})'
+    for line in (f'{labelled.root}: {labelled.task}, {names}, {sizes}.', *labelled.notes):
+        print_log(line, logger='current')
+
+
+class Batches(NamedTuple):
+    """How images become steps.
+
+    Attributes:
+        images: Number of training images.
+        size: Images that a process sees at once.
+        accumulate: Batches of each process that make a step of the optimizer.
+        processes: Number of processes.
+    """
+
+    images: int
+    size: int
+    accumulate: int
+    processes: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of each process in an epoch."""
+        return max(1, self.images // (self.size * self.processes))
+
+    @property
+    def of_a_step(self) -> int:
+        """Images of a step of the optimizer."""
+        return self.size * self.accumulate * self.processes
+
+
+def base_config(task: str, freeze: bool = False) -> Config:
+    """The published config of a task."""
+    from mmmilan.checkpoints.config import read_config_file
+    from mmmilan.checkpoints.zoo import find_model
+
+    name = HEAD_ALONE if freeze and task == 'classification' else ZOO[task]
+    return read_config_file(find_model(name).config)
+
+
+def check_size(side: int, patch_size: int) -> None:
+    """Raise an :class:`InputError` if an image is not a whole number of patches."""
+    if side % patch_size:
+        raise InputError(f'img_size={side} is not a multiple of patch_size={patch_size}; choose one that is.')
+
+
+def default_size(labelled: Labelled, encoder: Encoder) -> int:
+    """The size of the encoder's images."""
+    from mmmilan.teachers.base import pair
+
+    return max(pair(encoder.img_size))
+
+
+def num_records(records: Any) -> int:
+    """The number of images of a split."""
+    return len(records['images'] if isinstance(records, Mapping) else records)
+
+
+def set_encoder(config: Config, encoder: Encoder, start: str | None, side: int, freeze: bool) -> None:
+    """Set the shape of the encoder, its start, and the normalisation of its images."""
+    backbone = config.model.backbone
+    backbone.update(arch=encoder.arch, img_size=side, patch_size=encoder.patch_size)
+    backbone.init_cfg = None if start is None else dict(type='Pretrained', checkpoint=absolute(start))
+    config.model.data_preprocessor.update(encoder.normalisation)
+    if freeze:
+        backbone.update(frozen_stages=encoder.arch['num_layers'], drop_path_rate=0.0)
+
+
+def fit_classifier(config: Config, labelled: Labelled, encoder: Encoder, side: int) -> None:
+    """Fit head, augmentation and evaluation of a classifier to classes and size."""
+    model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
+    model.data_preprocessor.num_classes = classes
+    model.head.update(num_classes=classes, in_channels=width)
+    if model.get('neck'):
+        model.neck.input_features = width
+    model.train_cfg = None  # no mixing: see docs/own_images.md
+    steps = config.train_dataloader.dataset.pipeline
+    part(steps, 'LoadRandomResizedCrop').update(scale=side, crop_ratio_range=(0.35, 1.0))
+    config.train_dataloader.dataset.pipeline = [
+        step for step in steps if step['type'] not in ('RandAugment', 'RandomErasing')
+    ]
+    steps = config.val_dataloader.dataset.pipeline
+    part(steps, 'ResizeEdge').scale = round(side * 256 / 224) if side > SMALL else side
+    part(steps, 'CenterCrop').crop_size = side
+    config.val_evaluator.topk = config.test_evaluator.topk = (1, min(5, classes))
+
+
+SMALL = 64  # pixels; of smaller images a border is no margin
+FIT = dict(classification=fit_classifier)
+
+
+def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) -> None:
+    """Set data sets and batches; the pipelines stay."""
+    from mmengine.device import get_device
+
+    if batches.size * batches.processes > batches.images:
+        raise InputError(f'The {batches.images} images do not fill one batch of {batches.size}; lower batch_size.')
+    train, val = config.train_dataloader, config.val_dataloader
+    for loader, name in ((train, 'train'), (val, 'val')):
+        loader.dataset = dict(datasets[name], pipeline=loader.dataset.pipeline)
+        loader.num_workers = min(loader.num_workers, os.cpu_count())
+    train.sampler = dict(type='mmmilan.ReproducibleSampler', shuffle=True)
+    train.update(batch_size=batches.size, drop_last=True, pin_memory=get_device() == 'cuda')
+    if val.batch_size > 1:
+        val.batch_size = batches.size
+    config.test_dataloader = val
+
+
+def default_batch(num_images: int, recipe: Recipe) -> int:
+    """The number of images per step, if the user does not set it."""
+    from mmengine.device import get_device
+
+    from mmmilan.engine.schedule import fit_batch_size
+
+    return fit_batch_size(num_images, recipe.largest.get(get_device(), recipe.largest['cuda']))
+
+
+def set_schedule(
+    config: Config, task: str, batches: Batches, epochs: int | None, lr: float | None, freeze: bool
+) -> None:
+    """Set length, warm-up and rates for this number of images.
+
+    Args:
+        config: The config, changed in place.
+        task: Whose recipe it is.
+        batches: Images and batches.
+        epochs: Passes over the images; None for about as many steps as the recipe says.
+        lr: Rate of the head; None for that of the recipe at this batch size.
+        freeze: Whether the head is trained alone.
+    """
+    from mmengine.device import get_device
+    from mmengine.logging import print_log
+
+    recipe, steps = RECIPES[task], max(1, batches.per_epoch // batches.accumulate)
+    if epochs is None:
+        epochs = min(max(math.ceil(recipe.steps / steps), recipe.epochs[0]), recipe.epochs[1])
+    if freeze:
+        config.optim_wrapper = dict(
+            type=config.optim_wrapper.type, optimizer=dict(type='AdamW', weight_decay=0.0, fused=True)
+        )
+    else:
+        config.optim_wrapper.paramwise_cfg.layer_decay_rate = recipe.layer_decay
+    wrapper = config.optim_wrapper
+    rate = HEAD_RATE if freeze else recipe.lr
+    wrapper.optimizer.lr = lr or float(f'{rate * math.sqrt(batches.of_a_step / recipe.batch):.2g}')
+    if batches.accumulate > 1:
+        wrapper.accumulative_counts = batches.accumulate
+    if get_device() == 'cpu':
+        wrapper.type = 'OptimWrapper'  # in float32
+    config.auto_scale_lr.enable = False  # the rate is already that of this batch size
+    config.param_scheduler = schedule(epochs, batches.per_epoch)
+    config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1)
+    print_log(
+        f'{count(batches.images, "image")} in batches of {batches.of_a_step}: {count(epochs, "epoch")} of '
+        f'{count(steps, "step")}, learning rate {wrapper.optimizer.lr:g} of the head.',
+        logger='current',
+    )
+
+
+HEAD_RATE = 1e-3
+
+
+def schedule(epochs: int, steps: int) -> list[dict]:
+    """MMEngine's config: a tenth for warm-up, then cosine to 0, updated at each of the ``steps`` of an epoch."""
+    warmup = max(2 / steps, 0.1 * epochs)  # in epochs; MMEngine's warm-up of one step never ends
+    return [
+        dict(type='LinearLR', start_factor=1e-4, end=warmup, convert_to_iter_based=True),
+        dict(
+            type='CosineAnnealingLR',
+            T_max=max(epochs - warmup, 1 / steps),
+            begin=warmup,
+            end=max(epochs, warmup + 1 / steps),
+            convert_to_iter_based=True,
+        ),
+    ]
+
+
+def set_hooks(config: Config, metric: str, patience: int | None) -> None:
+    """Keep the best checkpoint and the last one; stop early if asked; TensorBoard if it is installed."""
+    hooks = config.default_hooks
+    hooks.logger.update(interval=50, log_metric_by_epoch=True)
+    hooks.checkpoint.update(interval=1, max_keep_ckpts=1, by_epoch=True, save_best=metric, rule='greater')
+    if patience is not None:
+        config.custom_hooks.append(
+            dict(type='mmmilan.EarlyStoppingHook', monitor=metric, rule='greater', min_delta=1e-6, patience=patience)
+        )
+    if find_spec('tensorboard') is None:
+        backends = config.visualizer.vis_backends
+        config.visualizer.vis_backends = [each for each in backends if each['type'] != 'TensorboardVisBackend']

@@ -1,0 +1,215 @@
+"""Classifiers, detectors and segmentors of one's own classes, in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmpretrain.apis import ImageClassificationInferencer
+from mmpretrain.models import VisionTransformer
+
+import mmmilan
+from helpers import assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars
+from mmmilan import cli
+from mmmilan.api.finetune_recipe import encoder_in
+from mmmilan.checkpoints.config import own_config
+from mmmilan.engine.loops import EpochLoop
+from mmmilan.errors import InputError
+
+ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
+HERE = {
+    f'{loader}_dataloader.{option}': value
+    for loader in ('train', 'val')
+    for option, value in (('num_workers', 0), ('persistent_workers', False))
+}
+
+AT_ONCE = {'default_hooks.checkpoint.asynchronous': False}  # so that a test knows which checkpoint is there
+
+
+@pytest.fixture(scope='module')
+def colours(tmp_path_factory) -> Path:
+    """Eight images of each of three colours, whose names are not in the order of an alphabet of bytes."""
+    root, rng = tmp_path_factory.mktemp('data') / 'colours', np.random.default_rng(0)
+    for channel, name in enumerate(('Blau', 'grün', 'ro t')):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            image = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
+            image[..., channel] += 120
+            (root / name / f'{i}.png').write_bytes(cv2.imencode('.png', image)[1].tobytes())
+    return root
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory) -> str:
+    """The weights of an encoder alone."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp('start') / 'encoder.pth'
+    vit = VisionTransformer(ARCH, img_size=32, patch_size=8)
+    torch.save({f'backbone.{key}': value for key, value in vit.state_dict().items()}, path)
+    return str(path)
+
+
+def options_of(epochs: int = 2, **others) -> dict:
+    return dict(epochs=epochs, batch_size=4) | HERE | others
+
+
+def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
+    weights = mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of())
+    assert weights == tmp_path / 'run/model.pth'
+    config = own_config(weights)
+    assert config.model.backbone.arch == ARCH and config.model.backbone.img_size == 32
+    image = str(colours / 'ro t/0.png')
+    for model in (mmmilan.get_model(weights), str(weights)):
+        inferencer = mmmilan.ImageClassificationInferencer if isinstance(model, str) else ImageClassificationInferencer
+        assert inferencer(model)(image)[0]['pred_class'] in ('Blau', 'grün', 'ro t')
+    assert mmmilan.get_model(weights)._dataset_meta['classes'] == ('Blau', 'grün', 'ro t')
+
+    records = read_scalars(tmp_path / 'run')
+    steps = [record for record in records if 'loss' in record]
+    assert steps[0]['head_lr'] > 2 * steps[0]['lr'] > 0
+    validated = [record['accuracy/top1'] for record in records if 'accuracy/top1' in record]
+    assert len(validated) == 2
+    run_tool('test.py', weights, weights, '--work-dir', tmp_path / 'test')
+    assert read_metrics(tmp_path / 'test')['accuracy/top1'] == max(validated)
+    names = sorted(
+        path.name for path in (tmp_path / 'run').iterdir() if not path.name.startswith(('.', '20', 'report'))
+    )
+    assert names == ['config.py', 'epoch_2.pth', 'last_checkpoint', 'model.pth', 'split.json']
+    with pytest.raises(InputError, match='holds a run already'):
+        mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of())
+
+
+@pytest.fixture(scope='module')
+def whole(colours, start, tmp_path_factory) -> Path:
+    """A run of three epochs that nothing interrupts."""
+    folder = tmp_path_factory.mktemp('whole')
+    mmmilan.finetune(colours, folder, start=start, **options_of(3, patience=3, **AT_ONCE))
+    return folder
+
+
+@pytest.mark.parametrize('moment', ['epoch', 'validation'])
+def test_killed_and_resumed(whole, colours, start, tmp_path, monkeypatch, moment):
+    """To the bit, and with the same best model, also if the validation of the last checkpoint was not done."""
+    options = options_of(3, patience=3, **AT_ONCE)
+    with monkeypatch.context() as patch:
+        stop_in(patch, moment)
+        with pytest.raises(ZeroDivisionError):
+            mmmilan.finetune(colours, tmp_path / 'killed', start=start, **options)
+    assert not (tmp_path / 'killed/model.pth').exists() and (tmp_path / 'killed/epoch_2.pth').exists()
+    cli.main(['finetune', '--out', str(tmp_path / 'killed'), '--resume'])
+    last, best = (
+        [load_trusted(run / name) for run in (whole, tmp_path / 'killed')] for name in ('epoch_3.pth', 'model.pth')
+    )
+    assert_identical(*last)
+    assert best[0]['meta']['epoch'] == best[1]['meta']['epoch'] and 'optimizer' not in best[1]
+    assert_same_weights(*(each['state_dict'] for each in best))
+    hubs = [each['message_hub']['runtime_info'] for each in last]
+    assert hubs[0]['best_score'] == hubs[1]['best_score'] and hubs[0]['early_stopping'] == hubs[1]['early_stopping']
+
+
+def stop_in(patch: pytest.MonkeyPatch, moment: str) -> None:
+    """Let the third epoch, or the validation of the second, fail."""
+    if moment == 'epoch':
+        run = EpochLoop.run_epoch
+        patch.setattr(EpochLoop, 'run_epoch', lambda loop: 1 / 0 if loop.epoch == 2 else run(loop))
+    else:
+        from mmengine.runner import ValLoop
+
+        run = ValLoop.run
+        patch.setattr(ValLoop, 'run', lambda loop: 1 / 0 if loop.runner.epoch == 2 else run(loop))
+
+
+def test_what_a_resumed_run_may_be_given(colours, start, tmp_path):
+    mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(1))
+    for change, message in (
+        (dict(start='other.pth'), 'has start=.*leave start out'),
+        (dict(batch_size=8), 'has batch_size=4, which a resumed run keeps'),
+        (dict(lr=1.0), 'has lr='),
+        (dict(data=str(colours / 'Blau')), 'has no labels'),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmmilan.finetune(out=tmp_path / 'run', resume=True, **change)
+    mmmilan.finetune(colours, tmp_path / 'run', start=start, resume=True, epochs=2, batch_size=4)
+    config = own_config(tmp_path / 'run/model.pth')
+    assert config.train_cfg.max_epochs == 2 and config.param_scheduler[1].end == 2
+    assert load_trusted(tmp_path / 'run/epoch_2.pth')['meta']['iter'] == 2 * 4
+
+
+def test_compared_with_random_weights(colours, start, tmp_path, capfd):
+    options = ['--epochs', 1, '--batch-size', 4, *(word for key, value in HERE.items() for word in (f'--{key}', value))]
+    line = [
+        'finetune',
+        str(colours),
+        str(tmp_path / 'run'),
+        '--start',
+        start,
+        '--compare',
+        'scratch',
+        *map(str, options),
+    ]
+    cli.main(line)
+    result = json.loads((tmp_path / 'run/comparison.json').read_text())
+    validated = len(json.loads((tmp_path / 'run/split.json').read_text())['val'])
+    assert len(result['images']) == len(result['scores'][0]) == len(result['scores'][1]) == validated
+    assert result['difference'] == pytest.approx(100 * np.subtract(*map(np.mean, result['scores'])))
+    low, high = result['interval']
+    assert low <= result['difference'] <= high
+    assert re.match(r'Pretraining (helped|did harm|made no difference to be sure of): top-1', result['sentence'])
+    assert result['sentence'] in capfd.readouterr().out
+    first, second = (own_config(tmp_path / 'run' / name) for name in ('model.pth', 'compare/model.pth'))
+    assert first.model.backbone.pop('init_cfg').checkpoint == start and second.model.backbone.pop('init_cfg') is None
+    keys = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'randomness')
+    assert all(first[key] == second[key] for key in keys)
+
+
+def test_the_head_alone(colours, start, tmp_path):
+    weights = mmmilan.finetune(colours, tmp_path / 'run', start=start, freeze=True, **options_of(1))
+    before, after = (torch.load(path, weights_only=False) for path in (start, weights))
+    trained = {
+        key for key, value in after['state_dict'].items() if key in before and not torch.equal(value, before[key])
+    }
+    assert not trained and after['state_dict']['head.layers.head.weight'].shape == (3, 64)
+    with pytest.raises(InputError, match='freeze trains the head of random weights'):
+        mmmilan.finetune(colours, tmp_path / 'other', arch=ARCH, freeze=True)
+
+
+def test_patience(colours, start, tmp_path):
+    """A run that learns nothing stops after three epochs of nine."""
+    mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(9, patience=2, lr=1e-12))
+    assert (tmp_path / 'run/epoch_3.pth').exists() and len(list((tmp_path / 'run').glob('epoch_*.pth'))) == 1
+
+
+def test_encoders_of_checkpoints(start, tmp_path):
+    assert encoder_in(start)[:3] == (ARCH, 8, 32)
+    vit = VisionTransformer(ARCH | dict(num_heads=2), img_size=(32, 64), patch_size=16)
+    content = dict(state_dict={f'backbone.{key}': value for key, value in vit.state_dict().items()})
+    arch = 'dict(embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=96)'
+    backbone = f"dict(type='VisionTransformer', arch={arch}, img_size=(32, 64), patch_size=16)"
+    scale = 'dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5])'
+    content['meta'] = dict(cfg=f"model = dict(type='ImageClassifier', backbone={backbone}, data_preprocessor={scale})")
+    torch.save(content, tmp_path / 'own.pth')
+    found = encoder_in(str(tmp_path / 'own.pth'))
+    assert found.arch['num_heads'] == 2 and found.img_size == (32, 64) and found.normalisation['std'] == [127.5] * 3
+
+
+def test_what_cannot_be(colours, start, tmp_path):
+    for options, message in (
+        (dict(start='nowhere.pth'), 'nowhere.pth is neither a file nor'),
+        (dict(start=start, arch='tiny'), 'is a ViT of width 64 .*, but arch is one of width 192'),
+        (dict(start=start, patch_size=16), 'has patches of 8 pixels, but patch_size=16'),
+        (dict(start=start, img_size=33), 'img_size=33 is not a multiple of patch_size=8'),
+        (dict(start=start, batch_size=1000), 'do not fill one batch of 1000'),
+        (dict(start=start, compare='nowhere.pth'), 'nowhere.pth is neither'),
+        (dict(start=start, lr=-1), 'lr=-1 is not a number above 0'),
+        (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmmilan.finetune(colours, tmp_path / 'run', **options)
+    assert not list(tmp_path.rglob('*.pth'))
+    with pytest.raises(InputError, match='lacks the folder of labelled images'):
+        mmmilan.finetune(out=tmp_path / 'run')
