@@ -411,8 +411,13 @@ def check_operators(cfg: Config) -> None:
     Raises:
         InputError: it was built without them.
     """
-    scopes = (cfg.get('default_scope'), cfg.model.get('_scope_'))
-    if not {'mmdet', 'mmseg'}.isdisjoint(scopes) and find_spec('mmcv._ext') is None:
+    if not {'mmdet', 'mmseg'}.isdisjoint((cfg.get('default_scope'), cfg.model.get('_scope_'))):
+        require_operators()
+
+
+def require_operators() -> None:
+    """Raise an :class:`InputError` if mmcv was built without its operators."""
+    if find_spec('mmcv._ext') is None:
         raise InputError(
             'Detection and segmentation need mmcv with its operators, but this mmcv was built without them; install it '
             'as docs/installation.md says (dense).'

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from mmmilan.api.recipe import ARCHS, absolute, part
 from mmmilan.errors import InputError, count
@@ -342,9 +344,12 @@ class Batches(NamedTuple):
 
 def base_config(task: str, freeze: bool = False) -> Config:
     """The published config of a task."""
+    from mmmilan.building import require_operators
     from mmmilan.checkpoints.config import read_config_file
     from mmmilan.checkpoints.zoo import find_model
 
+    if task != 'classification':
+        require_operators()
     name = HEAD_ALONE if freeze and task == 'classification' else ZOO[task]
     return read_config_file(find_model(name).config)
 
@@ -356,10 +361,22 @@ def check_size(side: int, patch_size: int) -> None:
 
 
 def default_size(labelled: Labelled, encoder: Encoder) -> int:
-    """The size of the encoder's images."""
+    """The size of the images that the model sees: the encoder's for a classifier, else about that of the images.
+
+    For a detector that is their median long side, for a segmentor the short one, in whole cells of the coarsest map.
+    """
+    from mmmilan.datasets.object_formats import size_of
     from mmmilan.teachers.base import pair
 
-    return max(pair(encoder.img_size))
+    if labelled.task == 'classification':
+        return max(pair(encoder.img_size))
+    cell, largest = 2 * encoder.patch_size, LARGEST[labelled.task]
+    if labelled.task == 'detection':
+        sides = [max(image['width'], image['height']) for image in labelled.train['images']]
+    else:
+        sizes = [size_of(record['img_path']) for record in labelled.train[:100]]
+        sides = [min(size) for size in sizes if size] or [largest]
+    return min(largest // cell * cell, max(2, round(float(np.median(sides)) / cell)) * cell)
 
 
 def num_records(records: Any) -> int:
@@ -396,8 +413,104 @@ def fit_classifier(config: Config, labelled: Labelled, encoder: Encoder, side: i
     config.val_evaluator.topk = config.test_evaluator.topk = (1, min(5, classes))
 
 
+def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int) -> None:
+    """Fit Mask R-CNN to encoder, size and classes: Faster R-CNN where objects have no masks.
+
+    The published sizes are those of ViT-B at 1024 pixels with patches of 16; a narrower encoder has narrower heads, a
+    smaller grid fewer proposals. Norms are ViTDet's, over channels, which take any batch on any device.
+    """
+    model, patch, width = config.model, encoder.patch_size, encoder.arch['embed_dims']
+    classes, grid, channels = len(labelled.classes), side // patch, head_width(width)
+    strides = [patch * scale / 4 if patch % 4 else patch * scale // 4 for scale in (1, 2, 4, 8, 16)]
+    share = min(1.0, max(0.125, grid / 64))
+    rois = dict(out_channels=channels, featmap_strides=strides[:4], finest_scale=56 * patch / 16)
+    head = dict(in_channels=channels, conv_out_channels=channels, num_classes=classes, norm_cfg=NORM)
+    fit_dense_encoder(config, encoder, quarters(encoder.arch['num_layers']))
+    model.backbone.update(global_indices=model.backbone.out_indices, window_size=16 if grid > 16 else 0)
+    model.data_preprocessor.pad_size_divisor = side
+    changes = dict(
+        neck=dict(in_channels=[width] * 4, out_channels=channels, norm_cfg=NORM),
+        rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(strides=strides)),
+        roi_head=dict(
+            bbox_roi_extractor=rois,
+            bbox_head=head | dict(fc_out_channels=4 * channels),
+            mask_roi_extractor=rois,
+            mask_head=head,
+        ),
+        train_cfg=dict(
+            rpn=dict(sampler=dict(num=round(256 * share))),
+            rpn_proposal=dict(nms_pre=round(2000 * share), max_per_img=round(1000 * share)),
+            rcnn=dict(sampler=dict(num=round(512 * share))),
+        ),
+        test_cfg=dict(rpn=dict(nms_pre=round(1000 * share), max_per_img=round(1000 * share))),
+    )
+    if not labelled.has_masks:
+        without_masks(changes['roi_head'], config)
+    config.merge_from_dict(dict(model=changes))
+    for loader in (config.train_dataloader, config.val_dataloader):
+        for step in loader.dataset.pipeline:
+            if step['type'] in ('Resize', 'RandomResize'):
+                step.scale = (side, side)
+            elif step['type'] == 'RandomCrop':
+                step.crop_size = (side, side)
+    part(config.train_dataloader.dataset.pipeline, 'RandomResize').ratio_range = (0.5, 1.5)
+    metric = ['bbox', 'segm'] if labelled.has_masks else ['bbox']
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.metric = metric
+
+
+def without_masks(roi_head: dict[str, Any], config: Config) -> None:
+    """Leave out the mask head, and what loads masks."""
+    roi_head.update(mask_head=None, mask_roi_extractor=None)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        part(loader.dataset.pipeline, 'LoadAnnotations').with_mask = False
+
+
+def fit_segmentor(config: Config, labelled: Labelled, encoder: Encoder, side: int) -> None:
+    """Fit UperNet to encoder, size and classes."""
+    model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
+    depth = encoder.arch['num_layers']
+    fit_dense_encoder(config, encoder, [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)])
+    model.backbone.scale_norm_cfg = NORM
+    model.data_preprocessor.size = (side, side)
+    head = dict(num_classes=classes, norm_cfg=NORM)
+    channels = width if width >= 768 else head_width(width)
+    model.decode_head.update(head, in_channels=[width] * 4, channels=channels)
+    model.auxiliary_head.update(head, in_channels=width, channels=min(256, channels))
+    model.test_cfg = dict(mode='slide', crop_size=(side, side), stride=(max(1, side * 2 // 3),) * 2)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        for step in loader.dataset.pipeline:
+            if step['type'] in ('Resize', 'RandomResize'):
+                step.scale = (4 * side, side)
+            elif step['type'] == 'RandomCrop':
+                step.crop_size = (side, side)
+            elif step['type'] == 'mmmilan.LoadLabelMap':
+                step.num_classes = classes
+    config.pop('log_processor')
+
+
+def fit_dense_encoder(config: Config, encoder: Encoder, out_indices: Sequence[int]) -> None:
+    """Set the four blocks whose maps are used."""
+    backbone = config.model.backbone
+    backbone.out_indices = list(out_indices)
+    if backbone.get('scale_norm_cfg') and encoder.arch['embed_dims'] % 32:
+        backbone.scale_norm_cfg = NORM
+
+
+def quarters(depth: int) -> list[int]:
+    """The last block of each quarter, from 0."""
+    return [max(0, depth * number // 4 - 1) for number in (1, 2, 3, 4)]
+
+
+def head_width(width: int) -> int:
+    """Channels of the heads: those published, 256, for ViT-B, and half an encoder's width for narrower ones."""
+    return min(256, max(32, width // 2))
+
+
+NORM = dict(type='mmpretrain.LN2d', eps=1e-6)
+LARGEST = dict(detection=1024, segmentation=512)  # pixels, of the published recipes
 SMALL = 64  # pixels; of smaller images a border is no margin
-FIT = dict(classification=fit_classifier)
+FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=fit_segmentor)
 
 
 def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) -> None:
@@ -415,6 +528,9 @@ def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) 
     if val.batch_size > 1:
         val.batch_size = batches.size
     config.test_dataloader = val
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        if 'ann_file' in evaluator:
+            evaluator.ann_file = datasets['val']['ann_file']
 
 
 def default_batch(num_images: int, recipe: Recipe) -> int:
