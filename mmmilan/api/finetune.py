@@ -163,10 +163,35 @@ def compare_runs(config: Config, weights: Path, compare: str, gpus: int | None) 
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
-    comparison = compare_models(weights, other, task_of(config), name)
+    scores = image_scores(weights), image_scores(other)
+    comparison = compare_models(*scores, task_of(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
     print_log(comparison['sentence'], logger='current')
     return comparison
+
+
+def image_scores(weights: Path) -> dict[str, float]:
+    """The score of a model on each of its validation images, by their paths; those without a score are left out."""
+    import time
+
+    import torch
+
+    from mmmilan.checkpoints.config import own_config
+    from mmmilan.engine.launch import launched
+    from mmmilan.evaluation.comparison import score_of
+    from mmmilan.evaluation.features import progress
+
+    config = own_config(weights, with_data=True)
+    config.test_dataloader = config.val_dataloader
+    config.load_from, config.resume, config.launcher = str(weights), False, 'none'
+    config.experiment_name = f'scores-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    scores: dict[str, float] = {}
+    with launched(config, 'test') as runner, torch.no_grad():
+        runner.load_or_resume()
+        runner.model.eval()
+        for batch in progress(runner.test_dataloader, 'Scores of the validation images'):
+            scores |= {sample.img_path: score_of(sample) for sample in runner.model.test_step(batch)}
+    return {path: score for path, score in scores.items() if score is not None}
 
 
 def write_page(weights: Path, comparison: dict[str, Any] | None) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 HEAD_ALONE = 'vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k'
 ZOO = dict(
     classification='vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
-    detection='mask-rcnn_vit-base-p16_milan-pre_1x_coco',
-    segmentation='upernet_vit-base-p16_milan-pre_160k_ade20k-512x512',
+    detection='mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco',
+    segmentation='upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512',
 )
 METRICS = dict(classification='accuracy/top1', detection='coco/bbox_mAP', segmentation='mIoU')
 
@@ -422,7 +422,8 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     model, patch, width = config.model, encoder.patch_size, encoder.arch['embed_dims']
     classes, grid, channels = len(labelled.classes), side // patch, head_width(width)
     strides = [patch * scale / 4 if patch % 4 else patch * scale // 4 for scale in (1, 2, 4, 8, 16)]
-    share = min(1.0, max(0.125, grid / 64))
+    share = min(1.0, (grid / 64) ** 2)  # of the places
+    proposals = dict(nms_pre=max(200, round(2000 * share)), max_per_img=max(100, round(1000 * share)))
     rois = dict(out_channels=channels, featmap_strides=strides[:4], finest_scale=56 * patch / 16)
     head = dict(in_channels=channels, conv_out_channels=channels, num_classes=classes, norm_cfg=NORM)
     fit_dense_encoder(config, encoder, quarters(encoder.arch['num_layers']))
@@ -438,11 +439,11 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
             mask_head=head,
         ),
         train_cfg=dict(
-            rpn=dict(sampler=dict(num=round(256 * share))),
-            rpn_proposal=dict(nms_pre=round(2000 * share), max_per_img=round(1000 * share)),
-            rcnn=dict(sampler=dict(num=round(512 * share))),
+            rpn=dict(sampler=dict(num=max(64, round(256 * share)))),
+            rpn_proposal=proposals,
+            rcnn=dict(sampler=dict(num=max(32, round(512 * share)))),
         ),
-        test_cfg=dict(rpn=dict(nms_pre=round(1000 * share), max_per_img=round(1000 * share))),
+        test_cfg=dict(rpn=proposals | dict(nms_pre=max(200, round(1000 * share)))),
     )
     if not labelled.has_masks:
         without_masks(changes['roi_head'], config)

@@ -117,8 +117,6 @@ class CheckpointHook(MMEngineCheckpointHook):
         return [Path(self.out_dir, self.filename_tmpl.format(step)) for step in steps]
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        if self.save_best and not {'auto', *metrics} & {*self.key_indicators}:  # mmdet's, while it detects nothing
-            return
         outdated: list[Path] = []
         backend, self.file_backend = self.file_backend, _Remembering(outdated)
 

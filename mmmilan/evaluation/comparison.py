@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.structures import BaseDataElement
 from sklearn.model_selection import train_test_split
 
 from mmmilan.datasets.classes import IGNORE
-from mmmilan.evaluation.features import progress
 from mmmilan.evaluation.probes import knn_predictions, linear_probe_predictions
 
 RESAMPLES = 2000
@@ -131,37 +127,15 @@ def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
 # -- models trained from two starts
 
 
-def image_scores(weights: str | os.PathLike) -> dict[str, float]:
-    """How good a model is on each of its validation images, from 0 to 1, by the path of the image.
+def score_of(sample: BaseDataElement) -> float | None:
+    """How good a prediction is, from 0 to 1; None where there is nothing to find.
 
     That is, of a classifier whether it is right; of a detector the AP (IoU 0.5 to 0.95) of its boxes, the mean over
-    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction. of
-    which that says nothing, such as those without objects, are left out.
+    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction.
 
     Args:
-        weights: A checkpoint with its config, of ``mmmilan.finetune``.
+        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg.
     """
-    from mmmilan.checkpoints.config import own_config
-    from mmmilan.engine.launch import launched
-
-    config = own_config(weights)
-    config.test_dataloader = config.val_dataloader
-    config.load_from, config.resume, config.launcher = str(weights), False, 'none'
-    config.experiment_name = f'scores-{time.time_ns()}'  # MMEngine keeps loggers by this name
-    scores: dict[str, float] = {}
-    with launched(config, 'test') as runner, torch.no_grad():
-        runner.load_or_resume()
-        runner.model.eval()
-        for batch in progress(runner.test_dataloader, 'Scores of the validation images'):
-            for sample in runner.model.test_step(batch):
-                score = score_of(sample)
-                if score is not None:
-                    scores[sample.img_path] = score
-    return scores
-
-
-def score_of(sample: BaseDataElement) -> float | None:
-    """The score of one image, see :func:`image_scores`; None if there is none."""
     if 'gt_label' in sample:
         return float(sample.pred_label == sample.gt_label)
     if 'gt_sem_seg' in sample:
@@ -214,12 +188,12 @@ def average_precision(overlaps: np.ndarray, threshold: float) -> float:
 SCORES = dict(classification='top-1 accuracy', detection='AP of an image', segmentation='IoU of an image')
 
 
-def compare_models(after: str | os.PathLike, before: str | os.PathLike, task: str, name: str) -> dict[str, Any]:
-    """Compare two models on the same validation images, by :func:`image_scores` and a paired bootstrap.
+def compare_models(first: dict[str, float], second: dict[str, float], task: str, name: str) -> dict[str, Any]:
+    """Compare two models by their scores of the same images, with a paired bootstrap.
 
     Args:
-        after: The checkpoint of the model in question.
-        before: That of the other one.
+        first: Path of an image -> the score of the model in question, see :func:`score_of`.
+        second: Of the other model.
         task: Of both.
         name: What the other one starts from.
 
@@ -227,7 +201,6 @@ def compare_models(after: str | os.PathLike, before: str | os.PathLike, task: st
         ``sentence``; ``score``, what is compared; ``means`` of both and the ``difference`` with its ``interval`` of
         95 %, in percent; ``images``, their paths; and ``scores``, by model. All of it can be written as JSON.
     """
-    first, second = image_scores(after), image_scores(before)
     images = sorted(first.keys() & second.keys())
     values = [np.array([scores[image] for image in images]) for scores in (first, second)]
     means = [100 * float(each.mean()) for each in values]

@@ -24,7 +24,7 @@ from mmmilan.errors import InputError
 ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
 HERE = {
     f'{loader}_dataloader.{option}': value
-    for loader in ('train', 'val')
+    for loader in ('train', 'val', 'test')
     for option, value in (('num_workers', 0), ('persistent_workers', False))
 }
 
@@ -213,3 +213,25 @@ def test_what_cannot_be(colours, start, tmp_path):
     assert not list(tmp_path.rglob('*.pth'))
     with pytest.raises(InputError, match='lacks the folder of labelled images'):
         mmmilan.finetune(out=tmp_path / 'run')
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_detectors_and_segmentors(scenes, task, tmp_path, run_tool):
+    """Their sizes follow from encoder and images; the model is tested as any other."""
+    arch = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64)
+    options = dict(arch=arch, patch_size=8, epochs=1, batch_size=5) | HERE
+    weights = mmmilan.finetune(scenes, tmp_path / 'run', task=task, **options)
+    config = own_config(weights)
+    backbone, classes = config.model.backbone, mmmilan.get_model(weights)._dataset_meta['classes']
+    assert backbone.type == 'mmmilan.DenseViT' and backbone.img_size == 48 and backbone.init_cfg is None
+    if task == 'detection':
+        assert config.model.rpn_head.anchor_generator.strides == [2, 4, 8, 16, 32]
+        assert config.model.roi_head.mask_head.num_classes == len(classes) == 10
+        assert backbone.out_indices == [0, 1, 2, 3] and backbone.window_size == 0
+    else:
+        assert config.model.decode_head.num_classes == len(classes) == 16
+        assert config.model.test_cfg.crop_size == (48, 48)
+        validated = [record['mIoU'] for record in read_scalars(tmp_path / 'run') if 'mIoU' in record]
+        run_tool('test.py', weights, weights, '--work-dir', tmp_path / 'test')
+        assert read_metrics(tmp_path / 'test')['mIoU'] == validated[0]
+    assert 'SyncBN' not in config.pretty_text and config.optim_wrapper.type == 'OptimWrapper'
