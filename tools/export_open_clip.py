@@ -11,7 +11,7 @@ from pathlib import Path
 from mmmilan.api.models import get_model, read_config
 from mmmilan.building import build_errors
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.export.hub import FILES, write_open_clip
+from mmmilan.export.hub import OPEN_CLIP_FILES, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import check_output_folder
 
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_output_folder(args.folder, FILES, [args.config, args.checkpoint], overwrite=args.overwrite)
+    check_output_folder(args.folder, OPEN_CLIP_FILES, [args.config, args.checkpoint], overwrite=args.overwrite)
     config = read_config(args.config)
     kind = config.model.type.rpartition('.')[2]
     if kind != 'MaskCLIP':

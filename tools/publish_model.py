@@ -29,8 +29,7 @@ from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
-from mmmilan.export.hub import FILES, write_hub_dir, write_open_clip
-from mmmilan.export.hub import FILES as HUB_FILES
+from mmmilan.export.hub import FILES, OPEN_CLIP_FILES, write_hub_dir, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.files import check_name, check_output_folder, write_text
 
@@ -64,7 +63,7 @@ def main() -> None:
     inputs = [args.config, args.checkpoint]
     check_output_folder(args.out_dir)
     if args.hub_dir:
-        check_output_folder(args.hub_dir, {*HUB_FILES, *FILES, 'README.md'}, inputs, overwrite=args.overwrite)
+        check_output_folder(args.hub_dir, {*FILES, *OPEN_CLIP_FILES, 'README.md'}, inputs, overwrite=args.overwrite)
     checkpoint = load_checkpoint_file(args.checkpoint)
     weights = convert(get_state_dict(checkpoint))
     config = read_config_file(os.fspath(args.config))

@@ -161,7 +161,6 @@ BACKOFF = 1.0  # seconds before the second attempt, then doubled
 LONGEST_WAIT = 60.0  # limit in seconds on the delay that a server asks for
 MINIMUM_RATE = 1 << 10  # bytes a second
 TRY_AGAIN = (429, 500, 502, 503, 504)
-_CHUNK = 1 << 20
 
 
 class TransferError(Exception):

@@ -117,7 +117,7 @@ def _patch_size(vit: VisionTransformer) -> int:
     return vit.patch_embed.projection.kernel_size[0]
 
 
-FILES = ('open_clip_config.json', 'open_clip_model.safetensors')
+OPEN_CLIP_FILES = ('open_clip_config.json', 'open_clip_model.safetensors')
 
 
 def write_open_clip(
@@ -135,7 +135,7 @@ def write_open_clip(
         InputError: the encoder is not a plain ViT, its preprocessing cannot be expressed in open_clip, or the files
             must not or cannot be written.
     """
-    folder = check_output_folder(folder, FILES, overwrite=overwrite)
+    folder = check_output_folder(folder, OPEN_CLIP_FILES, overwrite=overwrite)
     config = dict(model_cfg=open_clip_config(model), preprocess_cfg=preprocessing.open_clip())
     save_checkpoint_file(to_open_clip(model.state_dict()), folder / 'open_clip_model.safetensors')
     write_text(folder / 'open_clip_config.json', json.dumps(config, indent=2))

@@ -174,7 +174,7 @@ def test_a_program_of_the_user_keeps_its_own(monkeypatch, tmp_path):
         (tmp_path / 'mmmilan/train.py', False),
     ]:
         monkeypatch.setattr(sys, 'orig_argv', ['python', str(script)])
-        monkeypatch.setattr(sys.modules['__main__'], '__file__', str(script))
+        monkeypatch.setattr(sys.modules['__main__'], '__file__', str(script), raising=False)
         assert is_command() is expected, script
     for module, expected in [('mmmilan.torchrun', True), ('pytest', False), ('mmmilano', False)]:
         monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', module])

@@ -45,7 +45,7 @@ def as_encoder(path: Path) -> None:
 
 def survives(load: Callable, path: Path) -> str | None:
     """Load a file; returns the message with which it is refused, or None. Any other exception fails."""
-    started = time.perf_counter()
+    started = time.process_time()  # whatever else the machine does
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         try:
@@ -54,5 +54,5 @@ def survives(load: Callable, path: Path) -> str | None:
         except InputError as error:
             message = str(error)
             assert path.name in message and '\n' not in message, message
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     return message
