@@ -317,10 +317,10 @@ def check_folder(
 
 def run_of(items: Sequence[Item], checkpoint: str | os.PathLike, draw: bool) -> dict:
     """What tells a run from others: one that was stopped goes on only as the same."""
+    from mmmilan.checkpoints.download import file_sha256
     from mmmilan.checkpoints.zoo import resolve_checkpoint
 
-    with open(resolve_checkpoint(checkpoint), 'rb') as file:
-        weights = hashlib.file_digest(file, 'sha256').hexdigest()
+    weights = file_sha256(Path(resolve_checkpoint(checkpoint)))
     paths = '\n'.join(item.path for item in items)
     images = hashlib.sha256(os.fsencode(paths)).hexdigest()
     return dict(of='mmmilan predict', checkpoint=weights, images=images, number=len(items), draw=draw)
