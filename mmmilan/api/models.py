@@ -253,10 +253,11 @@ def run_all(model: BaseModel, images: Tensor) -> None:
     if not hasattr(model, 'roi_head'):
         model(images, mode='tensor')
         return
-    features, heads, limits = model.extract_feat(images), model.roi_head, model.test_cfg
+    features, roi_head, limits = model.extract_feat(images), model.roi_head, model.test_cfg
     model.rpn_head(features)
-    for head, extractor, count in (
-        (heads.bbox_head, heads.bbox_roi_extractor, limits.rpn.max_per_img),
-        (heads.mask_head, heads.mask_roi_extractor, limits.rcnn.max_per_img),
-    ):
-        head(images.new_empty(count, features[0].shape[1], *extractor.roi_layers[0].output_size))
+    parts = [('bbox', limits.rpn.max_per_img)] + [('mask', limits.rcnn.max_per_img)] * roi_head.with_mask
+    for part, count in parts:
+        heads, extractors = (getattr(roi_head, f'{part}_{kind}') for kind in ('head', 'roi_extractor'))
+        cascade = hasattr(heads, '__iter__')
+        for head, extractor in zip(heads, extractors, strict=True) if cascade else [(heads, extractors)]:
+            head(images.new_empty(count, features[0].shape[1], *extractor.roi_layers[0].output_size))

@@ -146,9 +146,10 @@ def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing
     Raises:
         InputError: a segmentor takes whole images of any size.
     """
+    from mmmilan.api.models import test_dataset
     from mmmilan.export.preprocessing import normalisation, read_preprocessing
 
-    preparation, steps = None, model._config.test_dataloader.dataset.pipeline
+    preparation, steps = None, test_dataset(model._config)['pipeline']
     mean, std = normalisation(model)
     values = dict(colours='RGB', range=[0, 1], mean=mean, std=std, normalised='in the model')
     resize = next((step for step in steps if step['type'].rpartition('.')[2] == 'Resize'), {})
@@ -293,11 +294,12 @@ def prepare(model: nn.Module, photo: np.ndarray) -> Tensor:
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import TRANSFORMS
 
+    from mmmilan.api.models import test_dataset
     from mmmilan.export.preprocessing import READING
 
     results = dict(img=photo[..., ::-1].copy(), img_shape=photo.shape[:2])
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        for step in model._config.test_dataloader.dataset.pipeline:
+        for step in test_dataset(model._config)['pipeline']:
             if step['type'].rpartition('.')[2] not in READING:
                 results = TRANSFORMS.build(step)(results)
     image = np.ascontiguousarray(results['img'][..., ::-1].transpose(2, 0, 1))

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmmilan.api.models import test_dataset
 from mmmilan.errors import InputError
 
 # Pillow's numbers. Only OpenCV has 'area'; the antialiased bilinear filter of the others averages pixels too.
@@ -122,7 +123,7 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
         InputError: the pipeline does something that other libraries cannot express, or its output is not of the
             encoder's input size.
     """
-    steps = {step['type'].rpartition('.')[2]: step for step in config.test_dataloader.dataset.pipeline}
+    steps = {step['type'].rpartition('.')[2]: step for step in test_dataset(config)['pipeline']}
     resizing = {name: step for name, step in steps.items() if name not in READING}
     resize: int | None = None
     step = resizing.get('ResizeEdge') or resizing.get('Resize') or {}

@@ -54,6 +54,25 @@ def test_without_meta_device():
     assert counter.get_total_flops() == 2 * found['FLOPs'] and round(found['Parameters'] / 1e6, 1) == 86.6
 
 
+def test_flops_of_detectors_with_other_heads(tmp_path):
+    """A detector of boxes alone has no mask head; a cascade has several heads."""
+    pytest.importorskip('mmdet')
+    config = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_vit-tiny-p8_scenes.py')
+    del config.model.roi_head['mask_head'], config.model.roi_head['mask_roi_extractor']
+    config.model.type = 'FasterRCNN'
+    config.dump(tmp_path / 'boxes.py')
+    boxes = mmmilan.get_flops(tmp_path / 'boxes.py')
+    head = config.model.roi_head.bbox_head
+    config.model.roi_head.update(type='CascadeRoIHead', num_stages=2, stage_loss_weights=[1, 1], bbox_head=[head] * 2)
+    config.model.train_cfg.rcnn = [config.model.train_cfg.rcnn] * 2
+    config.model.type = 'CascadeRCNN'
+    config.dump(tmp_path / 'cascade.py')
+    cascade = mmmilan.get_flops(tmp_path / 'cascade.py')
+    masks = mmmilan.get_flops('configs/demo/mask-rcnn_vit-tiny-p8_scenes.py')
+    assert boxes['FLOPs'] < masks['FLOPs'] and boxes['FLOPs'] < cascade['FLOPs']
+    assert boxes['Parameters'] < min(masks['Parameters'], cascade['Parameters'])
+
+
 def test_command(capsys):
     main(['get-flops', 'configs/milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'])
     assert capsys.readouterr().out.splitlines()[-2:] == ['Parameters\t86567656', 'FLOPs\t17563828224']
