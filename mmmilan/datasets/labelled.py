@@ -208,7 +208,8 @@ def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -
     given = names_of([root], classes)
     splits = splits_of(root)
     train_roots, val_roots = (splits.train or [root], splits.held_out[:1]) if splits else ([root], [])
-    notes: list[str] = []
+    unused = [*splits.held_out[1:], *splits.unused] if splits else []
+    notes = [f'Not used: {listed(unused)}.'] * bool(unused)
     train, val = (gather(roots, notes) for roots in (train_roots, val_roots))
     for name in map(as_name, ignored):
         if name not in train and name not in val:
@@ -265,7 +266,7 @@ def divided(labelled: Labelled, present: Present, val_fraction: float, seed: int
         seed: Of the draw.
     """
     paths = image_paths(labelled.train)
-    keys = [os.path.relpath(path, labelled.root) for path in paths]
+    keys = [relative(path, labelled.root) for path in paths]
     held_out = {paths[i] for i in stratify(keys, [present.get(path, set()) for path in paths], val_fraction, seed)}
     if not held_out:
         raise InputError(
@@ -387,9 +388,14 @@ def records(labelled: Labelled, split: str) -> list[dict]:
 
 def entry_of(record: dict, root: str) -> list:
     """A record in ``split.json``: the path of the image from the folder, and its label or the path of its map."""
-    entry = [os.path.relpath(record['img_path'], root)]
+    entry = [relative(record['img_path'], root)]
     entry += [record['label']] if 'label' in record else []
-    return entry + ([os.path.relpath(record['map_path'], root)] if 'map_path' in record else [])
+    return entry + ([relative(record['map_path'], root)] if 'map_path' in record else [])
+
+
+def relative(path: str, root: str) -> str:
+    """A path from the folder of the data; one into a tar shard is kept as it is."""
+    return path if '://' in path else os.path.relpath(path, root)
 
 
 def divided_as(labelled: Labelled, content: dict[str, Any], path: Path) -> Labelled:
@@ -403,7 +409,7 @@ def divided_as(labelled: Labelled, content: dict[str, Any], path: Path) -> Label
         if content[key] != value:
             raise InputError(f'{path} was written for other data (its {key}: {content[key]}, now {value}); {remedy}.')
     paths = {
-        os.path.relpath(record['img_path'], labelled.root): record['img_path']
+        relative(record['img_path'], labelled.root): record['img_path']
         for split in SPLITS
         for record in records(labelled, split)
     }
@@ -452,7 +458,10 @@ class LabelledImages(ImageFolder):
         root = self.moved_to or content['data']
         self._metainfo.setdefault('classes', tuple(content['classes']))
         if content['task'] == 'classification':
-            return [dict(img_path=os.path.join(root, file), gt_label=label) for file, label in content[self.split]]
+            return [
+                dict(img_path=file if '://' in file else os.path.join(root, file), gt_label=label)
+                for file, label in content[self.split]
+            ]
         common = dict(label_table=content['table'], label_map=None, reduce_zero_label=False)
         return [
             dict(img_path=os.path.join(root, image), seg_map_path=os.path.join(root, own), seg_fields=[], **common)

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from rich.progress import track
 
 from mmmilan.datasets.classes import Names, as_name, listed, match_names, order_of
 from mmmilan.datasets.listing import list_folder
-from mmmilan.datasets.object_formats import Part, size_of
+from mmmilan.datasets.object_formats import Part, box_of, size_of
 from mmmilan.errors import InputError, count
 
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
@@ -214,27 +215,36 @@ def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None
 
     mmdet would leave out boxes of less than a pixel in silence.
     """
-    case = image['file_name']
-    x, y, width, height = map(float, annotation['bbox'])
-    if not (width >= 1 and height >= 1):  # of numbers that are none, too
+    case, size = image['file_name'], (image['width'], image['height'])
+    box = list(map(float, annotation['bbox']))
+    if not (box[2] >= 1 and box[3] >= 1):  # of numbers that are none, too
         return counts.add('objects left out, with a box of less than a pixel', case)
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, image['width']), min(y + height, image['height'])
-    if right - left < 1 or bottom - top < 1:
-        return counts.add('objects left out, outside their image', case)
-    if max(left - x, top - y, x + width - right, y + height - bottom) > ROUNDING:
-        counts.add('objects cut at the border of their image', case)
     mask = annotation.get('segmentation') or []
     if isinstance(mask, list):
         polygons = [polygon for polygon in mask if len(polygon) >= 6]
         if any(mask) and not polygons:
             return counts.add('objects left out, with polygons of less than three points', case)
         mask = polygons
+    extents = [box, box_of(mask)] if isinstance(mask, list) and mask else [box]
+    if any(min(cut(each, size)[2:]) < 1 for each in extents):
+        return counts.add('objects left out, outside their image', case)
+    if any(np.abs(np.subtract(each, cut(each, size))).max() > ROUNDING for each in extents):
+        counts.add('objects cut at the border of their image', case)
+        if isinstance(mask, list):  # far outside, a polygon would fill the memory
+            mask = [np.clip(np.reshape(polygon, (-1, 2)), 0, size).ravel().tolist() for polygon in mask]
+    box = cut(box, size)
     return dict(
-        bbox=[left, top, right - left, bottom - top],
-        area=float(annotation['area']) or (right - left) * (bottom - top),
+        bbox=box,
+        area=float(annotation['area']) or box[2] * box[3],
         iscrowd=int(bool(annotation.get('iscrowd') or annotation.get('ignore'))),
         segmentation=mask,
     )
+
+
+def cut(box: Sequence[float], size: tuple[int, int]) -> list[float]:
+    """The part of a box x, y, width, height in an image of a (width, height); of negative size outside of it."""
+    low, high = np.maximum(box[:2], 0), np.minimum(np.add(box[:2], box[2:]), size)
+    return [*low.tolist(), *(high - low).tolist()]
 
 
 def note_files(splits: dict[str, Coco], named: set[str], notes: list[str]) -> None:
