@@ -141,11 +141,11 @@ def is_truncated_jpeg(content: bytes) -> bool:
 
 
 @contextmanager
-def open_header(content: bytes) -> Iterator[Image.Image]:
-    """Open an image with Pillow, without decoding it and without Pillow's limit on its size."""
+def open_header(content: bytes | str) -> Iterator[Image.Image]:
+    """Open an image, the content or the path of a file, without decoding it and without Pillow's limit on its size."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -164,11 +164,14 @@ def read_size(path: str) -> tuple[int, int]:
         CorruptImageError: it is no image.
         InputError: there is no such file.
     """
-    content = read_bytes(path)
+    if '://' not in path and os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
+        raise CorruptImageError(f'{path} is not a regular file; replace or remove it.')
     register_heif()
     try:
-        with open_header(content) as image:
+        with open_header(read_bytes(path) if '://' in path else path) as image:
             return image.size[::-1] if exif_orientation(image) >= 5 else image.size
+    except FileNotFoundError:
+        raise InputError(f'The image {path} is missing; put it there, or drop it from the annotations.') from None
     except Exception as error:  # of any type, as the file may hold anything
         raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
 

@@ -43,6 +43,7 @@ class Labelled(NamedTuple):
         has_masks: Detection: whether each object has a mask.
         notes: What was counted and is worth a line each.
         root: The folder of the data, absolute.
+        source: What was read: the folder, or a file in it.
         table: Segmentation: pairs of a value, or of a colour [R, G, B], in the maps and its label, 255 to ignore; None
             if the values are the labels.
         seed: Of the split; None where the data are divided.
@@ -55,6 +56,7 @@ class Labelled(NamedTuple):
     has_masks: bool
     notes: list[str]
     root: str
+    source: str = ''
     table: list[tuple[int | list[int], int]] | None = None
     seed: int | None = None
 
@@ -90,12 +92,12 @@ def read_labelled(
         raise InputError(f'val_fraction={val_fraction} is not between 0 and 1; give 0.2 to validate on a fifth.')
     ignored = [ignore] if isinstance(ignore, (str, int)) else list(ignore or ())
     with listed_once():
-        readers = find_tasks(root)
+        readers = find_tasks(root, task)
         read = readers.get(choose_task(root, readers, task), read_class_folders)
         labelled, present = read(root, classes, ignored)
     if not image_paths(labelled.val):
         labelled = divided(labelled, present, val_fraction, seed)
-    return labelled._replace(notes=labelled.notes + absent_classes(labelled, present))
+    return labelled._replace(source=str(root), notes=labelled.notes + absent_classes(labelled, present))
 
 
 def absent_classes(labelled: Labelled, present: Present) -> list[str]:
@@ -114,12 +116,12 @@ def absent_classes(labelled: Labelled, present: Present) -> list[str]:
 # -- the task
 
 
-def find_tasks(root: Path) -> dict[str, Callable[..., tuple[Labelled, Present]]]:
-    """The tasks for which a folder has labels, each with what reads the data set."""
+def find_tasks(root: Path, task: str | None) -> dict[str, Callable[..., tuple[Labelled, Present]]]:
+    """The tasks, or the one that is asked for, for which a folder has labels, each with what reads the data set."""
     readers: dict[str, Callable[..., tuple[Labelled, Present]]] = {}
-    if formats := find_objects(root):
+    if task in (None, 'detection') and (formats := find_objects(root)):
         readers['detection'] = partial(read_annotations, formats)
-    if root.is_dir() and (pairs := find_maps(root)):
+    if task in (None, 'segmentation') and (pairs := find_maps(root)):
         readers['segmentation'] = partial(read_label_maps, pairs)
     if root.is_dir() and has_class_folders(root, bool(readers)):
         readers['classification'] = read_class_folders
@@ -197,7 +199,7 @@ def read_annotations(
 def read_label_maps(pairs: Pairs, root: Path, classes: Any, ignored: Sequence[str | int]) -> tuple[Labelled, Present]:
     """A data set of images with label maps, and the labels in each image."""
     names, train, val, present, table, notes = read_maps(root, pairs, classes, ignored)
-    return Labelled('segmentation', tuple(names), train, val, False, notes, str(root), table), present
+    return Labelled('segmentation', tuple(names), train, val, False, notes, str(root), table=table), present
 
 
 # -- classification
@@ -210,7 +212,8 @@ def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -
     train_roots, val_roots = (splits.train or [root], splits.held_out[:1]) if splits else ([root], [])
     unused = [*splits.held_out[1:], *splits.unused] if splits else []
     notes = [f'Not used: {listed(unused)}.'] * bool(unused)
-    train, val = (gather(roots, notes) for roots in (train_roots, val_roots))
+    pairs = find_maps(root)
+    train, val = (gather(roots, pairs.maps if pairs else set(), notes) for roots in (train_roots, val_roots))
     for name in map(as_name, ignored):
         if name not in train and name not in val:
             raise InputError(f'ignore names {name}, which is no class of {root} ({listed(train)}); correct it.')
@@ -235,7 +238,7 @@ def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -
     return labelled, {record['img_path']: {record['label']} for part in records for record in part}
 
 
-def gather(roots: Iterable[str | Path], notes: list[str]) -> dict[str, list[str]]:
+def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dict[str, list[str]]:
     """Class -> paths of its images, of some folders; a class of a folder without images has none."""
     images: dict[str, list[str]] = {}
     for root in roots:
@@ -245,7 +248,11 @@ def gather(roots: Iterable[str | Path], notes: list[str]) -> dict[str, list[str]
         files = [file for file in listing.files if '/' in file]
         if loose := len(listing.files) - len(files):
             notes.append(f'{count(loose, "image")} of {base} left out, in the folder of no class.')
-        for path, file in expand_shards(base, files):
+        found = list(expand_shards(base, files))
+        kept = [(path, file) for path, file in found if path not in maps]
+        if len(kept) < len(found):
+            notes.append(f'{count(len(found) - len(kept), "label map")} of {base} left out.')
+        for path, file in kept:
             images.setdefault(as_name(file.partition('/')[0]), []).append(path)
         for entry in os.scandir(base):
             if entry.is_dir() and not is_leaving(entry.name):
@@ -362,7 +369,7 @@ def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> dict[str, d
     path = folder / 'split.json'
     if path.exists():
         labelled = divided_as(labelled, read_split(path), path)
-    content = dict(data=labelled.root, task=labelled.task, classes=labelled.classes, seed=labelled.seed)
+    content = dict(data=labelled.source, task=labelled.task, classes=labelled.classes, seed=labelled.seed)
     content['table'] = labelled.table
     content |= {split: [entry_of(record, labelled.root) for record in records(labelled, split)] for split in SPLITS}
     metainfo = dict(classes=labelled.classes)

@@ -41,7 +41,7 @@ IMAGES = {
 # What stands behind the name of an image or of its map.
 ENDINGS = re.compile(
     r'[_-](mask|masks|label|labels|gt|seg|segmentation|annotation|l|labelids|labeltrainids|gtfine_labelids|'
-    r'gtfine_labeltrainids|leftimg8bit|img|image|rgb|sat|im)$',
+    r'gtfine_labeltrainids|leftimg8bit|img|image|rgb|sat|im|mask_\d+)$',
     re.IGNORECASE,
 )
 LOSSLESS = ('.png', '.bmp', '.dib', '.tif', '.tiff', '.gif', '.webp', '.pgm', '.pnm', '.ppm')
@@ -54,11 +54,15 @@ class Pairs(NamedTuple):
         splits: Role ('train', 'val', 'test' or '') -> pairs of absolute paths, image and map.
         folders: The folders that hold maps, where names of classes may lie.
         notes: What was left out.
+        maps: All label maps, those without an image too.
+        fault: Why images and maps do not belong together; '' if they do.
     """
 
     splits: dict[str, list[tuple[str, str]]]
     folders: list[Path]
     notes: list[str]
+    maps: set[str]
+    fault: str = ''
 
 
 def words(text: str) -> set[str]:
@@ -98,15 +102,11 @@ def place_of(file: str) -> tuple[str, tuple[str, ...], str]:
 
 
 def find_maps(root: Path) -> Pairs | None:
-    """The label maps of a folder with their images; None if it has none.
-
-    Raises:
-        InputError: several maps, or several images, have the same name.
-    """
+    """The label maps of a folder with their images; None if it has none."""
     files = list_images_of(root) if root.is_dir() else []
     maps = [file for file in files if is_map(file)]
     if not maps:  # a.jpg and a_mask.png beside each other
-        maps = [file for file in files if re.search(r'[_-](mask|label|gt|seg)\.\w+$', file, re.IGNORECASE)]
+        maps = [file for file in files if re.search(r'[_-](mask|label|gt|seg)(_\d+)?\.\w+$', file, re.IGNORECASE)]
     if not maps:
         return None
     chosen = set(maps)
@@ -115,16 +115,15 @@ def find_maps(root: Path) -> Pairs | None:
         if file in chosen or not any(look_at_folders(file.rpartition('/')[0])[:2]):
             places[place_of(file)][file in chosen].append(file)
     splits: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    alone = Counter()
+    alone, fault = Counter(), ''
     for (role, _, _), pair in places.items():
         if not all(pair):
             alone.update(image=len(pair[0]), map=len(pair[1]))
             continue
         for kind, names in zip(('images', 'label maps'), pair, strict=True):
             if len(names) > 1:
-                raise InputError(
-                    f'{root} has {len(names)} {kind} of one name, {listed(names)}: which belong together is not clear; '
-                    'rename or remove some.'
+                fault = (
+                    f'{root} has {len(names)} {kind} of one name, {listed(names)}: which belong together is not clear'
                 )
         splits[role].append((str(root / pair[0][0]), str(root / pair[1][0])))
     if not splits:
@@ -132,7 +131,7 @@ def find_maps(root: Path) -> Pairs | None:
     notes = [f'{count(alone["image"], "image")} left out, without a label map.'] * bool(alone['image'])
     notes += [f'{count(alone["map"], "label map")} left out, without an image.'] * bool(alone['map'])
     folders = sorted({root / each for file in maps for each in Path(file).parents}, key=lambda each: len(each.parts))
-    return Pairs(by_lists(root, splits), folders, notes)
+    return Pairs(by_lists(root, splits), folders, notes, {str(root / file) for file in maps}, fault)
 
 
 def by_lists(root: Path, splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
@@ -215,6 +214,8 @@ def read_maps(
     Raises:
         InputError: see :mod:`mmmilan.datasets.labelled`.
     """
+    if pairs.fault:
+        raise InputError(f'{pairs.fault}; rename or remove some.')
     notes = list(pairs.notes)
     train = pairs.splits.get('train') or pairs.splits.get('') or pairs.splits.get('val') or pairs.splits['test']
     val = next((own for own in (pairs.splits.get('val'), pairs.splits.get('test')) if own and own is not train), [])

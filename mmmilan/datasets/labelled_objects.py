@@ -17,20 +17,25 @@ from mmmilan.datasets.object_formats import Part, box_of, size_of
 from mmmilan.errors import InputError, count
 
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
+MISSING, UNREADABLE = 'left out (missing)', 'left out (does not decode)'
+SIZES = 'of another size than the annotations say'
 Coco = dict[str, list[dict[str, Any]]]
 
 
 class Counts(dict):
-    """What was counted: kind -> number and the first case."""
+    """What was counted: (thing, what about it) -> number and the first case."""
 
-    def add(self, kind: str, case: str) -> None:
-        """Count a case of a kind."""
-        number, first = self.get(kind, (0, case))
-        self[kind] = number + 1, first
+    def add(self, thing: str, what: str, case: str) -> None:
+        """Count a case."""
+        number, first = self.get((thing, what), (0, case))
+        self[thing, what] = number + 1, first
 
     def lines(self, split: str) -> list[str]:
         """A line for each kind."""
-        return [f'{split}: {number} {kind}; the first is {first}.' for kind, (number, first) in self.items()]
+        return [
+            f'{split}: {count(number, thing)} {what}; the first is {first}.'
+            for (thing, what), (number, first) in self.items()
+        ]
 
 
 def read_objects(
@@ -160,14 +165,14 @@ def clean(contents: Sequence[Coco], classes: Sequence[str], split: str, where: s
             if place is None:
                 continue
             if name not in label:
-                counts.add('objects left out, of classes that are not used', name)
+                counts.add('object', 'left out (of a class that is not used)', name)
             elif kept := checked_object(annotation, images[place], counts):
                 annotations.append(kept | dict(id=len(annotations) + 1, image_id=place, category_id=label[name] + 1))
     check_images(images, counts, where)
     with_objects = {each['image_id'] for each in annotations}
     for image in images:
         if image['id'] not in with_objects:
-            counts.add('images without objects, kept as negatives', image['file_name'])
+            counts.add('image', 'without objects, kept as a negative', image['file_name'])
     notes += counts.lines(split)
     categories = [dict(id=place + 1, name=name) for place, name in enumerate(classes)]
     return dict(images=images, annotations=annotations, categories=categories)
@@ -177,30 +182,26 @@ def checked_size(image: dict, counts: Counts) -> tuple[int, int] | None:
     """Width and height of an image; None for one that is left out."""
     path = image['file_name']
     if not (size := size_of(path)):
-        counts.add('images left out, ' + ('that do not decode' if os.path.exists(path) else MISSING), path)
+        counts.add('image', UNREADABLE if os.path.exists(path) else MISSING, path)
         return None
     if size != (image.get('width', size[0]), image.get('height', size[1])):
-        counts.add(SIZES, f'{path}, {size[0]} x {size[1]} and not {image["width"]} x {image["height"]}')
+        counts.add('image', SIZES, f'{path}, {size[0]} x {size[1]} and not {image["width"]} x {image["height"]}')
     return tuple(size)
-
-
-MISSING = 'that are missing'
-SIZES = 'images of another size than their annotations say'
 
 
 def check_images(images: Sequence[dict], counts: Counts, where: str) -> None:
     """Raise an :class:`InputError` for a split whose images are missing, of another size, or there twice."""
-    number, first = counts.get(f'images left out, {MISSING}', (0, ''))
+    number, first = counts.get(('image', MISSING), (0, ''))
     if number > len(images):
         raise InputError(
             f'{number} of {number + len(images)} images of {where} are missing, the first is {first}; put the images '
             'beside the annotations.'
         )
-    if SIZES in counts:
-        number, first = counts[SIZES]
+    if ('image', SIZES) in counts:
+        number, first = counts['image', SIZES]
         raise InputError(
-            f'{where}: {number} of {len(images)} {SIZES}, the first is {first} (width x height); correct the sizes, or '
-            'restore the images that were annotated.'
+            f'{where}: {number} of {len(images)} images are {SIZES}, the first is {first} (width x height); correct '
+            'the sizes, or restore the images that were annotated.'
         )
     twice = [name for name, number in Counter(image['file_name'] for image in images).items() if number > 1]
     if twice:
@@ -211,25 +212,25 @@ def check_images(images: Sequence[dict], counts: Counts, where: str) -> None:
 
 
 def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None:
-    """An object cut at the border of its image; None for one that is left out.
+    """An object cut at the border of the image; None for one that is left out.
 
     mmdet would leave out boxes of less than a pixel in silence.
     """
     case, size = image['file_name'], (image['width'], image['height'])
     box = list(map(float, annotation['bbox']))
     if not (box[2] >= 1 and box[3] >= 1):  # of numbers that are none, too
-        return counts.add('objects left out, with a box of less than a pixel', case)
+        return counts.add('object', 'left out (box of less than a pixel)', case)
     mask = annotation.get('segmentation') or []
     if isinstance(mask, list):
         polygons = [polygon for polygon in mask if len(polygon) >= 6]
         if any(mask) and not polygons:
-            return counts.add('objects left out, with polygons of less than three points', case)
+            return counts.add('object', 'left out (polygon of less than three points)', case)
         mask = polygons
     extents = [box, box_of(mask)] if isinstance(mask, list) and mask else [box]
     if any(min(cut(each, size)[2:]) < 1 for each in extents):
-        return counts.add('objects left out, outside their image', case)
+        return counts.add('object', 'left out (outside the image)', case)
     if any(np.abs(np.subtract(each, cut(each, size))).max() > ROUNDING for each in extents):
-        counts.add('objects cut at the border of their image', case)
+        counts.add('object', 'cut at the border of the image', case)
         if isinstance(mask, list):  # far outside, a polygon would fill the memory
             mask = [np.clip(np.reshape(polygon, (-1, 2)), 0, size).ravel().tolist() for polygon in mask]
     box = cut(box, size)

@@ -538,7 +538,13 @@ def in_coco_format(images: Sequence[str], names: Sequence[str], labels: Iterable
 def voc_files(root: Path) -> list[Path]:
     """XML files of Pascal VOC."""
     files = [root / file for file in files_in(root, '.xml')] if root.is_dir() else []
-    return files if files and b'<annotation' in files[0].read_bytes()[:1000] else []
+    return [file for file in files if re.search(rb'<annotation[\s>]', head_of(file))]
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open('rb') as file:
+        return file.read(1000)
 
 
 def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:

@@ -147,6 +147,21 @@ def test_stratify_several_labels_an_image():
     assert len(chosen.intersection(negatives)) == round(0.2 * len(negatives))
 
 
+def test_masks_beside_the_images_of_classes(tmp_path):
+    """Both tasks are possible; masks are no images of a class."""
+    for name in ('benign', 'malignant'):
+        for number in range(4):
+            image(tmp_path / f'{name}/{name} ({number}).png', 0, (48, 32))
+            label_map(tmp_path / f'{name}/{name} ({number})_mask.png', [0, 255, 0])
+    refused(tmp_path, "has labels for segmentation and classification; choose with task='segmentation'")
+    labelled = read_labelled(tmp_path, task='classification')
+    assert len(labelled.train + labelled.val) == 8
+    assert labelled.notes[0] == f'8 label maps of {tmp_path} left out.'
+    label_map(tmp_path / 'benign/benign (0)_mask_1.png', [0, 255, 0])
+    assert read_labelled(tmp_path, task='classification').train == labelled.train
+    refused(tmp_path, r'has 2 label maps of one name, .* not clear; rename or remove some', task='segmentation')
+
+
 def test_names_of_folders_from_a_file(tmp_path):
     data = class_folders(tmp_path / 'data', dict(ant=2, bee=2))
     (data / 'classes.txt').write_text('bee\nant\n')
@@ -261,7 +276,7 @@ def test_coco(tmp_path):
     assert val[0]['data_samples'].ignored_instances.labels.tolist() == [0]
     assert len(train) == 2 and train[1]['data_samples'].gt_instances.labels.tolist() == []
     assert labelled.notes == [
-        f'train: 1 images without objects, kept as negatives; the first is {data}/train2017/ü 2.png.'
+        f'train: 1 image without objects, kept as a negative; the first is {data}/train2017/ü 2.png.'
     ]
 
 
@@ -578,7 +593,7 @@ def changed(content: dict, **changes) -> dict:
         (dict(annotation=dict(segmentation=dict(size=[40, 32], counts=[1]))), "nor an RLE of the image's size"),
         (dict(annotation=dict(bbox=[1, 2, 'x', 4])), 'has the bbox'),
         (dict(image=dict(file_name='1.png')), r'has 1 image more than once, the first is .*1.png: objects'),
-        (dict(image=dict(width=32, height=40)), '1 of 4 images of another size .*2.png, 40 x 32 and not 32 x 40'),
+        (dict(image=dict(width=32, height=40)), '1 of 4 images are of another size .*2.png, 40 x 32 and not 32 x 40'),
         (dict(image=dict(file_name=None)), r'images\[1\] has no file_name'),
         (dict(categories=[dict(id=3, name='dog'), dict(id=90, name='dog')]), 'has the name dog of an earlier one'),
         (dict(images=5), "is not in COCO's format: images, categories, annotations must be lists"),
@@ -616,13 +631,13 @@ def test_what_is_counted_in_coco(tmp_path):
     (data / 'a.json').write_text(json.dumps(content))
     labelled = read_labelled(data)
     assert labelled.classes == ('dog', 'cat') and labelled.has_masks
-    assert [note.partition('; ')[0].partition(': /')[0] for note in labelled.notes] == [
-        'train: 1 images left out, that are missing',
-        'train: 1 images left out, that do not decode',
-        'train: 1 objects left out, with a box of less than a pixel',
-        'train: 2 objects cut at the border of their image',
-        'train: 2 objects left out, outside their image',
-        'train: 1 objects left out, with polygons of less than three points',
+    assert [note.partition('; the')[0].partition(': /')[0] for note in labelled.notes] == [
+        'train: 1 image left out (missing)',
+        'train: 1 image left out (does not decode)',
+        'train: 1 object left out (box of less than a pixel)',
+        'train: 2 objects cut at the border of the image',
+        'train: 2 objects left out (outside the image)',
+        'train: 1 object left out (polygon of less than three points)',
         '1 image without annotations not used',
         'No images to validate on: 2 of 8 are kept for it, drawn by class with seed 0.',
     ]
@@ -652,7 +667,7 @@ def test_classes_of_objects(tmp_path):
     assert read_labelled(tmp_path, classes=['cat', 'dog']).classes == ('cat', 'dog')
     for labelled in (read_labelled(tmp_path, classes=['cat']), read_labelled(tmp_path, ignore='dog')):
         assert labelled.classes == ('cat',) and {each['category_id'] for each in labelled.train['annotations']} == {1}
-        assert labelled.notes[0] == 'train: 4 objects left out, of classes that are not used; the first is dog.'
+        assert labelled.notes[0] == 'train: 4 objects left out (of a class that is not used); the first is dog.'
     refused(
         tmp_path,
         r'classes has 1 of its 1 classes, Dog, where .*train.json has dog, cat \(is dog meant',
