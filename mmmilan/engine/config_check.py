@@ -190,8 +190,9 @@ def check_data_sets(runner: Runner) -> None:
         for part in chain(loader.dataset):
             check_label_maps(part)
         if not first and class_names(loader.dataset):
-            first.extend([class_names(loader.dataset), locate(loader.dataset)])
-        elif first:
+            leaf = next(part for part in chain(loader.dataset) if not hasattr(part, 'datasets'))
+            first.extend([class_names(loader.dataset), locate(leaf)])
+        if first:  # also data sets that are joined to the first one
             use_classes(loader.dataset, *first)
         return loader
 
@@ -199,8 +200,14 @@ def check_data_sets(runner: Runner) -> None:
 
 
 def prepare(dataset: Any) -> None:
-    """Change the config of a data set: mmdet's of COCO to ours, and a file of class names to the names."""
+    """Change the config of a data set: mmdet's of COCO to ours, and a file of class names to the names.
+
+    Data sets that are joined may differ in their classes, which are matched by name later.
+    """
     for _, part in _parts(dataset, ''):
+        if str(part.get('type')).rpartition('.')[2] == 'ConcatDataset':
+            ignored = part.get('ignore_keys') or []
+            part['ignore_keys'] = list({*([ignored] if isinstance(ignored, str) else ignored), 'classes'})
         if part.get('type') in ('CocoDataset', 'mmdet.CocoDataset'):  # numbers classes in the order of the file
             part['type'] = 'mmmilan.CocoDataset'
         metainfo = part.get('metainfo')

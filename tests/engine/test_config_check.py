@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
 import pytest
 import torch
 from faults.small_runs import Model, runner
 from mmengine.config import Config
+from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import Dataset
 
-from mmmilan.engine.config_check import PACKAGES, check_batches, check_packages, norm_of_images
+from mmmilan.engine.config_check import PACKAGES, check_batches, check_data_sets, check_packages, norm_of_images
 from mmmilan.errors import InputError
 
 
@@ -74,3 +82,50 @@ def test_a_logger_that_is_not_installed(option, kind, monkeypatch):
         check_packages(config)
     monkeypatch.setattr('mmmilan.engine.config_check.find_spec', lambda name: True)
     check_packages(config)
+
+
+def joined(tmp_path: Path, second: tuple[str, ...], kind: str) -> Dataset:
+    """A training set that joins classes (ant, bee) and others, three images of each."""
+    parts = []
+    for name, classes in (('one', ('ant', 'bee')), ('two', second)):
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(3):
+                cv2.imwrite(str(tmp_path / name / label / f'{label}{i}.png'), np.zeros((8, 8, 3), np.uint8))
+        part = dict(type='mmmilan.ImageFolder', data_root=str(tmp_path / name), with_label=True)
+        if kind == 'coco':
+            files = sorted((tmp_path / name).rglob('*.png'))
+            boxes = [
+                dict(bbox=[0, 0, 4, 4], area=9, iscrowd=0, category_id=classes.index(f.parent.name)) for f in files
+            ]
+            content = dict(
+                images=[dict(id=i, file_name=str(f), height=8, width=8) for i, f in enumerate(files)],
+                annotations=[dict(box, id=i, image_id=i) for i, box in enumerate(boxes)],
+                categories=[dict(id=i, name=label) for i, label in enumerate(classes)],
+            )
+            (tmp_path / f'{name}.json').write_text(json.dumps(content))
+            part = dict(type='mmmilan.CocoDataset', ann_file=str(tmp_path / f'{name}.json'), data_prefix=dict(img=''))
+        parts.append(part | dict(pipeline=[]))
+    dataset = dict(type='ConcatDataset', datasets=parts)
+    loader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset)
+    runner = SimpleNamespace(build_dataloader=Runner.build_dataloader)
+    check_data_sets(runner)
+    return runner.build_dataloader(loader).dataset
+
+
+@pytest.mark.parametrize('kind', ['folders', 'coco'])
+@pytest.mark.parametrize('second', [('bee', 'ant'), ('bee',)])
+def test_joined_data_sets_are_numbered_by_name(tmp_path, second, kind):
+    dataset = joined(tmp_path, second, kind)
+    assert len(dataset) == 6 + 3 * len(second) and tuple(dataset.metainfo['classes']) == ('ant', 'bee')
+    for i in range(len(dataset)):
+        entry = dataset[i]
+        label = entry['instances'][0]['bbox_label'] if kind == 'coco' else entry['gt_label']
+        assert ('ant', 'bee')[label] == Path(entry['img_path']).parent.name
+
+
+@pytest.mark.parametrize('kind', ['folders', 'coco'])
+def test_joined_data_sets_of_other_classes(tmp_path, kind):
+    """Their union would be no number of classes that the config has."""
+    with pytest.raises(InputError, match=r'two.* has 1 of its 2 classes, cat .*, where .*one.* has ant, bee.*; rename'):
+        joined(tmp_path, ('bee', 'cat'), kind)
