@@ -1,4 +1,4 @@
-"""Add this project's configs and models to MMEngine and mmpretrain, whichever package is imported first.
+"""Let MMEngine, mmpretrain, mmdet and mmseg find this project's parts, whichever package is imported first.
 
 A plugin can extend their lists only after they are imported, and importing them takes ten seconds. So
 ``import mmmilan`` only registers import hooks.
@@ -15,12 +15,18 @@ import wrapt
 
 from mmmilan.checkpoints.zoo import zoo_models, zoo_root
 
+# Steps of a pipeline that inferencers look for by name, and ours in their place.
+STEPS = {'LoadImageFromFile': 'mmmilan.LoadImage', 'LoadAnnotations': 'mmmilan.LoadLabelMap'}
+
 
 def extend_openmmlab() -> None:
     """Extend modules that are already imported now, and the others when they are imported."""
     wrapt.register_post_import_hook(hide_debug_lines, 'mmengine.logging')
     wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
     wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')
+    wrapt.register_post_import_hook(lambda module: find_steps(module.DetInferencer), 'mmdet.apis.det_inferencer')
+    wrapt.register_post_import_hook(lambda module: find_steps(module.MMSegInferencer), 'mmseg.apis.mmseg_inferencer')
+    wrapt.register_post_import_hook(extend_mmseg, 'mmseg.apis.inference')
 
 
 def hide_debug_lines(module: ModuleType) -> None:
@@ -75,3 +81,30 @@ def extend_mmpretrain(module: ModuleType) -> None:
         hub.register_model_index(zoo_root() / 'model-index.yml', config_prefix=zoo_root())
 
     hub._register_mmpretrain_models = staticmethod(fill_and_add)
+
+
+def find_steps(inferencer: type) -> None:
+    """Let an inferencer of mmdet or mmseg find our step that loads images, which it replaces, and that of label maps."""
+    find = inferencer._get_transform_idx
+
+    @functools.wraps(find)
+    def find_ours(self: Any, pipeline_cfg: list[dict], name: Any) -> int:
+        place = find(self, pipeline_cfg, name)
+        ours = STEPS.get(name[0] if isinstance(name, tuple) else name)
+        return place if place != -1 else next((i for i, step in enumerate(pipeline_cfg) if step['type'] == ours), -1)
+
+    inferencer._get_transform_idx = find_ours
+
+
+def extend_mmseg(module: ModuleType) -> None:
+    """Let mmseg's ``inference_model`` take the pipeline of evaluation where a config has no ``test_pipeline``."""
+    prepare = module._preprare_data
+
+    @functools.wraps(prepare)
+    def prepare_ours(imgs: Any, model: Any) -> tuple:
+        if 'test_pipeline' not in model.cfg:
+            steps = model.cfg.test_dataloader.dataset.pipeline
+            model.cfg.test_pipeline = [step for step in steps if step['type'] != STEPS['LoadAnnotations']]
+        return prepare(imgs, model)
+
+    module._preprare_data = prepare_ours

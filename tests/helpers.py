@@ -202,6 +202,8 @@ def save_trained(cfg: Config, path: Path, classes: Sequence[str]) -> Path:
         model = roots.MODELS.build(cfg.model)
         model.init_weights()
     meta = dict(cfg=cfg.pretty_text, dataset_meta=dict(classes=tuple(classes)))
+    if cfg.default_scope == 'mmseg':
+        meta['dataset_meta']['palette'] = [[i, 9 * i, 255 - i] for i in range(len(classes))]
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 

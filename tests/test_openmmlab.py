@@ -1,4 +1,4 @@
-"""mmpretrain lists and builds our models once mmmilan is imported."""
+"""OpenMMLab's packages find our parts once mmmilan is imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from helpers import FINE_TUNED, PRETRAINED, ROOT
 
 IN_EITHER_ORDER = f"""
-import os, sys
+import importlib.util, os, sys
 import torch, mmcv, mmengine.runner  # once for both processes
 
 def check(first):
+    dense = [name for name in ('mmdet', 'mmseg') if importlib.util.find_spec(name) and first == 'mmpretrain']
     if first == 'mmpretrain':
+        apis = [importlib.import_module(f'{{name}}.apis') for name in dense]
         import mmpretrain
         assert 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k' not in mmpretrain.list_models()  # its hub is filled
     import mmmilan, mmpretrain
@@ -22,6 +24,11 @@ def check(first):
     assert 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k' in mmpretrain.list_models()
     assert 'resnet50_8xb32_in1k' in mmpretrain.list_models('resnet50')
     assert ModelHub.get('{PRETRAINED}').config.model.type == 'mmmilan.MILAN'
+    for name in dense:
+        apis = importlib.import_module(f'{{name}}.apis')
+        inferencer = getattr(apis, dict(mmdet='DetInferencer', mmseg='MMSegInferencer')[name])
+        for wanted in ('LoadImageFromFile', ('LoadImageFromFile', type)):
+            assert inferencer._get_transform_idx(None, [dict(type='mmmilan.LoadImage')], wanted) == 0
     small = dict(arch=dict(embed_dims=48, num_layers=1, num_heads=3, feedforward_channels=96, _delete_=True))
     model = mmpretrain.get_model('{FINE_TUNED}', backbone=small, head=dict(in_channels=48))
     assert model._metainfo.config.filename.startswith({str(ROOT)!r}), model._metainfo.config.filename
@@ -35,7 +42,7 @@ sys.exit(sum(os.wait()[1] for _ in range(2)) != 0)
 """
 
 
-def test_mmpretrain_finds_our_models():
+def test_openmmlab_finds_our_parts():
     """In either order of import."""
     run = subprocess.run([sys.executable, '-c', IN_EITHER_ORDER], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr

@@ -8,15 +8,18 @@ import tarfile
 from pathlib import Path
 
 import cv2
+import mmpretrain
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from PIL import Image
 
 import mmmilan
 from helpers import demo_config, save_trained
 from mmmilan import cli
 from mmmilan.api.predict import list_items
+from mmmilan.checkpoints.config import own_config
 from mmmilan.errors import InputError
 
 NAMES = dict(classification='abcdefghij', detection='abcdefghij', segmentation='abcdefghijklmnop')
@@ -132,6 +135,36 @@ def test_predictions_do_not_depend_on_the_batch(task, photos, checkpoints):
     for one, other in zip(together, alone, strict=True):
         for name, rows in one.items():
             assert np.array_equal(rows, other[name]) or np.allclose(rows, other[name], atol=1e-4), name
+
+
+def test_inferencers_of_openmmlab(photos, checkpoints, tmp_path):
+    """They take our configs and checkpoints, and give what a Predictor gives."""
+    mmdet, mmseg = pytest.importorskip('mmdet.apis'), pytest.importorskip('mmseg.apis')
+    photo, device = str(photos / 'a/1.png'), 'cpu'
+    expected = {task: mmmilan.Predictor(path)(photo)[0] for task, path in checkpoints.items()}
+    config, weights = {}, {task: str(path) for task, path in checkpoints.items()}
+    for task, path in checkpoints.items():
+        config[task] = str(tmp_path / f'{task}.py')
+        own_config(path).dump(config[task])
+    boxes, scores = expected['detection']['boxes'], expected['detection']['scores']
+    found = mmdet.DetInferencer(weights=weights['detection'], device=device)(photo)['predictions'][0]
+    assert np.allclose(found['scores'], scores, atol=1e-4) and np.allclose(found['bboxes'], boxes, atol=1e-2)
+    detector = mmdet.init_detector(config['detection'], weights['detection'], device=device)
+    for image in (photo, cv2.imread(photo)):
+        assert np.allclose(mmdet.inference_detector(detector, image).pred_instances.bboxes, boxes, atol=1e-2)
+    inferencer = mmseg.MMSegInferencer(config['segmentation'], weights['segmentation'], device=device)
+    assert np.array_equal(
+        inferencer(photo, out_dir=str(tmp_path / 'seg'))['predictions'], expected['segmentation']['map']
+    )
+    segmentor = mmseg.init_model(config['segmentation'], weights['segmentation'], device=device)
+    for image in (photo, cv2.imread(photo)):
+        labels = mmseg.inference_model(segmentor, image).pred_sem_seg.data[0]
+        assert np.array_equal(labels, expected['segmentation']['map'])
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        classify = mmpretrain.ImageClassificationInferencer(config['classification'], weights['classification'], device)
+        result = classify(photo)[0]
+    assert result['pred_label'] == expected['classification']['labels'][0]
+    assert result['pred_score'] == pytest.approx(expected['classification']['scores'][0], abs=1e-5)
 
 
 def test_a_stopped_run_goes_on(photos, checkpoints, tmp_path, monkeypatch):
