@@ -84,7 +84,7 @@ def extend_mmpretrain(module: ModuleType) -> None:
 
 
 def find_steps(inferencer: type) -> None:
-    """Let an inferencer of mmdet or mmseg find our step that loads images, which it replaces, and that of label maps."""
+    """Let an inferencer of mmdet or mmseg find our steps that load images, which it replaces, and label maps."""
     find = inferencer._get_transform_idx
 
     @functools.wraps(find)

@@ -40,7 +40,8 @@ def embed(
     be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
     the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
     image and text. Features are float32; those of an image that cannot be used are NaN. A Parquet file is written batch
-    by batch, an .npz file is held in memory.
+    by batch, an .npz file is held in memory. Under ``python -m mmmilan.torchrun`` each process takes a part of the
+    images.
 
     Args:
         images: images, folders of images (flat or nested, sorted by path) and tar shards.
@@ -70,24 +71,26 @@ def embed(
     from mmmilan.api.inference import Inferencer
     from mmmilan.api.models import build_embedder
     from mmmilan.datasets.image_folder import as_sources, list_images
+    from mmmilan.engine.distributed import joined, on_main
     from mmmilan.models.embedding import fingerprint
 
-    path = check_features_output(out, [checkpoint, *as_sources(images)], overwrite)
-    files = list_images(images)
-    reader = Inferencer(checkpoint, device=device)
-    embedder = build_embedder(reader.model, checkpoint)
+    with joined():
+        on_main(lambda: check_features_output(out, [checkpoint, *as_sources(images)], overwrite))
+        path, files = Path(out), list_images(images)
+        reader = Inferencer(checkpoint, device=device)
+        embedder = build_embedder(reader.model, checkpoint)
 
-    def encode(inputs: Tensor) -> dict[str, Tensor]:
-        features = embedder(inputs)
-        return {name: rows for name, rows in features.items() if patches or name != 'patch_tokens'}
+        def encode(inputs: Tensor) -> dict[str, Tensor]:
+            features = embedder(inputs)
+            return {name: rows for name, rows in features.items() if patches or name != 'patch_tokens'}
 
-    model = fingerprint(embedder.backbone)
-    batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
-    columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
-    if is_main_process():
-        write_features(path, columns)
-    else:
-        deque(columns, maxlen=0)
+        model = fingerprint(embedder.backbone)
+        batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
+        columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
+        if is_main_process():
+            write_features(path, columns)
+        else:
+            deque(columns, maxlen=0)
     return path
 
 

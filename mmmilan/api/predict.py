@@ -226,20 +226,18 @@ def predict(
         >>> mmmilan.predict('photos', 'runs/birds/model.pth', 'predictions')
         PosixPath('predictions/predictions.csv')
     """
-    from mmengine.dist import broadcast_object_list, is_main_process
+    from mmengine.dist import broadcast_object_list
 
-    from mmmilan.engine.distributed import joined
+    from mmmilan.engine.distributed import joined, on_main
     from mmmilan.files import Journal
 
     with joined():
-        folder, items = check_folder(out, checkpoint, images, overwrite), list_items(images)
+        on_main(lambda: check_folder(out, checkpoint, images, overwrite))
+        folder, items = Path(out), list_items(images)
         predictor = Predictor(checkpoint, device)
         work, files = Work(predictor, folder, items, draw), Pictured([item.path for item in items], predictor)
-        with (
-            Journal(folder / JOURNAL, run_of(items, checkpoint, draw), overwrite)
-            if is_main_process()
-            else nullcontext() as journal
-        ):
+        journal = on_main(lambda: Journal(folder / JOURNAL, run_of(items, checkpoint, draw), overwrite))
+        with journal or nullcontext():
             begin = [journal.begin if journal else 0]
             broadcast_object_list(begin)
             options = dict(begin=begin[0], batch_size=batch_size or predictor.batch_size, num_workers=num_workers)
@@ -293,7 +291,7 @@ def check_folder(
     checkpoint: str | os.PathLike,
     images: str | os.PathLike | Sequence[str | os.PathLike],
     overwrite: bool,
-) -> Path:
+) -> None:
     """Decide whether predictions may be written to a folder, before the model is loaded.
 
     Raises:
@@ -312,7 +310,6 @@ def check_folder(
                 f'{folder / name} exists; choose another folder, or add --overwrite (overwrite=True) to replace its '
                 'pictures.'
             )
-    return folder
 
 
 def run_of(items: Sequence[Item], checkpoint: str | os.PathLike, draw: bool) -> dict:

@@ -6,16 +6,16 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from mmengine._strategy import DDPStrategy
 from mmengine._strategy.single_device import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import barrier, broadcast, get_world_size, is_distributed, is_main_process
+from mmengine.dist import barrier, broadcast, broadcast_object_list, get_world_size, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
@@ -25,7 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmmilan.checkpoints.loading import gather, shard_as, shard_weights
+from mmmilan.errors import InputError
 from mmmilan.registry import HOOKS, STRATEGIES
+
+Decision = TypeVar('Decision')
 
 
 @contextmanager
@@ -49,15 +52,35 @@ def processes(cfg: Config) -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that torchrun started beside this one for this context, if it did and they are not joined."""
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or 'TORCHELASTIC_RUN_ID' not in os.environ or is_distributed():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
-    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    """A context of the processes that torchrun started beside this one, if it did; at its end they wait for each other.
+
+    They stay together until this process exits: a second group would meet at the addresses of the first.
+    """
+    if 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ['WORLD_SIZE']) > 1 and not is_distributed():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+        torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        atexit.register(torch.distributed.destroy_process_group)
     yield  # after an error the others may never arrive; torchrun ends them
-    end_processes()
+    barrier()
+
+
+def on_main(decide: Callable[[], Decision]) -> Decision | None:
+    """What the main process decides, None in the others.
+
+    Raises:
+        InputError: in all processes, if the main one raises it.
+    """
+    decision, errors = None, [None]
+    if is_main_process():
+        try:
+            decision = decide()
+        except InputError as error:
+            errors = [error]
+    broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
+    return decision
 
 
 def init_processes(cfg: Config) -> None:

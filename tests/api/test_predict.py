@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mmmilan import cli
 from mmmilan.api.predict import list_items
 from mmmilan.checkpoints.config import own_config
 from mmmilan.errors import InputError
+from processes import exit_codes, start_ranks
 
 NAMES = dict(classification='abcdefghij', detection='abcdefghij', segmentation='abcdefghijklmnop')
 TASKS = list(NAMES)
@@ -199,6 +201,29 @@ def test_a_stopped_run_goes_on(photos, checkpoints, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r'classes.txt exists; choose another name, or add --overwrite'):
         mmmilan.predict(photos, checkpoint, tmp_path / 'out')
     mmmilan.predict(photos, checkpoint, tmp_path / 'out', overwrite=True, draw=False)
+
+
+def test_processes_share_the_images(photos, checkpoints, tmp_path):
+    """Two processes write what one does, also where a stopped run left a single image."""
+
+    def run(out: Path, rank: bool = True) -> None:
+        if rank:
+            os.environ['TORCHELASTIC_RUN_ID'] = 'a'  # as torchrun does
+        for task in ('classification', 'segmentation'):
+            mmmilan.predict(photos, checkpoints[task], out / task, batch_size=2, num_workers=0)
+        mmmilan.embed(photos, checkpoints['classification'], out / 'features.npz', batch_size=1, num_workers=0)
+
+    run(tmp_path / 'one', False)
+    expected = contents(tmp_path / 'one')
+    assert exit_codes(start_ranks(run, tmp_path / 'two')) == [0, 0]
+    found = contents(tmp_path / 'two')
+    assert found.keys() == expected.keys() and len(found) == 20
+    differing = [name for name, content in found.items() if content != expected[name]]
+    for name in differing:  # batches differ, and so do rounding errors
+        assert name in ('features.npz', 'classification/predictions.csv')
+    one, two = (np.load(tmp_path / name / 'features.npz') for name in ('one', 'two'))
+    assert np.array_equal(one['paths'], two['paths']) and np.array_equal(one['ok'], two['ok'])
+    assert np.allclose(one['class_token'], two['class_token'], atol=1e-5, equal_nan=True)
 
 
 def test_many_pictures_have_several_pages(photos, checkpoints, tmp_path, monkeypatch):
