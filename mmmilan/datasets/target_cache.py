@@ -156,12 +156,13 @@ class CachedTargets(ImageFolder):
     """Images of a folder with a teacher's cached outputs for their crops, for a head with a :class:`CachedTeacher`.
 
     Each data sample has ``cached_codes`` [1 + N, C], int8, ``cached_scales`` [1 + N] and ``cached_importance`` [N],
-    float32. The sampler must be a ``ReproducibleSampler``, which gives the epoch.
+    float32. The sampler must be a ``ReproducibleSampler``, which gives the epoch. The pipeline starts with
+    ``results['importance']`` [N] of the crop, so a ``SemanticAwareMasking`` among its steps draws the mask.
 
     Args:
         data_root: The folder of the images.
         cache: The folder of the cache.
-        pipeline: The pipeline that the cache was made with.
+        pipeline: The pipeline that the cache was made with, and maybe a masking before the packing.
         kwargs: Other arguments of :class:`ImageFolder`.
 
     Raises:
@@ -169,10 +170,10 @@ class CachedTargets(ImageFolder):
     """
 
     def __init__(self, data_root: str, cache: str, pipeline: Sequence[dict] = (), **kwargs) -> None:
-        self.cache = TargetCache(cache)
+        self.cache, self.importance = TargetCache(cache), None
         super().__init__(data_root=data_root, pipeline=pipeline, **kwargs)
         made_with = self.cache.manifest['pipeline']
-        if as_json(pipeline) != made_with:
+        if pixel_steps(as_json(pipeline)) != pixel_steps(made_with):
             raise InputError(
                 f'The cache {cache} was made with the pipeline {json.dumps(made_with)}, which is not that of the data '
                 'set; make them equal, or make the cache again.'
@@ -195,15 +196,25 @@ class CachedTargets(ImageFolder):
                 'CachedTargets has to know the epoch; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
             )
         epoch = draw.epoch % self.cache.epochs
-        sample = super().__getitem__(Draw(self.cache.seed, epoch, index))
         record = self.cache.read(epoch, int(index))
+        importance = self.importance = record['importance'] * record['importance_scale']
+        sample = super().__getitem__(Draw(self.cache.seed, epoch, index))
         difference = np.abs(mean_colour(sample['inputs']) - record['colour'].astype(float)).max()
         if difference > COLOUR_TOLERANCE:
             raise InputError(
                 f'{self.get_data_info(int(index))["img_path"]} has changed since {self.cache.folder} was made; '
                 'restore the image, or make the cache again.'
             )
-        importance = record['importance'] * record['importance_scale']
         for name, value in dict(codes=record['codes'], scales=record['scales'], importance=importance).items():
             sample['data_samples'].set_field(torch.from_numpy(np.array(value)), f'cached_{name}')
         return sample
+
+    def get_data_info(self, idx: int) -> dict:
+        """What the pipeline starts with."""
+        info = super().get_data_info(idx)
+        return info if self.importance is None else info | dict(importance=self.importance)
+
+
+def pixel_steps(pipeline: list[dict]) -> list[dict]:
+    """The steps of a pipeline without those that draw masks and pack samples, which change no pixel."""
+    return [step for step in pipeline if not str(step['type']).endswith(('Masking', 'PackInputs'))]

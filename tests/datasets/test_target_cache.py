@@ -64,6 +64,32 @@ def test_training_is_that_with_the_teacher(cached):
     assert 'rounding to 8 bits alone causes a loss of' in printed
 
 
+def test_masks_that_the_pipeline_draws(cached):
+    """The cache's importance maps are what the pipeline form of the masking draws from; the model takes its masks."""
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    steps = cfg.train_dataloader.dataset.pipeline
+    steps.insert(len(steps) - 1, dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75))
+    cache, visible, every = TargetCache(folder), [], []
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    for i in range(24):
+        records = [dataset[Draw(0, epoch, i)]['data_samples'] for epoch in (0, 1, 2)]
+        assert all(int((~sample.mask).sum()) == 4 for sample in records)
+        assert torch.equal(torch.as_tensor(records[0].mask), torch.as_tensor(records[2].mask))  # of the same crop
+        importance = cache.read(0, i)['importance'].astype(float)
+        visible.append(importance[~np.asarray(records[0].mask)].mean())
+        every.append(importance.mean())
+    assert np.mean(visible) > np.mean(every)  # the important patches are drawn more often
+    seen = []
+    model = MODELS.build(cfg.model)
+    reconstruct = model.reconstruct
+    model.reconstruct = lambda images, patches, *rest: seen.append(patches) or reconstruct(images, patches, *rest)
+    data = model.data_preprocessor(batch_of(cfg, 0), training=True)
+    assert torch.isfinite(model.loss(**data)['loss'])
+    for patches, sample in zip(seen[0][0], data['data_samples'], strict=True):
+        assert patches.tolist() == np.flatnonzero(~np.asarray(sample.mask.cpu())).tolist()
+
+
 def test_features_and_importance_in_8_bits():
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
     features = torch.randn(3, 5, 64) * torch.logspace(-3, 3, 5)[:, None]
