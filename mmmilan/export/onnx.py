@@ -182,10 +182,9 @@ def build_exported(model: nn.Module, task: str, checkpoint: str | os.PathLike) -
     from torch import nn
 
     from mmmilan.api.models import build_embedder
-    from mmmilan.export.preprocessing import mean_and_std
+    from mmmilan.export.preprocessing import mean_and_std, takes_rgb
 
-    preprocessor = model.data_preprocessor
-    takes_rgb = getattr(preprocessor, 'to_rgb', False) or getattr(preprocessor, '_channel_conversion', False)
+    is_rgb = takes_rgb(model)
 
     class Exported(nn.Module):
         def __init__(self) -> None:
@@ -196,7 +195,7 @@ def build_exported(model: nn.Module, task: str, checkpoint: str | os.PathLike) -
             self.register_buffer('std', std)
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
-            images = ((images if takes_rgb else images.flip(1)) - self.mean) / self.std
+            images = ((images if is_rgb else images.flip(1)) - self.mean) / self.std
             if task == 'features':
                 return self.model(images)
             if task == 'classification':

@@ -123,6 +123,11 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
         InputError: the pipeline does something that other libraries cannot express, or its output is not of the
             encoder's input size.
     """
+    if not takes_rgb(model):
+        raise InputError(
+            'The model takes BGR images (data_preprocessor.to_rgb=False), which cannot be told to other libraries; '
+            'publish one that takes RGB.'
+        )
     steps = {step['type'].rpartition('.')[2]: step for step in test_dataset(config)['pipeline']}
     resizing = {name: step for name, step in steps.items() if name not in READING}
     resize: int | None = None
@@ -151,9 +156,16 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
     return Preprocessing(resize, size, interpolation, *normalisation(model), step.get('backend') or 'cv2')
 
 
+def takes_rgb(model: nn.Module) -> bool:
+    """Whether the data preprocessor of a model turns the BGR images of the pipeline to RGB."""
+    preprocessor = model.data_preprocessor  # mmpretrain's, mmdet's and mmseg's
+    return bool(getattr(preprocessor, 'to_rgb', False) or getattr(preprocessor, '_channel_conversion', False))
+
+
 def normalisation(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, of images in [0, 1], that the data preprocessor of a model takes out."""
-    return tuple([round(value, 6) for value in each.flatten().tolist()] for each in mean_and_std(model))
+    """Mean and standard deviation, of RGB images in [0, 1], that the data preprocessor of a model takes out."""
+    order = 1 if takes_rgb(model) else -1
+    return tuple([round(value, 6) for value in each.flatten().tolist()[::order]] for each in mean_and_std(model))
 
 
 def mean_and_std(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 
 import mmmilan
 from mmmilan.errors import InputError
-from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
+from mmmilan.export.preprocessing import Preprocessing, normalisation, read_preprocessing
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -48,3 +48,14 @@ def test_crops_that_other_libraries_cannot_express():
         Preprocessing(36, (32, 32), 'bicubic', MEAN, STD).open_clip()
     with pytest.raises(InputError, match="open_clip has no interpolation 'nearest'"):
         Preprocessing(32, (32, 32), 'nearest', MEAN, STD).open_clip()
+
+
+def test_a_model_of_bgr_images(trained):
+    """Other libraries give RGB; the statistics that an ONNX file states are of RGB, too."""
+    config, _ = trained('milan')
+    model = mmmilan.get_model(config)
+    assert normalisation(model) == (MEAN, STD)
+    model.data_preprocessor.to_rgb = model.data_preprocessor._channel_conversion = False
+    assert normalisation(model) == (MEAN[::-1], STD[::-1])
+    with pytest.raises(InputError, match=r'The model takes BGR images \(data_preprocessor.to_rgb=False\)'):
+        read_preprocessing(model._config, model)
