@@ -318,7 +318,8 @@ def select(part: list[dict] | Coco, paths: Sequence[str]) -> list[dict] | Coco:
 def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, seed: int) -> set[int]:
     """Choose a part of some images in which each label has its share (Sechidis et al. 2011, iterative stratification).
 
-    From the rarest label on, its images go where more of it is lacking. A label of two images or more is on both sides.
+    From the rarest label on, its images go where more of it is lacking. A label of two images or more is
+    on both sides where other labels allow it; none is in the chosen part alone.
 
     Args:
         keys: What the images are called; their order does not matter.
@@ -344,9 +345,12 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
             images[label].append(i)
     for label in sorted(total, key=lambda label: (total[label], label)):
         own = [i for i in images[label] if i in waiting] if wanted[label] else []
-        own.sort(key=lambda i: sum(got[each] >= wanted[each] for each in waiting[i]))  # first what others lack too
+        own.sort(key=lambda i: sum(1 if got[each] >= wanted[each] else -0.1 for each in waiting[i]))
         for i in own:
-            if got[label] < wanted[label]:
+            keeps = all(
+                got[each] < total[each] - 1 for each in waiting[i] if each >= 0
+            )  # one of each label to train on
+            if got[label] < wanted[label] and keeps:
                 chosen.add(i)
                 got.update(waiting[i])
             del waiting[i]

@@ -147,6 +147,14 @@ def test_stratify_several_labels_an_image():
     assert len(chosen.intersection(negatives)) == round(0.2 * len(negatives))
 
 
+def test_stratify_many_rare_labels():
+    """No label is lost to train on, whatever stands beside it."""
+    labels = [set(np.random.default_rng(i).integers(0, 60, 3).tolist()) for i in range(60)]
+    chosen = stratify([f'{i}' for i in range(60)], labels, 0.2, 0)
+    left = [own for i, own in enumerate(labels) if i not in chosen]
+    assert set().union(*left) == set().union(*labels) and 12 <= len(chosen) <= 24
+
+
 def test_masks_beside_the_images_of_classes(tmp_path):
     """Both tasks are possible; masks are no images of a class."""
     for name in ('benign', 'malignant'):
@@ -401,6 +409,28 @@ def test_pascal_voc(tmp_path):
     train, val = built(labelled, tmp_path / 'out', DETECTION)
     assert boxes(train) == {'a.png': [], 'c.png': [('dog, big', 1, 2, 11, 12), ('cat', 3, 4, 30, 31)]}
     assert boxes(val) == {'b.png': [('dog, big', 1, 2, 11, 12)]}
+
+
+@pytest.mark.parametrize('masks', [False, True])
+def test_what_another_tool_converted(tmp_path, masks):
+    """COCO written as YOLO by labelformat's own writers gives the same boxes."""
+    formats = pytest.importorskip('labelformat.formats')
+    objects = {f'{i} ä.png': [(0, 3 * i, 4, 10, 12), (1, 0, 0, 20, 16)][: i % 3] for i in range(9)}
+    coco(tmp_path / 'coco', 'a.json', 'images', objects, {0: 'dog', 1: 'big cat'})
+    shutil.copytree(tmp_path / 'coco/images', tmp_path / 'yolo/images')
+    kind = 'InstanceSegmentation' if masks else 'ObjectDetection'
+    source = getattr(formats, f'COCO{kind}Input')(tmp_path / 'coco/a.json')
+    getattr(formats, f'YOLOv8{kind}Output')(tmp_path / 'yolo/data.yaml', 'train').save(source)
+    found = {}
+    for name in ('coco', 'yolo'):
+        labelled = read_labelled(tmp_path / name)
+        assert labelled.has_masks == (masks or name == 'coco')
+        files = {image['id']: Path(image['file_name']).name for image in labelled.train['images']}
+        found[name] = sorted(
+            (files[each['image_id']], labelled.classes[each['category_id'] - 1], *np.round(each['bbox'], 3).tolist())
+            for each in labelled.train['annotations']
+        )
+    assert found['coco'] == found['yolo'] and len(found['coco']) > 4
 
 
 # -- label maps
