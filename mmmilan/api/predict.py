@@ -377,6 +377,7 @@ class Work:
 
     def row(self, result: Result) -> dict:
         """A prediction as JSON has it, with ``note``, a few words below its picture."""
+        from mmmilan.evaluation.predictions import coco_results
         from mmmilan.visualization.pictures import class_lines
 
         if self.task == 'classification':
@@ -463,25 +464,6 @@ def objects(result: Result, classes: Sequence[str]) -> str:
 
     labels = Counter(result['labels'][result['scores'] >= DRAWN_FROM].tolist())
     return ', '.join(f'{number} {classes[label]}' for label, number in labels.most_common()) or 'nothing'
-
-
-def coco_results(result: Result) -> list[dict]:
-    """Objects in COCO's result format, without the image's id; categories are numbered from 1."""
-    import numpy as np
-
-    found = []
-    for i, (left, top, right, bottom) in enumerate(result['boxes'].round(2).tolist()):
-        box = [left, top, round(right - left, 2), round(bottom - top, 2)]
-        each = dict(category_id=int(result['labels'][i]) + 1, bbox=box, score=round(float(result['scores'][i]), 5))
-        if 'masks' in result:
-            from pycocotools import mask
-
-            rle = mask.encode(np.asfortranarray(result['masks'][i], np.uint8))
-            each |= dict(segmentation=dict(size=rle['size'], counts=rle['counts'].decode()), area=int(mask.area(rle)))
-        else:
-            each['area'] = round(box[2] * box[3], 2)
-        found.append(each)
-    return found
 
 
 def write_csv(file: TextIO, journal: Journal, items: Sequence[Item], classes: Sequence[str]) -> None:

@@ -102,3 +102,20 @@ def all_names(classes: Sequence[str], count: int | None) -> tuple[str, ...]:
             'and head agree.'
         )
     return classes
+
+
+def coco_results(result: Result) -> list[dict]:
+    """Objects in COCO's result format, without the image's id; categories are numbered from 1."""
+    found = []
+    for i, (left, top, right, bottom) in enumerate(result['boxes'].round(2).tolist()):
+        box = [left, top, round(right - left, 2), round(bottom - top, 2)]
+        each = dict(category_id=int(result['labels'][i]) + 1, bbox=box, score=round(float(result['scores'][i]), 5))
+        if 'masks' in result:
+            from pycocotools import mask
+
+            rle = mask.encode(np.asfortranarray(result['masks'][i], np.uint8))
+            each |= dict(segmentation=dict(size=rle['size'], counts=rle['counts'].decode()), area=int(mask.area(rle)))
+        else:
+            each['area'] = round(box[2] * box[3], 2)
+        found.append(each)
+    return found
