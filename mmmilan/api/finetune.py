@@ -12,6 +12,7 @@ from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
+    from torch import Tensor
 
 FILES = ('config.py', 'model.pth', 'report.html', 'comparison.json')  # what finetune itself writes beside the run's
 COMPARED = 'compare'  # folder of the second run
@@ -106,6 +107,8 @@ def finetune(
         change_config(config, changes)
         second = None if compare is None else compared_config(config, compare)
     weights = run(config, folder, resume, gpus)
+    if config.model.backbone.get('init_cfg') and not freeze:
+        say_probes(config, weights)
     comparison = None
     if second is not None:
         comparison = compare_runs(second, weights, compare, gpus)
@@ -143,6 +146,69 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     metric, meta = config.default_hooks.checkpoint.save_best, load_checkpoint_file(weights)['meta']
     print_log(f'{weights} is the model after epoch {meta["epoch"]}, the best by {metric}.', logger='current')
     return weights
+
+
+def say_probes(config: Config, weights: Path) -> None:
+    """Log whether a classifier is better than what its frozen start gives, for nothing: probes and neighbours."""
+    from mmengine.logging import print_log
+
+    from mmmilan.api.finetune_recipe import task_of
+
+    if task_of(config) != 'classification':
+        return
+    own = list(image_scores(weights).values())
+    others = frozen_accuracies(config)
+    best = max(others, key=others.get)
+    accuracy = sum(own) / len(own)
+    figures = f'{100 * accuracy:.1f} % of {len(own)} validation images right'
+    frozen = ', '.join(f'{name} {100 * value:.1f} %' for name, value in others.items())
+    print_log(f'Fine-tuning gets {figures}; the frozen start gets: {frozen}.', logger='current')
+    if others[best] > accuracy:
+        print_log(
+            f'The {best} of the frozen encoder is the better model here; train a linear probe with --freeze, or '
+            'fine-tune with more images.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def frozen_accuracies(config: Config) -> dict[str, float]:
+    """Top-1 accuracy in [0, 1] of a linear probe and of nearest neighbours on the start of a classifier, by name."""
+    import copy
+
+    from mmengine.registry import DefaultScope
+    from mmpretrain.registry import DATASETS, MODELS
+
+    from mmmilan.evaluation.features import choose_device, extract, join
+    from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
+
+    backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
+    preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=preprocessor))
+        model.init_weights()
+        model = model.to(choose_device(None)).eval()
+        pipeline = config.val_dataloader.dataset.pipeline
+        splits = [
+            DATASETS.build(dict(loader.dataset, pipeline=pipeline))
+            for loader in (config.train_dataloader, config.val_dataloader)
+        ]
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        tokens = model.backbone(images)[-1]
+        return dict(class_token=tokens[:, 0], mean_token=tokens[:, 1:].mean(1))
+
+    workers = config.val_dataloader.num_workers
+    train, val = (
+        join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', num_workers=workers))
+        for dataset in splits
+    )
+    accuracies = {}
+    for name in ('class_token', 'mean_token'):
+        pair = [(arrays[name], arrays['label']) for arrays in (train, val)]
+        accuracies[f'linear probe on the {name.replace("_", " ")}'] = linear_probe_accuracy(*pair)
+        accuracies[f'k-NN by the {name.replace("_", " ")}'] = knn_accuracy(*pair)
+    return accuracies
 
 
 def compare_runs(config: Config, weights: Path, compare: str, gpus: int | None) -> dict[str, Any]:

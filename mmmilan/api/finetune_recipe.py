@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = dict(
-    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), 1500, (20, 100)),
+    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), 600, (20, 100)),
     detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), 2000, (12, 100)),
     segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), 2000, (20, 200)),
 )
@@ -399,8 +399,9 @@ def fit_classifier(config: Config, labelled: Labelled, encoder: Encoder, side: i
     model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
     model.data_preprocessor.num_classes = classes
     model.head.update(num_classes=classes, in_channels=width)
-    if model.get('neck'):
-        model.neck.input_features = width
+    # as in the published linear probe: with few images better than the mean of the patches (docs/own_images.md)
+    model.backbone.update(out_type='cls_token', final_norm=True)
+    model.neck = dict(type='mmpretrain.ClsBatchNormNeck', input_features=width)
     model.train_cfg = None  # no mixing: see docs/own_images.md
     steps = config.train_dataloader.dataset.pipeline
     part(steps, 'LoadRandomResizedCrop').update(scale=side, crop_ratio_range=(0.35, 1.0))

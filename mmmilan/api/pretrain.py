@@ -155,6 +155,7 @@ def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     import time
 
     from mmmilan.checkpoints.config import config_text, parse_config
+    from mmmilan.engine.config_check import check_batches
     from mmmilan.engine.launch import launched
     from mmmilan.engine.work_dir import ConfigFileHook
     from mmmilan.evaluation.features import choose_device, device_name
@@ -168,6 +169,7 @@ def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     config.experiment_name = f'{folder.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
     begin = time.monotonic()
     with launched(config, 'train') as runner:
+        check_batches(runner)
         runner.register_hook(ConfigFileHook(path, text))
         runner.train()
     if resume:  # a resumed run knows only the time of its last part

@@ -205,6 +205,7 @@ def test_what_cannot_be(colours, start, tmp_path):
         (dict(start=start, img_size=33), 'img_size=33 is not a multiple of patch_size=8'),
         (dict(start=start, batch_size=1000), 'do not fill one batch of 1000'),
         (dict(start=start, compare='nowhere.pth'), 'nowhere.pth is neither'),
+        (dict(start=start, batch_size=1), 'batch_size is 1, but neck.bn is a BatchNorm'),
         (dict(start=start, lr=-1), 'lr=-1 is not a number above 0'),
         (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
     ):
