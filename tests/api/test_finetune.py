@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+import tarfile
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from mmpretrain.apis import ImageClassificationInferencer
 from mmpretrain.models import VisionTransformer
 
 import mmmilan
-from helpers import assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars
+from helpers import assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
 from mmmilan.api.finetune_recipe import encoder_in
 from mmmilan.checkpoints.config import own_config
@@ -216,6 +217,7 @@ def test_what_cannot_be(colours, start, tmp_path):
         mmmilan.finetune(out=tmp_path / 'run')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
 def test_detectors_and_segmentors(scenes, task, tmp_path, run_tool):
     """Their sizes follow from encoder and images; the model is tested as any other."""
@@ -236,3 +238,33 @@ def test_detectors_and_segmentors(scenes, task, tmp_path, run_tool):
         run_tool('test.py', weights, weights, '--work-dir', tmp_path / 'test')
         assert read_metrics(tmp_path / 'test')['mIoU'] == validated[0]
     assert 'SyncBN' not in config.pretty_text and config.optim_wrapper.type == 'OptimWrapper'
+
+
+# -- CIFAR-10
+
+
+@pytest.fixture
+def cifar10(tmp_path) -> Path:
+    """24 + 8 images of each class of the test split, which comes first in the archive."""
+    archive = real_data('cifar10.tar.xz')
+    with tarfile.open(archive, 'r|xz') as files:
+        for member in files:
+            _, split, label, name = PurePosixPath(member.name).parts
+            if split != 'test':
+                break
+            if (number := int(Path(name).stem)) < 32:
+                path = tmp_path / 'cifar10' / ('train' if number < 24 else 'val') / label / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(files.extractfile(member).read())
+    return tmp_path / 'cifar10'
+
+
+@pytest.mark.data
+def test_cifar10(cifar10, tmp_path):
+    """240 images teach more than guessing, from random weights."""
+    arch = dict(embed_dims=96, num_layers=4, num_heads=3, feedforward_channels=384)
+    mmmilan.finetune(cifar10, tmp_path / 'run', arch=arch, patch_size=4, img_size=32, epochs=10, batch_size=16, **HERE)
+    records = read_scalars(tmp_path / 'run')
+    assert max(record['accuracy/top1'] for record in records if 'accuracy/top1' in record) > 17.5  # 2.2 standard errors
+    losses = [record['loss'] for record in records if 'loss' in record]
+    assert losses[-1] < losses[0] - 0.2

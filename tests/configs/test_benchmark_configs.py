@@ -20,12 +20,11 @@ from mmmilan.registry import MODELS
 FOLDER = 'milan/benchmarks'
 CONFIGS = {path.stem: path for path in (ROOT / 'configs' / FOLDER).glob('*.py')}
 SIBLINGS = [stem for stem, path in CONFIGS.items() if isinstance(own_settings(path)['_base_'], str)]
-LINEAR = [stem for stem in CONFIGS if 'linear' in stem and 'custom' not in stem]  # the paper's recipe
+LINEAR = [stem for stem in CONFIGS if 'linear' in stem]  # the paper's recipe
 SHIFTED = [stem for stem in CONFIGS if 'imagenet-' in stem]  # from other distributions than ImageNet-1k
 WIDTH = dict(base=768, large=1024)
 FINE_TUNING = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
 PROBING = 'vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k'
-CUSTOM = 'vit-base-p16_milan-pre_custom'
 
 
 def size_of(name: str) -> str:
@@ -39,7 +38,7 @@ def read(name: str) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize('name', sorted(set(SIBLINGS) - {CUSTOM}))  # whose defaults are as good as any
+@pytest.mark.parametrize('name', SIBLINGS)
 def test_sibling_states_only_its_difference(name):
     own = own_settings(CONFIGS[name])
     base = Config.fromfile(CONFIGS[name].parent / own.pop('_base_'))
@@ -162,15 +161,6 @@ def test_other_distributions(name):
     assert dataset.with_label and dataset.pipeline == fine_tuned.test_dataloader.dataset.pipeline
     assert cfg.test_evaluator.type == 'mmmilan.ImageNetSubsetAccuracy' and cfg.test_evaluator.topk == (1, 5)
     assert cfg.train_dataloader == fine_tuned.train_dataloader
-
-
-@pytest.mark.parametrize('classes', [3, 10])
-def test_own_classes(monkeypatch, classes):
-    """There is no top-5 of three classes."""
-    monkeypatch.setenv('CLASSES', str(classes))
-    cfg = read(CUSTOM)
-    assert cfg.val_evaluator.topk == cfg.test_evaluator.topk == (1, min(5, classes))
-    assert cfg.model.head.num_classes == classes
 
 
 @pytest.mark.usefixtures('safe_mmengine')

@@ -61,7 +61,7 @@ def config(tmp_path):
                 (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
                 for number in range(2):
                     cv2.imwrite(str(tmp_path / split / name / f'{number}.png'), image)
-        cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_milan-pre_custom.py')
+        cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py')
         cfg.model = dict(type='mmmilan.Oracle', names=NAMES)
         steps = [dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]
         for name, split in dict(train_dataloader='train', val_dataloader='val', test_dataloader='val').items():
