@@ -40,8 +40,8 @@ def pretrain(
 
     The widths of decoder and target follow from encoder and teacher, the schedule from the number of images: about
     10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate proportional to the square root of
-    the batch size, with or without ``start``. The encoder is evaluated ten times in the run, see
-    ``mmmilan.OnlineEvaluationHook``.
+    the batch size and inverse to the width of the encoder, with or without ``start``. The encoder is evaluated ten
+    times in the run, see ``mmmilan.OnlineEvaluationHook``.
 
     The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training, and
     with ``--gpus 8`` on eight GPUs, where schedule and rate follow the images of a step of all of them.

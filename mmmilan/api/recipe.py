@@ -366,10 +366,10 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     """Set length, warm-up and learning rate for this number of images, and how often to evaluate and save."""
     from mmengine.logging import print_log
 
-    from mmmilan.engine.schedule import fit_schedule
+    from mmmilan.engine.schedule import fit_schedule, width_of
 
     batch_size = config.train_dataloader.batch_size
-    schedule = fit_schedule(num_images, batch_size, epochs)
+    schedule = fit_schedule(num_images, batch_size, epochs, width_of(config))
     config.optim_wrapper.optimizer.lr = schedule.lr
     config.param_scheduler = schedule.param_scheduler()
     config.train_cfg.max_epochs = schedule.epochs

@@ -9,10 +9,11 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import LinearParamScheduler, _ParamScheduler
 from mmengine.runner import Runner
+from mmpretrain.models import VisionTransformer
 
 from mmmilan.registry import HOOKS
 
-RECIPE_RATE, RECIPE_BATCH = 2.4e-3, 4096  # of the paper: 1.5e-4 x 4096 / 256
+RECIPE_RATE, RECIPE_BATCH, RECIPE_WIDTH = 2.4e-3, 4096, 768  # of the paper: 1.5e-4 x 4096 / 256, for a ViT-B
 STEPS = 10_000  # length of a run, within these limits
 EPOCHS = (20, 400)
 WARMUP = 0.1  # of the steps, as in the paper
@@ -61,24 +62,34 @@ def fit_batch_size(num_images: int, largest: int) -> int:
     return min(largest, 2 ** int(math.log2(num_images / 8)))
 
 
-def fit_schedule(num_images: int, batch_size: int, epochs: int | None) -> Schedule:
+def fit_schedule(num_images: int, batch_size: int, epochs: int | None, width: int = RECIPE_WIDTH) -> Schedule:
     """The schedule for some images.
 
     The learning rate scales with the square root of the batch size, the rule for adaptive optimizers
-    (arXiv 2205.10287); the linear rule gives too small a rate for small batches. The rate is the same when training
-    starts from pretrained weights: lower rates were not better where measured (docs/own_images.md).
+    (arXiv 2205.10287); the linear rule gives too small a rate for small batches. It falls with the encoder's width, as
+    Adam's does where an update should change all widths alike (arXiv 2203.03466), and is never above the paper's own.
+    It is the same when training starts from pretrained weights: lower rates were not better where measured
+    (docs/own_images.md).
 
     Args:
         num_images: Number of training images, at least one batch.
         batch_size: Images in a step.
         epochs: Passes over the images; None for about ``STEPS`` steps.
+        width: The encoder's, D.
     """
     steps_per_epoch = max(1, num_images // batch_size)
     if epochs is None:
         epochs = min(max(math.ceil(STEPS / steps_per_epoch), EPOCHS[0]), EPOCHS[1])
-    lr = RECIPE_RATE * math.sqrt(batch_size / RECIPE_BATCH)
+    lr = RECIPE_RATE * min(1, math.sqrt(batch_size / RECIPE_BATCH) * RECIPE_WIDTH / width)
     warmup = max(2, int(WARMUP * epochs * steps_per_epoch))  # MMEngine's warm-up of one step never ends
     return Schedule(epochs, steps_per_epoch, warmup, float(f'{lr:.2g}'))
+
+
+def width_of(config: Config) -> int | None:
+    """The width D of the ViT of a config; None if it has none."""
+    arch = ((config.get('model') or {}).get('backbone') or {}).get('arch')
+    arch = VisionTransformer.arch_zoo.get(arch) if isinstance(arch, str) else arch
+    return arch.get('embed_dims') if isinstance(arch, dict) else None
 
 
 def own_schedule(config: Config) -> Schedule | None:
@@ -89,15 +100,16 @@ def own_schedule(config: Config) -> Schedule | None:
     epochs, schedules = (config.get('train_cfg') or {}).get('max_epochs'), config.get('param_scheduler')
     batch_size = (config.get('auto_scale_lr') or {}).get('base_batch_size') or 0
     steps = schedules[-1].get('end', 0) // epochs if epochs and isinstance(schedules, list) and schedules else 0
-    if not steps or not batch_size or config.auto_scale_lr.get('enable'):
+    width = width_of(config)
+    if not steps or not batch_size or not width or config.auto_scale_lr.get('enable'):
         return None
-    schedule = fit_schedule(steps * batch_size, batch_size, epochs)
+    schedule = fit_schedule(steps * batch_size, batch_size, epochs, width)
     return schedule if list(map(dict, schedules)) == schedule.param_scheduler() else None
 
 
 def use_schedule(config: Config, num_images: int, batch_size: int, before: Schedule) -> Schedule:
     """Fit schedule and rate of a config to other images, epochs or images a step; a rate that the user chose stays."""
-    after = fit_schedule(num_images, batch_size, config.train_cfg.max_epochs)
+    after = fit_schedule(num_images, batch_size, config.train_cfg.max_epochs, width_of(config))
     config.param_scheduler = after.param_scheduler()
     config.auto_scale_lr.base_batch_size = batch_size
     if config.optim_wrapper.optimizer.lr == before.lr:

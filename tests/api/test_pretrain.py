@@ -134,7 +134,7 @@ def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, tmp_path, 
         'train_cfg.max_epochs: 2 -> 3',
         'randomness.seed: 0 -> 5',
         'images: 24 -> 16',
-        'optim_wrapper.optimizer.lr: 0.00011 -> 7.5e-05',
+        'optim_wrapper.optimizer.lr: 0.0017 -> 0.0012',
     ):
         assert printed.count(line) == 1, line
     config, schedule = own_config(interrupted / 'milan.pth'), fit_schedule(16, 4, 3)
