@@ -31,6 +31,7 @@ from mmmilan.engine.data_workers import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
+from mmmilan.engine.several_views import use_several_views
 from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError, count
@@ -99,6 +100,8 @@ def test(
     checkpoint: arguments.Path | None = None,
     *,
     out: arguments.Path | None = None,
+    show_dir: arguments.Path | None = None,
+    tta: bool = False,
     overwrite: bool = False,
     gpus: arguments.Count | None = None,
     work_dir: arguments.Path | None = None,
@@ -112,7 +115,10 @@ def test(
         config: config file, or a checkpoint that holds its config.
         checkpoint: file, URL or name of a model of the zoo; by default ``config``, if that is a checkpoint.
         out: write all predictions to this .pkl file.
-        overwrite: replace the file of ``out`` if there is one.
+        show_dir: draw what is annotated beside what is predicted for each image, into this folder.
+        tta: test-time augmentation: by ``tta_model`` and ``tta_pipeline`` of the config, else the mean over the image
+            and its mirror image; not of masks.
+        overwrite: replace the file of ``out`` and the pictures in ``show_dir`` if they are there.
         gpus: number of processes on this machine, one for each GPU; by default this process alone.
         work_dir: folder of logs, by default work_dirs/CONFIG[/PRETRAIN].
         launcher: what started this process, if several test together.
@@ -124,7 +130,8 @@ def test(
     """
     if gpus is not None and launcher == 'none':
         words = [config] if checkpoint is None else [config, checkpoint]
-        start_processes('test', words, gpus, dict(work_dir=work_dir, out=out, overwrite=overwrite), changes)
+        options = dict(work_dir=work_dir, out=out, show_dir=show_dir, tta=tta, overwrite=overwrite)
+        start_processes('test', words, gpus, options, changes)
         return
     if checkpoint is None and os.fspath(config).endswith('.py'):
         raise InputError(f'{config} is a config without weights; give a checkpoint after it.')
@@ -135,6 +142,13 @@ def test(
         keep_encoder(cfg)  # it needs no teacher, which may not be here
     cfg.load_from = os.fspath(checkpoint or config)
     cfg.resume = False
+    if tta:
+        use_several_views(cfg)
+    if show_dir is not None:
+        if is_main(cfg) and os.path.exists(show_dir) and not overwrite:
+            raise InputError(f'{show_dir} exists; choose another folder, or add --overwrite to replace its pictures.')
+        hook = dict(type='mmmilan.ShowHook', out_dir=os.fspath(show_dir))
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     with launched(cfg, 'test') as runner:
         if out:
             runner.test_evaluator.metrics.append(SavedPredictions(os.fspath(out)))

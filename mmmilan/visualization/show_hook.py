@@ -1,0 +1,66 @@
+"""Draw what is annotated beside what is predicted while a model is tested: ``mmmilan test --show-dir``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmmilan.evaluation.predictions import annotated, predicted, task_of
+from mmmilan.files import check_output_folder, write_part
+from mmmilan.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ShowHook(Hook):
+    """Write a picture for each tested image, of classification, detection and segmentation alike.
+
+    MMEngine's own hooks name pictures by the last part of a path, so that one replaces another; that of mmseg writes to
+    the log's folder alone, and that of mmdet below it.
+
+    Args:
+        out_dir: The folder; a picture has the path that its image has in the data set.
+
+    Raises:
+        InputError: in use, if the model predicts no classes, or the folder is that of the images.
+    """
+
+    def __init__(self, out_dir: str) -> None:
+        self.folder = Path(out_dir)
+
+    def before_test(self, runner: Runner) -> None:
+        from mmmilan.datasets.classes import class_names
+        from mmmilan.visualization.pictures import class_colours
+
+        model, dataset = runner.model, runner.test_dataloader.dataset
+        while hasattr(model, 'module'):  # of several processes, or of several views of an image
+            model = model.module
+        self.task, self.root = task_of(model), os.path.abspath(getattr(dataset, 'data_root', None) or '.')
+        check_output_folder(self.folder, (), [self.root], pictures=True)
+        self.classes = tuple(map(str, class_names(dataset)))
+        self.colours = class_colours(len(self.classes))
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence) -> None:
+        import cv2
+        import numpy as np
+
+        from mmmilan.datasets.decoding import LoadImage
+        from mmmilan.visualization.pictures import draw_result, reduced
+
+        for sample in outputs:
+            image = reduced(LoadImage().read(sample.img_path))[..., ::-1].copy()
+            results = annotated(sample, self.task), predicted(sample, self.task)
+            drawn = [draw_result(image, self.task, each, self.classes, self.colours) for each in results]
+            height = max(each.shape[0] for each in drawn)
+            drawn = [np.pad(each, ((0, height - len(each)), (0, 4), (0, 0)), constant_values=255) for each in drawn]
+            content = cv2.imencode('.jpg', np.concatenate(drawn, axis=1)[..., ::-1])[1].tobytes()
+            write_part(self.folder / self.name(sample.img_path), content)
+
+    def name(self, path: str) -> str:
+        """The path of an image's picture: that in the data set, in another folder the whole."""
+        path = os.path.abspath(path.removeprefix('tar://'))
+        inner = os.path.relpath(path, self.root) if path.startswith(os.path.join(self.root, '')) else path.lstrip('/')
+        return inner if inner.endswith('.jpg') else f'{inner}.jpg'
