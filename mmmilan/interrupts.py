@@ -34,7 +34,10 @@ def is_command() -> bool:
     arguments = sys.orig_argv
     if '-m' in arguments:
         return arguments[arguments.index('-m') + 1].startswith('mmmilan.')
-    script = os.path.realpath(getattr(sys.modules['__main__'], '__file__', None) or '')
+    file = getattr(sys.modules['__main__'], '__file__', None)
+    if not file:  # python -c, a notebook
+        return False
+    script = os.path.realpath(file)
     tools = os.path.realpath(os.path.join(os.path.dirname(__file__), '.mim', 'tools'))
     return script.startswith(os.path.join(tools, '')) or os.path.basename(script) == 'mmmilan'
 

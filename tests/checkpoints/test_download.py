@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mmmilan.checkpoints import transfer
+from mmmilan.checkpoints import download as downloads
 from mmmilan.checkpoints.download import addresses, cache_dir, download, file_sha256
 from mmmilan.errors import InputError
 from processes import serve_http
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv('MMMILAN_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(transfer, 'BACKOFF', 0.01)
+    monkeypatch.setattr(downloads, 'BACKOFF', 0.01)
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
     with serve_http(Handler) as server:
         server.requests = []
@@ -251,7 +251,7 @@ except ValueError as error:
 
 def test_too_little_space_is_found_before_writing(server, monkeypatch):
     usage = shutil.disk_usage('/')._replace(free=1_000_000)
-    monkeypatch.setattr(transfer.shutil, 'disk_usage', lambda path: usage)
+    monkeypatch.setattr(downloads.shutil, 'disk_usage', lambda path: usage)
     with pytest.raises(InputError, match='No space left on device, 2 MiB needed'):
         download(f'{server.url}/good/{NAME}')
     assert cached_files() == []

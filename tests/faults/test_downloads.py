@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from mmmilan.checkpoints import transfer
+from mmmilan.checkpoints import download as downloads
 from mmmilan.checkpoints.download import download
 from mmmilan.errors import InputError
 from processes import Server, serve_http
@@ -59,7 +59,7 @@ def serve(monkeypatch, tmp_path):
     monkeypatch.setenv('MMMILAN_CACHE', str(tmp_path))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv('MMMILAN_MIRRORS', raising=False)
-    monkeypatch.setattr(transfer, 'BACKOFF', 0.01)
+    monkeypatch.setattr(downloads, 'BACKOFF', 0.01)
     with ExitStack() as servers:
 
         def start(answer: Callable[[Handler, int], None]) -> Server:
@@ -97,11 +97,11 @@ def test_a_drip_is_given_up(serve, name):
     server, begin = serve(answer), time.monotonic()
     with pytest.raises(InputError, match='fewer than 1024 bytes a second arrived'):
         download(f'{server.url}/{name}', timeout=0.2)
-    assert len(server.times) == transfer.ATTEMPTS
+    assert len(server.times) == downloads.ATTEMPTS
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize('status', transfer.TRY_AGAIN)
+@pytest.mark.parametrize('status', downloads.TRY_AGAIN)
 def test_a_busy_server_is_asked_again(serve, status):
     def answer(handler: Handler, offset: int) -> None:
         if len(handler.server.times) < 4:
@@ -114,18 +114,18 @@ def test_a_busy_server_is_asked_again(serve, status):
     assert len(server.times) == 4
 
 
-@pytest.mark.parametrize('status', transfer.TRY_AGAIN)
+@pytest.mark.parametrize('status', downloads.TRY_AGAIN)
 def test_a_server_that_stays_busy(serve, status):
     server = serve(lambda handler, offset: handler.begin(status, Content_Length=0))
     with pytest.raises(InputError, match=f'plain.pth: {status} '):
         download(f'{server.url}/plain.pth')
-    assert len(server.times) == transfer.ATTEMPTS + 1
+    assert len(server.times) == downloads.ATTEMPTS + 1
 
 
 @pytest.mark.parametrize('asked, waited', [('1', 1.0), ('100000', 0.3)])
 def test_the_time_that_a_server_asks_for(serve, monkeypatch, asked, waited):
     """The download waits for that time, up to a limit."""
-    monkeypatch.setattr(transfer, 'LONGEST_WAIT', 1.0 if asked == '1' else 0.3)
+    monkeypatch.setattr(downloads, 'LONGEST_WAIT', 1.0 if asked == '1' else 0.3)
 
     def answer(handler: Handler, offset: int) -> None:
         if len(handler.server.times) == 1:

@@ -165,6 +165,8 @@ def test_where_the_shell_ignores_it(tmp_path, monkeypatch):
 
 def test_a_program_of_the_user_keeps_its_own(monkeypatch, tmp_path):
     assert not is_command()
+    (tmp_path / 'mmmilan').mkdir()
+    monkeypatch.chdir(tmp_path / 'mmmilan')
     for script, expected in [
         (ROOT / 'tools/train.py', True),
         (ROOT / 'mmmilan/.mim/tools/test.py', True),
@@ -172,6 +174,7 @@ def test_a_program_of_the_user_keeps_its_own(monkeypatch, tmp_path):
         (tmp_path / 'bin/mmmilan', True),
         (tmp_path / 'tools/train.py', False),
         (tmp_path / 'mmmilan/train.py', False),
+        ('', False),  # python -c, in a folder called mmmilan
     ]:
         monkeypatch.setattr(sys, 'orig_argv', ['python', str(script)])
         monkeypatch.setattr(sys.modules['__main__'], '__file__', str(script), raising=False)
