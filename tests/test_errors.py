@@ -30,7 +30,7 @@ def messages(source: str) -> list[str]:
 
 def is_cause_and_remedy(message: str) -> bool:
     """Whether it is 'cause; remedy.', or ends with another message of that form, or with a remedy."""
-    another = ('{fault}', '{error}', '{str(error)}', '{sentence}', '{unread.reason}')
+    another = ('{fault}', '{error}', '{str(error)}', '{sentence}', '{fault.reason}')
     return message.endswith(another) or (';' in message and message.endswith(('.', '{rule}', 'rest=rest)}')))
 
 
