@@ -15,8 +15,9 @@ from mmmilan.interrupts import end_at_interrupt
 
 
 def count(number: int, thing: str) -> str:
-    """A number of things in words: '1 epoch', '2 epochs'."""
-    return f'{number} {thing}{"s" * (number != 1)}'
+    """A number of things in words: '1 epoch', '2 epochs', '3 classes'."""
+    plural = 'es' if thing.endswith('s') else 's'
+    return f'{number} {thing}{plural * (number != 1)}'
 
 
 def printable(text: str) -> str:

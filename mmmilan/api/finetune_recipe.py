@@ -311,7 +311,7 @@ def say(labelled: Labelled) -> None:
     from mmmilan.datasets.classes import listed
 
     sizes = f'{num_records(labelled.train)} images to train on and {num_records(labelled.val)} to validate on'
-    names = f'{count(len(labelled.classes), "class").replace("classs", "classes")} ({listed(labelled.classes)})'
+    names = f'{count(len(labelled.classes), "class")} ({listed(labelled.classes)})'
     for line in (f'{labelled.root}: {labelled.task}, {names}, {sizes}.', *labelled.notes):
         print_log(line, logger='current')
 
