@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
         layer_decay: Of the rate, from block to block towards the input.
         batch: Batch size of the rate.
         largest: Batch size at most, by device.
-        steps: Length of a run, within ``epochs``.
+        steps: Length of a run by device, within ``epochs``; on a CPU what takes minutes with a small model.
         epochs: The least and the most.
     """
 
@@ -45,14 +45,14 @@ class Recipe(NamedTuple):
     layer_decay: float
     batch: int
     largest: dict[str, int]
-    steps: int
+    steps: dict[str, int]
     epochs: tuple[int, int]
 
 
 RECIPES = dict(
-    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), 600, (20, 100)),
-    detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), 2000, (12, 100)),
-    segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), 2000, (20, 200)),
+    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), dict(cuda=2000, cpu=600), (20, 100)),
+    detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), dict(cuda=4000, cpu=400), (12, 100)),
+    segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), dict(cuda=4000, cpu=600), (15, 200)),
 )
 
 
@@ -562,7 +562,8 @@ def set_schedule(
 
     recipe, steps = RECIPES[task], max(1, batches.per_epoch // batches.accumulate)
     if epochs is None:
-        epochs = min(max(math.ceil(recipe.steps / steps), recipe.epochs[0]), recipe.epochs[1])
+        wanted = recipe.steps.get(get_device(), recipe.steps['cuda'])
+        epochs = min(max(math.ceil(wanted / steps), recipe.epochs[0]), recipe.epochs[1])
     if freeze:
         config.optim_wrapper = dict(
             type=config.optim_wrapper.type, optimizer=dict(type='AdamW', weight_decay=0.0, fused=True)
