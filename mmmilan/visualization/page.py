@@ -32,7 +32,8 @@ th, td { padding: .35rem .9rem; text-align: left } thead th { border-bottom: 2px
 tbody tr { border-bottom: 1px solid var(--line) }
 td { white-space: nowrap } td small { color: var(--soft); display: block }
 td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right }
-.gallery td, .gallery th { padding: 2px; text-align: center } .gallery th { font-size: .8rem; line-height: 1.25;
+.gallery td, .gallery th { padding: 2px; text-align: center } .gallery td { vertical-align: top }
+.gallery th { font-size: .8rem; line-height: 1.25;
   vertical-align: bottom; max-width: 142px }
 .gallery td:first-child, .gallery th:first-child { text-align: center } .gallery tbody tr { border: 0 }
 .gallery img { width: clamp(104px, 13vw, 142px); display: block; margin: 0 auto; image-rendering: pixelated }

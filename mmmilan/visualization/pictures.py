@@ -191,9 +191,11 @@ def draw_result(
         classes: Names of the classes.
         colours: Of the classes.
     """
-    height, width = image.shape[:2]
     if task == 'classification':
         return draw_lines(image, class_lines(result, classes))
+    if task == 'detection':
+        image = enlarged(image, 320)
+    height, width = image.shape[:2]
     if task == 'segmentation':
         labels = cv2.resize(result['map'], (width, height), interpolation=cv2.INTER_NEAREST)
         return draw_labels(image, labels, colours)
@@ -208,6 +210,12 @@ def draw_result(
     return draw_objects(image, boxes, masks, labels, classes, zoom=1, scores=scores, colours=colours)
 
 
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """The image, a whole number of times as large so that names fit on its shorter side; a long one stays as it is."""
+    zoom = min(-(-side // min(image.shape[:2])), 2 * PICTURE // max(image.shape[:2]))
+    return image if zoom <= 1 else cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+
+
 def class_lines(result: Mapping[str, np.ndarray], classes: Sequence[str], count: int = 3) -> list[str]:
     """The first classes of a prediction in words, or those of an annotation."""
     names = [classes[label] for label in result['labels'][:count]]
@@ -218,9 +226,7 @@ def class_lines(result: Mapping[str, np.ndarray], classes: Sequence[str], count:
 
 def draw_lines(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """The image, enlarged if it is small, with lines of text below it."""
-    if min(image.shape[:2]) < 160:
-        zoom = -(-160 // min(image.shape[:2]))
-        image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    image = enlarged(image, 160)
     font = ImageFont.truetype(findfont('DejaVu Sans'), 14)
     below = Image.new('RGB', (image.shape[1], 4 + 18 * len(lines)), 'white')
     for i, line in enumerate(lines):
@@ -256,18 +262,18 @@ def draw_objects(
         scores: [K], written after the names.
         colours: Of the classes.
     """
-    enlarged = _to_tensor(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC))
+    drawn = _to_tensor(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC))
     if len(labels):
         colours = [(colours or class_colours(len(classes)))[label] for label in labels]
         if masks is not None:
             masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-            enlarged = draw_segmentation_masks(enlarged, masks, alpha=0.5, colors=colours)
+            drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=colours)
         names = [classes[label] for label in labels]
         if scores is not None:
             names = [f'{name} {100 * score:.0f} %' for name, score in zip(names, scores, strict=True)]
         font = dict(font=findfont('DejaVu Sans'), font_size=max(8 * zoom, 13))  # this font is part of matplotlib
-        enlarged = draw_bounding_boxes(enlarged, in_order(zoom * boxes), names, colors=colours, width=2, **font)
-    return _to_array(enlarged)
+        drawn = draw_bounding_boxes(drawn, in_order(zoom * boxes), names, colors=colours, width=2, **font)
+    return _to_array(drawn)
 
 
 def in_order(boxes: Tensor) -> Tensor:

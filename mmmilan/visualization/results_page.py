@@ -161,9 +161,9 @@ def introduction(config: Config, found: Validation) -> str:
     backbone, start = config.model.backbone, (config.model.backbone.get('init_cfg') or {}).get('checkpoint')
     arch = backbone.get('arch')
     size = arch if isinstance(arch, str) else f'{arch.embed_dims} dimensions and {arch.num_layers} layers'
-    trained = trained_on(config)
+    trained, kind = trained_on(config), config.model.type.rpartition('.')[2]
     return (
-        f'{config.model.type} on a ViT of {size}, from {Path(str(start)).name if start else "random weights"}. It was '
+        f'{kind} on a ViT of {size}, from {Path(str(start)).name if start else "random weights"}. It was '
         f'trained on {count(trained, "image") if trained else "images"} and is evaluated here on '
         f'{count(len(found.images), "validation image")} of {len(found.classes)} classes.'
     )
@@ -314,7 +314,7 @@ def add_training(page: Page, weights: Path, config: Config) -> None:
         'How it was trained',
         f'{amount} in batches of {config.train_dataloader.batch_size}, learning rate '
         f'{config.optim_wrapper.optimizer.lr:g} ({config.optim_wrapper.optimizer.type}).'
-        + (' Over the training: its loss, and the metric on the validation images.' if curves else ''),
+        + (f' Over the training: {" and ".join(curves)}.' if curves else ''),
     )
     if curves:
         page.curves(curves)
