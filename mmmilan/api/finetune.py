@@ -264,10 +264,10 @@ def write_page(weights: Path, comparison: dict[str, Any] | None) -> None:
     """Write the page beside the weights; if that fails, only warn, so that the training is not lost."""
     from mmengine.logging import print_log
 
-    try:
-        from mmmilan.visualization.results_page import write_results
+    from mmmilan.visualization.results_page import write_results
 
+    try:
         page = write_results(weights, weights.with_name('report.html'), comparison)
         print_log(f'{page} shows what it gets right and wrong.', logger='current')
-    except (ImportError, InputError) as error:
+    except InputError as error:
         print_log(f'No report: {error}', logger='current', level=logging.WARNING)

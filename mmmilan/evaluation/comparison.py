@@ -10,6 +10,7 @@ from mmengine.structures import BaseDataElement
 from sklearn.model_selection import train_test_split
 
 from mmmilan.datasets.classes import IGNORE
+from mmmilan.evaluation.predictions import annotated, predicted
 from mmmilan.evaluation.probes import knn_predictions, linear_probe_predictions
 
 RESAMPLES = 2000
@@ -134,19 +135,19 @@ def score_of(sample: BaseDataElement) -> float | None:
     the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction.
 
     Args:
-        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg.
+        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg. The boxes of both are in pixels
+            of the file's image: test pipelines load annotations after they resize.
     """
     if 'gt_label' in sample:
         return float(sample.pred_label == sample.gt_label)
     if 'gt_sem_seg' in sample:
         return mean_iou(sample.pred_sem_seg.data[0].cpu().numpy(), sample.gt_sem_seg.data[0].cpu().numpy())
-    found, truth = sample.pred_instances.cpu().numpy(), sample.gt_instances.cpu().numpy()
-    boxes = np.asarray(truth.bboxes, np.float64) / np.tile(sample.scale_factor, 2)  # to the size of the file's image
+    found, truth = predicted(sample, 'detection'), annotated(sample, 'detection')
     aps = []
-    for label in np.unique(truth.labels):
-        own = found.labels == label
-        order = np.argsort(-found.scores[own], kind='stable')
-        overlaps = box_ious(found.bboxes[own][order], boxes[truth.labels == label])
+    for label in np.unique(truth['labels']):
+        own = found['labels'] == label
+        order = np.argsort(-found['scores'][own], kind='stable')
+        overlaps = box_ious(found['boxes'][own][order], truth['boxes'][truth['labels'] == label])
         aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
     return float(np.mean(aps)) if aps else None
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mmmilan.evaluation.comparison import RESAMPLES
+from mmmilan.datasets.classes import IGNORE
+from mmmilan.evaluation.comparison import RESAMPLES, box_ious
 from mmmilan.evaluation.predictions import Result
 
-IGNORE = 255
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 SIZES = ('small', 'medium', 'large')  # below 32 x 32 and 96 x 96 pixels, and above, as COCO has them
@@ -129,18 +129,10 @@ def wrong_objects(result: Result, truth: Result, threshold: float) -> int:
     drawn = np.flatnonzero(result['scores'] >= threshold)
     free, wrong = np.ones(len(truth['labels']), bool), 0
     for i in drawn[np.argsort(-result['scores'][drawn], kind='stable')]:
-        overlaps = box_ious(result['boxes'][i], truth['boxes']) * (free & (truth['labels'] == result['labels'][i]))
+        overlaps = box_ious(result['boxes'][[i]], truth['boxes'])[0] * (free & (truth['labels'] == result['labels'][i]))
         best = overlaps.argmax() if len(overlaps) else 0
         if len(overlaps) and overlaps[best] >= IOUS[0]:
             free[best] = False
         else:
             wrong += 1
     return wrong + int(free.sum())
-
-
-def box_ious(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU [K] of a box [4] with others [K, 4]."""
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    common = sides.clip(0).prod(-1)
-    areas = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(-1)
-    return common / np.maximum(areas - common, 1e-9)

@@ -305,7 +305,7 @@ def run_commands(code: str, run_tool: Callable, monkeypatch: pytest.MonkeyPatch)
         if command == 'train':
             run_tool('train.py', *arguments, '--cfg-options', *TINY.split())
         else:
-            cli.main([command, *arguments])
+            cli.main([command, *arguments, *(['--epochs', '1'] if command == 'finetune' else [])])
 
 
 def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_p
     assert values['results'][0]['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes']
     for _, code in blocks[2:]:
         run_commands(code, run_tool, monkeypatch)
-    (trained,) = tmp_path.glob('work_dirs/*/epoch_1.pth')
+    (trained,) = tmp_path.glob('runs/mine/epoch_1.pth')
     before = published['vit'].state_dict()['layers.11.attn.proj.weight']
     after = load_checkpoint_file(trained)['state_dict']['backbone.layers.11.attn.proj.weight']
     assert 0 < (after - before).abs().max() < 0.01  # one step from the weights of the zoo
@@ -335,5 +335,5 @@ def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_p
     weights = load_checkpoint_file(file)['state_dict']
     vit.load_state_dict(weights, strict=True)
     assert torch.equal(weights['norm.bias'], published['vit'].ln1.bias)
-    shutil.rmtree(tmp_path / 'work_dirs')
+    shutil.rmtree(tmp_path / 'runs')
     file.unlink()

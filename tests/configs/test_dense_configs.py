@@ -21,6 +21,7 @@ from mmmilan.registry import MODELS
 FOLDERS = ('detection', 'segmentation')
 CONFIGS = {path.stem: path for folder in FOLDERS for path in (ROOT / 'configs' / folder).glob('*.py')}
 DETECTION = 'mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco'
+LONG = re.compile(r'lsj-(\d+)e')  # the long schedules, in epochs
 SEGMENTATION = 'upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512'
 LARGE = dict(embed_dims=1024, num_layers=24, num_heads=16)
 BASE = dict(embed_dims=768, num_layers=12, num_heads=12)
@@ -97,7 +98,7 @@ def test_real_size(name):
     assert vit.layers[-1].attn.out_drop.drop_prob == pytest.approx(drop_path)
 
 
-@pytest.mark.parametrize('name', [name for name in CONFIGS if 'lsj' not in name])
+@pytest.mark.parametrize('name', [name for name in CONFIGS if not LONG.search(name)])
 def test_schedule(name):
     """Appendix A.1."""
     cfg = read(name)
@@ -111,11 +112,11 @@ def test_schedule(name):
         assert cfg.train_cfg.max_iters == decay.end == 160000
 
 
-@pytest.mark.parametrize('name', [name for name in CONFIGS if 'lsj' in name])
+@pytest.mark.parametrize('name', [name for name in CONFIGS if LONG.search(name)])
 def test_long_schedule(name):
     """hustvl/MIMDet: batch 64, rate 8e-5 without layer decay, a quarter of an epoch of warm-up, cosine to 0."""
     cfg = read(name)
-    epochs, steps = int(name.split('_')[-2].removeprefix('lsj-').removesuffix('e')), 40
+    epochs, steps = int(LONG.search(name)[1]), 40
     assert cfg.train_cfg.max_epochs == epochs and cfg.auto_scale_lr.base_batch_size == 64
     assert cfg.optim_wrapper.paramwise_cfg.layer_decay_rate == 1
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)

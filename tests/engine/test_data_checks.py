@@ -166,18 +166,6 @@ def three(tmp_path: Path) -> Path:
     return tmp_path / 'three'
 
 
-def test_joined_data_sets_of_other_classes(config, run_tool, tmp_path):
-    path = config(NAMES, NAMES)
-    cfg = Config.fromfile(path)
-    part = cfg.train_dataloader.dataset
-    cfg.train_dataloader.dataset = dict(
-        type='ConcatDataset', datasets=[part, part | dict(data_root=str(three(tmp_path)))]
-    )
-    cfg.dump(path)
-    with pytest.raises(SystemExit, match='joins data sets whose metainfo differs, such as their classes; correct'):
-        run_tool('train.py', path)
-
-
 @pytest.mark.parametrize('extra', [{}, dict(classwise=True)])
 @pytest.mark.parametrize(
     'file, classes',
