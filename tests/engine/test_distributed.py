@@ -119,7 +119,7 @@ def images(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('machines', 'processes'), [(2, 2), (1, 16)])
+@pytest.mark.parametrize(('machines', 'processes'), [(2, 2), (1, 8)])
 def test_many_processes_are_one(tiny_config, run_tool, images, tmp_path, machines, processes):
     """A launcher for each machine; after two epochs the weights are those of one process with the whole batch."""
     mask = dict(type='SimMIMMaskGenerator', input_size=64, mask_patch_size=16, model_patch_size=16, mask_ratio=0.75)
