@@ -282,17 +282,18 @@ def labelled_images(tmp_path) -> Path:
     return tmp_path / 'data'
 
 
+SECONDS = [0]  # of the last run of run_tool
+
+
 @pytest.fixture
 def run_tool(monkeypatch):
     """Run a script of tools/ in this process, as the command line would.
 
-    MMEngine names logs by the second of the start, so each run starts in a second of its own.
+    MMEngine names logs by the second of the start, so each run of the session starts in a second of its own.
     """
-    second = 0
 
     def run(script: str, *args: object) -> None:
-        nonlocal second
-        second = max(second + 1, int(time.time()))
+        second = SECONDS[0] = max(SECONDS[0] + 1, int(time.time()))
         clock = SimpleNamespace(time=lambda: second, localtime=time.localtime, strftime=time.strftime)
         monkeypatch.setattr('mmengine.runner.runner.time', clock)
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
