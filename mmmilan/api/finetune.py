@@ -96,6 +96,8 @@ def finetune(
         missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
         raise InputError(f'finetune lacks the {missing}; give it.')
     folder = Path(out)
+    if data is not None and folder.resolve().is_relative_to(Path(data).expanduser().resolve()):
+        raise InputError(f'{out} is within {data}, whose files are read as labelled data; choose a folder beside it.')
     check_out(folder, resume, FILES)
     of_data = dict(data=data, task=task, classes=classes, ignore=ignore)
     given = dict(start=start, arch=arch, patch_size=patch_size, img_size=img_size, epochs=epochs, lr=lr, seed=seed)

@@ -213,6 +213,8 @@ def test_what_cannot_be(colours, start, tmp_path):
         with pytest.raises(InputError, match=message):
             mmmilan.finetune(colours, tmp_path / 'run', **options)
     assert not list(tmp_path.rglob('*.pth'))
+    with pytest.raises(InputError, match='whose files are read as labelled data; choose a folder beside it'):
+        mmmilan.finetune(colours, colours / 'runs', start=start)
     with pytest.raises(InputError, match='lacks the folder of labelled images'):
         mmmilan.finetune(out=tmp_path / 'run')
 
