@@ -12,7 +12,6 @@ from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
-    from torch import Tensor
 
 FILES = ('config.py', 'model.pth', 'report.html', 'comparison.json')  # what finetune itself writes beside the run's
 COMPARED = 'compare'  # folder of the second run
@@ -88,7 +87,7 @@ def finetune(
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
+    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config, task_of
     from mmmilan.api.pretrain import check_out
     from mmmilan.building import change_config
 
@@ -109,11 +108,11 @@ def finetune(
         change_config(config, changes)
         second = None if compare is None else compared_config(config, compare)
     weights = run(config, folder, resume, gpus)
-    if config.model.backbone.get('init_cfg') and not freeze:
-        say_probes(config, weights)
-    comparison = None
-    if second is not None:
-        comparison = compare_runs(second, weights, compare, gpus)
+    probed = task_of(config) == 'classification' and config.model.backbone.get('init_cfg') and not freeze
+    scores = image_scores(weights) if probed or second is not None else {}
+    if probed:
+        say_probes(config, scores)
+    comparison = None if second is None else compare_runs(second, weights, scores, compare, gpus)
     write_page(weights, comparison)
     return weights
 
@@ -150,15 +149,16 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     return weights
 
 
-def say_probes(config: Config, weights: Path) -> None:
-    """Log whether a classifier is better than what its frozen start gives, for nothing: probes and neighbours."""
+def say_probes(config: Config, scores: dict[str, float]) -> None:
+    """Log whether a classifier is better than what its frozen start gives, for nothing: probes and neighbours.
+
+    Args:
+        config: Of the classifier.
+        scores: See :func:`image_scores`.
+    """
     from mmengine.logging import print_log
 
-    from mmmilan.api.finetune_recipe import task_of
-
-    if task_of(config) != 'classification':
-        return
-    own = list(image_scores(weights).values())
+    own = list(scores.values())
     others = frozen_accuracies(config)
     best = max(others, key=others.get)
     accuracy = sum(own) / len(own)
@@ -177,12 +177,14 @@ def say_probes(config: Config, weights: Path) -> None:
 def frozen_accuracies(config: Config) -> dict[str, float]:
     """Top-1 accuracy in [0, 1] of a linear probe and of nearest neighbours on the start of a classifier, by name."""
     import copy
+    from functools import partial
 
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import DATASETS, MODELS
 
     from mmmilan.evaluation.features import choose_device, extract, join
     from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
+    from mmmilan.models.embedding import class_and_mean
 
     backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
     preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
@@ -196,10 +198,7 @@ def frozen_accuracies(config: Config) -> dict[str, float]:
             for loader in (config.train_dataloader, config.val_dataloader)
         ]
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        tokens = model.backbone(images)[-1]
-        return dict(class_token=tokens[:, 0], mean_token=tokens[:, 1:].mean(1))
-
+    encode = partial(class_and_mean, model.backbone)
     workers = config.val_dataloader.num_workers
     train, val = (
         join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', num_workers=workers))
@@ -213,10 +212,12 @@ def frozen_accuracies(config: Config) -> dict[str, float]:
     return accuracies
 
 
-def compare_runs(config: Config, weights: Path, compare: str, gpus: int | None) -> dict[str, Any]:
+def compare_runs(
+    config: Config, weights: Path, scores: dict[str, float], compare: str, gpus: int | None
+) -> dict[str, Any]:
     """Train from another start, in a folder of its own, and write ``comparison.json``; returns what it holds.
 
-    The second run goes on where it was stopped.
+    The second run goes on where it was stopped. ``scores`` are those of ``weights``, see :func:`image_scores`.
     """
     import json
 
@@ -231,8 +232,7 @@ def compare_runs(config: Config, weights: Path, compare: str, gpus: int | None) 
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
-    scores = image_scores(weights), image_scores(other)
-    comparison = compare_models(*scores, task_of(config), name)
+    comparison = compare_models(scores, image_scores(other), task_of(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
     print_log(comparison['sentence'], logger='current')
     return comparison

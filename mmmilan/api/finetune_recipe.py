@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.api.recipe import ARCHS, absolute, part
+from mmmilan.api.recipe import ARCHS, absolute, check_size, default_batch_size, part
 from mmmilan.errors import InputError, count
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -232,7 +232,7 @@ def new_config(
     set_encoder(config, encoder, start, side, freeze)
     FIT[labelled.task](config, labelled, encoder, side)
     num_images = num_records(labelled.train)
-    batch_size = batch_size or default_batch(num_images, RECIPES[labelled.task])
+    batch_size = batch_size or default_batch_size(num_images, RECIPES[labelled.task].largest)
     batches = Batches(num_images, batch_size, accumulate, processes)
     set_schedule(config, labelled.task, batches, epochs, lr, freeze)
     set_hooks(config, METRICS[labelled.task], patience)
@@ -352,12 +352,6 @@ def base_config(task: str, freeze: bool = False) -> Config:
         require_operators()
     name = HEAD_ALONE if freeze and task == 'classification' else ZOO[task]
     return read_config_file(find_model(name).config)
-
-
-def check_size(side: int, patch_size: int) -> None:
-    """Raise an :class:`InputError` if an image is not a whole number of patches."""
-    if side % patch_size:
-        raise InputError(f'img_size={side} is not a multiple of patch_size={patch_size}; choose one that is.')
 
 
 def default_size(labelled: Labelled, encoder: Encoder) -> int:
@@ -533,15 +527,6 @@ def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) 
     for evaluator in (config.val_evaluator, config.test_evaluator):
         if 'ann_file' in evaluator:
             evaluator.ann_file = datasets['val']['ann_file']
-
-
-def default_batch(num_images: int, recipe: Recipe) -> int:
-    """The number of images per step, if the user does not set it."""
-    from mmengine.device import get_device
-
-    from mmmilan.engine.schedule import fit_batch_size
-
-    return fit_batch_size(num_images, recipe.largest.get(get_device(), recipe.largest['cuda']))
 
 
 def set_schedule(

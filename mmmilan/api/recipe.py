@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,13 +260,13 @@ def evaluation_images(
     return dataset
 
 
-def default_batch_size(num_images: int) -> int:
-    """The number of images per step, if the user does not set it."""
+def default_batch_size(num_images: int, largest: Mapping[str, int] = BATCH_SIZE) -> int:
+    """The number of images per step, if the user does not set it; ``largest`` is the most, by device."""
     from mmengine.device import get_device
 
     from mmmilan.engine.schedule import fit_batch_size
 
-    return fit_batch_size(num_images, BATCH_SIZE.get(get_device(), 128))
+    return fit_batch_size(num_images, largest.get(get_device(), largest['cuda']))
 
 
 def set_start(config: Config, start: str | None) -> None:
@@ -282,6 +282,14 @@ def set_start(config: Config, start: str | None) -> None:
         config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
 
 
+def check_size(img_size: tuple[int, int] | int, patch_size: int) -> None:
+    """Raise an :class:`InputError` if an image is not a whole number of patches."""
+    from mmmilan.teachers.base import pair
+
+    if any(side % patch_size for side in pair(img_size)):
+        raise InputError(f'img_size={img_size} is not a multiple of patch_size={patch_size}; choose one that is.')
+
+
 def set_model(
     config: Config, arch: str | dict, teacher: str | dict, img_size: tuple[int, int] | int, patch_size: int
 ) -> None:
@@ -293,8 +301,7 @@ def set_model(
     from mmmilan.models.fitting import as_num_patches
     from mmmilan.teachers.base import pair
 
-    if any(side % patch_size for side in pair(img_size)):
-        raise InputError(f'img_size={img_size} is not a multiple of patch_size={patch_size}; choose one that is.')
+    check_size(img_size, patch_size)
     model, grid = config.model, tuple(side // patch_size for side in pair(img_size))
     arch = ARCHS.get(arch, arch) if isinstance(arch, str) else dict(arch)
     model.backbone.update(arch=arch, img_size=img_size, patch_size=patch_size)
