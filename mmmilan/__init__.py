@@ -3,7 +3,7 @@
 import importlib
 from contextlib import nullcontext
 
-from mmmilan.interrupts import end_at_interrupt, is_command
+from mmmilan.errors import end_at_interrupt, is_command
 
 if is_command():
     end_at_interrupt()  # before imports, which may take seconds

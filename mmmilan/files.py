@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmmilan.errors import InputError
-from mmmilan.interrupts import UNFINISHED
+from mmmilan.errors import UNFINISHED, InputError
 
 ENDING = '.mmmilan-tmp'  # of temporary files and folders
 

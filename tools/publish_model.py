@@ -28,9 +28,19 @@ from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_ch
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.errors import InputError, exit_on_input_error
-from mmmilan.export.card import Facts, hub_card, metafile_entry, model_card, pretraining_method, training_data
-from mmmilan.export.hub import FILES, OPEN_CLIP_FILES, write_hub_dir, write_open_clip
 from mmmilan.export.preprocessing import read_preprocessing
+from mmmilan.export.publish import (
+    FILES,
+    OPEN_CLIP_FILES,
+    Facts,
+    hub_card,
+    metafile_entry,
+    model_card,
+    pretraining_method,
+    training_data,
+    write_hub_dir,
+    write_open_clip,
+)
 from mmmilan.files import check_name, check_output_folder, write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the other entries reveal the training machine

@@ -72,7 +72,7 @@ def embed(
     from mmmilan.api.models import build_embedder
     from mmmilan.datasets.image_folder import as_sources, list_images
     from mmmilan.engine.distributed import joined, on_main
-    from mmmilan.models.embedding import fingerprint
+    from mmmilan.evaluation.features import fingerprint
 
     with joined():
         on_main(lambda: check_features_output(out, [checkpoint, *as_sources(images)], overwrite))
@@ -177,7 +177,7 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
 
 def check_written_by(path: str | os.PathLike, encoder: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Raise an :class:`InputError` if the features in a file are of another encoder, where the file says of which."""
-    from mmmilan.models.embedding import fingerprint
+    from mmmilan.evaluation.features import fingerprint
 
     read = read_parquet if Path(path).suffix == '.parquet' else read_npz
     found = read(path, ['model'])[0].get('model')

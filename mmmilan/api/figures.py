@@ -28,16 +28,14 @@ from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.datasets.image_folder import as_sources
 from mmmilan.datasets.splits import list_labelled_images
 from mmmilan.errors import InputError
-from mmmilan.evaluation.features import choose_device, join
+from mmmilan.evaluation.features import check_tokens, choose_device, join
 from mmmilan.files import check_output_folder
-from mmmilan.models.embedding import check_tokens
 from mmmilan.models.vit import record_attention
 from mmmilan.teachers import Teacher, build_teacher
 from mmmilan.teachers.base import statistics_of
 from mmmilan.teachers.by_name import names_teacher
 from mmmilan.visualization.page import Page
-from mmmilan.visualization.paper import draw_pictures, draw_tsne, save_figure
-from mmmilan.visualization.pictures import draw_heat, draw_masked, to_images
+from mmmilan.visualization.pictures import draw_heat, draw_masked, draw_pictures, draw_tsne, save_figure, to_images
 
 NUM_SMALL, NUM_LARGE = 4, 12  # images in figures 3 and 5, and in figure 4
 FILES = ('index.html', *(f'figure{number}.{kind}' for number in (2, 3, 4, 5) for kind in ('png', 'pdf')))

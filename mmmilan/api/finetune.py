@@ -182,9 +182,8 @@ def frozen_accuracies(config: Config) -> dict[str, float]:
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import DATASETS, MODELS
 
-    from mmmilan.evaluation.features import choose_device, extract, join
+    from mmmilan.evaluation.features import choose_device, class_and_mean, extract, join
     from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
-    from mmmilan.models.embedding import class_and_mean
 
     backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
     preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}

@@ -185,7 +185,7 @@ class FeatureExtractor(Inferencer):
     ) -> None:
         from torch import nn
 
-        from mmmilan.models.embedding import check_tokens
+        from mmmilan.evaluation.features import check_tokens
 
         super().__init__(model, pretrained, device)
         backbone = self.model.backbone

@@ -217,8 +217,7 @@ def project_tokens(space: JointSpace, class_tokens: np.ndarray, patch_tokens: np
 
 def draw_maps(space: JointSpace, paths: Sequence[Path], pixels: Tensor, cosine: Tensor, texts: Sequence[str]) -> None:
     """Draw a figure for each image of a batch, at ``paths`` without ending."""
-    from mmmilan.visualization.paper import draw_pictures, save_figure
-    from mmmilan.visualization.pictures import draw_heat, to_images
+    from mmmilan.visualization.pictures import draw_heat, draw_pictures, save_figure, to_images
 
     images = to_images(pixels, space.model.data_preprocessor)
     for path, image, maps in zip(paths, images, cosine, strict=True):

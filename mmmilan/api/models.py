@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.model import BaseModel
     from torch import Tensor
 
-    from mmmilan.models.embedding import Embedder
+    from mmmilan.evaluation.features import Embedder
 
 
 @checked
@@ -161,7 +161,7 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     from mmmilan.checkpoints.foreign_config import within_weights
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
-    from mmmilan.models.embedding import Embedder
+    from mmmilan.evaluation.features import Embedder
     from mmmilan.registry import MODELS
 
     whole, neck = read_config(checkpoint), None

@@ -239,8 +239,7 @@ def extract_features(
     description: str,
 ) -> dict[str, np.ndarray]:
     """Class and mean tokens [M, D] by the encoder's name on the page, and what ``extract`` adds."""
-    from mmmilan.evaluation.features import extract, join
-    from mmmilan.models.embedding import class_and_mean, split_tokens
+    from mmmilan.evaluation.features import class_and_mean, extract, join, split_tokens
     from mmmilan.visualization.report_sections import MEAN, TEACHER
 
     def encode(images: Tensor) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from mmmilan.datasets.crops import LoadRandomResizedCrop
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder, ImageSources
 from mmmilan.datasets.labelled import LabelledImages
+from mmmilan.datasets.packed import ShardSampler
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
-from mmmilan.datasets.shards import ShardSampler
 from mmmilan.datasets.target_cache import CachedTargets
 
 __all__ = [

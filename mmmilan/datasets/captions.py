@@ -18,7 +18,7 @@ from rich.progress import track
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.listing import extension, list_folder, log_left_out
-from mmmilan.datasets.shards import decode_text, load_index, pair_by_name
+from mmmilan.datasets.packed import decode_text, load_index, pair_by_name
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS, TRANSFORMS
 

@@ -22,9 +22,8 @@ from torch.utils.data import get_worker_info
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
 from mmmilan.datasets.listing import extension, first_folders, is_leaving, list_folder, log_left_out, remember
-from mmmilan.datasets.packed import list_lmdb
+from mmmilan.datasets.packed import list_lmdb, load_index
 from mmmilan.datasets.reproducible import Draw, seeded
-from mmmilan.datasets.shards import load_index
 from mmmilan.errors import InputError, printable
 from mmmilan.registry import DATASETS
 
@@ -38,7 +37,7 @@ def list_images(sources: Source | Sequence[Source]) -> list[str]:
     """All images of one or several sources, sorted by path within each source.
 
     Returns:
-        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.shards.TarBackend`.
+        Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.packed.TarBackend`.
 
     Raises:
         InputError: a source does not exist, or holds no image.

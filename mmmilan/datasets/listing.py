@@ -17,7 +17,7 @@ from mmmilan.errors import printable
 # What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
 LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'system volume information', 'thumbs.db'}
 LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found'}
-OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.shards
+OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.packed
 
 IMAGES = (*EXTENSIONS, '.tar')
 LABELS = ('.json', '.yaml', '.yml', '.xml', '.txt', '.csv')

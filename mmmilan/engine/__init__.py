@@ -4,7 +4,6 @@ from mmmilan.engine.data_checks import ClassCountHook, CorruptImageHook, ImageSi
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
 from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
-from mmmilan.engine.mean_teacher import MeanTeacherHook
 from mmmilan.engine.non_finite import NonFiniteLossHook
 from mmmilan.engine.online_evaluation import OnlineEvaluationHook
 from mmmilan.engine.optim import (
@@ -12,6 +11,7 @@ from mmmilan.engine.optim import (
     BFloat16OptimWrapper,
     GroupingOptimWrapperConstructor,
     LayerDecayOptimWrapperConstructor,
+    MeanTeacherHook,
 )
 from mmmilan.engine.resuming import ExactLoadingHook
 from mmmilan.engine.schedule import ScheduleCheckHook

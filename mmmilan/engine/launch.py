@@ -27,7 +27,7 @@ from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import current_file
 from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
-from mmmilan.engine.data_workers import guard_workers, worker_errors
+from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule

@@ -18,9 +18,8 @@ from torch.utils.data import Dataset
 
 from mmmilan.engine.throughput import evaluations_left
 from mmmilan.errors import InputError
-from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.features import class_and_mean, extract, join
 from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
-from mmmilan.models.embedding import class_and_mean
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import DATASETS, HOOKS
 

@@ -18,7 +18,7 @@ from mmmilan.errors import InputError
 from mmmilan.evaluation.features import progress
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
-from mmmilan.teachers.text_tower import TextTower
+from mmmilan.teachers.base import TextTower
 
 
 @LOOPS.register_module()

@@ -2,14 +2,13 @@ from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecod
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.layer_alignment import LayerAlignment, LayerMixture
 from mmmilan.models.maskclip import MaskCLIP
-from mmmilan.models.masked_language_model import MaskedLanguageModel
+from mmmilan.models.maskclip_losses import CodewordTarget, FeatureTarget, MaskedLanguageModel
 from mmmilan.models.milan import MILAN
 from mmmilan.models.preprocessors import (
     CaptionDataPreprocessor,
     ClassificationDataPreprocessor,
     PretrainingDataPreprocessor,
 )
-from mmmilan.models.self_distillation import CodewordTarget, FeatureTarget
 from mmmilan.models.semantic_aware_vit import SemanticAwareViT
 from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
 from mmmilan.models.vit import MILANViT

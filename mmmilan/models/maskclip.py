@@ -14,13 +14,12 @@ from torch.distributed.nn.functional import all_gather
 
 from mmmilan.errors import InputError
 from mmmilan.models.fitting import check_parts
+from mmmilan.models.maskclip_losses import DistillationTarget
 from mmmilan.models.masking import split_patches
-from mmmilan.models.self_distillation import DistillationTarget
 from mmmilan.models.vit import gather_tokens
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import MODELS, TRANSFORMS
-from mmmilan.teachers.base import statistics_of
-from mmmilan.teachers.text_tower import TextTower
+from mmmilan.teachers.base import TextTower, statistics_of
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)

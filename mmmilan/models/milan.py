@@ -31,8 +31,7 @@ from mmmilan.models.masking import split_patches, supplied_masks
 from mmmilan.models.targets import CLIPTarget
 from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS, TRANSFORMS
-from mmmilan.teachers.base import statistics_of
-from mmmilan.teachers.text_tower import TextTower
+from mmmilan.teachers.base import TextTower, statistics_of
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from mmpretrain.models.utils import ClsDataPreprocessor, SelfSupDataPreprocessor
 from mmpretrain.structures import DataSample
 
-from mmmilan.models.masked_language_model import count_words
+from mmmilan.models.maskclip_losses import count_words
 from mmmilan.registry import MODELS
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmmilan.errors import InputError
 from mmmilan.teachers.importance import TextImportance, check_text_options
-from mmmilan.teachers.text_tower import TextTower
 
 # The student's images are normalised by ImageNet's statistics, unless its data preprocessor says otherwise.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -361,3 +360,25 @@ def check_input_size(input_size: tuple[int, int], patch_size: int) -> None:
                 f"The teacher's input_size={side} is not a multiple of its patch size {patch_size}; "
                 f'choose {below} or {below + patch_size}.'
             )
+
+
+class TextTower(nn.Module):
+    """Texts -> embeddings [T, C] of length 1, float32.
+
+    Args:
+        encoder: Token ids [T, L], int64 -> embeddings [T, C].
+        tokenize: Texts -> token ids [T, L].
+        scale: What the CLIP multiplies cosines with before the softmax over texts (its inverse temperature).
+    """
+
+    def __init__(self, encoder: nn.Module, tokenize: Callable[[list[str]], Tensor], scale: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenize = tokenize
+        self.scale = scale
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [T, C], on the device of the tower."""
+        tokens = self.tokenize(list(texts)).to(next(self.parameters()).device)
+        return F.normalize(self.encoder(tokens).float(), dim=-1)

@@ -15,7 +15,7 @@ from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import Teacher, Tower, check_input_size, pair
 from mmmilan.teachers.clip_source import CLIPSource, find_source, new_visual
-from mmmilan.teachers.clip_text import load_text_tower
+from mmmilan.teachers.clip_towers import load_text_tower
 from mmmilan.teachers.weights import load_weights, warn_random_weights
 
 
@@ -75,7 +75,7 @@ def build_tower(visual: nn.Module, size: tuple[int, int] | None, *options: Any) 
     """What runs open_clip's own towers, or those of timm in it."""
     from open_clip.timm_model import TimmModel
 
-    from mmmilan.teachers.clip_tower import CLIPTower
+    from mmmilan.teachers.clip_towers import CLIPTower
     from mmmilan.teachers.timm import TimmTower, own_input_size
 
     if isinstance(visual, TimmModel):
@@ -106,7 +106,7 @@ def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) ->
     """Raise an :class:`InputError` for a tower that cannot teach, or an image that its patches do not fill."""
     from open_clip.timm_model import TimmModel
 
-    from mmmilan.teachers.clip_tower import check_clip_tower
+    from mmmilan.teachers.clip_towers import check_clip_tower
     from mmmilan.teachers.timm import check_timm_vit, patch_size
 
     if isinstance(visual, TimmModel):
@@ -123,7 +123,7 @@ def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> Non
     Raises:
         InputError: the file holds no such tower.
     """
-    from mmmilan.teachers.clip_tower import resize_positions
+    from mmmilan.teachers.clip_towers import resize_positions
 
     own = visual.state_dict()
     first = next(iter(own))

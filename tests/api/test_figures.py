@@ -22,7 +22,7 @@ from mmmilan.errors import InputError
 from mmmilan.models.vit import last_attention
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import IMAGENET_MEAN, IMAGENET_STD
-from mmmilan.visualization.paper import draw_tsne
+from mmmilan.visualization.pictures import draw_tsne
 
 
 @pytest.fixture

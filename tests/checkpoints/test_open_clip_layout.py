@@ -14,8 +14,8 @@ from mmmilan.checkpoints.layouts import convert
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.open_clip_layout import from_open_clip
 from mmmilan.errors import InputError
-from mmmilan.export.hub import write_open_clip
 from mmmilan.export.preprocessing import Preprocessing
+from mmmilan.export.publish import write_open_clip
 from mmmilan.registry import MODELS
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

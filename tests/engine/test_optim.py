@@ -1,4 +1,4 @@
-"""Few groups of parameters and a sharded optimizer train as MMEngine's do; bfloat16 comes close."""
+"""Few groups of parameters and a sharded optimizer train as MMEngine's do; bfloat16 comes close; mean teachers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmpretrain.engine.optimizers import LARS as MMPretrainLARS
 from torch import nn
 
-from helpers import ROOT, build_model, check_layer_decay, masked_batch
-from mmmilan.engine import LARS, BFloat16OptimWrapper
+from helpers import ROOT, build_model, check_layer_decay, masked_batch, run_mean_teacher_hook
+from mmmilan.engine import LARS, BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
@@ -160,3 +160,27 @@ def test_only_for_a_vit():
     optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3), constructor=CONSTRUCTOR)
     with pytest.raises(InputError, match='needs a ViT as backbone of Module, not Linear'):
         build_optim_wrapper(model, optim_wrapper | dict(paramwise_cfg=dict(layer_decay_rate=0.5)))
+
+
+def test_momentum_rises_from_start_to_end():
+    hook = MeanTeacherHook()
+    assert [hook.momentum(i, 101) for i in (0, 50, 100)] == pytest.approx([0.999, 0.99945, 0.9999], abs=1e-12)
+    assert hook.momentum(0, 1) == 0.999
+    with pytest.raises(InputError, match='choose 0 <= start <= end <= 1'):
+        MeanTeacherHook(start=0.9, end=0.5)
+
+
+@pytest.mark.parametrize('iteration,momentum', [(0, 0.5), (99, 0.75)])
+def test_hook_moves_every_mean_teacher(maskclip_cfg, iteration, momentum):
+    model = build_model(maskclip_cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    hook = MeanTeacherHook(start=0.5, end=0.75)
+    run_mean_teacher_hook(hook, model, iteration, updated=False)  # gradients were only accumulated
+    assert torch.equal(model.mean_teacher.module.cls_token, before['backbone.cls_token'])
+    run_mean_teacher_hook(hook, model, iteration)
+    for teacher, student in (('mean_teacher.module', 'backbone'), ('head.mean_tokenizer.module', 'head.tokenizer')):
+        for name in (name for name in before if name.startswith(f'{student}.')):
+            actual = model.state_dict()[name.replace(student, teacher, 1)]
+            assert torch.allclose(actual, before[name] + 1 - momentum, atol=1e-6), name

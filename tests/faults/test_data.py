@@ -27,8 +27,7 @@ from mmmilan.datasets import (
 from mmmilan.datasets.captions import read_table
 from mmmilan.datasets.decoding import ORIENTATION, decode
 from mmmilan.datasets.listing import list_folder
-from mmmilan.datasets.packed import list_lmdb, pack_images
-from mmmilan.datasets.shards import read_index
+from mmmilan.datasets.packed import list_lmdb, pack_images, read_index
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 

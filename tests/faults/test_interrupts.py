@@ -20,9 +20,8 @@ import pytest
 from helpers import ROOT
 from mmmilan import cli
 from mmmilan.engine.stopping import RESUMABLE
-from mmmilan.errors import exit_on_input_error
+from mmmilan.errors import INTERRUPTED, end_at_interrupt, exit_on_input_error, is_command
 from mmmilan.files import ENDING, atomic_write
-from mmmilan.interrupts import INTERRUPTED, end_at_interrupt, is_command
 from processes import exit_codes, fork
 from scenes import write_scenes
 

@@ -275,7 +275,7 @@ def test_a_file_that_writes_to_the_terminal(capsys):
 
 def test_texts_are_no_formulas():
     from mmmilan.visualization.page import draw_curve
-    from mmmilan.visualization.paper import draw_pictures, draw_tsne
+    from mmmilan.visualization.pictures import draw_pictures, draw_tsne
 
     image = np.zeros((8, 8, 3), np.uint8)
     for text in ('$\\frac{1$', 'a$b$c', '5$', '$\\unknown$', '{}', '%s'):

@@ -18,7 +18,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from mmmilan.engine import data_workers
-from mmmilan.engine.data_workers import guard_workers, worker_errors
+from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.stopping import RESUMABLE, HeartbeatHook, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text

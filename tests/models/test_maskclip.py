@@ -27,7 +27,7 @@ from helpers import (
 from mmmilan.engine import BFloat16OptimWrapper, MeanTeacherHook
 from mmmilan.errors import InputError
 from mmmilan.models import MaskCLIP, MeanTeacher, maskclip
-from mmmilan.models.masked_language_model import is_word
+from mmmilan.models.maskclip_losses import is_word
 from mmmilan.models.vit import gather_tokens
 from mmmilan.registry import MODELS
 from processes import run_group

@@ -16,8 +16,8 @@ from helpers import ROOT, randomise, real_data
 from mmmilan.errors import InputError
 from mmmilan.models.masking import SemanticAwareMasking
 from mmmilan.registry import DATASETS, MODELS
+from mmmilan.teachers.base import TextTower
 from mmmilan.teachers.importance import TextImportance
-from mmmilan.teachers.text_tower import TextTower
 from scenes.appearance import SEMANTIC_CLASSES
 
 

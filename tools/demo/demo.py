@@ -33,7 +33,7 @@ from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import check_output, write_text
 from mmmilan.models import MILAN
 from mmmilan.teachers import build_teacher, teacher_config
-from mmmilan.teachers.text_tower import TextTower
+from mmmilan.teachers.base import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
 from scenes import write_scenes
 from sections import add_curves, add_heat_maps, add_pictures, add_scores, add_transfer, zero_shot

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from mmmilan.evaluation.features import extract, join
 from mmmilan.evaluation.zero_shot import embed_classes, nearest_text, read_templates
 from mmmilan.models import MILAN
-from mmmilan.teachers.text_tower import TextTower
+from mmmilan.teachers.base import TextTower
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     add_predictions,

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from helpers import build_model, openai_numbers
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
-from mmmilan.teachers.clip_text import load_text_tower
+from mmmilan.teachers.clip_towers import load_text_tower
 
 TEXTS = ['a red boat', 'two dogs on grass', 'x']
 SIZES = dict(
