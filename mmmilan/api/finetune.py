@@ -90,6 +90,7 @@ def finetune(
     from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config, task_of
     from mmmilan.api.pretrain import check_out
     from mmmilan.building import change_config
+    from mmmilan.datasets.labelled import write_labelled
 
     if out is None or (data is None and not resume):
         missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
@@ -104,9 +105,11 @@ def finetune(
     of_data, given = ({name: value for name, value in each.items() if value is not None} for each in (of_data, given))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         compose = resumed_config if resume else new_config
-        config = compose(folder, of_data, processes=gpus or 1, **given)
+        config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
         change_config(config, changes)
         second = None if compare is None else compared_config(config, compare)
+    if labelled is not None:  # of a resumed run, it must be what split.json says
+        write_labelled(labelled, folder)
     weights = run(config, folder, resume, gpus)
     probed = task_of(config) == 'classification' and config.model.backbone.get('init_cfg') and not freeze
     scores = image_scores(weights) if probed or second is not None else {}

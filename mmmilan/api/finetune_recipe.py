@@ -206,18 +206,18 @@ def new_config(
     patience: int | None = None,
     processes: int = 1,
     seed: int = 0,
-) -> Config:
-    """The config of a new run; arguments of ``mmmilan.finetune``.
+) -> tuple[Config, Labelled]:
+    """The config of a new run, and the data that it reads once they are written; arguments of ``mmmilan.finetune``.
 
     Args:
-        folder: Where ``split.json`` is written, once all else is known to fit.
+        folder: Where :func:`mmmilan.datasets.labelled.write_labelled` will write the data.
         of_data: What tells the data: arguments of :func:`mmmilan.datasets.labelled.read_labelled`.
         processes: Number of processes that train together.
 
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmmilan.datasets.labelled import read_labelled, write_labelled
+    from mmmilan.datasets.labelled import labelled_datasets, read_labelled
 
     if freeze and start is None:
         raise InputError('freeze trains the head of random weights; give a start, or leave out freeze.')
@@ -236,20 +236,22 @@ def new_config(
     batches = Batches(num_images, batch_size, accumulate, processes)
     set_schedule(config, labelled.task, batches, epochs, lr, freeze)
     set_hooks(config, METRICS[labelled.task], patience)
-    set_loaders(config, batches, write_labelled(labelled, folder))
-    return config
+    set_loaders(config, batches, labelled_datasets(labelled, folder))
+    return config, labelled
 
 
 def resumed_config(
     folder: Path, of_data: Mapping[str, Any], epochs: int | None = None, processes: int = 1, **given: Any
-) -> Config:
-    """The config of the run in a folder; of other arguments of ``mmmilan.finetune``, only ``epochs`` may differ.
+) -> tuple[Config, Labelled | None]:
+    """The config of the run in a folder, and the data if they are given again.
+
+    Of other arguments of ``mmmilan.finetune``, only ``epochs`` may differ.
 
     Raises:
         InputError: there is no config, an argument is not that of the run, or its images have changed.
     """
     from mmmilan.api.recipe import keep_own, run_config
-    from mmmilan.datasets.labelled import read_labelled, read_split, write_labelled
+    from mmmilan.datasets.labelled import read_labelled, read_split
 
     config, split = run_config(folder), read_split(folder / 'split.json')
     backbone, loader, optimizer = config.model.backbone, config.train_dataloader, config.optim_wrapper.optimizer
@@ -271,13 +273,14 @@ def resumed_config(
     if 'start' in asked:
         asked['start'] = absolute(asked['start'])
     keep_own(own, asked, folder)
-    if of_data:  # the split that is there says whether they are the same
-        write_labelled(read_labelled(**dict(data=split['data']) | dict(of_data), seed=own['seed']), folder)
+    labelled = None
+    if of_data:
+        labelled = read_labelled(**dict(data=split['data']) | dict(of_data), seed=own['seed'])
     if epochs is not None and epochs != config.train_cfg.max_epochs:
         batches = Batches(len(split['train']), loader.batch_size, own['accumulate'], processes)
         config.train_cfg.max_epochs = epochs
         config.param_scheduler = schedule(epochs, batches.per_epoch)
-    return config
+    return config, labelled
 
 
 def compared_config(config: Config, start: str) -> Config:

@@ -360,11 +360,28 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
 # -- what a run reads
 
 
-def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> dict[str, dict]:
-    """Write ``split.json`` into a folder, or take the division of the one that is there.
+def labelled_datasets(labelled: Labelled, folder: str | os.PathLike) -> dict[str, dict]:
+    """Configs of data sets without pipelines, 'train' and 'val', that read what :func:`write_labelled` writes there."""
+    folder = Path(os.path.abspath(folder))
+    metainfo = dict(classes=labelled.classes)
+    configs = {}
+    for split in SPLITS:
+        if labelled.task == 'detection':
+            own = dict(type='mmmilan.CocoDataset', ann_file=str(annotations(folder, split)), data_prefix=dict(img=''))
+        else:
+            own = dict(type='mmmilan.LabelledImages', ann_file=str(folder / 'split.json'), split=split)
+        configs[split] = own | dict(metainfo=metainfo)
+    configs['val']['test_mode'] = True
+    return configs
 
-    Returns:
-        Configs of data sets without pipelines, 'train' and 'val'.
+
+def annotations(folder: Path, split: str) -> Path:
+    """Where the objects of a split are written."""
+    return folder / 'annotations' / f'{split}.json'
+
+
+def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> None:
+    """Write ``split.json`` into a folder, or take the division of the one that is there.
 
     Raises:
         InputError: ``split.json`` is of other data, or images of it are gone.
@@ -376,19 +393,10 @@ def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> dict[str, d
     content = dict(data=labelled.source, task=labelled.task, classes=labelled.classes, seed=labelled.seed)
     content['table'] = labelled.table
     content |= {split: [entry_of(record, labelled.root) for record in records(labelled, split)] for split in SPLITS}
-    metainfo = dict(classes=labelled.classes)
-    configs = {}
-    for split in SPLITS:
-        configs[split] = dict(type='mmmilan.LabelledImages', ann_file=str(path), split=split, metainfo=metainfo)
-        if labelled.task == 'detection':
-            own = folder / 'annotations' / f'{split}.json'
-            write_text(own, json.dumps(getattr(labelled, split)))
-            configs[split] = dict(
-                type='mmmilan.CocoDataset', ann_file=str(own), data_prefix=dict(img=''), metainfo=metainfo
-            )
+    if labelled.task == 'detection':
+        for split in SPLITS:
+            write_text(annotations(folder, split), json.dumps(getattr(labelled, split)))
     write_text(path, json.dumps(content, indent=0) + '\n')
-    configs['val']['test_mode'] = True
-    return configs
 
 
 def records(labelled: Labelled, split: str) -> list[dict]:

@@ -129,6 +129,8 @@ def write_results(
     add_figures(html, found, comparison)
     add_training(html, Path(weights), config)
     add_pictures(html, found)
+    if (Path(weights).parent / 'config.py').is_file():
+        html.paragraph(f'mmmilan train {Path(weights).parent / "config.py"}', 'code')
     html.paragraph(f'mmmilan predict IMAGES {weights} predictions', 'code')
     html.paragraph(f'mmmilan test {weights} --show-dir pictures', 'code')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -206,13 +206,14 @@ def test_what_cannot_be(colours, start, tmp_path):
         (dict(start=start, img_size=33), 'img_size=33 is not a multiple of patch_size=8'),
         (dict(start=start, batch_size=1000), 'do not fill one batch of 1000'),
         (dict(start=start, compare='nowhere.pth'), 'nowhere.pth is neither'),
-        (dict(start=start, batch_size=1), 'batch_size is 1, but neck.bn is a BatchNorm'),
         (dict(start=start, lr=-1), 'lr=-1 is not a number above 0'),
         (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.finetune(colours, tmp_path / 'run', **options)
-    assert not list(tmp_path.rglob('*.pth'))
+    assert not list(tmp_path.rglob('*.pth')) and not list(tmp_path.rglob('split.json'))
+    with pytest.raises(InputError, match='batch_size is 1, but neck.bn is a BatchNorm'):
+        mmmilan.finetune(colours, tmp_path / 'run', start=start, batch_size=1)
     with pytest.raises(InputError, match='whose files are read as labelled data; choose a folder beside it'):
         mmmilan.finetune(colours, colours / 'runs', start=start)
     with pytest.raises(InputError, match='lacks the folder of labelled images'):

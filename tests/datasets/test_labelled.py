@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmmilan.datasets.labelled import Labelled, read_labelled, stratify, write_labelled
+from mmmilan.datasets.labelled import Labelled, labelled_datasets, read_labelled, stratify, write_labelled
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 from tests.helpers import ROOT
@@ -47,11 +47,17 @@ def read_config(name: str) -> Config:
     return Config.fromfile(ROOT / 'configs' / name)
 
 
+def written(labelled: Labelled, out: Path) -> dict[str, dict]:
+    """Configs of the data sets of a labelled folder, once they are written."""
+    write_labelled(labelled, out)
+    return labelled_datasets(labelled, out)
+
+
 def built(labelled: Labelled, out: Path, config: str) -> tuple:
     """The data sets of a labelled folder with the pipelines of one of our configs."""
     cfg = deepcopy(read_config(config))
     init_default_scope(cfg.default_scope)
-    parts = write_labelled(labelled, out)
+    parts = written(labelled, out)
     pipelines = dict(train=cfg.train_dataloader.dataset.pipeline, val=cfg.val_dataloader.dataset.pipeline)
     for step in (*pipelines['train'], *pipelines['val']):
         if step.type == 'mmmilan.LoadLabelMap':
@@ -118,14 +124,14 @@ def test_images_in_shards(tmp_path):
             for path in sorted((tmp_path / 'data' / name).glob('*.png')):
                 shard.add(path, path.name)
                 path.unlink()
-    config = write_labelled(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']
+    config = written(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']
     dataset = DATASETS.build(config | dict(pipeline=[dict(type='mmmilan.LoadImage')]))
     assert [(sample['img'][0, 0, 0], sample['gt_label']) for sample in dataset] == [(0, 0), (10, 1)]
 
 
 def test_the_data_may_move(tmp_path):
     class_folders(tmp_path / 'data', dict(ant=2, bee=2))
-    config = write_labelled(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']
+    config = written(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']
     (tmp_path / 'data').rename(tmp_path / 'moved')
     dataset = DATASETS.build(
         config | dict(data_root=str(tmp_path / 'moved'), pipeline=[dict(type='mmmilan.LoadImage')])
@@ -303,7 +309,7 @@ def test_coco_without_a_split(tmp_path):
         for name, own in found.items()
     )
     assert not found.keys() & boxes(train).keys()
-    again = write_labelled(read_labelled(tmp_path / 'data', seed=1), tmp_path / 'out')
+    again = written(read_labelled(tmp_path / 'data', seed=1), tmp_path / 'out')
     assert boxes(DATASETS.build(again['val'] | dict(pipeline=[]))) == found
 
 
