@@ -208,6 +208,26 @@ def save_trained(cfg: Config, path: Path, classes: Sequence[str]) -> Path:
     return path
 
 
+def save_untrained(task: str, scenes: Path, folder: Path, boxes_alone: bool = False) -> Path:
+    """An untrained checkpoint of a task, whose config reads the ten scenes and writes to ``work`` in the folder."""
+    cfg = demo_config(task)
+    if boxes_alone:
+        cfg.model.roi_head.mask_head = cfg.model.roi_head.mask_roi_extractor = None
+        cfg.test_dataloader.dataset.pipeline[2].with_mask = False
+        cfg.test_evaluator.metric = 'bbox'
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False, batch_size=5)
+        loader.dataset.update(data_root=str(scenes), indices=None)
+    if task == 'detection':
+        for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+            evaluator.ann_file = str(scenes / 'annotations/instances_val.json')
+    classes = cfg.test_dataloader.dataset.get('metainfo', {}).get('classes') or sorted(
+        path.name for path in (scenes / 'val').iterdir() if path.is_dir()
+    )
+    cfg.work_dir = str(folder / 'work')
+    return save_trained(cfg, folder / f'{task}.pth', classes)
+
+
 def build_model(cfg: dict) -> nn.Module:
     """A model with initialised weights, the same at each call."""
     torch.manual_seed(0)

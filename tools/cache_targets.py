@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 from mmmilan.building import build_errors, change_config
 from mmmilan.checkpoints.config import read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.datasets import CachedTargets, Draw, ImageFolder
-from mmmilan.datasets.target_cache import VERSION, as_json, checksum_of_names, encode, read_manifest
+from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
 from mmmilan.teachers import teacher_config
+from mmmilan.teachers.cached import VERSION, CachedTargets, as_json, checksum_of_names, encode, read_manifest
 
 
 def parse_args() -> argparse.Namespace:

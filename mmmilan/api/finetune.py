@@ -129,8 +129,7 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
 
     from mmmilan.api.pretrain import save_weights, train
     from mmmilan.checkpoints.config import config_text
-    from mmmilan.checkpoints.io import load_checkpoint_file
-    from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.checkpoints.io import find_newest, load_checkpoint_file
     from mmmilan.engine.launch import start_processes
     from mmmilan.files import write_text
 
@@ -226,7 +225,7 @@ def compare_runs(
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_recipe import task_of
-    from mmmilan.checkpoints.newest import checkpoints_in
+    from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.evaluation.comparison import compare_models
     from mmmilan.files import write_text
 
@@ -248,8 +247,8 @@ def image_scores(weights: Path) -> dict[str, float]:
 
     from mmmilan.checkpoints.config import own_config
     from mmmilan.engine.launch import launched
-    from mmmilan.evaluation.comparison import score_of
     from mmmilan.evaluation.features import progress
+    from mmmilan.evaluation.predictions import score_of
 
     config = own_config(weights, with_data=True)
     config.test_dataloader = config.val_dataloader

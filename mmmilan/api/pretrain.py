@@ -87,7 +87,7 @@ def pretrain(
 
     from mmmilan.api.recipe import base_config, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted
-    from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
     from mmmilan.engine.work_dir import checkpoint_folder
@@ -131,7 +131,7 @@ def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
             nothing can be written there.
     """
     from mmmilan.checkpoints.config import WRITTEN
-    from mmmilan.checkpoints.newest import checkpoints_in
+    from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.files import check_output_folder, contains
 
     check_output_folder(folder)

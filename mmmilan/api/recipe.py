@@ -107,7 +107,7 @@ def run_config(folder: Path) -> Config:
     """
     from mmmilan.checkpoints.config import own_config, parse_config, read_text
     from mmmilan.checkpoints.foreign_config import check_foreign_config
-    from mmmilan.checkpoints.newest import find_newest
+    from mmmilan.checkpoints.io import find_newest
 
     path = folder / 'config.py'
     if not path.is_file():

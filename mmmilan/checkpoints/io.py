@@ -8,6 +8,7 @@ falls back to the full pickle; :func:`mmmilan.checkpoints.loading.use_safe_loadi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -18,11 +19,12 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
-from mmmilan.checkpoints.unpickling import ForbiddenName, read_archive
+from mmmilan.checkpoints.unpickling import ForbiddenName, check_archive, read_archive, read_meta
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_write, first_line
 
@@ -36,6 +38,7 @@ _SAVE_PRETRAINED = (
     'pytorch_model.bin.index.json',
 )
 _CHECKSUM = 'crc32'  # of a safetensors file's numbers, in its metadata; the format itself has none
+STOPPED = 'stopped_iter_'  # prefix of the checkpoint of a run that was told to stop
 # Weights that are integers.
 _COUNTS = re.compile(r'num_batches_tracked$|relative_position_index$|position_ids$')
 
@@ -275,3 +278,42 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(1 << 20):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that a run can resume, by MMEngine's file names and ``STOPPED``."""
+    return sorted(path for kind in ('epoch', 'iter', STOPPED[:-1]) for path in folder.glob(f'{kind}_[0-9]*.pth'))
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The complete checkpoint of the latest iteration; None if the folder has no checkpoints.
+
+    The files decide, not ``last_checkpoint``, so the folder can be copied or moved. Damaged files are skipped with a
+    warning.
+
+    Raises:
+        InputError: there are checkpoints, but none is complete.
+    """
+    found: list[tuple[int, Path]] = []
+    paths = checkpoints_in(folder)
+    for path in paths:
+        try:
+            found.append((int(read_meta(path)['iter']), path))
+        except Exception as error:  # of any type, as the file may hold anything
+            _say_skipped(path, error)
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_archive(path)
+            return path
+        except Exception as error:
+            _say_skipped(path, error)
+    if paths:
+        raise InputError(
+            f'None of the {len(paths)} checkpoints in {folder} is complete; copy one there, or start anew in another '
+            '--work-dir.'
+        )
+    return None
+
+
+def _say_skipped(path: Path, error: Exception) -> None:
+    print_log(f'{path} is skipped: {first_line(error)}.', logger='current', level=logging.WARNING)

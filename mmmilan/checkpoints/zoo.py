@@ -112,8 +112,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
     from mmengine.logging import print_log
 
     from mmmilan.checkpoints.download import download
-    from mmmilan.checkpoints.io import weights_of_folder
-    from mmmilan.checkpoints.newest import find_newest, unfinished
+    from mmmilan.checkpoints.io import find_newest, weights_of_folder
 
     text = os.fspath(checkpoint)
     path = Path(text.removeprefix('file://')).expanduser()
@@ -148,3 +147,17 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
         f'{text} is neither a file nor a URL nor a model of the zoo, and {folder} has no checkpoint; '
         f'{nearest_names(text)}.'
     )
+
+
+def unfinished(path: Path) -> str | None:
+    """How far the run of a checkpoint is, such as 'epoch 3 of 400'; None if it is finished, or does not say its end."""
+    from mmmilan.checkpoints.config import parse_config
+    from mmmilan.checkpoints.unpickling import read_meta
+
+    meta = read_meta(path)
+    if not isinstance(meta.get('cfg'), str):
+        return None
+    loop = parse_config(meta['cfg'], f'the config in {path}').get('train_cfg') or {}
+    unit, end = ('epoch', loop['max_epochs']) if 'max_epochs' in loop else ('iteration', loop.get('max_iters'))
+    done = meta.get('epoch' if unit == 'epoch' else 'iter')
+    return f'{unit} {done} of {end}' if isinstance(done, int) and isinstance(end, int) and done < end else None

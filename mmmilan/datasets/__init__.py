@@ -7,10 +7,8 @@ from mmmilan.datasets.image_folder import ImageFolder, ImageSources
 from mmmilan.datasets.labelled import LabelledImages
 from mmmilan.datasets.packed import ShardSampler
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
-from mmmilan.datasets.target_cache import CachedTargets
 
 __all__ = [
-    'CachedTargets',
     'CaptionedImages',
     'CaptionedShards',
     'CorruptImageError',

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mmmilan.checkpoints.newest import STOPPED
+from mmmilan.checkpoints.io import STOPPED
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.engine.resuming import describe_data
 from mmmilan.errors import InputError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import types
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,6 @@ from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
-from mmmilan.engine.several_views import use_several_views
 from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import is_main, training_in, write_config
 from mmmilan.errors import InputError, count
@@ -40,6 +40,16 @@ from mmmilan.files import atomic_write, check_output, check_output_folder
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 # The hooks of every run, in the order of docs/architecture.md.
 EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'StopHook', 'HeartbeatHook')
+LOADS_ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap)')
+# The model that averages the predictions of several views, by the scope of a config.
+AVERAGES = dict(
+    mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
+    mmseg=dict(type='mmseg.SegTTAModel'),
+    mmdet=dict(
+        type='mmdet.models.test_time_augs.DetTTAModel',
+        tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+    ),
+)
 LocalRank = Annotated[int, Parameter(name=['--local-rank', '--local_rank'], show=False)]
 
 
@@ -357,3 +367,35 @@ def add_hooks(cfg: Config) -> None:
     named = {str(hook.get('type')).rpartition('.')[2] for hook in hooks if isinstance(hook, dict)}
     missing = [dict(type=f'mmmilan.{name}') for name in EVERY_RUN if name not in named]
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *missing]
+
+
+def use_several_views(cfg: Config) -> None:
+    """Test with ``tta_model`` and ``tta_pipeline`` of a config; without them, on the image and its mirror image.
+
+    Raises:
+        InputError: the library has no such model for the task.
+    """
+    scope = cfg.get('default_scope') or 'mmpretrain'
+    if cfg.get('tta_model') is None:
+        if scope not in AVERAGES or 'masking' in cfg.model or (cfg.model.get('head') is None and scope == 'mmpretrain'):
+            raise InputError(
+                f'tta averages the predictions of classes, which {cfg.model.type} has not; leave out --tta.'
+            )
+        if (cfg.model.get('roi_head') or {}).get('mask_head'):
+            raise InputError(
+                "MMDetection's DetTTAModel averages boxes and no masks; leave out --tta, or test the boxes alone "
+                '(--model.roi_head.mask_head None --test_evaluator.metric bbox).'
+            )
+        cfg.tta_model = dict(AVERAGES[scope])
+    dataset = cfg.test_dataloader.dataset
+    if cfg.get('tta_pipeline') is None:
+        *steps, pack = dataset.pipeline
+        annotations = [step for step in steps if LOADS_ANNOTATIONS.search(str(step.type))]
+        flips = [dict(type=f'{scope}.RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+        if 'meta_keys' in pack:
+            pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
+        views = [flips, *([step] for step in annotations), [pack]]
+        steps = [step for step in steps if step not in annotations]
+        cfg.tta_pipeline = [*steps, dict(type='TestTimeAug', transforms=views)]
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='PrepareTTAHook', tta_cfg=cfg.tta_model)]

@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import WRITTEN, config_text
-from mmmilan.checkpoints.newest import checkpoints_in, find_newest
+from mmmilan.checkpoints.io import checkpoints_in, find_newest
 from mmmilan.checkpoints.unpickling import read_meta
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings

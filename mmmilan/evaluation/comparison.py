@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mmengine.structures import BaseDataElement
 from sklearn.model_selection import train_test_split
 
-from mmmilan.datasets.classes import IGNORE
-from mmmilan.evaluation.predictions import annotated, predicted
+from mmmilan.evaluation.predictions import bootstrap
 from mmmilan.evaluation.probes import knn_predictions, linear_probe_predictions
 
-RESAMPLES = 2000
 TEST_SHARE = 0.3
 PROBES = {'k-NN': None, 'probe, 1 % of labels': 0.01, 'probe, 10 %': 0.1, 'probe, all': 1.0}
 
@@ -40,13 +37,6 @@ class Accuracy:
         """The value, and below it the interval, as a table has it."""
         low, high = self.interval
         return f'{self.value:.1f}\n{low:.1f} to {high:.1f}'
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Interval of 95 % of 100 times the mean, from the means of resampled values; the draws are always the same."""
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(100 * values[draws].mean(1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,64 +116,6 @@ def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
 
 
 # -- models trained from two starts
-
-
-def score_of(sample: BaseDataElement) -> float | None:
-    """How good a prediction is, from 0 to 1; None where there is nothing to find.
-
-    That is, of a classifier whether it is right; of a detector the AP (IoU 0.5 to 0.95) of its boxes, the mean over
-    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction.
-
-    Args:
-        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg. The boxes of both are in pixels
-            of the file's image: test pipelines load annotations after they resize.
-    """
-    if 'gt_label' in sample:
-        return float(sample.pred_label == sample.gt_label)
-    if 'gt_sem_seg' in sample:
-        return mean_iou(sample.pred_sem_seg.data[0].cpu().numpy(), sample.gt_sem_seg.data[0].cpu().numpy())
-    found, truth = predicted(sample, 'detection'), annotated(sample, 'detection')
-    aps = []
-    for label in np.unique(truth['labels']):
-        own = found['labels'] == label
-        order = np.argsort(-found['scores'][own], kind='stable')
-        overlaps = box_ious(found['boxes'][own][order], truth['boxes'][truth['labels'] == label])
-        aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
-    return float(np.mean(aps)) if aps else None
-
-
-def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """The mean IoU of the classes in one of two maps [H, W], where the second is not 255; None if it is nowhere."""
-    predicted, truth = (each[truth != IGNORE] for each in (predicted, truth))
-    labels = np.union1d(predicted, truth)
-    both = [((predicted == label) & (truth == label)).sum() for label in labels]
-    either = [((predicted == label) | (truth == label)).sum() for label in labels]
-    return float(np.mean(np.divide(both, either))) if len(labels) else None
-
-
-def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU [N, M] of boxes [N, 4] and others [M, 4], each x1, y1, x2, y2."""
-    sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
-    common = sides.clip(0).prod(-1)
-    areas = [(each[:, 2:] - each[:, :2]).prod(-1) for each in (boxes, others)]
-    return common / np.maximum(areas[0][:, None] + areas[1] - common, 1e-9)
-
-
-def average_precision(overlaps: np.ndarray, threshold: float) -> float:
-    """AP of one class in one image: the area below the precision by recall, which falls monotonically.
-
-    Args:
-        overlaps: IoU [N, M] of detections, the most certain first, and M > 0 objects.
-        threshold: A detection is right if it overlaps at least so much with an object that none before it has taken.
-    """
-    free, right = np.ones(overlaps.shape[1], bool), np.zeros(len(overlaps))
-    for place, row in enumerate(overlaps):
-        best = np.argmax(np.where(free, row, -1))
-        if free[best] and row[best] >= threshold:
-            free[best], right[place] = False, 1
-    precision = right.cumsum() / np.arange(1, len(right) + 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((precision * right).sum() / overlaps.shape[1])
 
 
 SCORES = dict(classification='top-1 accuracy', detection='AP of an image', segmentation='IoU of an image')

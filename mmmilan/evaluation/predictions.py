@@ -1,4 +1,6 @@
-"""What a model predicts for an image, and what is annotated, as arrays by name: one form for all three tasks.
+"""What a model predicts for an image, and how good it is: in all, by class, by image, with intervals over the images.
+
+Predictions and annotations are arrays by name, in one form for all three tasks:
 
 * classification: ``labels`` int64 [C], best first, and ``scores`` float32 [C], their probabilities; annotated:
   ``labels`` [1].
@@ -9,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,15 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import nn
 
+from mmmilan.datasets.classes import IGNORE
 from mmmilan.errors import InputError
 
 Result = dict[str, np.ndarray]
+IOUS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+SIZES = ('small', 'medium', 'large')  # below 32 x 32 and 96 x 96 pixels, and above, as COCO has them
+RESAMPLES = 2000
+FEW = 100  # resamples of an AP, each of which takes a tenth of a second
 
 
 def task_of(model: nn.Module) -> str:
@@ -119,3 +127,190 @@ def coco_results(result: Result) -> list[dict]:
             each['area'] = round(box[2] * box[3], 2)
         found.append(each)
     return found
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """Interval of 95 % of 100 times the mean, from the means of resampled values; the draws are always the same."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(100 * values[draws].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def score_of(sample: BaseDataElement) -> float | None:
+    """How good a prediction is, from 0 to 1; None where there is nothing to find.
+
+    That is, of a classifier whether it is right; of a detector the AP (IoU 0.5 to 0.95) of its boxes, the mean over
+    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction.
+
+    Args:
+        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg. The boxes of both are in pixels
+            of the file's image: test pipelines load annotations after they resize.
+    """
+    if 'gt_label' in sample:
+        return float(sample.pred_label == sample.gt_label)
+    if 'gt_sem_seg' in sample:
+        return mean_iou(sample.pred_sem_seg.data[0].cpu().numpy(), sample.gt_sem_seg.data[0].cpu().numpy())
+    found, truth = predicted(sample, 'detection'), annotated(sample, 'detection')
+    aps = []
+    for label in np.unique(truth['labels']):
+        own = found['labels'] == label
+        order = np.argsort(-found['scores'][own], kind='stable')
+        overlaps = box_ious(found['boxes'][own][order], truth['boxes'][truth['labels'] == label])
+        aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
+    return float(np.mean(aps)) if aps else None
+
+
+def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float | None:
+    """The mean IoU of the classes in one of two maps [H, W], where the second is not 255; None if it is nowhere."""
+    predicted, truth = (each[truth != IGNORE] for each in (predicted, truth))
+    labels = np.union1d(predicted, truth)
+    both = [((predicted == label) & (truth == label)).sum() for label in labels]
+    either = [((predicted == label) | (truth == label)).sum() for label in labels]
+    return float(np.mean(np.divide(both, either))) if len(labels) else None
+
+
+def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU [N, M] of boxes [N, 4] and others [M, 4], each x1, y1, x2, y2."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+    common = sides.clip(0).prod(-1)
+    areas = [(each[:, 2:] - each[:, :2]).prod(-1) for each in (boxes, others)]
+    return common / np.maximum(areas[0][:, None] + areas[1] - common, 1e-9)
+
+
+def average_precision(overlaps: np.ndarray, threshold: float) -> float:
+    """AP of one class in one image: the area below the precision by recall, which falls monotonically.
+
+    Args:
+        overlaps: IoU [N, M] of detections, the most certain first, and M > 0 objects.
+        threshold: A detection is right if it overlaps at least so much with an object that none before it has taken.
+    """
+    free, right = np.ones(overlaps.shape[1], bool), np.zeros(len(overlaps))
+    for place, row in enumerate(overlaps):
+        best = np.argmax(np.where(free, row, -1))
+        if free[best] and row[best] >= threshold:
+            free[best], right[place] = False, 1
+    precision = right.cumsum() / np.arange(1, len(right) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((precision * right).sum() / overlaps.shape[1])
+
+
+class LabelCounts:
+    """Counts of the pixels of label maps, image by image, for IoU.
+
+    Args:
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes, self.common, self.either, self.annotated = num_classes, [], [], []
+
+    def add(self, result: Result, truth: Result) -> float:
+        """Count an image; returns its mean IoU over the classes in either map, 1 without any."""
+        known = truth['map'] != IGNORE
+        predicted, annotated = (each['map'][known].astype(int) for each in (result, truth))
+        counts = [np.bincount(each, minlength=self.num_classes) for each in (predicted, annotated)]
+        common = np.bincount(annotated[predicted == annotated], minlength=self.num_classes)
+        either = counts[0] + counts[1] - common
+        for store, row in ((self.common, common), (self.either, either), (self.annotated, counts[1])):
+            store.append(row[: self.num_classes])
+        there = either > 0
+        return float((common[there] / either[there]).mean()) if there.any() else 1.0
+
+    def iou(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """IoU [..., C] in percent, NaN for classes that are nowhere, of images [..., M] taken so many times."""
+        weights = np.ones(len(self.common)) if weights is None else weights
+        common, either = (weights @ np.array(each, float) for each in (self.common, self.either))
+        return 100 * np.divide(common, either, out=np.full(common.shape, np.nan), where=either > 0)
+
+    def interval(self) -> tuple[float, float]:
+        """Interval of 95 % of the mean IoU, by resampling images."""
+        means = np.nanmean(self.iou(resampled(len(self.common), RESAMPLES)), -1)
+        return tuple(np.percentile(means, (2.5, 97.5)).tolist())
+
+
+def resampled(number: int, times: int) -> np.ndarray:
+    """How often each of some images is drawn [times, number]; the draws are always the same."""
+    return np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), times)
+
+
+class AveragePrecision:
+    """COCO's AP from pycocotools' matches of predicted and annotated objects.
+
+    Args:
+        annotations: pycocotools' ``COCO`` of the annotated images.
+        results: The predicted objects of all images, in COCO's result format.
+        images: Ids of the images [M].
+        categories: Ids of the categories [C] in the order of the labels.
+        kind: 'bbox' or 'segm'.
+    """
+
+    def __init__(
+        self, annotations: object, results: list[dict], images: Sequence[int], categories: Sequence[int], kind: str
+    ) -> None:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        if kind == 'segm':  # the area of a mask is not that of its box
+            results = [{key: value for key, value in each.items() if key != 'bbox'} for each in results]
+        found = annotations.loadRes(results) if results else COCO()
+        evaluation = COCOeval(annotations, found, kind)
+        evaluation.params.imgIds, evaluation.params.catIds = list(images), list(categories)
+        evaluation.params.useCats, evaluation.params.maxDets = 1, [100, 300, 1000]  # as mmdet's metric has them
+        evaluation.evaluate()
+        self.number, self.classes = len(images), len(categories)
+        rows = [list(evaluation.params.catIds).index(category) for category in categories]  # they were sorted
+        columns = np.searchsorted(evaluation.params.imgIds, images)
+        matches = np.empty((self.classes, 4, self.number), object)
+        matches.ravel()[:] = evaluation.evalImgs
+        self.matches = matches[rows][:, :, columns]
+
+    def value(self, label: int, size: int = 0, images: Iterable[int] | None = None, iou: int | None = None) -> float:
+        """AP of a class in percent; NaN without objects.
+
+        Args:
+            label: Of the class.
+            size: 0 for all objects, else 1 + its place in :data:`SIZES`.
+            images: Places of the images that count, each as often as it stands there; by default all.
+            iou: Place of one IoU in :data:`IOUS`; by default the mean over all.
+        """
+        row = self.matches[label, size]
+        each = [row[i] for i in (range(self.number) if images is None else images) if row[i] is not None]
+        objects = sum(int((match['gtIgnore'] == 0).sum()) for match in each)
+        if not objects:
+            return float('nan')
+        scores = np.concatenate([match['dtScores'] for match in each])
+        order = np.argsort(-scores, kind='mergesort')
+        matched = np.concatenate([match['dtMatches'] for match in each], axis=1)[:, order] > 0
+        counts = ~np.concatenate([match['dtIgnore'] for match in each], axis=1)[:, order].astype(bool)
+        right, wrong = (matched & counts).cumsum(1), (~matched & counts).cumsum(1)
+        aps = []
+        for ours, theirs in zip(right, wrong, strict=True):
+            precision = ours / np.maximum(ours + theirs, np.spacing(1))
+            precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
+            aps.append(precision[np.searchsorted(ours / objects, RECALLS, side='left')].mean())
+        return 100 * float(np.mean(aps) if iou is None else aps[iou])
+
+    def mean(self, size: int = 0, images: Iterable[int] | None = None, iou: int | None = None) -> float:
+        """The mean over the classes that have objects, in percent; NaN if none has."""
+        values = [self.value(label, size, images, iou) for label in range(self.classes)]
+        values = [value for value in values if value == value]
+        return float(np.mean(values)) if values else float('nan')
+
+    def interval(self) -> tuple[float, float]:
+        """Interval of 95 % of the mean, by resampling images."""
+        draws = (np.repeat(np.arange(self.number), times) for times in resampled(self.number, FEW))
+        return tuple(np.nanpercentile([self.mean(images=draw) for draw in draws], (2.5, 97.5)).tolist())
+
+
+def wrong_objects(result: Result, truth: Result, threshold: float) -> int:
+    """How many objects are missed, or predicted with a score from ``threshold`` where none of that class is."""
+    drawn = np.flatnonzero(result['scores'] >= threshold)
+    free, wrong = np.ones(len(truth['labels']), bool), 0
+    for i in drawn[np.argsort(-result['scores'][drawn], kind='stable')]:
+        overlaps = box_ious(result['boxes'][[i]], truth['boxes'])[0] * (free & (truth['labels'] == result['labels'][i]))
+        best = overlaps.argmax() if len(overlaps) else 0
+        if len(overlaps) and overlaps[best] >= IOUS[0]:
+            free[best] = False
+        else:
+            wrong += 1
+    return wrong + int(free.sum())

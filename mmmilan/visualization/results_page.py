@@ -26,8 +26,17 @@ from mmmilan.engine.launch import launched
 from mmmilan.errors import count
 from mmmilan.evaluation.comparison import Accuracy
 from mmmilan.evaluation.features import device_name, progress
-from mmmilan.evaluation.predictions import Result, annotated, coco_results, predicted, task_of
-from mmmilan.evaluation.results import SIZES, AveragePrecision, LabelCounts, wrong_objects
+from mmmilan.evaluation.predictions import (
+    SIZES,
+    AveragePrecision,
+    LabelCounts,
+    Result,
+    annotated,
+    coco_results,
+    predicted,
+    task_of,
+    wrong_objects,
+)
 from mmmilan.files import check_output
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from sklearn.neighbors import KNeighborsClassifier
 
 from mmmilan.evaluation.comparison import (
@@ -15,7 +13,6 @@ from mmmilan.evaluation.comparison import (
     hold_out,
     most_frequent,
     score_encoders,
-    score_of,
     verdict,
 )
 from mmmilan.visualization.pictures import nearest_neighbours
@@ -52,25 +49,6 @@ def test_scores_are_those_of_scikit_learn():
 def test_the_most_frequent_class():
     label, alone = most_frequent(np.array([2, 0, 2, 1]), np.array([0, 2, 2, 2, 1]))
     assert label == 2 and alone.value == 60
-
-
-def test_scores_of_an_image():
-    """Boxes are in pixels of the file's image, whatever size the model saw."""
-    boxes = torch.tensor([[2.0, 2.0, 10.0, 10.0], [20.0, 4.0, 30.0, 16.0]])
-    sample = BaseDataElement(
-        metainfo=dict(ori_shape=(32, 32), scale_factor=(2.0, 2.0)),
-        gt_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1])),
-        pred_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]), scores=torch.tensor([0.9, 0.8])),
-    )
-    assert score_of(sample) == 1
-    sample.pred_instances = sample.pred_instances[:1]
-    assert score_of(sample) == 0.5
-    sample.gt_instances = sample.gt_instances[:0]
-    assert score_of(sample) is None
-    maps = dict(gt_sem_seg=torch.tensor([[[0, 0, 1, 255]]]), pred_sem_seg=torch.tensor([[[0, 1, 1, 0]]]))
-    assert score_of(BaseDataElement(**{name: PixelData(data=data) for name, data in maps.items()})) == 0.5
-    label = torch.tensor([3])
-    assert score_of(BaseDataElement(gt_label=label, pred_label=label, pred_score=torch.eye(4)[3])) == 1
 
 
 def test_models_are_compared_on_the_images_of_both():

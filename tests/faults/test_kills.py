@@ -16,7 +16,7 @@ from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
 from helpers import assert_identical, load_trusted
-from mmmilan.checkpoints.newest import find_newest
+from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import StepSeedHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked

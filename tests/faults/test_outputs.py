@@ -14,8 +14,8 @@ import pytest
 
 import mmmilan
 from mmmilan import cli
-from mmmilan.datasets.target_cache import TargetCache
 from mmmilan.errors import InputError
+from mmmilan.teachers.cached import TargetCache
 
 # Command lines in a folder with images, a config and a checkpoint; OUT is a file that ends so.
 FILES = {

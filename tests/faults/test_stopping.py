@@ -17,7 +17,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from helpers import assert_identical, load_trusted
-from mmmilan.checkpoints.newest import find_newest
+from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import PrefetchHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
 from mmmilan.engine.work_dir import locked, prepare
@@ -193,7 +193,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
             content = spoil_bytes(content, rng)
         path.write_bytes(content)
     said = []
-    monkeypatch.setattr('mmmilan.checkpoints.newest.print_log', lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr('mmmilan.checkpoints.io.print_log', lambda message, **kwargs: said.append(message))
     newest = find_newest(tmp_path)
     for number in (2, 3):
         path = tmp_path / f'epoch_{number}.pth'

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmpretrain.structures import DataSample
 
-from mmmilan.datasets.target_cache import VERSION
+from mmmilan.teachers.cached import VERSION
 
 
 def two_masks(model: ConfigDict, folder: Path) -> None:

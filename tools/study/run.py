@@ -36,8 +36,8 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mmmilan.checkpoints.io import find_newest
 from mmmilan.checkpoints.loading import load_weights
-from mmmilan.checkpoints.newest import find_newest
 from mmmilan.datasets import ImageFolder
 from mmmilan.engine.launch import launched
 from mmmilan.engine.throughput import counted_flops

@@ -13,8 +13,8 @@ from mmengine.registry import DATASETS, FUNCTIONS, MODELS
 
 from helpers import relative_error
 from mmmilan.datasets import Draw
-from mmmilan.datasets.target_cache import TargetCache, encode, record_dtype
 from mmmilan.errors import InputError
+from mmmilan.teachers.cached import TargetCache, encode, record_dtype
 
 LOADER = {f'train_dataloader.{key}': value for key, value in dict(batch_size=4, num_workers=0).items()}
 
