@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from helpers import ROOT, own_settings, real_data, restated
 from mmmilan.models import MILAN, CLIPTarget, LinearProjection, MAEDecoder, PixelTarget, PromptingDecoder
 from mmmilan.models.masking import RandomMasking, SemanticAwareMasking
 from mmmilan.registry import MODELS
+from mmmilan.teachers import teacher_config
+from mmmilan.teachers.cached import VERSION, as_json
 
 CONFIGS = {path.stem: path for folder in ('.', 'ablations') for path in (ROOT / 'configs/milan' / folder).glob('*.py')}
 BASE = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
@@ -32,7 +35,7 @@ def test_config_states_only_its_difference(path):
 
 def with_random_teacher(name: str) -> Config:
     cfg = Config.fromfile(CONFIGS[name])
-    if cfg.model.head.get('teacher') and 'slip' not in name:
+    if cfg.model.head.get('teacher') and 'slip' not in name and 'cached' not in name:
         cfg.model.head.teacher.pretrained = None
     return cfg
 
@@ -49,8 +52,16 @@ def slip_weights():
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 @pytest.mark.parametrize('name', CONFIGS)
-def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch):
+def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch, tmp_path):
     cfg = with_random_teacher(name)
+    if 'cached' in name:  # a cache of the teacher of the config that it is made with
+        manifest = dict(
+            version=VERSION, epochs=1, seed=0, images=0, names=0, pipeline=[], feature_dim=512, num_patches=196,
+            width=768, patch_size=16, grid=[14, 14], input_size=[224, 224],
+            teacher=as_json(teacher_config(Config.fromfile(CONFIGS[BASE]).model.head.teacher)),
+        )  # fmt: skip
+        (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+        cfg.model.head.teacher.cache = str(tmp_path)
     if 'slip' in name:  # the one whose fine-tuning gives the 82.6 that the paper quotes
         assert Path(cfg.model.head.teacher.pretrained).name == 'slip_base_25ep.pt'
         monkeypatch.setattr('mmmilan.teachers.timm.read_weights', lambda path: slip_weights)

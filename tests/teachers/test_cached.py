@@ -11,11 +11,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS
 
-from helpers import relative_error
+from helpers import ROOT, relative_error
 from mmmilan.datasets import Draw
 from mmmilan.errors import InputError
 from mmmilan.teachers.cached import TargetCache, encode, record_dtype
 
+CONFIG = ROOT / 'configs/milan/milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 LOADER = {f'train_dataloader.{key}': value for key, value in dict(batch_size=4, num_workers=0).items()}
 
 
@@ -68,8 +69,9 @@ def test_masks_that_the_pipeline_draws(cached):
     """The cache's importance maps are what the pipeline form of the masking draws from; the model takes its masks."""
     config, folder, _ = cached
     cfg = cached_config(config, folder)
-    steps = cfg.train_dataloader.dataset.pipeline
-    steps.insert(len(steps) - 1, dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75))
+    steps = Config.fromfile(CONFIG).train_dataloader.dataset.pipeline[1:]
+    assert steps[0].type == 'mmmilan.SemanticAwareMasking'
+    cfg.train_dataloader.dataset.pipeline[1:] = steps
     cache, visible, every = TargetCache(folder), [], []
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     for i in range(24):
