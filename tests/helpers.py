@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmmilan.building import in_scope
 from mmmilan.engine import MeanTeacherHook
+from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers import Teacher
 
@@ -234,6 +235,14 @@ def build_model(cfg: dict) -> nn.Module:
     model = MODELS.build(cfg)
     model.init_weights()
     return model
+
+
+def build_error(cfg: dict) -> str:
+    """Build a model, or a part of one, that cannot be built; returns the error message, which is one line."""
+    with pytest.raises(InputError) as error:
+        MODELS.build(cfg)
+    assert '\n' not in str(error.value)
+    return str(error.value)
 
 
 @torch.no_grad()

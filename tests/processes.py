@@ -150,3 +150,10 @@ def serve_http(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[Serve
     finally:
         server.shutdown()
         server.server_close()
+
+
+def run_python(code: str, *args: str) -> list[str]:
+    """What a program in Python prints, line by line."""
+    result = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()

@@ -6,17 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
-from torch import nn
 
 import mmmilan
 from helpers import ROOT
 from mmmilan.building import change_config, check_config, faults_of, values_of
 from mmmilan.checkpoints.config import option_value, read_config_file
-from mmmilan.components import arguments_of
 from mmmilan.errors import InputError
-from mmmilan.models import MILANViT
 
 CONFIG = ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 
@@ -125,30 +121,6 @@ def test_options_that_do_not_fit(config):
         'model.backbone.arch.embed_dims cannot be set'
     )
     assert error_of(config, {'custom_hooks.99.type': 'A'}).startswith('custom_hooks.99.type cannot be set')
-
-
-class Passes(Hook):
-    def __init__(self, a: int, **kwargs) -> None:
-        super().__init__(**kwargs)
-
-
-class Keeps(Hook):
-    def __init__(self, a: int, **kwargs) -> None:
-        self.kept = kwargs
-
-
-class Below(Keeps):
-    def __init__(self, b: int, **kwargs) -> None:
-        super().__init__(**kwargs)
-
-
-def test_arguments_through_base_classes():
-    number = frozenset({int, float, list})  # where a type hint is not ours or PyTorch's
-    assert arguments_of(Passes) == (dict(a=number), False)
-    assert arguments_of(Keeps) == (dict(a=number), True) and set(arguments_of(Below)[0]) == {'a', 'b'}
-    names, is_open = arguments_of(MILANViT)
-    assert {'with_cp', 'arch', 'init_cfg', 'out_type'} <= set(names) and not is_open
-    assert {'normalized_shape', 'eps'} <= set(arguments_of(nn.LayerNorm)[0])
 
 
 @pytest.mark.parametrize('as_options', [True, False])
