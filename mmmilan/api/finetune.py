@@ -87,7 +87,8 @@ def finetune(
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config, task_of
+    from mmmilan.api.finetune_probe import begin_as_probe
+    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
     from mmmilan.api.pretrain import check_out
     from mmmilan.building import change_config
     from mmmilan.datasets.labelled import write_labelled
@@ -110,11 +111,11 @@ def finetune(
         second = None if compare is None else compared_config(config, compare)
     if labelled is not None:  # of a resumed run, it must be what split.json says
         write_labelled(labelled, folder)
+    frozen = begin_as_probe(config, folder)
     weights = run(config, folder, resume, gpus)
-    probed = task_of(config) == 'classification' and config.model.backbone.get('init_cfg') and not freeze
-    scores = image_scores(weights) if probed or second is not None else {}
-    if probed:
-        say_probes(config, scores)
+    scores = image_scores(weights) if frozen or second is not None else {}
+    if frozen:
+        say_probes(frozen, scores)
     comparison = None if second is None else compare_runs(second, weights, scores, compare, gpus)
     write_page(weights, comparison)
     return weights
@@ -151,66 +152,27 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     return weights
 
 
-def say_probes(config: Config, scores: dict[str, float]) -> None:
-    """Log whether a classifier is better than what its frozen start gives, for nothing: probes and neighbours.
+def say_probes(frozen: dict[str, float], scores: dict[str, float]) -> None:
+    """Log whether a classifier is better than what its frozen start gives, for nothing: probe and neighbours.
 
     Args:
-        config: Of the classifier.
+        frozen: See :func:`mmmilan.api.finetune_probe.begin_as_probe`.
         scores: See :func:`image_scores`.
     """
     from mmengine.logging import print_log
 
-    own = list(scores.values())
-    others = frozen_accuracies(config)
-    best = max(others, key=others.get)
-    accuracy = sum(own) / len(own)
-    figures = f'{100 * accuracy:.1f} % of {len(own)} validation images right'
-    frozen = ', '.join(f'{name} {100 * value:.1f} %' for name, value in others.items())
-    print_log(f'Fine-tuning gets {figures}; the frozen start gets: {frozen}.', logger='current')
-    if others[best] > accuracy:
+    best = max(frozen, key=frozen.get)
+    accuracy = sum(scores.values()) / len(scores)
+    figures = f'{100 * accuracy:.1f} % of {len(scores)} validation images right'
+    others = ', '.join(f'{name} {100 * value:.1f} %' for name, value in frozen.items())
+    print_log(f'Fine-tuning gets {figures}; the frozen start gets: {others}.', logger='current')
+    if frozen[best] > accuracy:
         print_log(
-            f'The {best} of the frozen encoder is the better model here; train a linear probe with --freeze, or '
+            f'The {best} of the frozen encoder is the better model here; train the head alone with --freeze, or '
             'fine-tune with more images.',
             logger='current',
             level=logging.WARNING,
         )
-
-
-def frozen_accuracies(config: Config) -> dict[str, float]:
-    """Top-1 accuracy in [0, 1] of a linear probe and of nearest neighbours on the start of a classifier, by name."""
-    import copy
-    from functools import partial
-
-    from mmengine.registry import DefaultScope
-    from mmpretrain.registry import DATASETS, MODELS
-
-    from mmmilan.evaluation.features import choose_device, class_and_mean, extract, join
-    from mmmilan.evaluation.probes import knn_accuracy, linear_probe_accuracy
-
-    backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
-    preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=preprocessor))
-        model.init_weights()
-        model = model.to(choose_device(None)).eval()
-        pipeline = config.val_dataloader.dataset.pipeline
-        splits = [
-            DATASETS.build(dict(loader.dataset, pipeline=pipeline))
-            for loader in (config.train_dataloader, config.val_dataloader)
-        ]
-
-    encode = partial(class_and_mean, model.backbone)
-    workers = config.val_dataloader.num_workers
-    train, val = (
-        join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', num_workers=workers))
-        for dataset in splits
-    )
-    accuracies = {}
-    for name in ('class_token', 'mean_token'):
-        pair = [(arrays[name], arrays['label']) for arrays in (train, val)]
-        accuracies[f'linear probe on the {name.replace("_", " ")}'] = linear_probe_accuracy(*pair)
-        accuracies[f'k-NN by the {name.replace("_", " ")}'] = knn_accuracy(*pair)
-    return accuracies
 
 
 def compare_runs(
@@ -224,6 +186,7 @@ def compare_runs(
 
     from mmengine.logging import print_log
 
+    from mmmilan.api.finetune_probe import begin_as_probe
     from mmmilan.api.finetune_recipe import task_of
     from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.evaluation.comparison import compare_models
@@ -232,6 +195,7 @@ def compare_runs(
     folder = weights.parent / COMPARED
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
+    begin_as_probe(config, folder)
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
     comparison = compare_models(scores, image_scores(other), task_of(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))

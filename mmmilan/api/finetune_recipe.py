@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 
     from mmmilan.datasets.labelled import Labelled
 
-HEAD_ALONE = 'vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k'
 ZOO = dict(
     classification='vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
     detection='mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco',
@@ -50,7 +49,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = dict(
-    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), dict(cuda=2000, cpu=600), (20, 100)),
+    classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), dict(cuda=2000, cpu=300), (10, 100)),
     detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), dict(cuda=4000, cpu=400), (12, 100)),
     segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), dict(cuda=4000, cpu=600), (15, 200)),
 )
@@ -224,7 +223,7 @@ def new_config(
     labelled = read_labelled(**of_data, seed=seed)
     say(labelled)
     encoder = encoder_of(start, arch, patch_size)
-    config = base_config(labelled.task, freeze)
+    config = base_config(labelled.task)
     side = img_size or default_size(labelled, encoder)
     check_size(side, encoder.patch_size)
     config.runner_type = 'mmmilan.ConsoleRunner'
@@ -293,6 +292,10 @@ def compared_config(config: Config, start: str) -> Config:
 
     second = copy.deepcopy(config)
     backbone = second.model.backbone
+    if task_of(config) == 'classification':  # its head begins as published, or as the probe of its own start
+        published = base_config('classification').model
+        backbone.update(out_type=published.backbone.out_type, final_norm=published.backbone.final_norm)
+        second.model.head.init_cfg = published.head.init_cfg
     if start == 'scratch':
         backbone.init_cfg = None
     else:
@@ -345,7 +348,7 @@ class Batches(NamedTuple):
         return self.size * self.accumulate * self.processes
 
 
-def base_config(task: str, freeze: bool = False) -> Config:
+def base_config(task: str) -> Config:
     """The published config of a task."""
     from mmmilan.building import require_operators
     from mmmilan.checkpoints.config import read_config_file
@@ -353,8 +356,7 @@ def base_config(task: str, freeze: bool = False) -> Config:
 
     if task != 'classification':
         require_operators()
-    name = HEAD_ALONE if freeze and task == 'classification' else ZOO[task]
-    return read_config_file(find_model(name).config)
+    return read_config_file(find_model(ZOO[task]).config)
 
 
 def default_size(labelled: Labelled, encoder: Encoder) -> int:
@@ -396,12 +398,9 @@ def fit_classifier(config: Config, labelled: Labelled, encoder: Encoder, side: i
     model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
     model.data_preprocessor.num_classes = classes
     model.head.update(num_classes=classes, in_channels=width)
-    # as in the published linear probe: with few images better than the mean of the patches (docs/own_images.md)
-    model.backbone.update(out_type='cls_token', final_norm=True)
-    model.neck = dict(type='mmpretrain.ClsBatchNormNeck', input_features=width)
     model.train_cfg = None  # no mixing: see docs/own_images.md
     steps = config.train_dataloader.dataset.pipeline
-    part(steps, 'LoadRandomResizedCrop').update(scale=side, crop_ratio_range=(0.35, 1.0))
+    part(steps, 'LoadRandomResizedCrop').update(scale=side, crop_ratio_range=(0.6, 1.0))
     config.train_dataloader.dataset.pipeline = [
         step for step in steps if step['type'] not in ('RandAugment', 'RandomErasing')
     ]
@@ -575,7 +574,7 @@ def set_schedule(
     )
 
 
-HEAD_RATE = 1e-3
+HEAD_RATE = 1e-4  # of a head alone, which begins as a linear probe or is small
 
 
 def schedule(epochs: int, steps: int) -> list[dict]:

@@ -80,7 +80,7 @@ def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
     names = sorted(
         path.name for path in (tmp_path / 'run').iterdir() if not path.name.startswith(('.', '20', 'report'))
     )
-    assert names == ['config.py', 'epoch_2.pth', 'last_checkpoint', 'model.pth', 'split.json']
+    assert names == ['config.py', 'epoch_2.pth', 'last_checkpoint', 'model.pth', 'probe.pth', 'split.json']
     with pytest.raises(InputError, match='holds a run already'):
         mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of())
 
@@ -164,6 +164,10 @@ def test_compared_with_random_weights(colours, start, tmp_path, capfd):
     assert result['sentence'] in capfd.readouterr().out
     first, second = (own_config(tmp_path / 'run' / name) for name in ('model.pth', 'compare/model.pth'))
     assert first.model.backbone.pop('init_cfg').checkpoint == start and second.model.backbone.pop('init_cfg') is None
+    assert first.model.head.pop('init_cfg').checkpoint == str(tmp_path / 'run/probe.pth')
+    assert [each['type'] for each in second.model.head.pop('init_cfg')] == ['TruncNormal']
+    for config in (first, second):  # which token is read, too
+        del config.model.backbone.out_type, config.model.backbone.final_norm
     keys = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'randomness')
     assert all(first[key] == second[key] for key in keys)
 
@@ -174,7 +178,7 @@ def test_the_head_alone(colours, start, tmp_path):
     trained = {
         key for key, value in after['state_dict'].items() if key in before and not torch.equal(value, before[key])
     }
-    assert not trained and after['state_dict']['head.layers.head.weight'].shape == (3, 64)
+    assert not trained and after['state_dict']['head.fc.weight'].shape == (3, 64)
     with pytest.raises(InputError, match='freeze trains the head of random weights'):
         mmmilan.finetune(colours, tmp_path / 'other', arch=ARCH, freeze=True)
 
@@ -212,8 +216,6 @@ def test_what_cannot_be(colours, start, tmp_path):
         with pytest.raises(InputError, match=message):
             mmmilan.finetune(colours, tmp_path / 'run', **options)
     assert not list(tmp_path.rglob('*.pth')) and not list(tmp_path.rglob('split.json'))
-    with pytest.raises(InputError, match='batch_size is 1, but neck.bn is a BatchNorm'):
-        mmmilan.finetune(colours, tmp_path / 'run', start=start, batch_size=1)
     with pytest.raises(InputError, match='whose files are read as labelled data; choose a folder beside it'):
         mmmilan.finetune(colours, colours / 'runs', start=start)
     with pytest.raises(InputError, match='lacks the folder of labelled images'):

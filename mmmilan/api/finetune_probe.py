@@ -1,0 +1,139 @@
+"""A classifier's head begins as the linear probe of its frozen start (Kumar et al., arXiv 2202.10054)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import DATASETS, MODELS
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from mmmilan.api.finetune_recipe import task_of
+from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
+from mmmilan.errors import InputError
+from mmmilan.evaluation.features import choose_device, extract, join
+from mmmilan.evaluation.probes import Split, knn_accuracy
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+TOKENS = dict(cls_token='class token', avg_featmap='mean token')  # by mmpretrain's out_type
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the probe's L2 penalty that are tried
+FOLDS = 5
+FILE = 'probe.pth'
+
+
+class Probe(NamedTuple):
+    """A linear probe.
+
+    Attributes:
+        out_type: The token that it reads, a key of ``TOKENS``.
+        weight: [C, D], of the features as they are.
+        bias: [C].
+        score: Its accuracy in cross-validation, in [0, 1].
+    """
+
+    out_type: str
+    weight: np.ndarray
+    bias: np.ndarray
+    score: float
+
+    def accuracy(self, test: Split) -> float:
+        """Top-1 accuracy in [0, 1]."""
+        return float(((test[0] @ self.weight.T + self.bias).argmax(1) == test[1]).mean())
+
+
+def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
+    """Let the head of a classifier begin as the linear probe of its frozen start, on the token that suits it better.
+
+    Token and penalty are chosen by cross-validation on the training images. The probe is written to
+    ``folder/probe.pth``, where the config, which is changed in place, reads it. A resumed run has its probe already.
+    Other tasks, and random weights, begin with a random head.
+
+    Args:
+        config: Of :func:`mmmilan.api.finetune_recipe.new_config` or ``resumed_config``.
+        folder: Of the run.
+
+    Returns:
+        Top-1 accuracies in [0, 1] on the validation images of what the frozen start gives for nothing, by name; {} if
+        there is no probe.
+
+    Raises:
+        InputError: the folder has a ``probe.pth`` that is not a probe.
+    """
+    if task_of(config) != 'classification' or not config.model.backbone.get('init_cfg'):
+        return {}
+    path = folder / FILE
+    known = accuracies_in(path)
+    if known is not None and checkpoints_in(folder):
+        return known
+    train, val = frozen_features(config)
+    labels = train['label'], val['label']
+    probe = max((fit_probe(out_type, (train[out_type], labels[0])) for out_type in TOKENS), key=lambda each: each.score)
+    accuracies = {f'linear probe on the {TOKENS[probe.out_type]}': probe.accuracy((val[probe.out_type], labels[1]))}
+    for out_type, name in TOKENS.items():
+        accuracies[f'k-NN by the {name}'] = knn_accuracy(*zip((train[out_type], val[out_type]), labels, strict=True))
+    layer = {f'head.fc.{name}': torch.from_numpy(getattr(probe, name)).float() for name in ('weight', 'bias')}
+    save_checkpoint_file(dict(meta=dict(accuracies=accuracies), state_dict=layer), path)
+    config.model.backbone.update(out_type=probe.out_type, final_norm=probe.out_type == 'cls_token')
+    config.model.head.init_cfg = dict(type='Pretrained', checkpoint=str(path.absolute()), prefix='head.')
+    return accuracies
+
+
+def accuracies_in(path: Path) -> dict[str, float] | None:
+    """The accuracies that were measured when a probe was written; None if there is no file.
+
+    Raises:
+        InputError: the file is something else.
+    """
+    if not path.exists():
+        return None
+    meta = load_checkpoint_file(path).get('meta') or {}
+    if 'accuracies' not in meta:
+        raise InputError(f'{path} is not a probe of mmmilan, and would be replaced by one; choose another folder.')
+    return meta['accuracies']
+
+
+def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the head would read with each ``out_type`` [M, D], and ``label`` [M], of training and validation images."""
+    backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
+    preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=preprocessor))
+        model.init_weights()
+        model = model.to(choose_device(None)).eval()
+        loaders = config.train_dataloader, config.val_dataloader
+        pipeline = config.val_dataloader.dataset.pipeline
+        splits = [DATASETS.build(dict(loader.dataset, pipeline=pipeline)) for loader in loaders]
+    model.backbone.final_norm = False  # the mean is taken before the norm
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        (tokens,) = model.backbone(images)
+        norm = model.backbone.ln1
+        mean = nn.functional.layer_norm(tokens[:, 1:].mean(1), norm.normalized_shape, eps=norm.eps)
+        return dict(cls_token=norm(tokens[:, 0]), avg_featmap=mean)
+
+    workers = config.val_dataloader.num_workers
+    return tuple(
+        join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', num_workers=workers))
+        for dataset in splits
+    )
+
+
+def fit_probe(out_type: str, train: Split) -> Probe:
+    """Logistic regression on standardised features, its penalty chosen by cross-validation."""
+    scaler = StandardScaler().fit(train[0])
+    folds = max(2, min(FOLDS, np.bincount(train[1]).min()))
+    found = LogisticRegressionCV(Cs=PENALTIES, cv=folds, max_iter=1000).fit(scaler.transform(train[0]), train[1])
+    score = max(scores.mean(0).max() for scores in found.scores_.values())
+    coefficients, intercept = found.coef_, found.intercept_
+    if len(coefficients) == 1:  # of two classes scikit-learn has the logit of the second
+        coefficients, intercept = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercept / 2
+    weight = coefficients / scaler.scale_
+    return Probe(out_type, weight, intercept - weight @ scaler.mean_, float(score))
