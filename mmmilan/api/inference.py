@@ -137,11 +137,11 @@ class Images:
     """
 
     def __init__(self, images: Sequence, reader: Inferencer) -> None:
-        import numpy as np
+        from mmmilan.datasets.listing import Names
 
         if all(isinstance(image, (str, os.PathLike)) for image in images):
-            # one array, as a list would be copied into each worker, string by string
-            images = np.array([os.fsencode(image) for image in images])
+            # a list would be copied into each worker, string by string
+            images = images if isinstance(images, Names) else Names(map(os.fspath, images))
         self.images, self.reader = images, reader
 
     def __len__(self) -> int:
@@ -152,8 +152,7 @@ class Images:
 
     def read(self, index: int) -> dict:
         """An image after the first step of the pipeline."""
-        image = self.images[index]
-        return self.reader.read(os.fsdecode(image) if isinstance(image, bytes) else image)
+        return self.reader.read(self.images[index])
 
 
 class FeatureExtractor(Inferencer):

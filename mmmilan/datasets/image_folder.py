@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,20 @@ from torch.utils.data import get_worker_info
 
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
-from mmmilan.datasets.listing import extension, first_folders, is_leaving, list_folder, log_left_out, remember
+from mmmilan.datasets.listing import Names, decoded, extension, is_leaving, list_folder, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb, load_index
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError, printable
 from mmmilan.registry import DATASETS
 
 MAX_CORRUPT_IN_A_ROW = 100
+LABEL = np.dtype('<i4')
 MAX_WORKERS = 1024  # of a data loader, whose counts are kept apart
 ENDINGS = f'{", ".join(EXTENSIONS)} or .tar'
 Source = str | os.PathLike  # a folder of images and tar shards, however nested; a tar shard; or an image
 
 
-def list_images(sources: Source | Sequence[Source]) -> list[str]:
+def list_images(sources: Source | Sequence[Source]) -> Names:
     """All images of one or several sources, sorted by path within each source.
 
     Returns:
@@ -42,7 +44,8 @@ def list_images(sources: Source | Sequence[Source]) -> list[str]:
     Raises:
         InputError: a source does not exist, or holds no image.
     """
-    return [image for source in as_sources(sources) for image in images_in(source)]
+    parts = [images_in(source) for source in as_sources(sources)]
+    return parts[0] if len(parts) == 1 else Names(content=b''.join(part.content for part in parts))
 
 
 def as_sources(sources: Source | Sequence[Source]) -> list[Source]:
@@ -50,39 +53,80 @@ def as_sources(sources: Source | Sequence[Source]) -> list[Source]:
     return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
 
 
-def images_in(source: Source) -> list[str]:
-    """As :func:`list_images`, of one source."""
+def images_in(source: Source) -> Names:
+    """As :func:`list_images`, of one source; within :func:`listed_once` the same for each call."""
     path = os.path.expanduser(os.fspath(source))
+    return remember(('images', path), lambda: _images_in(source, path))
+
+
+def _images_in(source: Source, path: str) -> Names:
     if os.path.isdir(path):
-        images = [image for image, _ in expand_shards(path, list_folder(path).files)]
+        images, _ = expand_shards(path, list_folder(path).files)
     elif not os.path.exists(path):
         raise InputError(f'{source} does not exist; give a folder of images, a tar file or an image.')
     elif extension(path) in (*EXTENSIONS, '.tar'):
-        images = [image for image, _ in expand_shards('', [path])]
+        images, _ = expand_shards('', [path])
     else:
-        images = []
+        images = Names()
     if not images:
         raise InputError(f'{source} holds no image; it should hold files that end in {ENDINGS}.')
     return images
 
 
-def expand_shards(folder: str, files: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each image of the files in a folder, those in tar shards too, with the file that it is in.
+def expand_shards(folder: str, files: Sequence[str]) -> tuple[Names, np.ndarray]:
+    """Each image of the files in a folder, those in tar shards too.
 
-    Yields:
-        Path, as :func:`list_images` gives it, and the file relative to the folder.
+    Returns:
+        Paths of the images, as :func:`list_images` gives them, and in which of the files each is: [M], int.
     """
+    shards = [i for i, file in enumerate(files) if file[-4:].lower() == '.tar']
+    files = files if isinstance(files, Names) else Names(files)
+    images = files.within(folder) if folder else files
+    if not shards:
+        return images, np.arange(len(images))
     unused: Counter[str] = Counter()
-    prefix, path = os.path.join(folder, '') if folder else '', ''
-    for file in files:
-        path = prefix + file
-        if file[-4:].lower() == '.tar':
-            index = remember(path, partial(load_index, Path(path)))
-            unused.update(index.unused)
-            yield from ((image, file) for image, _ in index.samples)
-        else:
-            yield path, file
-    log_left_out(f'the shards in {folder}' if folder else path, unused)
+    paths, counts = list(images), np.ones(len(images), int)
+    for i in shards:
+        index = remember(images[i], partial(load_index, Path(images[i])))
+        unused.update(index.unused)
+        paths[i], counts[i] = [image for image, _ in index.samples], len(index.samples)
+    log_left_out(f'the shards in {folder}' if folder else images[-1], unused)
+    flat = chain.from_iterable([each] if isinstance(each, str) else each for each in paths)
+    return Names(flat), np.repeat(np.arange(len(counts)), counts)
+
+
+def first_folder_of(files: Names, names: Sequence[str]) -> np.ndarray:
+    """Which of some names is the first folder of each file: [M], int."""
+    number = {name: i for i, name in enumerate(names)}
+    return np.fromiter((number[file.partition('/')[0]] for file in files), int, len(files))
+
+
+class Records(Sequence[dict]):
+    """The records of a data set: paths of images, and labels if there are any, [M], int32."""
+
+    def __init__(self, paths: Names, labels: np.ndarray | None = None) -> None:
+        self.paths, self.labels = paths, labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        record = dict(img_path=self.paths[index])
+        return record if self.labels is None else record | dict(gt_label=int(self.labels[index]))
+
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """All records in bytes, uint8, each its path, a zero byte and maybe the label; and where each ends, int64."""
+        content, ends = np.frombuffer(self.paths.content, np.uint8), self.paths.ends
+        if self.labels is None:
+            return content, ends
+        size, count = LABEL.itemsize, len(ends)
+        after = ends[:, None] + np.arange(size) + size * np.arange(count)[:, None]  # where the labels go
+        is_path, packed = np.ones(len(content) + size * count, bool), np.empty(len(content) + size * count, np.uint8)
+        is_path[after] = False
+        packed[is_path], packed[after] = content, self.labels.astype(LABEL).view(np.uint8).reshape(count, size)
+        return packed, ends + size * np.arange(1, count + 1)
 
 
 class SharedCount:
@@ -151,7 +195,7 @@ class ImageFolder(CustomDataset):
         """How many times an image did not decode, in all data workers together."""
         return self._num_corrupt.total()
 
-    def load_data_list(self) -> list[dict]:
+    def load_data_list(self) -> Sequence[dict]:
         if (self.backend_args or {}).get('backend') == 'lmdb':
             return self.load_lmdb_list(self.backend_args['db_path'])
         self.check_folder()
@@ -164,7 +208,7 @@ class ImageFolder(CustomDataset):
                 ) from error
         if self.with_label:
             return self.load_labelled_list()
-        return [dict(img_path=path) for path in images_in(self.img_prefix)]
+        return Records(images_in(self.img_prefix))
 
     def check_folder(self) -> None:
         """Raise an :class:`InputError` if the folder does not exist."""
@@ -177,21 +221,27 @@ class ImageFolder(CustomDataset):
         """Whether a key of a database, or a file on a server, is an image."""
         return super().is_valid_file(filename) and not any(map(is_leaving, filename.split('/')))
 
-    def load_labelled_list(self) -> list[dict]:
-        """As :meth:`load_data_list`, labelled by the first folder of each path."""
+    def load_labelled_list(self) -> Records:
+        """As :meth:`load_data_list`, labelled by the first folder of each path, and in the order of folders."""
         listing = list_folder(self.img_prefix)
-        files = sorted((file for file in listing.files if '/' in file), key=lambda file: file.partition('/')[::2])
-        log_left_out(self.img_prefix, {'images in no folder of a class': len(listing.files) - len(files)})
-        images = [(path, file.partition('/')[0]) for path, file in expand_shards(self.img_prefix, files)]
+        loose = sum('/' not in file for file in listing.files)
+        files = Names(file for file in listing.files if '/' in file) if loose else listing.files
+        log_left_out(self.img_prefix, {'images in no folder of a class': loose})
+        folders = first_folder_of(files, listing.folders)
+        if (np.diff(folders) < 0).any():  # `a-b/c` before `a/c`
+            order = np.argsort(folders, kind='stable')
+            files, folders = Names(map(list(files).__getitem__, order)), folders[order]
+        images, file_of = expand_shards(self.img_prefix, files)
         if not images:
             raise InputError(f'{self.img_prefix} has no image in the folder of a class; they should end in {ENDINGS}.')
-        counts = Counter(folder for _, folder in images)
-        label = self.label_folders({folder: counts[folder] for folder in listing.folders})
-        empty = sorted(set(listing.folders).difference(first_folders(files)))
+        counts = np.bincount(folders[file_of], minlength=len(listing.folders))
+        label = self.label_folders(dict(zip(listing.folders, counts.tolist(), strict=True)))
+        empty = [listing.folders[i] for i in np.setdiff1d(np.arange(len(counts)), folders)]
         if empty:
             message = printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.')
             print_log(message, logger='current', level=logging.WARNING)
-        return [dict(img_path=path, gt_label=label[folder]) for path, folder in images]
+        labels = np.array([-1 if label[name] is None else label[name] for name in listing.folders])
+        return Records(images, labels[folders[file_of]])
 
     def _find_samples(self) -> list:
         """As mmpretrain's, on a server, but classes that were given are matched by name."""
@@ -240,13 +290,38 @@ class ImageFolder(CustomDataset):
         return {name: label[as_name(name)] for name in folders}
 
     def _serialize_data(self) -> tuple[np.ndarray, np.ndarray]:
-        """As MMEngine's, with records that are freed as they are written: half the memory at most, for a million."""
+        """As MMEngine's, but :class:`Records` are packed without pickles, and others freed as they are written."""
+        self.is_packed = isinstance(self.data_list, Records)
+        if self.is_packed:
+            packed, self.data_list = self.data_list.packed(), []
+            return packed
         content, ends = bytearray(), np.empty(len(self.data_list), np.int64)
         for i, record in enumerate(self.data_list):
             content += pickle.dumps(record, protocol=4)
             ends[i], self.data_list[i] = len(content), None
         self.data_list.clear()
         return np.frombuffer(content, np.uint8), ends
+
+    def get_data_info(self, idx: int) -> dict:
+        """The record of sample ``idx``."""
+        if not self._fully_initialized:
+            self.full_init()
+        if not self.serialize_data or not self.is_packed:
+            return super().get_data_info(idx)
+        number = range(len(self))[idx]
+        begin = self.data_address[number - 1] if number else 0
+        path, _, label = self.data_bytes[begin : self.data_address[number]].tobytes().partition(b'\0')
+        record = dict(img_path=decoded(path), sample_idx=number)
+        return record | dict(gt_label=int.from_bytes(label, 'little')) if label else record
+
+    def get_gt_labels(self) -> np.ndarray:
+        """The label of each image: [M], int."""
+        if not self._fully_initialized:
+            self.full_init()
+        if not self.with_label or not self.serialize_data or not self.is_packed:
+            return super().get_gt_labels()
+        size = LABEL.itemsize
+        return self.data_bytes[self.data_address[:, None] + np.arange(-size, 0)].view(LABEL)[:, 0].astype(int)
 
     def __getitem__(self, index: int) -> dict:
         """Sample ``index`` after the pipeline; a :class:`Draw` in place of a number also fixes the augmentations."""
@@ -299,5 +374,5 @@ class ImageSources(ImageFolder):
         self.sources = sources
         super().__init__(data_root=str(sources[0]), **kwargs)
 
-    def load_data_list(self) -> list[dict]:
-        return [dict(img_path=path) for path in list_images(self.sources)]
+    def load_data_list(self) -> Sequence[dict]:
+        return Records(list_images(self.sources))

@@ -248,7 +248,8 @@ def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dic
         files = [file for file in listing.files if '/' in file]
         if loose := len(listing.files) - len(files):
             notes.append(f'{count(loose, "image")} of {base} left out, in the folder of no class.')
-        found = list(expand_shards(base, files))
+        paths, file_of = expand_shards(base, files)
+        found = [(path, files[i]) for path, i in zip(paths, file_of, strict=True)]
         kept = [(path, file) for path, file in found if path not in maps]
         if len(kept) < len(found):
             notes.append(f'{count(len(found) - len(kept), "label map")} of {base} left out.')

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,10 +22,11 @@ import torch
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.logging import print_log
+from torch import Tensor
 
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.listing import extension, is_leaving
-from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
+from mmmilan.datasets.reproducible import ReproducibleSampler
 from mmmilan.errors import InputError
 from mmmilan.files import atomic_folder, check_output_folder, write_text
 from mmmilan.registry import DATA_SAMPLERS
@@ -79,7 +80,12 @@ def stored_index(path: Path, stamp: list[int]) -> dict:
         index = json.loads(path.read_text(encoding='utf-8'))
         assert index['stamp'] == stamp
         for name, offset, size, texts in index['samples']:
-            assert isinstance(name, str) and all(isinstance(text, str) for text in texts) and isinstance(texts, list)
+            assert (
+                isinstance(name, str)
+                and '\0' not in name
+                and all(isinstance(text, str) for text in texts)
+                and isinstance(texts, list)
+            )
             assert type(offset) is int and type(size) is int and 0 <= offset <= offset + size <= stamp[1]
         assert all(isinstance(kind, str) and type(count) is int for kind, count in index['unused'].items())
         return index
@@ -109,6 +115,8 @@ def read_index(shard: Path) -> tuple[list[tuple[str, int, int, list[str]]], dict
                     unused['hidden'] += 1
                 elif not member.isfile():
                     unused['links'] += 1
+                elif '\0' in member.name:  # which no file name has
+                    unused['with a zero byte in the name'] += 1
                 elif kind in EXTENSIONS:
                     images[member.name] = member.offset_data, member.size
                 elif kind in CAPTIONS and (found := read_captions(tar.extractfile(member).read(), kind)):
@@ -227,16 +235,12 @@ class ShardSampler(ReproducibleSampler):
     those of MMEngine's ``DefaultSampler``, except ``shuffle``.
     """
 
-    def __iter__(self) -> Iterator[Draw]:
+    def order(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         sizes = torch.tensor(self.dataset.shard_sizes)
         starts = sizes.cumsum(0) - sizes
         shards = torch.randperm(len(sizes), generator=generator).tolist()
-        order = [starts[shard] + torch.randperm(int(sizes[shard]), generator=generator) for shard in shards]
-        order = torch.cat(order)
-        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
-        own = order[self.rank : self.total_size : self.world_size].tolist()
-        return (Draw(self.seed, self.epoch, index) for index in own)
+        return torch.cat([starts[shard] + torch.randperm(int(sizes[shard]), generator=generator) for shard in shards])
 
 
 def import_lmdb() -> ModuleType:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.logging import print_log
+from torch import Tensor
 
 from mmmilan.registry import DATA_SAMPLERS
 
@@ -53,8 +54,16 @@ class ReproducibleSampler(DefaultSampler):
             print_log(message, logger='current', level=logging.WARNING)
 
     def __iter__(self) -> Iterator[Draw]:
-        indices = super().__iter__()
-        return (Draw(self.seed, self.epoch, index) for index in indices)
+        order = self.order()  # not the list of ``DefaultSampler``, which has an object for each index
+        for place in range(self.rank, self.total_size, self.world_size):  # round_up begins again at the end
+            yield Draw(self.seed, self.epoch, int(order[place % len(order)]))
+
+    def order(self) -> Tensor:
+        """The order of all samples in this epoch: that of ``DefaultSampler``, [M], int64."""
+        size = len(self.dataset)
+        if not self.shuffle:
+            return torch.arange(size)
+        return torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
 
 
 def fetch(dataset: Any, indices: Sequence[int]) -> list:

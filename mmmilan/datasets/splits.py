@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, images_in, list_images
+from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
 from mmmilan.datasets.listing import list_folder, remember
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
@@ -159,7 +159,7 @@ def class_folders(source: Source) -> tuple[Source, list[str]]:
     return folder.root, list(folder.counts)
 
 
-def list_labelled_images(source: Source) -> tuple[list[str], np.ndarray, list[str]]:
+def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, list[str]]:
     """Paths of the images of a source, their labels [M], int, and the class names of :func:`class_folders`.
 
     Without class folders all labels are 0 and there are no class names.
@@ -171,10 +171,9 @@ def list_labelled_images(source: Source) -> tuple[list[str], np.ndarray, list[st
     if not classes:
         images = images_in(source)
         return images, np.zeros(len(images), int), classes
-    files = [file for file in list_folder(root).files if '/' in file]
-    images, folders = zip(*expand_shards(str(root), files), strict=True)
-    label = {name: i for i, name in enumerate(classes)}
-    return list(images), np.array([label[file.partition('/')[0]] for file in folders]), classes
+    files = list_folder(root).files
+    images, file_of = expand_shards(str(root), files)
+    return images, first_folder_of(files, classes)[file_of], classes
 
 
 def describe(sources: Sequence[Source]) -> str:

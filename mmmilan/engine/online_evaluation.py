@@ -14,7 +14,6 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import Dataset
 
 from mmmilan.engine.throughput import evaluations_left
 from mmmilan.errors import InputError
@@ -25,6 +24,7 @@ from mmmilan.registry import DATASETS, HOOKS
 
 BATCH_SIZE = 64
 COMPARED_WITH_TEACHER = 64
+PER_CLASS = 10  # images, so that one in five is tested and has neighbours of its class
 
 
 @HOOKS.register_module()
@@ -45,7 +45,8 @@ class OnlineEvaluationHook(Hook):
     Args:
         dataset: Config of the images, with their labels if ``with_label=True``.
         interval: Epochs between two evaluations.
-        max_images: Maximum number of images, evenly spaced in the data set.
+        max_images: Maximum number of images, evenly spaced in the data set; of more than ``max_images / 10`` classes,
+            those of so many that each has ten on average.
     """
 
     priority = 'LOW'  # after the logger's line of the epoch's last step
@@ -58,10 +59,12 @@ class OnlineEvaluationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.dataset = DATASETS.build(self.dataset_cfg)
+        among = np.arange(len(self.dataset))
         if self.dataset_cfg.get('with_label'):
-            check_labels(self.dataset)
-        size = len(self.dataset)
-        self.chosen = np.unique(np.linspace(0, size - 1, min(size, self.max_images)).astype(int))
+            labels = self.dataset.get_gt_labels()
+            check_labels(labels)
+            among = of_some_classes(labels, max(2, self.max_images // PER_CLASS))
+        self.chosen = among[evenly_spaced(len(among), self.max_images)]
         self.start = time.monotonic()
         if runner.epoch == 0:
             self.evaluate(runner)
@@ -108,9 +111,19 @@ class OnlineEvaluationHook(Hook):
         return scores
 
 
-def check_labels(dataset: Dataset) -> None:
-    """Raise an :class:`InputError` if a data set has only one class, or fewer than five images a class."""
-    labels = np.array([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
+def evenly_spaced(size: int, number: int) -> np.ndarray:
+    """At most ``number`` of the integers below ``size``."""
+    return np.unique(np.linspace(0, size - 1, min(size, number)).astype(int))
+
+
+def of_some_classes(labels: np.ndarray, number: int) -> np.ndarray:
+    """The images of at most ``number`` classes: their positions in the data set."""
+    classes = np.unique(labels)
+    return np.flatnonzero(np.isin(labels, classes[evenly_spaced(len(classes), number)]))
+
+
+def check_labels(labels: np.ndarray) -> None:
+    """Raise an :class:`InputError` if there is only one class, or fewer than five images a class."""
     counts = np.bincount(labels)
     if len(counts) < 2 or len(labels) < 5 * len(counts):
         raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 from PIL import Image
 
 import mmmilan
@@ -21,6 +24,7 @@ from mmmilan import cli
 from mmmilan.api.pretrain import reported_images
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.engine import OnlineEvaluationHook
 from mmmilan.engine.schedule import fit_schedule
 from mmmilan.errors import InputError
 
@@ -282,3 +286,38 @@ def test_command(image_folder, quick, tmp_path, capfd):
     for block in ('System environment:', 'Config:\nauto_scale_lr', 'Hooks will be executed', 'paramwise_options'):
         assert block in log.read_text() and block not in printed
     assert 'Evaluation after epoch 1' in printed and printed.count('\n') < 40
+
+
+def test_a_large_folder_is_listed_once_and_its_records_are_compact(tmp_path, quick, monkeypatch):
+    """What comes before the first step, for ten thousand images in two hundred folders of classes."""
+    for folder in range(200):
+        root = tmp_path / 'photos' / f'class{folder:03}'
+        root.mkdir(parents=True)
+        for image in range(50):
+            (root / f'img_{image:06}.jpg').touch()
+    scanned, scandir, built = Counter(), os.scandir, []
+    monkeypatch.setattr(os, 'scandir', lambda path: scanned.update([str(path)]) or scandir(path))
+
+    def train(runner: Runner) -> None:
+        hook = next(hook for hook in runner.hooks if isinstance(hook, OnlineEvaluationHook))
+        monkeypatch.setattr(hook, 'evaluate', lambda *args: None)
+        hook.before_train(runner)
+        order = [int(draw) for draw in runner.train_dataloader.sampler]
+        assert sorted(order) == list(range(10000)) and order != sorted(order)
+        labels = hook.dataset.get_gt_labels()
+        assert (np.bincount(labels) == 50).all()
+        assert len(hook.chosen) == 1000 and set(np.bincount(labels[hook.chosen])) == {0, 10}  # of half the classes
+        built.extend([runner.train_dataloader.dataset, hook.dataset])
+        raise InputError('far enough; stop.')
+
+    monkeypatch.setattr(Runner, 'train', train)
+    with pytest.raises(InputError, match='far enough'):
+        mmmilan.pretrain(tmp_path / 'photos', tmp_path / 'run', **quick)
+    read = {path: number for path, number in scanned.items() if path.startswith(str(tmp_path / 'photos'))}
+    assert len(read) == 201 and set(read.values()) == {1}
+    for dataset, label in zip(built, (0, 4), strict=True):
+        record, part = dataset.get_data_info(4321), dataset.get_subset([4321])
+        assert record['img_path'] == str(tmp_path / 'photos/class086/img_000021.jpg')
+        assert record.get('gt_label', 86) == 86 and part.get_data_info(0) == record | dict(sample_idx=0)
+        size = len(record['img_path']) + 1 + label + 8  # a zero byte, the label, and where the record ends
+        assert dataset.data_bytes.nbytes + dataset.data_address.nbytes == size * 10000 and not dataset.data_list

@@ -8,7 +8,7 @@ import pytest
 
 from mmmilan.datasets import ImageFolder, LoadImage
 from mmmilan.datasets.image_folder import list_images
-from mmmilan.datasets.listing import list_folder, listed_once
+from mmmilan.datasets.listing import Names, list_folder, listed_once
 from mmmilan.errors import InputError
 
 
@@ -97,3 +97,14 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch, log):
     monkeypatch.setattr(os, 'scandir', refuse)
     assert list_folder(root).files == ['a/1.jpg']
     assert f'{root}/secret cannot be read (Permission denied)' in log.text
+
+
+@pytest.mark.parametrize('names', [[], ['a.jpg'], ['ü/\udcff.jpg', 'x y\n.png', '\ud800', 'b' * 300]])
+def test_names_in_one_array(names):
+    packed = Names(names)
+    assert packed == names and len(packed) == len(names) and packed[1:] == names[1:]
+    assert [packed[i] for i in range(-len(names), len(names))] == names * 2
+    assert list(packed.within('/top')) == [f'/top/{name}' for name in names]
+    for index in (len(names), -len(names) - 1):
+        with pytest.raises(IndexError):
+            packed[index]
