@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
@@ -39,8 +43,8 @@ def embed(
     The columns of the file, with one row per image in the order given, are ``paths``; ``ok`` (whether the image could
     be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
     the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
-    image and text. Features are float32; those of an image that cannot be used are NaN. A Parquet file is written batch
-    by batch, an .npz file is held in memory. Under ``python -m mmmilan.torchrun`` each process takes a part of the
+    image and text. Features are float32; those of an image that cannot be used are NaN. The file is written batch by
+    batch. Under ``python -m mmmilan.torchrun`` each process takes a part of the
     images.
 
     Args:
@@ -88,21 +92,21 @@ def embed(
         batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
         columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
         if is_main_process():
-            write_features(path, columns)
+            write_features(path, len(files), columns)
         else:
             deque(columns, maxlen=0)
     return path
 
 
-def add_rows(files: list[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
+def add_rows(files: Sequence[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
     """The columns of each batch, with rows of NaN for the files that were left out."""
     import numpy as np
 
-    begin = 0
+    begin, width = 0, max(map(len, files))
 
     def columns(end: int, found: np.ndarray, batch: Arrays) -> Arrays:
         ok = np.isin(np.arange(begin, end), found)
-        rows = dict(paths=np.array(files[begin:end]), ok=ok)
+        rows = dict(paths=np.array(files[begin:end], f'U{width}'), ok=ok)
         for name, values in batch.items():
             dtype = np.float16 if name == 'patch_tokens' else np.float32
             rows[name] = np.full((len(ok), *values.shape[1:]), np.nan, dtype)
@@ -241,22 +245,50 @@ def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.Path
     return path
 
 
-def write_features(path: Path, batches: Iterator[Arrays]) -> None:
-    """Write batches of columns as ``.npz`` or as Parquet (each row a flat list), whole or not at all.
+def write_features(path: Path, number: int, batches: Iterator[Arrays]) -> None:
+    """Write batches of columns as ``.npz`` or as Parquet (each row a flat list), whole or not at all, as they come.
 
-    Parquet is written as the batches come, in groups of rows.
+    Args:
+        path: The file.
+        number: How many rows there are in all.
+        batches: Columns [B, ...] by name, of the same types in every batch.
     """
-    from mmmilan.evaluation.features import join
     from mmmilan.files import atomic_write
 
-    if path.suffix == '.npz':
-        write_npz(path, **join(batches))
-        return
+    first = next(batches)  # what is wrong with the model or the images is not a fault of the file
+    batches = itertools.chain([first], batches)
+    with atomic_write(path) as temporary:
+        if path.suffix == '.npz':
+            write_columns(temporary, number, batches)
+        else:
+            write_groups(temporary, row_groups(batches))
+
+
+def write_columns(path: str, number: int, batches: Iterator[Arrays]) -> None:
+    """Write batches of columns as ``.npz`` through one temporary file a column, without a name, beside it."""
+    import numpy as np
+
+    with ExitStack() as stack, zipfile.ZipFile(path, 'w') as archive:
+        columns: dict[str, IO[bytes]] = {}
+        for batch in batches:
+            for name, rows in batch.items():
+                if name not in columns:
+                    columns[name] = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(path)))
+                    header = dict(descr=rows.dtype.str, fortran_order=False, shape=(number, *rows.shape[1:]))
+                    np.lib.format.write_array_header_1_0(columns[name], header)
+                columns[name].write(np.ascontiguousarray(rows).tobytes())
+        for name, column in columns.items():
+            column.seek(0)
+            with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
+                shutil.copyfileobj(column, member, 1 << 20)
+
+
+def write_groups(path: str, groups: Iterator[pyarrow.Table]) -> None:
+    """Write tables as the groups of rows of a Parquet file."""
     import pyarrow.parquet
 
-    groups = row_groups(batches)
-    first = next(groups)  # what is wrong with the model or the images is not a fault of the file
-    with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, first.schema) as writer:
+    first = next(groups)
+    with pyarrow.parquet.ParquetWriter(path, first.schema) as writer:
         for table in itertools.chain([first], groups):
             writer.write_table(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,9 @@ import mmmilan
 from mmmilan.api.embed import read_features, write_features
 from mmmilan.cli import main
 from mmmilan.errors import InputError
+from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
+from processes import exit_codes, start_ranks
 
 TEXTS = ['a red boat', 'grass']
 
@@ -76,6 +80,35 @@ def test_a_teacher_that_has_moved(checkpoint, photos, maskclip_file, tmp_path, c
         mmmilan.get_model(checkpoint, encoder_only=False, teacher='nowhere.pt')
 
 
+@pytest.mark.slow
+def test_processes_share_the_images(checkpoint, photos, image_folder, tmp_path):
+    """Two processes find, draw and classify what one does, and each encodes a part of the images."""
+
+    def run(out: Path, ranks: bool = True) -> None:
+        if ranks:
+            os.environ['TORCHELASTIC_RUN_ID'] = 'a'  # as torchrun does
+        encode, seen = MILAN.embed_joint, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MILAN, 'embed_joint', lambda self, images: seen.extend(images) or encode(self, images))
+            found = mmmilan.search(photos, checkpoint, TEXTS[0], top=99)
+            mmmilan.heat_maps([photos / '0.jpg', photos / '1.jpg'], checkpoint, out / 'maps', texts=TEXTS)
+            accuracy = mmmilan.zero_shot(image_folder, checkpoint)
+        (out / f'rank{os.environ["RANK"] if ranks else ""}').write_text(json.dumps([found, accuracy, len(seen)]))
+
+    run(tmp_path / 'one', False)
+    assert exit_codes(start_ranks(run, tmp_path / 'two')) == [0, 0]
+    expected = json.loads((tmp_path / 'one/rank').read_text())
+    for rank in range(2):
+        found, accuracy, seen = json.loads((tmp_path / f'two/rank{rank}').read_text())
+        assert dict(found) == pytest.approx(dict(expected[0]), abs=2e-4) and len(found) == 6
+        assert accuracy == expected[1] and expected[2] == 6 + 2 + 24 and seen <= 4 + 1 + 12
+    one, two = (sorted(path.name for path in (tmp_path / name / 'maps').iterdir()) for name in ('one', 'two'))
+    assert one == two and len(two) == 5
+    maps = [np.load(tmp_path / name / 'maps/heat_maps.npz') for name in ('one', 'two')]
+    assert np.array_equal(maps[0]['paths'], maps[1]['paths'])
+    assert np.allclose(maps[0]['cosine'], maps[1]['cosine'], atol=1e-5)
+
+
 def test_search_in_a_folder(checkpoint, photos, log):
     files = sorted(photos.glob('[0-9].jpg'))
     images, texts, _ = by_hand(checkpoint, files, TEXTS[:1])
@@ -116,7 +149,8 @@ def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     embedding = normalize(torch.from_numpy(np.load(path)['embedding']), dim=1)
     expected = (embedding @ model.text_tower()(TEXTS[:1])[0]).tolist()
     if ending == 'parquet':
-        write_features(tmp_path / 'features.parquet', iter([dict(np.load(path))]))
+        features = dict(np.load(path))
+        write_features(tmp_path / 'features.parquet', len(features['ok']), iter([features]))
         path = tmp_path / 'features.parquet'
         tokens = read_features(path, ['class_token', 'patch_tokens'])[1]
         assert [each.shape for each in tokens] == [(2, 48), (2, 16, 48)]
