@@ -101,28 +101,30 @@ def search(
     import torch
 
     from mmmilan.datasets.image_folder import list_images
+    from mmmilan.engine.distributed import joined
     from mmmilan.evaluation.features import join
 
-    paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
-    space = JointSpace(checkpoint, device, teacher)
-    wanted = space.embed_texts([text])[0]
-    if embeddings is not None:
-        if embeddings.shape[1] != len(wanted):
-            raise InputError(
-                f'{images} has embeddings of {embeddings.shape[1]} dimensions but {checkpoint} of {len(wanted)}; give '
-                'the checkpoint that wrote the file.'
-            )
-        check_written_by(images, space.model.backbone, checkpoint)
-        if not paths:
-            raise InputError(f'{images} has no image that could be read; give another file.')
-        cosines = embeddings.to(wanted.device) @ wanted
-    else:
+    with joined():
+        paths, embeddings = read_embeddings(images) if is_features(images) else (list_images(images), None)
+        space = JointSpace(checkpoint, device, teacher)
+        wanted = space.embed_texts([text])[0]
+        if embeddings is not None:
+            if embeddings.shape[1] != len(wanted):
+                raise InputError(
+                    f'{images} has embeddings of {embeddings.shape[1]} dimensions but {checkpoint} of {len(wanted)}; '
+                    'give the checkpoint that wrote the file.'
+                )
+            check_written_by(images, space.model.backbone, checkpoint)
+            if not paths:
+                raise InputError(f'{images} has no image that could be read; give another file.')
+            cosines = embeddings.to(wanted.device) @ wanted
+        else:
 
-        def encode(inputs: Tensor) -> dict[str, Tensor]:
-            return dict(cosine=space.model.encode_image(inputs) @ wanted)
+            def encode(inputs: Tensor) -> dict[str, Tensor]:
+                return dict(cosine=space.model.encode_image(inputs) @ wanted)
 
-        found = join(space.extract(paths, encode, 'Search', batch_size=batch_size))
-        paths, cosines = [paths[i] for i in found['position']], torch.from_numpy(found['cosine'])
+            found = join(space.extract(paths, encode, 'Search', batch_size=batch_size))
+            paths, cosines = [paths[i] for i in found['position']], torch.from_numpy(found['cosine'])
     best = cosines.argsort(descending=True, stable=True)[:top].tolist()
     return [Found(paths[i], round(float(cosines[i]), 4)) for i in best]
 
@@ -164,42 +166,49 @@ def heat_maps(
     """
     import numpy as np
     import torch
+    from mmengine.dist import get_dist_info, is_main_process
 
     from mmmilan.datasets.image_folder import as_sources, list_images
+    from mmmilan.engine.distributed import joined, on_main
     from mmmilan.files import check_output_folder
 
-    from_file = is_features(images)
-    found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
-    paths, *tokens = (found[0], *found[1]) if from_file else (found,)
-    pictures = [] if from_file else [f'{i:04}-{Path(path).stem}' for i, path in enumerate(paths)]
-    names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures for ending in ('.pdf', '.png'))]
-    inputs = [checkpoint, *as_sources(images)]
-    folder = check_output_folder(out, names, inputs, overwrite=overwrite, pictures=not from_file)
-    if not paths:
-        raise InputError(f'{images} has no image that could be read; give another file.')
-    space = JointSpace(checkpoint, device, teacher)
-    if from_file:
-        check_written_by(images, space.model.backbone, checkpoint)
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    wanted = space.embed_texts(texts)
+    with joined():
+        from_file = is_features(images)
+        found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
+        paths, *tokens = (found[0], *found[1]) if from_file else (found,)
+        pictures = [] if from_file else [f'{i:04}-{Path(path).stem}' for i, path in enumerate(paths)]
+        names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures for ending in ('.pdf', '.png'))]
+        inputs, folder = [checkpoint, *as_sources(images)], Path(out)
+        on_main(lambda: check_output_folder(folder, names, inputs, overwrite=overwrite, pictures=not from_file))
+        if not paths:
+            raise InputError(f'{images} has no image that could be read; give another file.')
+        space = JointSpace(checkpoint, device, teacher)
+        if from_file:
+            check_written_by(images, space.model.backbone, checkpoint)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        wanted = space.embed_texts(texts)
 
-    def encode(inputs: Tensor) -> dict[str, Tensor]:
-        return dict(inputs=inputs, cosine=compare(space.model.embed_joint(inputs)))
+        def encode(inputs: Tensor) -> dict[str, Tensor]:
+            return dict(inputs=inputs, cosine=compare(space.model.embed_joint(inputs)))
 
-    def compare(embeddings: Tensor) -> Tensor:
-        cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)
-        return cosine.unflatten(2, tuple(space.model.backbone.patch_resolution))  # [B, T, rows, columns]
+        def compare(embeddings: Tensor) -> Tensor:
+            cosine = (embeddings[:, 1:] @ wanted.T).transpose(1, 2)
+            return cosine.unflatten(2, tuple(space.model.backbone.patch_resolution))  # [B, T, rows, columns]
 
-    positions, cosine = [], []
-    if from_file:
-        positions, cosine = range(len(paths)), [compare(rows).cpu() for rows in project_tokens(space, *tokens)]
-    for batch in () if from_file else space.extract(paths, encode, 'Heat maps', batch_size=batch_size):
-        inputs, maps = torch.from_numpy(batch['inputs']), torch.from_numpy(batch['cosine'])
-        draw_maps(space, [folder / pictures[i] for i in batch['position']], inputs, maps.flatten(2), texts)
-        positions += batch['position'].tolist()
-        cosine.append(maps)
-    paths = np.array([paths[i] for i in positions])
-    return write_npz(folder / 'heat_maps.npz', paths=paths, texts=np.array(texts), cosine=torch.cat(cosine))
+        positions, cosine, (rank, world_size) = [], [], get_dist_info()
+        if from_file:
+            positions, cosine = range(len(paths)), [compare(rows).cpu() for rows in project_tokens(space, *tokens)]
+        for batch in () if from_file else space.extract(paths, encode, 'Heat maps', batch_size=batch_size):
+            inputs, maps = torch.from_numpy(batch['inputs']), torch.from_numpy(batch['cosine'])
+            own = np.arange(rank, len(inputs), world_size)  # each process draws some
+            where = [folder / pictures[i] for i in batch['position'][own]]
+            draw_maps(space, where, inputs[own], maps[own].flatten(2), texts)
+            positions += batch['position'].tolist()
+            cosine.append(maps)
+        paths, path = np.array([paths[i] for i in positions]), folder / 'heat_maps.npz'
+        if is_main_process():
+            write_npz(path, paths=paths, texts=np.array(texts), cosine=torch.cat(cosine))
+    return path
 
 
 def project_tokens(space: JointSpace, class_tokens: np.ndarray, patch_tokens: np.ndarray) -> Iterator[Tensor]:
@@ -257,15 +266,19 @@ def zero_shot(
             the folders' in another order, or the checkpoint has no decoder or no text tower.
     """
     from mmmilan.datasets.splits import list_labelled_images
+    from mmmilan.engine.distributed import joined
     from mmmilan.evaluation.features import join
     from mmmilan.evaluation.zero_shot import embed_classes, name_classes, nearest_text, read_templates
 
-    files, labels, classes = list_labelled_images(data)
-    if len(classes) < 2:
-        raise InputError(f'{data} has no folders of classes; give a folder with one folder of images for each class.')
-    names = name_classes(classes, class_names or classes, 'class_names')
-    space = JointSpace(checkpoint, device, teacher)
-    classifier = embed_classes(space.texts, names, read_templates(templates))
-    encode = nearest_text(dict(predicted=space.model.encode_image), classifier)
-    found = join(space.extract(files, encode, 'Zero-shot classification', batch_size=batch_size))
+    with joined():
+        files, labels, classes = list_labelled_images(data)
+        if len(classes) < 2:
+            raise InputError(
+                f'{data} has no folders of classes; give a folder with one folder of images for each class.'
+            )
+        names = name_classes(classes, class_names or classes, 'class_names')
+        space = JointSpace(checkpoint, device, teacher)
+        classifier = embed_classes(space.texts, names, read_templates(templates))
+        encode = nearest_text(dict(predicted=space.model.encode_image), classifier)
+        found = join(space.extract(files, encode, 'Zero-shot classification', batch_size=batch_size))
     return Percent(100 * (found['predicted'] == labels[found['position']]).mean())
