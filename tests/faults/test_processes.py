@@ -17,7 +17,7 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from mmmilan.engine import data_workers
+from mmmilan.engine import data_checks
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.stopping import RESUMABLE, HeartbeatHook, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
@@ -182,7 +182,7 @@ class WorkerHook(Hook):
 
 def train_with_workers(work_dir: Path, number: int) -> None:
     sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
-    data_workers.PATIENCE = LIMIT
+    data_checks.PATIENCE = LIMIT
     built = runner(work_dir, length=400, train_cfg=dict(LOOP), num_workers=2)
     guard_workers(built)
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=4 * LIMIT)
