@@ -70,6 +70,7 @@ def report(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.models import get_model, read_config, titles_of
+    from mmmilan.api.recipe import about_recipe
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.evaluation.features import choose_device, device_name
     from mmmilan.files import check_output
@@ -97,7 +98,7 @@ def report(
             features |= encode_run(run, name, sources, images, bank, max_images, device)
     page = Page('What pretraining did', sections.introduction(images, titles[0] if others else ''), PAPER_LINK)
     sections.add_scores(page, features, images, bank)
-    sections.add_training(page, checkpoint, config)
+    sections.add_training(page, checkpoint, config, about_recipe(config))
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, backbones, images)
     compared = f' --compare {" ".join(runs[1:])}' if others else ''

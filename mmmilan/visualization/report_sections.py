@@ -134,15 +134,15 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images, bank
     page.table(['encoder', *PROBES, 'RankMe'], rows, values)
 
 
-def add_training(page: Page, checkpoint: str | os.PathLike, config: Config) -> None:
-    """Add length, time and curves of the training, from the folder of the checkpoint."""
+def add_training(page: Page, checkpoint: str | os.PathLike, config: Config, recipe: str) -> None:
+    """Add length, time and curves of the training, from the folder of the checkpoint; ``recipe`` is a sentence."""
     meta = load_checkpoint_file(checkpoint).get('meta') or {}
     folder = Path(checkpoint).parent
     teacher = config.model.head.get('teacher') or {}
     text = (
         f'{meta.get("epoch", config.train_cfg.get("max_epochs"))} epochs in batches of '
         f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}; the teacher is '
-        f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}.'
+        f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}. {recipe}'
     )
     if isinstance(meta.get('training_seconds'), float):
         text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta.get("training_device")}.'

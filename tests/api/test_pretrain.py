@@ -22,6 +22,7 @@ import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
 from mmmilan.api.pretrain import reported_images
+from mmmilan.api.recipe import about_recipe, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import OnlineEvaluationHook
@@ -321,3 +322,22 @@ def test_a_large_folder_is_listed_once_and_its_records_are_compact(tmp_path, qui
         assert record.get('gt_label', 86) == 86 and part.get_data_info(0) == record | dict(sample_idx=0)
         size = len(record['img_path']) + 1 + label + 8  # a zero byte, the label, and where the record ends
         assert dataset.data_bytes.nbytes + dataset.data_address.nbytes == size * 10000 and not dataset.data_list
+
+
+def test_recipes(image_folder, quick):
+    """Few images have random masks and a class token with a third of the loss; 'milan' is the published method."""
+    given = {name: quick[name] for name in ('arch', 'teacher', 'img_size')}
+    few, published = (new_config([str(image_folder)], **given, recipe=recipe) for recipe in (None, 'milan'))
+    assert few.model.masking == dict(type='mmmilan.RandomMasking', mask_ratio=0.75)
+    assert few.model.head.cls_token / (few.model.head.cls_token + 16) == pytest.approx(1 / 3)
+    assert published.model.masking == dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75)
+    assert 'cls_token' not in published.model.head
+    for config, words in ((few, 'weighs as 8 patches'), (published, 'semantic-aware')):
+        assert words in about_recipe(config)
+
+
+def test_a_run_keeps_its_recipe(image_folder, quick, tmp_path):
+    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick | dict(epochs=1))
+    assert 'weighs as 8 patches in the loss' in weights.with_name('report.html').read_text()
+    with pytest.raises(InputError, match="has recipe='few-images', which a resumed run keeps"):
+        mmmilan.pretrain(out=tmp_path / 'run', resume=True, recipe='milan')
