@@ -134,18 +134,23 @@ def splits_of(source: Source) -> Splits | None:
 
 
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
-    """What to train on: the training splits of each source, or the source itself if it has none."""
+    """What to train on: the training splits of each source, else the first of its others, or the source itself."""
     chosen: list[Source] = []
     for source in as_sources(sources):
         splits = splits_of(source)
-        chosen += (splits.train if splits else []) or [source]
+        chosen += (splits.train or splits.held_out[:1]) if splits else [source]
     return chosen
 
 
 def evaluation_source(source: Source) -> Source:
-    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits.
+
+    Without a split to train on, which then is the first of the others, it is the last.
+    """
     splits = splits_of(source)
-    return (splits.held_out or splits.train)[0] if splits else source
+    if not splits:
+        return source
+    return splits.held_out[0 if splits.train else -1] if splits.held_out else splits.train[0]
 
 
 def class_folders(source: Source) -> tuple[Source, list[str]]:
@@ -188,7 +193,7 @@ def describe(sources: Sequence[Source]) -> str:
     for source in sources:
         splits = splits_of(source)
         unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
-        other = splits.held_out[1:] if splits else []
+        other = splits.held_out[1:] if splits and splits.train else splits.held_out[1:-1] if splits else []
         if unused or other:
             parts.append(f'not used: {named(unused + other)}')
     _, classes = class_folders(held_out[0])

@@ -49,6 +49,8 @@ def relative(root: Path, folders) -> str:
         ('ILSVRC2012_img_train/a/1.jpg ILSVRC2012_img_val/2.jpg', 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'),
         ('trainA/1.jpg trainB/2.jpg testA/3.jpg testB/4.jpg', 'trainA trainB', 'testA'),
         ('train/0.tar val/1.tar', 'train', 'val'),
+        ('dev/1.jpg test/2.jpg', 'dev', 'test'),
+        ('Valid/1.jpg', 'Valid', 'Valid'),
     ],
 )  # fmt: skip
 def test_splits(tmp_path, files, train, evaluation):
