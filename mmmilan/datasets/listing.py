@@ -17,7 +17,7 @@ from mmmilan.errors import printable
 
 # What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
 LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'system volume information', 'thumbs.db'}
-LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found'}
+LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found', 'recycler', '@tmp', '_gsdata_'}
 OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.packed
 
 IMAGES = (*EXTENSIONS, '.tar')
@@ -114,7 +114,7 @@ def remember(key: Any, make: Callable[[], Any]) -> Any:
 
 def is_leaving(name: str) -> bool:
     """Whether a file or folder is hidden, or a leaving of another tool."""
-    return name.startswith('.') or name.lower() in LEAVINGS
+    return name.startswith(('.', '~$')) or name.lower() in LEAVINGS
 
 
 def extension(name: str) -> str:
@@ -181,7 +181,7 @@ def walk(top: str, kinds: frozenset[str]) -> Listing:
             continue
         for entry in entries_of(folder):
             name = entry.name
-            if name[name.rfind('.') :].lower() in kinds and name[0] != '.' and is_kind(entry.is_file):
+            if name[name.rfind('.') :].lower() in kinds and not is_leaving(name) and is_kind(entry.is_file):
                 files.append(prefix + name)
             elif not is_kind(entry.is_dir):
                 left_out[kind_of(entry)] += 1

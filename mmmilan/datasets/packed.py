@@ -204,9 +204,9 @@ class TarBackend(BaseStorageBackend):
             FileNotFoundError: there is no such tar.
         """
         match = self.PATH.fullmatch(filepath)
-        if not match or '.tar/' not in match[1]:
+        if not match or '.tar/' not in match[1].lower():
             raise InputError(f'{filepath} is no part of a tar; write tar://SHARD.tar/NAME@OFFSET+SIZE.')
-        for cut in re.finditer(r'\.tar(?=/)', match[1]):
+        for cut in re.finditer(r'\.tar(?=/)', match[1], re.IGNORECASE):
             if os.path.isfile(match[1][: cut.end()]):
                 return match[1][: cut.end()], int(match[2]), int(match[3])
         raise FileNotFoundError(filepath)

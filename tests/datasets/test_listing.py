@@ -23,6 +23,7 @@ def make(root, *names):
 def test_what_other_tools_leave_is_skipped(tmp_path, log):
     root = make(tmp_path / 'photos', 'a.jpg', 'b/c.JPG', 'd e/ü.Png')
     make(root, '._a.jpg', '.thumbs/a.jpg', '__MACOSX/._a.jpg', '__MACOSX/a.jpg', 'b/@eaDir/c.JPG/SYNO_THUMB.jpg')
+    make(root, '~$a.jpg', 'RECYCLER/a.jpg', '@tmp/a.jpg', 'b/_gsdata_/c.jpg')
     make(root, 'Thumbs.db', '.DS_Store', 'b/desktop.ini', '$RECYCLE.BIN/x.png', 'b/.ipynb_checkpoints/c.jpg')
     make(root, 'film.MP4', 'b/film.mp4', 'README', 'x.tar.index.json')
     names = ['a.jpg', 'b/c.JPG', 'd e/ü.Png']
@@ -31,7 +32,7 @@ def test_what_other_tools_leave_is_skipped(tmp_path, log):
     assert list_images(root) == [str(root / name) for name in names]
     data = ImageFolder(str(root), pipeline=[])
     assert [data.get_data_info(i)['img_path'] for i in range(len(data))] == list_images(root)
-    line = f'Left out of {root}: 5 hidden folders, 2 .mp4, 1 hidden images, 1 without extension.'
+    line = f'Left out of {root}: 8 hidden folders, 2 .mp4, 2 hidden images, 1 without extension.'
     assert line in log.messages
 
 

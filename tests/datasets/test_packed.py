@@ -12,6 +12,7 @@ import pytest
 
 from helpers import grey_png
 from mmmilan.datasets import CaptionedShards, Draw, ImageFolder, LoadImage, ShardSampler
+from mmmilan.datasets.image_folder import list_images
 from mmmilan.datasets.packed import load_index, pair_by_name
 from mmmilan.errors import InputError
 
@@ -193,3 +194,11 @@ def test_a_stored_index_out_of_the_tar(shards, offset, size):
     assert load_index(shards / '00000.tar') == good
     path.write_text('{"stamp": ' + '[' * 100_000)
     assert load_index(shards / '00000.tar') == good
+
+
+@pytest.mark.parametrize('name', ['a.TAR', 'folder.tar/b.Tar'])
+def test_the_name_of_a_shard_in_capitals(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_shard(tmp_path / name, {'d.tar/1.png': grey_png(7)})
+    [path] = list_images(tmp_path)
+    assert (LoadImage()(dict(img_path=path))['img'] == 7).all()
