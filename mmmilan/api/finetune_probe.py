@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mmmilan.api.finetune_recipe import task_of
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
+from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import choose_device, extract, join
 from mmmilan.evaluation.probes import Split, knn_accuracy
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 TOKENS = dict(cls_token='class token', avg_featmap='mean token')  # by mmpretrain's out_type
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the probe's L2 penalty that are tried
 FOLDS = 5
+SEARCHED = 5000  # images at most that choose token and penalty
 FILE = 'probe.pth'
 
 
@@ -102,6 +107,7 @@ def accuracies_in(path: Path) -> dict[str, float] | None:
 
 def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What the head would read with each ``out_type`` [M, D], and ``label`` [M], of training and validation images."""
+    use_safe_loading()
     backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
     preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -128,11 +134,17 @@ def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np
 
 def fit_probe(out_type: str, train: Split) -> Probe:
     """Logistic regression on standardised features, its penalty chosen by cross-validation."""
-    scaler = StandardScaler().fit(train[0])
-    folds = max(2, min(FOLDS, np.bincount(train[1]).min()))
-    found = LogisticRegressionCV(Cs=PENALTIES, cv=folds, max_iter=1000).fit(scaler.transform(train[0]), train[1])
-    score = max(scores.mean(0).max() for scores in found.scores_.values())
-    coefficients, intercept = found.coef_, found.intercept_
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTIES[1], max_iter=1000))
+    folds, score = min(FOLDS, np.bincount(train[1]).max()), 0.0
+    if folds > 1:
+        part = np.random.default_rng(0).permutation(len(train[1]))[:SEARCHED]
+        search = GridSearchCV(probe, {'logisticregression__C': PENALTIES}, cv=folds, error_score=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of classes with fewer images than folds, which some folds lack
+            search.fit(*(rows[part] for rows in train))
+        probe, score = search.best_estimator_, search.best_score_
+    scaler, classifier = probe.fit(*train)
+    coefficients, intercept = classifier.coef_, classifier.intercept_
     if len(coefficients) == 1:  # of two classes scikit-learn has the logit of the second
         coefficients, intercept = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercept / 2
     weight = coefficients / scaler.scale_

@@ -86,6 +86,13 @@ def test_the_folded_probe_is_that_of_scikit_learn(classes):
     assert min(errors) < 1e-3
 
 
+@pytest.mark.parametrize('counts', [(1, 1), (2, 1), (9, 1, 1), (1, 1, 1)])
+def test_classes_of_one_image(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = np.eye(len(counts))[labels] + np.random.default_rng(0).normal(0, 0.01, (len(labels), len(counts)))
+    assert fit_probe('cls_token', (features, labels)).accuracy((features, labels)) >= max(counts) / sum(counts)
+
+
 def test_random_weights_and_files_of_others(noisy, start, tmp_path):
     (tmp_path / 'run').mkdir()
     torch.save(dict(state_dict={}), tmp_path / 'run/probe.pth')

@@ -316,7 +316,7 @@ def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_p
     (tmp_path / 'my_images').mkdir()
     for split, label in itertools.product(('train', 'val'), range(3)):
         (tmp_path / 'my_images' / split / str(label)).mkdir(parents=True)
-        shutil.copy('cat.jpg', tmp_path / 'my_images' / split / str(label))
+        Image.open('cat.jpg').rotate(90 * label).save(tmp_path / 'my_images' / split / str(label) / 'cat.jpg')
     blocks = snippets()
     assert [language for language, _ in blocks] == ['python', 'python', 'bash', 'bash']
     values = {}
