@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-from mmmilan.checkpoints.zoo import zoo_models, zoo_root
+from mmmilan.checkpoints.zoo import current_file, zoo_models, zoo_root
 
 # Steps of a pipeline that inferencers look for by name, and ours in their place.
 STEPS = {'LoadImageFromFile': 'mmmilan.LoadImage', 'LoadAnnotations': 'mmmilan.LoadLabelMap'}
@@ -23,6 +24,7 @@ def extend_openmmlab() -> None:
     """Extend modules that are already imported now, and the others when they are imported."""
     wrapt.register_post_import_hook(hide_debug_lines, 'mmengine.logging')
     wrapt.register_post_import_hook(extend_mmengine, 'mmengine.config.config')
+    wrapt.register_post_import_hook(find_old_names, 'mmengine.hub.hub')
     wrapt.register_post_import_hook(extend_mmpretrain, 'mmpretrain.apis.model')
     wrapt.register_post_import_hook(lambda module: find_steps(module.DetInferencer), 'mmdet.apis.det_inferencer')
     wrapt.register_post_import_hook(lambda module: find_steps(module.MMSegInferencer), 'mmseg.apis.mmseg_inferencer')
@@ -52,17 +54,32 @@ def extend_mmengine(module: ModuleType) -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE['mmmilan'] = 'mmmilan'
+    find_old_names(module)
     get_path = module.Config._get_cfg_path
 
     def get_path_and_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
         path, scope = get_path(cfg_path, filename)
-        return path, None if scope == 'mmmilan' else scope
+        return os.fspath(current_file(path)), None if scope == 'mmmilan' else scope
 
     module.Config._get_cfg_path = staticmethod(get_path_and_scope)
     pretty_text = module.Config.pretty_text.fget
     # `Config.fromfile` substitutes {{fileDirname}} and {{$HOME:default}} in the text, within a path too. Two braces
     # stand only in strings here, where an escaped brace is the same.
     module.Config.pretty_text = property(lambda config: pretty_text(config).replace('{{', '{\\x7b'))
+
+
+def find_old_names(module: ModuleType) -> None:
+    """Let ``mmmilan::…`` in MMEngine's configs and hub find a config by its name of version 0.1, too."""
+    split = module._get_package_and_cfg_path
+
+    def split_and_rename(cfg_path: str) -> tuple[str, str]:
+        package, path = split(cfg_path)
+        if package == 'mmmilan':
+            configs = zoo_root() / 'configs'
+            path = os.path.relpath(current_file(configs / path), configs)
+        return package, path
+
+    module._get_package_and_cfg_path = split_and_rename
 
 
 def extend_mmpretrain(module: ModuleType) -> None:

@@ -75,8 +75,10 @@ def current_name(name: str) -> str:
 
 def current_file(path: str | os.PathLike) -> str | os.PathLike:
     """The path of a config file, by its old name too; a path that leads to no file as it is."""
+    if os.path.isfile(path):
+        return path
     new = Path(path).with_name(current_name(Path(path).stem) + Path(path).suffix)
-    return new if not os.path.isfile(path) and new.is_file() else path
+    return new if new.is_file() else path
 
 
 def find_model(name: str) -> ZooModel:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mmengine.hub
 import modelindex
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_old_names_lead_to_todays_with_one_line(tmp_path, monkeypatch, log):
     assert zoo.resolve_checkpoint(OLD).samefile(run / 'epoch_1.pth')
     for name in (f'no-such_{OLD}', NEW):  # neither is old
         assert zoo.current_name(name) == name
+
+
+@pytest.mark.parametrize('base', [f'mmmilan::segmentation/{OLD}.py', f'{ROOT}/configs/segmentation/{OLD}.py'])
+def test_a_base_by_its_old_name(base, tmp_path, log):
+    zoo.current_name.cache_clear()
+    (tmp_path / 'own.py').write_text(f'_base_ = {base!r}\nmodel = dict(decode_head=dict(num_classes=3))\n')
+    (new := Config.fromfile(ROOT / f'configs/segmentation/{NEW}.py')).model.decode_head.num_classes = 3
+    assert Config.fromfile(tmp_path / 'own.py').to_dict() == new.to_dict()
+    assert log.text.count(f'{OLD} is now called {NEW}; use that name.') == 1
+
+
+def test_mmengines_hub_knows_old_names():
+    assert Path(mmengine.hub.get_config(f'mmmilan::segmentation/{OLD}.py').filename).stem == NEW
+    with pytest.raises(FileNotFoundError, match='no-such'):
+        mmengine.hub.get_config(f'mmmilan::segmentation/no-such_{OLD}.py')
 
 
 def test_every_old_ending_is_of_a_model():
