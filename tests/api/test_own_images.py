@@ -74,7 +74,7 @@ def test_every_command(reader, monkeypatch):
     vit = timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)
     vit.load_state_dict(load_checkpoint_file('photos.safetensors')['state_dict'])
     assert 'Pretraining ' in json.loads(Path('runs/mine/comparison.json').read_text())['sentence']
-    assert 'head.layers.head.weight' in load_checkpoint_file('runs/probe/model.pth')['state_dict']
+    assert 'head.fc.weight' in load_checkpoint_file('runs/probe/model.pth')['state_dict']
 
     values: dict = {}
     for code in blocks('python'):
