@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-from mmmilan.checkpoints.zoo import current_file, find_model, resolve_checkpoint, zoo_models
+from mmmilan.checkpoints.zoo import find_config, find_model, resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -140,7 +140,7 @@ def read_config(name: str | os.PathLike) -> Config:
     if is_checkpoint(name):
         config = own_config(name)
     else:
-        config = read_config_file(current_file(name) if Path(name).suffix == '.py' else find_model(str(name)).config)
+        config = read_config_file(find_config(name) if Path(name).suffix == '.py' else find_model(str(name)).config)
     if not isinstance(config.get('model'), Mapping):
         raise InputError(f'The config of {name} has no model; give one that has.')
     return config

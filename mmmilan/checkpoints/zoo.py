@@ -81,6 +81,27 @@ def current_file(path: str | os.PathLike) -> str | os.PathLike:
     return new if new.is_file() else path
 
 
+def find_config(config: str | os.PathLike) -> Path:
+    """The file of a config: itself, or one of the package by its path (``configs/…``) or by its name alone.
+
+    What is neither stays as it is, such as a checkpoint or a path that leads to no file.
+    """
+    from mmengine.logging import print_log
+
+    path = Path(current_file(config))
+    if path.exists() or path.suffix not in ('', '.py'):
+        return path
+    if path.name != str(path):
+        found = Path(current_file(zoo_root() / path))
+    else:
+        name = current_name(path.stem)
+        found = next((file for file in zoo_root().glob('configs/**/*.py') if file.stem == name), path)
+    if not found.is_file():
+        return path
+    print_log(f'{config}: {found}, from the package.', logger='current')
+    return found
+
+
 def find_model(name: str) -> ZooModel:
     """The model of this name.
 

@@ -26,7 +26,7 @@ from mmmilan.building import build_errors, change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.checkpoints.zoo import current_file
+from mmmilan.checkpoints.zoo import find_config
 from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
@@ -69,7 +69,7 @@ def train(
     """Train from a config: pretraining, classification, detection or segmentation.
 
     Args:
-        config: config file, or a checkpoint that holds its config.
+        config: config file, a name of the zoo, or a checkpoint that holds its config.
         gpus: number of processes on this machine, one for each GPU; by default this process alone. The environment
             variables NNODES, NODE_RANK, MASTER_ADDR and PORT join several machines, as does srun with one task on each,
             and NUMA=node binds each process to the cores next to its GPU.
@@ -122,7 +122,7 @@ def test(
     """Evaluate a checkpoint with a config: pretraining, classification, detection or segmentation.
 
     Args:
-        config: config file, or a checkpoint that holds its config.
+        config: config file, a name of the zoo, or a checkpoint that holds its config.
         checkpoint: file, URL or name of a model of the zoo; by default ``config``, if that is a checkpoint.
         out: write all predictions to this .pkl file.
         show_dir: draw what is annotated beside what is predicted for each image, into this folder.
@@ -256,7 +256,7 @@ def read_config(
     Raises:
         InputError: there is no such file, it cannot be read, or nothing reads a change.
     """
-    path = os.fspath(current_file(path))
+    path = os.fspath(find_config(path))
     if not os.path.isfile(path):
         raise InputError(f'The config {path} does not exist; correct its path.')
     cfg = read_config_file(path) if path.endswith('.py') else own_config(path, with_data=True)

@@ -101,6 +101,38 @@ def test_a_base_by_its_old_name(base, tmp_path, log):
     assert log.text.count(f'{OLD} is now called {NEW}; use that name.') == 1
 
 
+@pytest.mark.parametrize(
+    'config',
+    [
+        NEW,
+        f'{NEW}.py',
+        OLD,
+        f'configs/segmentation/{NEW}.py',
+        f'configs/segmentation/{OLD}.py',
+        'vit-base-p16_knn_in1k',
+    ],
+)
+def test_configs_of_the_package_from_any_folder(config, tmp_path, monkeypatch):
+    """By path or by name; a file of one's own comes first; the work dir has today's name."""
+    monkeypatch.chdir(tmp_path)
+    cfg = read_config(config)
+    name = NEW if 'upernet' in config else config
+    assert Path(cfg.filename).samefile(next((ROOT / 'configs').rglob(f'{name}.py')))
+    assert cfg.work_dir == f'work_dirs/{name}'
+    if config.endswith('.py'):
+        own = tmp_path / config
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(f'_base_ = {cfg.filename!r}\nwork_dir = "mine"\n')
+        assert read_config(config).work_dir == 'mine'
+
+
+def test_a_config_that_is_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config in ('no-such', 'no-such.py', 'configs/no-such.py', f'elsewhere/{NEW}.py', f'{NEW}.pth'):
+        with pytest.raises(InputError, match=f'The config {config} does not exist; correct its path'):
+            read_config(config)
+
+
 def test_mmengines_hub_knows_old_names():
     assert Path(mmengine.hub.get_config(f'mmmilan::segmentation/{OLD}.py').filename).stem == NEW
     with pytest.raises(FileNotFoundError, match='no-such'):
