@@ -282,20 +282,28 @@ def labelled_images(tmp_path) -> Path:
     return tmp_path / 'data'
 
 
-SECONDS = [0]  # of the last run of run_tool
+SECONDS = [0]  # of the last run that had a second of its own
 
 
 @pytest.fixture
-def run_tool(monkeypatch):
-    """Run a script of tools/ in this process, as the command line would.
+def own_second(monkeypatch):
+    """Runs of MMEngine in this process start in a second of their own, by which it names logs; call it for the next."""
 
-    MMEngine names logs by the second of the start, so each run of the session starts in a second of its own.
-    """
-
-    def run(script: str, *args: object) -> None:
+    def begin() -> None:
         second = SECONDS[0] = max(SECONDS[0] + 1, int(time.time()))
         clock = SimpleNamespace(time=lambda: second, localtime=time.localtime, strftime=time.strftime)
         monkeypatch.setattr('mmengine.runner.runner.time', clock)
+
+    begin()
+    return begin
+
+
+@pytest.fixture
+def run_tool(monkeypatch, own_second):
+    """Run a script of tools/ in this process, as the command line would."""
+
+    def run(script: str, *args: object) -> None:
+        own_second()
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # undone after the test, unlike what the script would set

@@ -9,6 +9,7 @@ from helpers import read_metrics, save_untrained
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
 
+pytestmark = pytest.mark.usefixtures('own_second')
 TASKS = ('classification', 'detection', 'segmentation')
 
 
