@@ -44,8 +44,7 @@ def embed(
     be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
     the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
     image and text. Features are float32; those of an image that cannot be used are NaN. The file is written batch by
-    batch. Under ``python -m mmmilan.torchrun`` each process takes a part of the
-    images.
+    batch. Under ``python -m mmmilan.torchrun`` each process takes a part of the images.
 
     Args:
         images: images, folders of images (flat or nested, sorted by path) and tar shards.

@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mmmilan.api.finetune_recipe import task_of
@@ -22,12 +19,13 @@ from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_ch
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import choose_device, extract, join
-from mmmilan.evaluation.probes import Split, knn_accuracy
+from mmmilan.evaluation.probes import Split, knn_accuracy, linear_probe
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 TOKENS = dict(cls_token='class token', avg_featmap='mean token')  # by mmpretrain's out_type
+PENALTY = 'logisticregression__C'  # scikit-learn's name for it
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the probe's L2 penalty that are tried
 FOLDS = 5
 SEARCHED = 5000  # images at most that choose token and penalty
@@ -76,8 +74,8 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
         return {}
     path = folder / FILE
     known = accuracies_in(path)
-    if known is not None and checkpoints_in(folder):
-        return known
+    if checkpoints_in(folder):
+        return known or {}
     train, val = frozen_features(config)
     labels = train['label'], val['label']
     probe = max((fit_probe(out_type, (train[out_type], labels[0])) for out_type in TOKENS), key=lambda each: each.score)
@@ -134,16 +132,16 @@ def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np
 
 def fit_probe(out_type: str, train: Split) -> Probe:
     """Logistic regression on standardised features, its penalty chosen by cross-validation."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTIES[1], max_iter=1000))
+    penalty = PENALTIES[1]
     folds, score = min(FOLDS, np.bincount(train[1]).max()), 0.0
     if folds > 1:
         part = np.random.default_rng(0).permutation(len(train[1]))[:SEARCHED]
-        search = GridSearchCV(probe, {'logisticregression__C': PENALTIES}, cv=folds, error_score=0.0)
+        search = GridSearchCV(linear_probe(), {PENALTY: PENALTIES}, cv=folds, error_score=0.0, refit=False)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of classes with fewer images than folds, which some folds lack
             search.fit(*(rows[part] for rows in train))
-        probe, score = search.best_estimator_, search.best_score_
-    scaler, classifier = probe.fit(*train)
+        penalty, score = search.best_params_[PENALTY], search.best_score_
+    scaler, classifier = linear_probe(penalty).fit(*train)
     coefficients, intercept = classifier.coef_, classifier.intercept_
     if len(coefficients) == 1:  # of two classes scikit-learn has the logit of the second
         coefficients, intercept = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercept / 2

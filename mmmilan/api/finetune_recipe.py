@@ -558,7 +558,7 @@ def set_schedule(
     else:
         config.optim_wrapper.paramwise_cfg.layer_decay_rate = recipe.layer_decay
     wrapper = config.optim_wrapper
-    rate = HEAD_RATE if freeze else recipe.lr
+    rate = PROBE_RATE if freeze and task == 'classification' else recipe.lr
     wrapper.optimizer.lr = lr or float(f'{rate * math.sqrt(batches.of_a_step / recipe.batch):.2g}')
     if batches.accumulate > 1:
         wrapper.accumulative_counts = batches.accumulate
@@ -574,7 +574,7 @@ def set_schedule(
     )
 
 
-HEAD_RATE = 1e-4  # of a head alone, which begins as a linear probe or is small
+PROBE_RATE = 1e-4  # of a classifier's head alone, which begins as a linear probe
 
 
 def schedule(epochs: int, steps: int) -> list[dict]:

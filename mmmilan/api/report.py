@@ -172,7 +172,7 @@ def encode_images(
     import numpy as np
 
     from mmmilan.datasets.classes import class_names
-    from mmmilan.visualization.pictures import evenly_spaced
+    from mmmilan.evaluation.features import evenly_spaced
     from mmmilan.visualization.report_sections import QUERIES, Images
 
     names = ', '.join(map(os.fspath, getattr(dataset, 'sources', [dataset.data_root])))
@@ -188,7 +188,7 @@ def encode_images(
 
 def encode_bank(known: ImageFolder, max_images: int, milan: BaseModel, backbones: dict[str, nn.Module]) -> Bank:
     """Features and labels of at most ``max_images`` labelled training images."""
-    from mmmilan.visualization.pictures import evenly_spaced
+    from mmmilan.evaluation.features import evenly_spaced
     from mmmilan.visualization.report_sections import Bank
 
     chosen = evenly_spaced(len(known), max_images)

@@ -78,6 +78,8 @@ def divide(names: Sequence[str], alone: bool) -> Splits | None:
     chosen = {name: role for name, (role, rest) in roles.items() if rest in pairs}
     held_out = [name for kind in ('val', 'test') for name in sorted(chosen) if chosen[name] == kind]
     train = [name for name in sorted(chosen) if chosen[name] == 'train']
+    if not train and len(held_out) > 1:
+        train, held_out = held_out[:1], [held_out[-1], *held_out[1:-1]]
     return Splits(train, held_out, sorted(set(names).difference(chosen)))
 
 
@@ -134,7 +136,7 @@ def splits_of(source: Source) -> Splits | None:
 
 
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
-    """What to train on: the training splits of each source, else the first of its others, or the source itself."""
+    """What to train on: the training splits of each source, or its only split, or the source itself."""
     chosen: list[Source] = []
     for source in as_sources(sources):
         splits = splits_of(source)
@@ -143,14 +145,9 @@ def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
 
 
 def evaluation_source(source: Source) -> Source:
-    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits.
-
-    Without a split to train on, which then is the first of the others, it is the last.
-    """
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
     splits = splits_of(source)
-    if not splits:
-        return source
-    return splits.held_out[0 if splits.train else -1] if splits.held_out else splits.train[0]
+    return (splits.held_out or splits.train)[0] if splits else source
 
 
 def class_folders(source: Source) -> tuple[Source, list[str]]:
@@ -193,7 +190,7 @@ def describe(sources: Sequence[Source]) -> str:
     for source in sources:
         splits = splits_of(source)
         unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
-        other = splits.held_out[1:] if splits and splits.train else splits.held_out[1:-1] if splits else []
+        other = splits.held_out[1:] if splits else []
         if unused or other:
             parts.append(f'not used: {named(unused + other)}')
     _, classes = class_folders(held_out[0])

@@ -17,7 +17,7 @@ from torch import nn
 
 from mmmilan.engine.throughput import evaluations_left
 from mmmilan.errors import InputError
-from mmmilan.evaluation.features import class_and_mean, extract, join
+from mmmilan.evaluation.features import class_and_mean, evenly_spaced, extract, join
 from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import DATASETS, HOOKS
@@ -109,11 +109,6 @@ class OnlineEvaluationHook(Hook):
             means = label_scores(found['mean_token'], found['label'])
             scores |= {f'{name}_mean': value for name, value in means.items()}
         return scores
-
-
-def evenly_spaced(size: int, number: int) -> np.ndarray:
-    """At most ``number`` of the integers below ``size``."""
-    return np.unique(np.linspace(0, size - 1, min(size, number)).astype(int))
 
 
 def of_some_classes(labels: np.ndarray, number: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
@@ -29,6 +28,7 @@ from mmmilan.checkpoints.config import parse_config
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
+from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
@@ -153,7 +153,7 @@ def describe_data(loader: DataLoader) -> dict[str, int]:
     """
     dataset, names = loader.dataset, []
     if hasattr(dataset, 'get_data_info'):
-        for index in np.unique(np.linspace(0, len(dataset) - 1, NAMES).astype(int)).tolist():
+        for index in evenly_spaced(len(dataset), NAMES):
             path = dataset.get_data_info(index).get('img_path')
             names.append('/'.join(Path(path).parts[-2:]) if isinstance(path, str) else '')
     checksum = zlib.crc32('\n'.join(names).encode(errors='surrogateescape'))

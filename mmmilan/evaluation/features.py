@@ -127,6 +127,11 @@ def each_batch(
         print_log(text, logger='current', level=logging.WARNING)
 
 
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """Up to ``count`` evenly spaced indices below ``size``, the first and the last included."""
+    return np.linspace(0, size - 1, min(size, count)).astype(int).tolist()
+
+
 def join(batches: Iterable[Arrays]) -> Arrays:
     """The arrays [M, ...] of all batches, of which there is one at least."""
     batches = list(batches)

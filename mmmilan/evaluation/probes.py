@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner, TestLoop
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -50,10 +50,14 @@ def knn_predictions(train: Split, features: np.ndarray) -> np.ndarray:
     return vote(queries, bank, labels, int(labels.max()) + 1, NEIGHBOURS, TEMPERATURE).argmax(1).numpy()
 
 
+def linear_probe(inverse_penalty: float = 0.1) -> Pipeline:
+    """Logistic regression on standardised features, not yet fitted."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
+
+
 def linear_probe_predictions(train: Split, features: np.ndarray) -> np.ndarray:
-    """Classes [T] by logistic regression on standardised features."""
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    return classifier.fit(*train).predict(features)
+    """Classes [T] by a :func:`linear_probe`."""
+    return linear_probe().fit(*train).predict(features)
 
 
 def knn_accuracy(train: Split, test: Split) -> float:

@@ -70,11 +70,6 @@ def draw_predictions(milan: nn.Module, backbones: dict[str, nn.Module], images: 
     return rows
 
 
-def evenly_spaced(size: int, count: int) -> list[int]:
-    """Up to ``count`` evenly spaced indices below ``size``, the first and the last included."""
-    return np.linspace(0, size - 1, min(size, count)).astype(int).tolist()
-
-
 def nearest_neighbours(features: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
     """Indices [Q, count] of the images nearest to each query by the cosine of features [M, D], without the query."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.evaluation.comparison import PROBES, comparison, hold_out, most_frequent, score_encoders, verdict
+from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.evaluation.probes import rankme
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     add_predictions,
     evaluation_curves,
-    evenly_spaced,
     loss_curve,
     nearest_neighbours,
 )

@@ -25,7 +25,7 @@ from mmmilan.datasets.decoding import LoadImage
 from mmmilan.engine.launch import launched
 from mmmilan.errors import count
 from mmmilan.evaluation.comparison import Accuracy
-from mmmilan.evaluation.features import device_name, progress
+from mmmilan.evaluation.features import device_name, evenly_spaced, progress
 from mmmilan.evaluation.predictions import (
     SIZES,
     AveragePrecision,
@@ -44,7 +44,6 @@ from mmmilan.visualization.pictures import (
     Colour,
     class_colours,
     draw_result,
-    evenly_spaced,
     loss_curve,
     read_scalars,
     reduced,

@@ -15,7 +15,7 @@ from mmpretrain.apis import ImageClassificationInferencer
 from mmpretrain.models import VisionTransformer
 
 import mmmilan
-from helpers import assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
+from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
 from mmmilan.api.finetune_recipe import encoder_in
 from mmmilan.checkpoints.config import own_config
@@ -23,12 +23,6 @@ from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 
 ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
-HERE = {
-    f'{loader}_dataloader.{option}': value
-    for loader in ('train', 'val', 'test')
-    for option, value in (('num_workers', 0), ('persistent_workers', False))
-}
-
 AT_ONCE = {'default_hooks.checkpoint.asynchronous': False}  # so that a test knows which checkpoint is there
 
 

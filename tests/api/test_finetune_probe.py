@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import mmmilan
+from helpers import HERE
 from mmmilan.api.finetune_probe import begin_as_probe, fit_probe
 from mmmilan.api.finetune_recipe import new_config
 from mmmilan.datasets.labelled import write_labelled
@@ -55,9 +56,7 @@ def test_the_untrained_model_is_the_probe(noisy, start, tmp_path):
     (name, accuracy) = next(iter(frozen.items()))
     token = {'class token': 'cls_token', 'mean token': 'avg_featmap'}[name.removeprefix('linear probe on the ')]
     assert config.model.backbone.out_type == token and 1 / 3 < accuracy < 1
-    here = {f'{loader}_dataloader.num_workers': 0 for loader in ('train', 'val', 'test')}
-    here |= {f'{loader}_dataloader.persistent_workers': False for loader in ('train', 'val', 'test')}
-    weights = mmmilan.finetune(noisy, tmp_path / 'run', start=start, epochs=1, batch_size=8, lr=1e-12, **here)
+    weights = mmmilan.finetune(noisy, tmp_path / 'run', start=start, epochs=1, batch_size=8, lr=1e-12, **HERE)
     model = mmmilan.get_model(weights).eval()
     right, paths = [], mmmilan.datasets.LabelledImages(str(tmp_path / 'run/split.json'), 'val').load_data_list()
     for each in paths:

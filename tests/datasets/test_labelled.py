@@ -129,6 +129,15 @@ def test_images_in_shards(tmp_path):
     assert [(sample['img'][0, 0, 0], sample['gt_label']) for sample in dataset] == [(0, 0), (10, 1)]
 
 
+def test_two_splits_of_which_none_is_called_train(tmp_path):
+    """The first is trained on, and the last validates: no image is in both."""
+    for split in ('dev', 'test'):
+        class_folders(tmp_path / 'data' / split, dict(ant=2, bee=2))
+    labelled = read_labelled(tmp_path / 'data')
+    sides = [{Path(each['img_path']).parts[-3] for each in part} for part in (labelled.train, labelled.val)]
+    assert sides == [{'dev'}, {'test'}] and labelled.classes == ('ant', 'bee')
+
+
 def test_the_data_may_move(tmp_path):
     class_folders(tmp_path / 'data', dict(ant=2, bee=2))
     config = written(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']

@@ -12,7 +12,7 @@ from mmengine.registry import FUNCTIONS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.features import evenly_spaced, extract, join
 from mmmilan.evaluation.zero_shot import embed_classes, nearest_text, read_templates
 from mmmilan.models import MILAN
 from mmmilan.teachers.base import TextTower
@@ -21,7 +21,6 @@ from mmmilan.visualization.pictures import (
     add_predictions,
     class_colours,
     draw_heat,
-    evenly_spaced,
     loss_curve,
     to_images,
 )

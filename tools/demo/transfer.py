@@ -14,7 +14,8 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch.utils.data import Dataset
 
-from mmmilan.visualization.pictures import class_colours, draw_labels, draw_objects, evenly_spaced
+from mmmilan.evaluation.features import evenly_spaced
+from mmmilan.visualization.pictures import class_colours, draw_labels, draw_objects
 
 NUM_PICTURES = 6
 MIN_SCORE = 0.5  # boxes of lower scores are not drawn

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mmmilan import get_model
 from mmmilan.errors import exit_on_input_error
+from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.models import MILAN
 from mmmilan.teachers import Teacher
-from mmmilan.visualization.pictures import evenly_spaced
 
 Targets = tuple[Tensor, Tensor]  # features [B, 1 + N, C] and importance [B, N]
 

@@ -87,7 +87,7 @@ def draw(lines: list[dict], path: Path) -> None:
             if curve:
                 axis.plot(*zip(*curve, strict=True), label=arm, color=colours[i], marker='o', markersize=4)
         axis.set(xlabel='thousand images', ylabel=f'{measure}, %', xscale='log')
-        ticks = sorted({line.get_xdata()[k] for line in axis.lines for k in range(len(line.get_xdata()))})
+        ticks = sorted({x for line in axis.lines for x in line.get_xdata()})
         axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
