@@ -203,7 +203,7 @@ def as_command(function: Callable, given: Mapping[str, Any]) -> Callable:
         if with_list(function) and kind in POSITIONAL:
             kind = each.POSITIONAL_ONLY if each.default in (each.empty, None) else each.KEYWORD_ONLY
         if kind is each.KEYWORD_ONLY and {int, float} & set(plain_types(hint)):
-            hint = Annotated[hint, Parameter(converter=read_numbers)]
+            hint = Annotated[hint, Parameter(converter=read_numbers), Unchecked()]
         elif 'dict' in str(each.annotation):
             hint = Annotated[hint, Parameter(converter=read_dict)]
         chosen.append(each.replace(kind=kind, annotation=hint))
@@ -223,6 +223,15 @@ def option_value(word: str) -> Any:
     from mmmilan.checkpoints import config  # imports PyTorch
 
     return config.option_value(word)
+
+
+class Unchecked:
+    """Keeps pydantic, which cyclopts asks where a program has loaded it, from a value that the function checks."""
+
+    def __get_pydantic_core_schema__(self, *types: Any) -> Any:
+        from pydantic_core.core_schema import any_schema
+
+        return any_schema()
 
 
 def read_numbers(kind: Any, tokens: Sequence[Any]) -> Any:

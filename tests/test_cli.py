@@ -165,6 +165,12 @@ def test_errors_are_one_line(line, message):
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
+def test_numbers_are_checked_by_the_function_where_pydantic_is_loaded():
+    pytest.importorskip('pydantic')
+    with pytest.raises(InputError, match=r'^batch_size=0.5 is not a whole number; '):
+        cli.run(['embed', 'a', 'b', 'c', '--batch-size', '0.5'])
+
+
 def test_an_unknown_argument_in_python():
     with pytest.raises(InputError, match=r'^embed takes no batchsize; the nearest name is batch_size.$'):
         mmmilan.embed('photos', 'm.pth', 'o.npz', batchsize=3)
