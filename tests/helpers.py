@@ -164,7 +164,7 @@ def check_layer_decay(
         depth = blocks + 1
         if match := re.match(r'backbone\.layers\.(\d+)\.', key):
             depth = int(match[1]) + 1
-        elif key.startswith(('backbone.patch_embed.', 'backbone.cls_token', 'backbone.pos_embed')):
+        elif re.match(r'backbone\.(patch_embed|cls_token|pos_embed|pre_norm)\b', key):
             depth = 0
         group = groups.pop(id(parameter))
         assert group['lr'] == pytest.approx(rate * decay ** (blocks + 1 - depth), rel=1e-9), key

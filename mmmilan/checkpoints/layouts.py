@@ -138,14 +138,13 @@ class Layout:
 def find_models(names: Iterable[str]) -> list[str]:
     """What stands before the names of each ViT: '' or a prefix with its dot.
 
-    It is what remains of the patch embedding's name. A CLIP's image tower, under ``visual.``, is none of these ViTs.
+    It is what remains of the patch embedding's name. SLIP's image tower, under ``visual.``, is one of these ViTs.
     """
     found = {}
     for name in names:
         ending = next((ending for ending in _PATCH_ENDINGS if f'.{name}'.endswith(f'.{ending}')), None)
-        prefix = name.removesuffix(ending) if ending else ''
-        if ending and 'visual' not in prefix.split('.'):
-            found[prefix] = True
+        if ending:
+            found[name.removesuffix(ending)] = True
     return list(found)
 
 

@@ -21,6 +21,7 @@ STATED = [
     'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
     'vit-base-p16_milan-pre_8xb2048-semantic-aware-linear-coslr-100e_in1k',
     'vit-base-p16_clip-pre_8xb2048-linear-coslr-100e_in1k',
+    'vit-large-p14_clip-pre_8xb128-coslr-100e_in1k',
     'vit-large-p16_milan-pre_8xb128-coslr-100e_in1k-384px',
     'mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco',
     'upernet_vit-large-p16_milan-pre_8xb2-amp-160k_ade20k-512x512',

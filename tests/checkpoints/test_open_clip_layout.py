@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -167,6 +170,28 @@ def test_clip_itself_as_encoder(kind, clip_and_file, monkeypatch):
     )[:, None, None]
     actual = backbone((pixels - mean) / std)[-1] @ clip.visual.proj
     assert (actual - clip.encode_image(rgb)).abs().max() < 1e-5 * clip.encode_image(rgb).abs().max()
+
+
+@torch.no_grad()
+def test_slip_itself_as_encoder(monkeypatch, tmp_path):
+    """SLIP's whole file, as it was published: the encoder of the config that fine-tunes it equals timm's ViT."""
+    arch = dict(embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=256)
+    vit = timm.models.VisionTransformer(img_size=64, embed_dim=64, depth=2, num_heads=2, num_classes=0).eval()
+    weights = {f'module.visual.{key}': torch.randn_like(value) for key, value in vit.state_dict().items()}
+    vit.load_state_dict({key.removeprefix('module.visual.'): value for key, value in weights.items()})
+    weights |= {'module.image_projection': torch.zeros(64, 40), 'module.positional_embedding': torch.zeros(77, 8)}
+    weights |= {'module.transformer.resblocks.0.ln_1.weight': torch.zeros(8), 'module.logit_scale': torch.zeros(())}
+    torch.save(dict(epoch=25, state_dict=weights, args=argparse.Namespace(lr=1)), tmp_path / 'slip.pt')
+    monkeypatch.setenv('PRETRAIN', str(tmp_path / 'slip.pt'))
+    cfg = Config.fromfile(ROOT / 'configs/milan/benchmarks/vit-base-p16_slip-pre_8xb128-coslr-100e_in1k.py').model
+    use_safe_loading()
+    backbone = MODELS.build(cfg.backbone | dict(arch=arch, img_size=64))
+    backbone.init_weights()
+    backbone.eval()
+    images = torch.randn(3, 3, 64, 64)
+    expected = vit.forward_features(images)[:, 0]
+    assert (backbone(images)[-1] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert set(convert(weights, 'timm')) == set(vit.state_dict())
 
 
 def test_clip_is_no_start_for_a_plain_vit(clip_and_file):

@@ -28,7 +28,7 @@ def test_metafiles_are_in_openmmlabs_form():
     for model in models.values():
         assert Config.fromfile(ROOT / model.config).model
         assert model.config.endswith(f'/{model.name}.py')  # a name is one recipe
-        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP', 'Learning Transferable'))
+        assert model.full_model.paper['Title'].startswith(('MILAN', 'MaskCLIP', 'Learning Transferable', 'SLIP'))
         if model.weights:
             assert model.weights.startswith('https://download.openmmlab.com/mmselfsup/1.x/milan/')
             assert re.search(r'_20221129-[0-9a-f]{8}\.pth$', model.weights)

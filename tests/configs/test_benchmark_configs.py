@@ -59,9 +59,10 @@ def test_real_size(name, on_meta):
     if 'knn' not in name:
         assert model(images).shape == (2, 10 if 'custom' in name else 1000)
     encoder = sum(p.numel() for key, p in model.backbone.named_parameters() if re.match('layers|patch|cls', key))
-    without_bias = 768 if '_clip-pre' in name else 0  # of CLIP's patch embedding
-    assert encoder == (303_097_856 if width == 1024 else 85_645_824 - without_bias)
-    assert model.backbone.pos_embed.shape == (1, 1 + (pixels // 16) ** 2, width)
+    side = 14 if 'p14' in name else 16
+    patches = width * 3 * (side**2 - 16**2) - width * ('_clip-pre' in name)  # no bias in CLIP's patch embedding
+    assert encoder == (303_097_856 if width == 1024 else 85_645_824) + patches
+    assert model.backbone.pos_embed.shape == (1, 1 + (pixels // side) ** 2, width)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_real_size(name, on_meta):
         (FINE_TUNING, 12, 0.65, 0.1),
         ('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-384px', 12, 0.65, 0.1),
         ('vit-large-p16_milan-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2),
+        ('vit-large-p14_clip-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2),
         ('vit-large-p16_milan-pre_8xb128-coslr-100e_in1k-384px', 24, 0.75, 0.2),
     ],
 )
@@ -79,7 +81,8 @@ def test_fine_tuning_recipe(name, blocks, decay, drop_path):
     cfg = read(name)
     assert cfg.model.backbone.drop_path_rate == drop_path
     assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size == 1024
-    assert cfg.model.backbone.init_cfg.checkpoint == f'milan_vit-{size_of(name)}-p16_16xb256-amp-coslr-400e_in1k'
+    if '_clip-pre' not in name:
+        assert cfg.model.backbone.init_cfg.checkpoint == f'milan_vit-{size_of(name)}-p16_16xb256-amp-coslr-400e_in1k'
     augmentations = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
     assert augmentations[:3] == ['mmmilan.LoadRandomResizedCrop', 'RandAugment', 'RandomErasing']
     assert cfg.train_dataloader.dataset.pipeline[0].flip_prob == 0.5
