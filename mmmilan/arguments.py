@@ -47,6 +47,7 @@ def check_path(name: str, value: Any) -> str | os.PathLike:
 
 def check_paths(name: str, value: Any) -> str | os.PathLike | list:
     """One path, or any iterable of paths; a list of one is that path."""
+    value = listed(value)
     if isinstance(value, (str, os.PathLike)):
         return check_path(name, value)
     paths = [check_path(name, each) for each in several(name, value, 'paths')]
@@ -69,6 +70,12 @@ def check_texts(name: str, value: Any) -> list[str]:
     return [check_text(name, each) for each in several(name, value, 'texts')]
 
 
+def listed(value: Any) -> Any:
+    """An array or a column of texts or objects, such as paths, as a list; anything else as it is."""
+    is_listed = getattr(getattr(value, 'dtype', None), 'kind', '') in ('O', 'U') and hasattr(value, 'tolist')
+    return value.tolist() if is_listed else value
+
+
 def several(name: str, value: Any, what: str) -> list:
     """The elements of an iterable that is neither empty nor a tensor."""
     if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)) or hasattr(value, 'dtype'):
@@ -87,9 +94,7 @@ def check_images(name: str, value: Any) -> list:
     import numpy as np
     from PIL.Image import Image
 
-    dtype = getattr(value, 'dtype', None)
-    if getattr(dtype, 'kind', '') in ('O', 'U') and hasattr(value, 'tolist'):  # an array, or a column of paths
-        value = value.tolist()
+    value = listed(value)
     if isinstance(value, (str, os.PathLike, Image)) or (isinstance(value, np.ndarray) and value.ndim < 4):
         value = [value]
     images = several(name, list(value) if isinstance(value, np.ndarray) else value, 'images')
@@ -166,15 +171,25 @@ def check(hint: Any, name: str, value: Any) -> Any:
 
 
 def check_one_of(hints: Sequence[Any], name: str, value: Any) -> Any:
-    """Check a value that may be of several types; the message is that of the last one."""
+    """Check a value that may be of several types; the message is of the one that it is of, or else of the last."""
     if value is None and type(None) in hints:
         return value
+    own = None
     for hint in [each for each in hints if each is not type(None)]:
         try:
             return check(hint, name, value)
         except InputError as refused:
             error = refused
-    raise error
+            own = refused if isinstance(value, kinds_of(hint)) else own
+    raise own or error
+
+
+def kinds_of(hint: Any) -> tuple[type, ...]:
+    """The classes of a type hint, whatever is within them or which rules they follow."""
+    hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [typing.get_origin(each) or each for each in (typing.get_args(hint) if union else (hint,))]
+    return tuple(kind for kind in kinds if isinstance(kind, type))
 
 
 def check_choice(choices: Sequence[str], name: str, value: Any) -> str:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from mmcv.transforms import BaseTransform
@@ -85,6 +86,7 @@ KEYS = dict(
     randomness=dict(seed=WHOLE, diff_rank_seed=TRUTH, deterministic=TRUTH),
     arch=dict(embed_dims=WHOLE, num_layers=WHOLE, num_heads=WHOLE, feedforward_channels=WHOLE),
 )
+LARGEST = 65536  # of the sizes of an arch
 MULTIPLIERS = ('norm_decay_mult', 'bias_lr_mult', 'bias_decay_mult', 'dwconv_decay_mult', 'flat_decay_mult')
 MULTIPLIERS += ('dcn_offset_lr_mult', 'layer_decay_rate')
 SOME_KEYS = dict(
@@ -295,6 +297,8 @@ def _faults_in(part: Part) -> Iterator[Fault]:
     if reader is None:
         return
     yield from _wrong_values(part.value, f'{part.name}.', reader)
+    if reader.known is KEYS['arch']:
+        check_arch(part.value, part.name)
     names = set(part.value) - set(reader.known) - {'type', '_scope_', '_delete_', '_reversed_'}
     names -= set() if part.typed else _read_by_owners(part, names)
     for name in names:
@@ -302,6 +306,19 @@ def _faults_in(part: Part) -> Iterator[Fault]:
             by = f'{reader.title} takes no {name}' if reader.title else 'nothing reads it'
             reason = f'{part.name}.{name}: {by}; {remedy(name, reader.known, f"{part.name}.")}'
             yield Fault(f'{part.name}.{name}', reason, bool(reader.title) and not reader.is_open)
+
+
+def check_arch(arch: Mapping[str, Any], name: str = 'arch') -> None:
+    """Raise an :class:`InputError` if a ViT cannot have the sizes that a dict ``name`` gives."""
+    for key, value in arch.items():
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if key in KEYS['arch'] and not (is_whole and 1 <= value <= LARGEST):
+            raise InputError(f'{name}.{key}={shown(value)} does not fit; give a whole number from 1 to {LARGEST}.')
+    width, heads = arch.get('embed_dims', 0), arch.get('num_heads', 1)
+    if width % heads:
+        raise InputError(
+            f'{name}.embed_dims={width} is not a multiple of {name}.num_heads={heads}; choose one that is.'
+        )
 
 
 def _wrong_values(values: Mapping[str, Any], prefix: str, reader: Reader) -> Iterator[Fault]:
@@ -444,13 +461,14 @@ def build_errors() -> Iterator[None]:
 
 def build_failure(error: Exception) -> str | None:
     """What part of which config failed to build, and why; None if the error was raised elsewhere."""
-    config, failed = None, []
+    config, failed, registry = None, [], None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         variables = frame.f_locals
         config = config or next((value for value in variables.values() if isinstance(value, Config)), None)
         name = frame.f_code.co_name
         if name in BUILDERS and '/mmengine/' in frame.f_code.co_filename:
             failed.append(variables.get(BUILDERS[name]))
+            registry = variables.get('registry')
         elif name == '__call__' and isinstance(variables.get('self'), BaseTransform):
             failed.append(dict(type=type(variables['self']).__name__))
     if not failed:
@@ -458,8 +476,8 @@ def build_failure(error: Exception) -> str | None:
     for part in reversed(failed):  # the deepest one that the config has; others are parts of parts
         name = name_of(part, config or {})
         if name is not None:
-            return describe(error, name, part)
-    return describe(error, '', failed[-1])
+            return describe(error, name, part, registry if part is failed[-1] else None)
+    return describe(error, '', failed[-1], registry)
 
 
 def name_of(part: Any, config: Mapping[str, Any]) -> str | None:
@@ -477,8 +495,8 @@ def _last(kind: Any) -> Any:
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind
 
 
-def describe(error: Exception, name: str, part: Any) -> str:
-    """A sentence on what cannot be built."""
+def describe(error: Exception, name: str, part: Any, registry: Registry | None = None) -> str:
+    """A sentence on what cannot be built; ``registry`` is that of the innermost part."""
     kind = part.get('type') if isinstance(part, Mapping) else None
     title = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
     message = ' '.join(first_line(error).split()).rstrip('.;')
@@ -488,6 +506,11 @@ def describe(error: Exception, name: str, part: Any) -> str:
         return f'{place} lacks {" and ".join(missing)}; set {f"{name}." if name else ""}{missing[0]}.'
     if match := re.search(r"unexpected keyword argument '(\w+)'", message):
         return f'{place} takes no {match[1]}; {_remedy_of(part, match[1], name)}'
+    if isinstance(error, KeyError) and registry is not None and 'type' not in part:
+        return f'{name or shown(part)} has no type; give it one.'
+    if isinstance(error, KeyError) and registry is not None and isinstance(kind, str) and not lookup(registry, kind):
+        key = f'{name}.type' if name else 'type'
+        return f'{key}={kind!r} does not exist; {remedy(kind, names_like(registry, kind))}'
     said = f'{type(error).__name__}: {message}' if message != type(error).__name__ else message
     return f'{place} cannot be built ({said[:300]}); correct its values.'
 

@@ -21,6 +21,7 @@ from mmmilan.errors import InputError
         (arguments.Path, Path('a/b'), Path('a/b')),
         (arguments.Paths, iter(['a', 'b']), ['a', 'b']),
         (arguments.Paths, ['a'], 'a'),
+        (arguments.Paths, np.array(['a', 'b'], object), ['a', 'b']),
         (arguments.Texts, ('a dog', 'a cat'), ['a dog', 'a cat']),
         (arguments.Images, 'a.jpg', ['a.jpg']),
         (arguments.Images, np.array(['a.jpg', 'b.jpg']), ['a.jpg', 'b.jpg']),
@@ -52,6 +53,10 @@ def test_arrays_and_pil_images():
         (arguments.Texts, 'a dog', "it='a dog' is one text and not a list; give a list of texts."),
         (arguments.Images, [3], 'it=3 is not an image; give a path, a PIL image, or a uint8 array [H, W, 3] in BGR'),
         (arguments.Device, 'gpu', "it='gpu' is not a device of this machine; choose one of cpu"),
+        (arguments.Path | dict, '', "it='' names no file; give a path."),
+        (arguments.Paths, np.array([1, 2]), 'it=<ndarray> is not a list of paths; give one.'),
+        (tuple[arguments.Pixels, arguments.Pixels] | arguments.Pixels, (8,), 'it=(8,) is wrong; give 2 values.'),
+        (arguments.Paths | bool, ['a', 3], 'it=3 is not a path'),
         (bool | arguments.Path, 3, 'it=3 is not a path; give a str or a Path.'),
     ],
 )

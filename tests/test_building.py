@@ -181,6 +181,11 @@ def test_values_that_are_taken(config, option, value):
     change_config(changed, {option: value})
 
 
+def sizes(**changes) -> dict:
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(arch=dict(_delete_=True, **arch | changes))
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -190,6 +195,11 @@ def test_values_that_are_taken(config, option, value):
         (dict(backbone=dict(patch_size=[3, 'a'])), 'model.backbone (mmmilan.MILANViT) cannot be built ('),
         (dict(backbone=dict(arch=dict(embed_dims=3))), 'model cannot be set ('),
         (dict(bakcbone=dict(img_size=96)), 'ImageClassifier takes no bakcbone; the nearest name is model.backbone.'),
+        (dict(backbone=sizes(embed_dims=32, num_heads=3)), 'model.backbone.arch.embed_dims=32 is not a multiple of'),
+        (dict(backbone=sizes(num_heads=0)), 'model.backbone.arch.num_heads=0 does not fit; give a whole number'),
+        (dict(backbone=sizes(num_layers=None)), 'model.backbone.arch.num_layers=None does not fit'),
+        (dict(backbone=sizes(num_layers=-2)), 'model.backbone.arch.num_layers=-2 does not fit'),
+        (dict(backbone=sizes(feedforward_channels=10**9)), 'model.backbone.arch.feedforward_channels=1000000000 does'),
         (dict(devcie='cpu'), 'takes no devcie; the nearest name is device.'),
     ],
 )  # fmt: skip

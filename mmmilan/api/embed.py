@@ -174,7 +174,7 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
         )
     ok = found['ok'].copy()
     for name in columns:
-        ok &= np.isfinite(found[name]).reshape(len(ok), -1).all(1) if found[name].dtype.kind == 'f' else True
+        ok &= np.isfinite(found[name]).all(tuple(range(1, found[name].ndim))) if found[name].dtype.kind == 'f' else True
     return found['paths'][ok].tolist(), [found[name][ok].astype(np.float32) for name in columns]
 
 
@@ -192,6 +192,8 @@ def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str,
     """Those of some columns that a file has, and the names of all its columns."""
     import numpy as np
 
+    if not zipfile.is_zipfile(path):  # of which NumPy would say how to load it unsafely
+        raise ValueError('it is no .npz')
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in columns if name in file.files}, ', '.join(file.files)
 

@@ -361,14 +361,17 @@ def encoder_width(arch: str | dict[str, Any]) -> int:
     """The width D of a ViT.
 
     Raises:
-        InputError: mmpretrain has no ViT of this name, or a dict lacks a size.
+        InputError: mmpretrain has no ViT of this name, or a dict lacks a size or has wrong ones.
     """
     from mmpretrain.models import VisionTransformer
+
+    from mmmilan.building import check_arch
 
     if isinstance(arch, dict):
         missing = {'embed_dims', 'num_layers', 'num_heads', 'feedforward_channels'} - set(arch)
         if missing:
             raise InputError(f'The arch lacks {", ".join(sorted(missing))}; give them all.')
+        check_arch(arch)
         return arch['embed_dims']
     if arch not in VisionTransformer.arch_zoo:
         names = ', '.join([*ARCHS, 'base', 'large', 'huge'])

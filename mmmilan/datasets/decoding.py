@@ -38,8 +38,9 @@ HEIC = ('.heic', '.heif', '.hif')
 AVIF = ('.avif',)
 EXTENSIONS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.dib', '.tif', '.tiff', '.webp')
 EXTENSIONS += ('.ppm', '.pgm', '.pbm', '.pnm', '.gif', '.jp2', '.j2k', '.jpx')
-# Images that do not decode here, by extension, with what makes them decode.
-REMEDIES: dict[str, str] = {}
+ARCHIVES = ('.zip', '.gz', '.tgz', '.bz2', '.tbz', '.tbz2', '.xz', '.txz', '.zst', '.tzst', '.lz4', '.z', '.7z', '.rar')
+# Files that hold images and are not read, by extension, with what makes them so.
+REMEDIES = dict.fromkeys(ARCHIVES, 'unpack it')
 if find_spec('pillow_heif'):
     EXTENSIONS += HEIC
 else:

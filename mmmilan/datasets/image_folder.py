@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
 from mmmilan.datasets.listing import Names, decoded, extension, is_leaving, list_folder, log_left_out, remember
-from mmmilan.datasets.packed import list_lmdb, load_index
+from mmmilan.datasets.packed import list_lmdb, load_index, refuse_archive
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError, printable
 from mmmilan.registry import DATASETS
@@ -67,6 +67,7 @@ def _images_in(source: Source, path: str) -> Names:
     elif extension(path) in (*EXTENSIONS, '.tar'):
         images, _ = expand_shards('', [path])
     else:
+        refuse_archive(path)
         images = Names()
     if not images:
         raise InputError(f'{source} holds no image; it should hold files that end in {ENDINGS}.')
@@ -213,6 +214,7 @@ class ImageFolder(CustomDataset):
     def check_folder(self) -> None:
         """Raise an :class:`InputError` if the folder does not exist."""
         if not get_file_backend(self.img_prefix, enable_singleton=True).isdir(self.img_prefix):
+            refuse_archive(self.img_prefix)
             raise InputError(
                 f'The data folder {self.img_prefix} does not exist; set data_root to the folder of images.'
             )

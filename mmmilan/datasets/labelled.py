@@ -18,6 +18,7 @@ from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
 from mmmilan.datasets.listing import LABELS, extension, is_leaving, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
+from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import IMAGES, look_into, splits_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line, write_text
@@ -86,6 +87,7 @@ def read_labelled(
     root = Path(os.path.expanduser(os.fspath(data))).absolute()
     if not root.exists():
         raise InputError(f'{data} does not exist; give a folder of labelled images.')
+    refuse_archive(root)
     if task not in (None, *TASKS):
         raise InputError(f'task={task!r} is unknown; choose {", ".join(TASKS)}.')
     if not 0 < val_fraction < 1:
@@ -133,9 +135,9 @@ def has_class_folders(root: Path, annotated: bool) -> bool:
 
     Folders within one of images, beside annotations, are something else, such as cities or cameras.
     """
-    splits = splits_of(root)
-    source = (splits.train or splits.held_out)[0] if splits else root
-    folder = look_into(source)
+    folder = look_into(root)
+    if folder.splits:
+        folder = look_into(os.path.join(folder.root, (folder.splits.train or folder.splits.held_out)[0]))
     inside = os.path.relpath(folder.root, root).split('/')
     return len(folder.counts) > max(1, folder.loose) and not (annotated and any(map(IMAGES.fullmatch, inside)))
 

@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmmilan.datasets.decoding import EXTENSIONS
+from mmmilan.datasets.decoding import ARCHIVES, EXTENSIONS
 from mmmilan.datasets.listing import extension, is_leaving
 from mmmilan.datasets.reproducible import ReproducibleSampler
 from mmmilan.errors import InputError
@@ -33,6 +34,8 @@ from mmmilan.registry import DATA_SAMPLERS
 
 VERSION = 2  # of the stored index
 CAPTIONS = ('.txt', '.json')
+# The first bytes of gzip, bzip2, xz, zstd, 7z, RAR and ZIP.
+COMPRESSED = re.compile(rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|PK\x03\x04')
 COMMIT_EVERY = 10000  # images that an LMDB takes in one transaction
 
 
@@ -124,12 +127,28 @@ def read_index(shard: Path) -> tuple[list[tuple[str, int, int, list[str]]], dict
                 else:
                     unused[kind or 'without extension'] += 1
     except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+        refuse_archive(shard)
         raise InputError(f'{shard} is damaged ({error}); copy or download it again.') from error
     pairs = pair_by_name(list(images), list(texts))
     used = {text for names in pairs.values() for text in names}
     unused.update(f'{extension(text)} without image' for text in texts if text not in used)
     captions = {image: [line for text in names for line in texts[text]] for image, names in pairs.items()}
     return [(name, *place, captions[name]) for name, place in images.items()], dict(unused)
+
+
+def refuse_archive(path: str | os.PathLike) -> None:
+    """Raise an :class:`InputError` for a compressed file: by its ending, or else, as a tar, by its first bytes."""
+    path = os.path.normpath(path)
+    kind = extension(path)
+    found = kind in ARCHIVES and os.path.isfile(path)
+    if kind in ('', '.tar'):
+        with suppress(OSError), open(path, 'rb') as file:  # a folder is none
+            found = bool(COMPRESSED.match(file.read(8)))
+    if found:
+        raise InputError(
+            f'{path} is compressed, and images are not read out of it; unpack it and give the folder, or give a tar '
+            'that is not compressed.'
+        )
 
 
 def pair_by_name(images: Sequence[str], texts: Sequence[str]) -> dict[str, list[str]]:

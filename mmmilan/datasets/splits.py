@@ -12,6 +12,7 @@ import numpy as np
 
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
 from mmmilan.datasets.listing import list_folder, remember
+from mmmilan.errors import InputError
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
 VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'holdout'}
@@ -19,9 +20,9 @@ TEST = {'test', 'testing', 'tst'}
 # Words and numbers that stand beside those, as in val2017, train_images, Test-Set and mini_val.
 BESIDE = re.compile(r'\d+|set|splits?|data|images?|imgs?|photos|pictures|mini|full')
 WORD = re.compile(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+')
-IMAGES = re.compile(r'images?|imgs?|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
+IMAGES = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
 ANNOTATIONS = re.compile(
-    r'annotations?|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
+    r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
 )
 
 
@@ -102,12 +103,14 @@ class Folder(NamedTuple):
         counts: Number of images and shards in each folder directly in it.
         loose: Number of those directly in it.
         splits: Its splits, if it has any.
+        inner: If it has none, two folders deeper in it that are splits, one to train and one to evaluate on.
     """
 
     root: str
     counts: dict[str, int]
     loose: int
     splits: Splits | None
+    inner: tuple[str, str] | None
 
 
 def look_into(source: Source) -> Folder:
@@ -124,19 +127,47 @@ def _look_into(root: str) -> Folder:
         splits = divide(sorted(counts), not loose)
         inner = wrapper(sorted(counts), not loose)
         if splits is not None or inner is None:
-            return Folder(root, dict(sorted(counts.items())), loose, splits)
+            return Folder(root, dict(sorted(counts.items())), loose, splits, None if splits else splits_within(files))
         root = os.path.join(root, inner)
         files = [file.partition('/')[2] for file in files if file.startswith(f'{inner}/')]
 
 
+def splits_within(files: Sequence[str]) -> tuple[str, str] | None:
+    """Two folders beside each other, of those of some files, that are splits: one to train and one to evaluate on."""
+    within: dict[str, set[str]] = {}
+    for folder in {file.rpartition('/')[0] for file in files}:
+        while folder:
+            folder, _, name = folder.rpartition('/')
+            within.setdefault(folder, set()).add(name)
+    for folder in sorted(within, key=lambda name: (bool(ANNOTATIONS.fullmatch(name.partition('/')[0])), name)):
+        if splits := divide(sorted(within[folder]), alone=False):
+            return f'{folder}/{splits.train[0]}', f'{folder}/{splits.held_out[0]}'
+    return None
+
+
 def splits_of(source: Source) -> Splits | None:
-    """The folders of a data set with splits, such as ``train`` and ``val``; None for any other source."""
+    """The folders of a data set with splits, such as ``train`` and ``val``; None for any other source.
+
+    Raises:
+        InputError: it is divided within its folders, such as those of classes.
+    """
     folder = look_into(source)
+    if folder.inner:
+        train, held_out = folder.inner
+        outer, inner = os.path.split(train)
+        raise InputError(
+            f'{folder.root} is divided within its folders, such as into {train} and {held_out}; put the splits above '
+            f'them, as in {inner}/{outer}, or pretrain on several folders, such as {os.path.join(folder.root, outer)}.'
+        )
     return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
 
 
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
-    """What to train on: the training splits of each source, or its only split, or the source itself."""
+    """What to train on: the training splits of each source, or its only split, or the source itself.
+
+    Raises:
+        InputError: as :func:`splits_of`.
+    """
     chosen: list[Source] = []
     for source in as_sources(sources):
         splits = splits_of(source)

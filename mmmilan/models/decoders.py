@@ -58,7 +58,7 @@ class Decoder(BaseModule):
         grid: Rows and columns of patches.
 
     Raises:
-        InputError: ``num_patches`` is neither a square number nor a pair.
+        InputError: ``num_patches`` is neither a square number nor a pair, or the heads do not share the width equally.
     """
 
     def __init__(
@@ -74,6 +74,11 @@ class Decoder(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
+            raise InputError(
+                f'decoder_embed_dim={decoder_embed_dim} is not a multiple of decoder_num_heads={decoder_num_heads}; '
+                'choose one that is.'
+            )
         self.with_cp = with_cp
         self.embed_dim = embed_dim
         self.grid = read_grid(num_patches)

@@ -32,7 +32,15 @@ def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:
 
     The first half of the channels encodes the column, the second the row, each as sines then cosines of
     embed_dims / 4 wavelengths up to 10000 (MAE, and the published code of MILAN).
+
+    Raises:
+        InputError: ``embed_dims`` is not a multiple of 4.
     """
+    if embed_dims % 4:
+        raise InputError(
+            f'Sine-cosine positions need a width that is a multiple of 4, which {embed_dims} is not; change embed_dims '
+            'of the backbone, or decoder_embed_dim of the neck.'
+        )
     frequencies = 10000.0 ** -(torch.arange(embed_dims // 4, dtype=torch.float64) / (embed_dims // 4))
     angles = torch.arange(max(grid), dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, shown
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import Teacher
 from mmmilan.teachers.clip_source import CONFIG as CLIP_CONFIG
@@ -61,6 +61,8 @@ def teacher_config(teacher: str | os.PathLike | dict[str, Any]) -> dict[str, Any
         InputError: it is none of these.
     """
     if isinstance(teacher, dict):
+        if not teacher.get('type'):
+            raise InputError(f'The teacher {shown(teacher)} has no type; name one, such as {CLIP}.')
         return dict(teacher)
     name = os.fspath(teacher)
     library, separator, rest = name.partition(':')

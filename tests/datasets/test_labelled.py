@@ -202,6 +202,14 @@ def test_names_of_folders_from_a_file(tmp_path):
         read_labelled(data, classes=['ant', 'bea'])
 
 
+def test_splits_within_classes(tmp_path):
+    for name in ('ant', 'bee'):
+        class_folders(tmp_path / name, dict(train=2, val=1))
+    for task in (None, 'classification'):
+        with pytest.raises(InputError, match='into ant/train and ant/val; put the splits above them, as in train/ant'):
+            read_labelled(tmp_path, task=task)
+
+
 @pytest.mark.parametrize(
     'splits, options, message',
     [

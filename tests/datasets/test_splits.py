@@ -15,6 +15,7 @@ from mmmilan.datasets.splits import (
     splits_of,
     training_sources,
 )
+from mmmilan.errors import InputError
 
 
 def make(root: Path, names: str) -> Path:
@@ -50,6 +51,7 @@ def relative(root: Path, folders) -> str:
         ('trainA/1.jpg trainB/2.jpg testA/3.jpg testB/4.jpg', 'trainA trainB', 'testA'),
         ('train/0.tar val/1.tar', 'train', 'val'),
         ('dev/1.jpg test/2.jpg', 'dev', 'test'),
+        ('img_dir/train/1.jpg img_dir/val/2.jpg ann_dir/train/1.png', 'img_dir/train', 'img_dir/val'),
         ('Valid/1.jpg', 'Valid', 'Valid'),
     ],
 )  # fmt: skip
@@ -86,6 +88,32 @@ def test_neither(tmp_path, files):
     assert class_folders(tmp_path)[1] == [] and training_sources(tmp_path) == [tmp_path]
     images, labels, _ = list_labelled_images(tmp_path)
     assert len(images) == len(files.split()) and not np.any(labels)
+
+
+@pytest.mark.parametrize(
+    ('files', 'message'),
+    [
+        ('ant/train/1.jpg ant/val/2.jpg bee/train/3.jpg bee/val/4.jpg', 'ant/train and ant/val; .* as in train/ant,'),
+        ('ant/Training/1.jpg ant/test_set/2.jpg bee/3.jpg', 'ant/Training and ant/test_set; .* as in Training/ant'),
+        ('v1/ant/train/1.jpg v1/ant/val/2.jpg v1/bee/train/3.jpg', 'ant/train and ant/val; .* such as .*/v1/ant'),
+        ('a/b/train2017/1.jpg a/b/val2017/0.tar c/1.jpg', 'a/b/train2017 and a/b/val2017; .* as in train2017/a/b, or'),
+        ('bottle/train/good/1.png bottle/test/bad/2.png cable/train/good/3.png', 'bottle/train and bottle/test'),
+        ('gt/train/1.jpg gt/val/2.jpg x/train/1.png x/val/2.png 3.jpg', 'x/train and x/val'),
+    ],
+)  # fmt: skip
+def test_splits_within_folders_are_refused(tmp_path, files, message):
+    """Where they are not seen, training is on the images of the evaluation."""
+    make(tmp_path, files)
+    for read in (splits_of, training_sources, evaluation_source, lambda source: describe([source])):
+        with pytest.raises(InputError, match=f'is divided within its folders, such as into {message}'):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'files', ['a/train/1.jpg b/train/2.jpg', 'a/test/1.jpg b/car/2.jpg', 'a/val/1.jpg a/test/2.jpg b/3.jpg']
+)
+def test_classes_within_folders_are_not_splits(tmp_path, files):
+    assert splits_of(make(tmp_path, files)) is None
 
 
 def test_what_was_understood_is_said(tmp_path):

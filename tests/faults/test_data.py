@@ -8,6 +8,7 @@ import os
 import random
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -26,8 +27,11 @@ from mmmilan.datasets import (
 )
 from mmmilan.datasets.captions import read_table
 from mmmilan.datasets.decoding import ORIENTATION, decode
+from mmmilan.datasets.image_folder import list_images
+from mmmilan.datasets.labelled import read_labelled
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.packed import list_lmdb, pack_images, read_index
+from mmmilan.datasets.splits import list_labelled_images
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 
@@ -215,6 +219,32 @@ def test_an_index_that_is_damaged_is_made_again(shards, content):
     (shards / 'x.tar.index.json').write_bytes(content)
     again = CaptionedShards(str(shards), pipeline=[])
     assert [again.get_data_info(i) for i in range(2)] == [first.get_data_info(i) for i in range(2)]
+
+
+def packed(ending: str) -> bytes:
+    """An archive of one image, as it is named."""
+    file = io.BytesIO()
+    if ending.endswith('zip'):
+        with zipfile.ZipFile(file, 'w') as archive:
+            archive.writestr('a.jpg', photo('JPEG'))
+        return file.getvalue()
+    kind = {'gz': 'gz', 'tgz': 'gz', 'bz2': 'bz2', 'tbz2': 'bz2', 'xz': 'xz', 'txz': 'xz', 'TGZ': 'gz'}
+    with tarfile.open(fileobj=file, mode=f'w:{kind[ending.rpartition(".")[2]]}') as tar:
+        add(tar, 'a.jpg', photo('JPEG'))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ('name', 'ending'),
+    [(f'x.{each}', each) for each in ('zip', 'tar.gz', 'tgz', 'tar.bz2', 'tbz2', 'tar.xz', 'txz')]
+    + [('x.TGZ', 'TGZ'), ('x.tar', 'tar.gz'), ('x.tar', 'zip'), ('x.TAR', 'tar.xz'), ('x', 'tgz')],
+)
+def test_compressed_archives(tmp_path, name, ending):
+    (tmp_path / name).write_bytes(packed(ending))
+    path = str(tmp_path / name)
+    for read in (list_images, lambda path: ImageFolder(path, pipeline=[]), read_labelled, list_labelled_images):
+        with pytest.raises(InputError, match=rf'{name} is compressed, .*; unpack it and give the folder'):
+            read(path)
 
 
 def test_spoilt_shards(shards):

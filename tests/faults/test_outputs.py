@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import mmmilan
 from mmmilan import cli
+from mmmilan.api.embed import read_features
 from mmmilan.errors import InputError
 from mmmilan.teachers.cached import TargetCache
 
@@ -235,10 +237,14 @@ def test_damaged_features(folder, tmp_path):
     np.savez('features.npz', **good)
     content = Path('features.npz').read_bytes()
     np.save('array.npy', good['embedding'])
-    for damaged in (b'', content[:100], content[:-30], b'PK\3\4' + content[50:], Path('array.npy').read_bytes()):
+    np.savez('features.npz', **{name: column[:0] for name, column in good.items()})
+    assert read_features('features.npz', ['embedding'])[0] == []
+    array = Path('array.npy').read_bytes()
+    for damaged in (b'', b'text', pickle.dumps(good), content[:100], content[:-30], b'PK\3\4' + content[50:], array):
         Path('features.npz').write_bytes(damaged)
-        with pytest.raises(InputError, match='features.npz is damaged, or no file of features'):
+        with pytest.raises(InputError, match='features.npz is damaged, or no file of features') as error:
             mmmilan.search('features.npz', 'milan.pth', 'dog')
+        assert 'unsafe' not in str(error.value)  # NumPy's advice on pickles
 
 
 def test_odd_manifests(run_tool, folder):

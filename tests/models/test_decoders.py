@@ -125,6 +125,13 @@ def test_patches_that_are_no_square():
         MODELS.build(dict(type='mmmilan.PromptingDecoder', num_patches=195))
 
 
+@pytest.mark.parametrize('kind', ['PromptingDecoder', 'MAEDecoder'])
+@pytest.mark.parametrize(('width', 'heads'), [(32, 5), (32, 0), (32, -2), (30, 2)])
+def test_widths_that_do_not_divide(kind, width, heads):
+    with pytest.raises(InputError, match='decoder_embed_dim'):
+        MODELS.build(dict(type=f'mmmilan.{kind}', decoder_embed_dim=width, decoder_num_heads=heads)).init_weights()
+
+
 # -- attention to prompts only, prediction of a part of the masked patches
 
 

@@ -267,6 +267,8 @@ def test_names():
         ('milan_vit-base-p16_16xb256-amp-coslr-400e_in1k', 'is an encoder and no teacher'),
         ('local-dir:nowhere', 'nowhere has no open_clip_config.json or config.json'),
         ('', 'The teacher  is unknown'),
+        ({}, 'The teacher {} has no type; name one, such as mmmilan.OpenCLIPTeacher'),
+        (dict(pretrained='clip.pt', type=''), 'has no type; name one'),
     ],
 )
 def test_unknown_names(name, message, tmp_path, monkeypatch):
