@@ -77,6 +77,9 @@ def search(
 ) -> list[Found]:
     """Find the images that a text describes, best first.
 
+    Under ``python -m mmmilan.torchrun`` each process takes a part of the images, and all return the same; a file of
+    features is read by each.
+
     Args:
         images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz), whose column ``embedding`` is
             searched without reading an image.
@@ -144,7 +147,8 @@ def heat_maps(
     """Show where texts apply in images: the cosine of each patch with each text, with an open vocabulary.
 
     Writes ``heat_maps.npz`` (``paths``, ``texts`` and ``cosine`` [M, T, rows, columns], float32) and a figure for each
-    image, with one map per text.
+    image, with one map per text. Under ``python -m mmmilan.torchrun`` each process takes a part of the images; a file
+    of features is read by each.
 
     Args:
         images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz), for which no
@@ -247,6 +251,8 @@ def zero_shot(
     teacher: arguments.Path | None = None,
 ) -> Percent:
     """Classify the images of a labelled folder by the names of its classes, without training (zero-shot).
+
+    Under ``python -m mmmilan.torchrun`` each process takes a part of the images, and all return the same.
 
     Args:
         data: folder with a folder of images for each class.

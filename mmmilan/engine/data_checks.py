@@ -115,13 +115,25 @@ def own_names_fit(own: tuple[str, ...], names: tuple[str, ...]) -> bool:
 
 @HOOKS.register_module()
 class CorruptImageHook(Hook):
-    """Warn after each epoch of the images that did not decode so far, counted over all processes."""
+    """Warn after each epoch, and evaluation, how often an image did not decode so far, counted over all processes."""
 
     def after_train_epoch(self, runner: Runner) -> None:
-        count = torch.tensor(num_corrupt(runner.train_dataloader.dataset), device=get_device())
+        self.warn(runner, runner.train_dataloader, 'training')
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.warn(runner, runner.val_dataloader, 'the evaluation, whose scores are of those')
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.warn(runner, runner.test_dataloader, 'the test, whose scores are of those')
+
+    def warn(self, runner: Runner, loader: DataLoader, where: str) -> None:
+        """Say how often another image took the place of one that did not decode."""
+        count = torch.tensor(num_corrupt(loader.dataset), device=get_device())
         all_reduce(count)
         if count:
-            runner.logger.warning(f'{int(count)} images did not decode so far and were replaced by others.')
+            runner.logger.warning(
+                f'{int(count)} times so far an image did not decode, and another took its place in {where}.'
+            )
 
 
 @HOOKS.register_module()

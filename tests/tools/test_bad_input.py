@@ -65,8 +65,9 @@ def corrupt_folder(image_folder, tmp_path):
 
 def test_corrupt_images_are_skipped_named_and_counted(tiny_config, run_tool, corrupt_folder, tmp_path):
     changes = {'train_dataloader.dataset.data_root': str(corrupt_folder), 'train_dataloader.drop_last': False}
-    changes['train_dataloader.num_workers'] = 0
-    run_tool('train.py', tiny_config(changes))
+    changes |= {'train_dataloader.num_workers': 0, 'test_dataloader.num_workers': 0}
+    changes['test_dataloader.dataset.data_root'] = str(corrupt_folder)
+    run_tool('train.py', config := tiny_config(changes))
     assert (tmp_path / 'work/epoch_2.pth').exists()
     log = logged(tmp_path / 'work')
     # MMEngine drops repeats
@@ -74,7 +75,9 @@ def test_corrupt_images_are_skipped_named_and_counted(tiny_config, run_tool, cor
     assert log.count(f'Skipped: {corrupt_folder}/class1/empty.jpg does not decode as an image') == 1
     assert log.count(f'Skipped: {corrupt_folder}/class2/text.jpg does not decode as an image') == 1
     assert log.count('Skipped: ') == 3
-    assert '6 images did not decode so far' in log
+    assert '6 times so far an image did not decode, and another took its place in training.' in log
+    run_tool('test.py', config, tmp_path / 'work/epoch_2.pth')
+    assert '3 times so far an image did not decode, and another took its place in the test' in logged(tmp_path / 'work')
 
 
 def test_corrupt_image_ends_the_run_on_request(tiny_config, run_tool, corrupt_folder, capfd):
