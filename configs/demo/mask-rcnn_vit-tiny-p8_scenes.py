@@ -1,4 +1,4 @@
-# The demo's transfer to detection: a narrow Mask R-CNN on a ninth of the drawn scenes, 64 x 64 pixels.
+# Detection in the demo's drawn scenes: a narrow Mask R-CNN on a ninth of them, 64 x 64 pixels.
 # Norms in FPN and heads are ViTDet's, for SyncBN needs GPUs. With BN in their place box AP is higher, but the same from
 # MILAN as from random weights, even if these are not trained: the heads learn such scenes alone.
 _base_ = '../detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py'

@@ -1,4 +1,4 @@
-# The demo's transfer to segmentation: a narrow UperNet on a ninth of the drawn scenes, 64 x 64 pixels.
+# Segmentation of the demo's drawn scenes: a narrow UperNet on a ninth of them, 64 x 64 pixels.
 _base_ = '../segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py'
 
 norm_cfg = dict(type='BN')  # SyncBN needs GPUs

@@ -1,4 +1,4 @@
-# The demo's transfer to classification: fine-tuning on a ninth of the drawn scenes.
+# Classification of the demo's drawn scenes: fine-tuning on a ninth of them.
 _base_ = '../milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py'
 
 model = dict(

@@ -35,11 +35,15 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
             f'<b>{score[probe]:.1f}</b>' if score[probe] == best[probe] else f'{score[probe]:.1f}' for probe in PROBES
         ]
         assert f'<td>{name}</td>' + ''.join(f'<td>{cell}</td>' for cell in cells) in page
+    assert list(transfer) == ['classification', 'detection', 'segmentation']
     for task, score in transfer.items():
-        assert f'<td>{task}</td><td>{score["random"]:.1f}</td><td>{score["MILAN"]:.1f}</td>' in page
-    tasks = ['classification, top-1', 'detection, box AP', 'detection, mask AP', 'segmentation, mIoU']
-    assert list(transfer) == tasks
-    assert page.count('<img') == 8 * 7 + 6 * 5 + 6 * 7  # images by columns
+        compared = json.loads((out / f'{task}-seed0/comparison.json').read_text())
+        assert [score['MILAN'], score['random']] == compared['means'] and len(compared['images']) == 10
+        means, interval = (f'{mean:.1f}' for mean in compared['means']), '{:+.1f} to {:+.1f}'
+        cells = [task, compared['score'], *means, interval.format(*compared['interval'])]
+        assert ''.join(f'<td>{cell}</td>' for cell in cells) in page
+        assert f'{task}-seed0/report.html' in page and (out / f'{task}-seed0/report.html').exists()
+    assert page.count('<img') == 8 * 7 + 6 * 5  # images by columns
     assert page.count('<svg') == 3  # the losses of MaskCLIP, MILAN and MAE
     assert not re.search(r'src="(?!data:)|<link|<script', page)  # it loads nothing
     assert page.count('alt=""') == 0 and 'attention: MAE: ' in page and page.count('<i style="background:rgb') > 1

@@ -12,6 +12,7 @@ import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imp
 # isort: split
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,6 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import zoo_root
 from mmmilan.datasets.image_folder import list_images
@@ -36,11 +36,13 @@ from mmmilan.teachers import build_teacher, teacher_config
 from mmmilan.teachers.base import TextTower
 from mmmilan.visualization.page import PAPER_LINK, Page
 from scenes import write_scenes
-from sections import add_curves, add_heat_maps, add_pictures, add_scores, add_transfer, zero_shot
+from scenes.appearance import KINDS
+from sections import STARTS, add_curves, add_heat_maps, add_pictures, add_scores, add_transfer, zero_shot
 from training import PROBES, console, probe, probing_datasets, train
-from transfer import Transfer, test_set, transfer, transfer_pictures
 
 MARK = 'Written by the demo of mmmilan'  # on its page, which the next run may replace
+LABELLED = 9  # the part of the images whose labels --full trains on
+EPOCHS = dict(classification=30, detection=12, segmentation=15)  # of --full, by task
 METHODS = {'MILAN': 'milan_vit-tiny-p8_scenes.py', 'MAE': 'mae_vit-tiny-p8_scenes.py'}
 
 
@@ -150,12 +152,18 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def run_transfer(args: argparse.Namespace, random: nn.Module) -> Transfer:
-    """Fine-tune for each task from random weights and from the MILAN checkpoint."""
-    path = args.out / f'random-seed{args.seed}.pth'
-    save_checkpoint_file(random.state_dict(), path)
-    starts = {'random': path, 'MILAN': Path(find_latest_checkpoint(work_dir(args, 'milan')))}
-    return transfer(starts, args.out / 'scenes', lambda name, stage: read_config(name, args, stage), train)
+def run_transfer(args: argparse.Namespace) -> dict[str, dict]:
+    """Fine-tune for each task from the MILAN checkpoint and from random weights; returns the comparison by task."""
+    labelled = args.out / 'labelled'
+    write_scenes(labelled, max(len(KINDS), args.num_images // LABELLED), args.num_images // 3)
+    start, compared = find_latest_checkpoint(work_dir(args, 'milan')), {}
+    for task, epochs in EPOCHS.items():
+        folder = work_dir(args, task)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run of the demo, whose other stages are replaced, too
+        options = dict(img_size=64, epochs=max(1, round(epochs * args.epochs_scale)), seed=args.seed)
+        mmmilan.finetune(labelled, folder, task=task, start=start, compare='scratch', **options)
+        compared[task] = json.loads((folder / 'comparison.json').read_text())
+    return compared
 
 
 def pretrain(args: argparse.Namespace, cfgs: dict[str, Config]) -> tuple[dict[str, nn.Module], dict[str, float]]:
@@ -231,14 +239,11 @@ def run_demo(args: argparse.Namespace) -> None:
     add_pictures(page, encoders, DATASETS.build(pictured))
     add_curves(page, curves)
     if args.full:
-        transferred = run_transfer(args, encoders['random'])
-        rows = [
-            [task, *(f'{score:.1f}' for score in by_start.values())] for task, by_start in transferred.scores.items()
-        ]
-        classes = test_set(transferred.runners['segmentation']).metainfo['classes']
-        print_table('After fine-tuning, %', ['task', 'random', 'MILAN'], rows)
-        add_transfer(page, ['task', 'random', 'MILAN'], rows, *transfer_pictures(transferred), classes)
-        results['transfer'] = transferred.scores
+        compared = run_transfer(args)
+        add_transfer(page, compared, {task: work_dir(args, task).name for task in compared})
+        results['transfer'] = {task: dict(zip(STARTS, each['means'], strict=True)) for task, each in compared.items()}
+        for each in compared.values():
+            console.print(each['sentence'])
 
     page.paragraph(f'bash tools/demo.sh {" ".join(sys.argv[1:])}', 'code')
     page.write(path, f'{MARK} with seed {args.seed} on {get_device()}, PyTorch {torch.__version__}.')

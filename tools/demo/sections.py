@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ from mmmilan.teachers.base import TextTower
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     add_predictions,
-    class_colours,
     draw_heat,
     loss_curve,
     to_images,
 )
 
 NUM_PICTURES = 8
+STARTS = ('MILAN', 'random')  # of fine-tuning, as it compares them
 TEMPLATES = ('a {}',)
 NUM_HEAT_MAPS = 6
 
@@ -61,24 +61,24 @@ def add_curves(page: Page, work_dirs: dict[str, Path]) -> None:
     page.curves({f'{name}: loss': loss_curve(folder) for name, folder in work_dirs.items()})
 
 
-def add_transfer(
-    page: Page,
-    header: list[str],
-    rows: list[list[str]],
-    titles: list[str],
-    pictures: list[list[np.ndarray]],
-    classes: Sequence[str],
-) -> None:
-    """Add the scores after fine-tuning, and pictures of annotations and predictions."""
+def add_transfer(page: Page, compared: dict[str, dict], folders: dict[str, str]) -> None:
+    """Add the scores after fine-tuning: the comparisons of ``mmmilan.finetune`` by task, which wrote these folders."""
     page.heading(
         'Transfer to other tasks',
-        'Short fine-tuning of all layers for each task, from the MILAN checkpoint or from random weights, with one '
-        'schedule; in percent, on images not seen in training. Boxes are labelled with their class; the legend below '
-        'the pictures gives the colours of the label maps.',
+        'mmmilan finetune for each task, from the MILAN checkpoint and from random weights, with one schedule and the '
+        'same images: means over images not seen in training, in percent, and the 95 % interval of the difference over '
+        f'these images. Pictures and classes: {", ".join(f"{name}/report.html" for name in folders.values())}.',
     )
-    page.table(header, rows)
-    page.gallery(titles, pictures, [f'scene {i + 1}' for i in range(len(pictures))])
-    page.legend(classes, class_colours(len(classes)))
+    rows = [
+        [
+            task,
+            each['score'],
+            *(f'{mean:.1f}' for mean in each['means']),
+            '{:+.1f} to {:+.1f}'.format(*each['interval']),
+        ]
+        for task, each in compared.items()
+    ]
+    page.table(['task', 'score', *STARTS, 'difference'], rows)
 
 
 def joint_spaces(milan: MILAN) -> dict[str, Callable[[Tensor], Tensor]]:
