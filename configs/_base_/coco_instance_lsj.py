@@ -51,7 +51,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='mmdet.CocoMetric',
+    type='mmmilan.CocoMetric',
     ann_file='data/coco/annotations/instances_val2017.json',
     metric=['bbox', 'segm'],
 )

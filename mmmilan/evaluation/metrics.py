@@ -11,9 +11,10 @@ from mmpretrain.evaluation import Accuracy
 from torch import Tensor
 
 from mmmilan.datasets.classes import listed, warn
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.registry import METRICS
 
+APS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')  # of mmdet's metric
 CHUNK = 1024  # rows of a matrix of similarities that are held at a time
 
 
@@ -79,6 +80,26 @@ class ImageNetSubsetAccuracy(Accuracy):
         )
 
 
+@METRICS.register_module(name='CocoMetric')
+def coco_metric(**kwargs) -> BaseMetric:
+    """MMDetection's ``CocoMetric``, whose AP is 0 if nothing was detected at all; same arguments.
+
+    mmdet's has none then, of which neither the best checkpoint nor early stopping hears. It imports mmdet only when
+    it is called.
+    """
+    from mmdet.evaluation import CocoMetric
+
+    class CocoMetricOfAny(CocoMetric):
+        def compute_metrics(self, results: list) -> dict[str, float]:
+            kinds = [kind for kind in self.metrics if kind in ('bbox', 'segm')]
+            if self.format_only or len(kinds) < len(self.metrics) or any(len(found['scores']) for _, found in results):
+                return super().compute_metrics(results)
+            warn(f'Nothing was detected in {count(len(results), "image")}: AP 0.')
+            return {f'{kind}_{name}': 0.0 for kind in kinds for name in self.metric_items or APS}
+
+    return CocoMetricOfAny(**kwargs)
+
+
 @METRICS.register_module(name='IoUMetric')
 def iou_metric(**kwargs) -> BaseMetric:
     """MMSegmentation's ``IoUMetric``, which says how many classes its means are over; same arguments.
@@ -88,6 +109,11 @@ def iou_metric(**kwargs) -> BaseMetric:
     from mmseg.evaluation import IoUMetric
 
     class CheckedIoUMetric(IoUMetric):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            if wrong := set(self.metrics) - {'mIoU', 'mDice', 'mFscore'}:  # mmseg's own fails after the first epoch
+                raise InputError(f'iou_metrics has {listed(wrong)}; choose from mIoU, mDice and mFscore.')
+
         def compute_metrics(self, results: list) -> dict[str, float]:
             if not self.format_only:
                 check_labels(self.dataset_meta['classes'], sum(labels for *_, labels in results).tolist())

@@ -210,6 +210,30 @@ def test_average_precision_of_perfect_boxes(tmp_path, file, classes, extra):
     assert metric.evaluate(1)['coco/bbox_mAP'] == 1
 
 
+def test_average_precision_of_no_box(tmp_path, log):
+    """It is 0, so that the best checkpoint and early stopping hear of it."""
+    pytest.importorskip('mmdet')
+    box = dict(id=1, image_id=1, category_id=1, bbox=[0.0, 0, 8, 8], area=64, iscrowd=0)
+    image, category = dict(id=1, file_name='1.jpg', width=40, height=40), dict(id=1, name='cat')
+    path = tmp_path / 'val.json'
+    path.write_text(json.dumps(dict(info={}, images=[image], categories=[category], annotations=[box])))
+    none = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=int), scores=torch.zeros(0))
+    for metric, extra in ((['bbox', 'segm'], {}), ('bbox', dict(metric_items=['mAP_s']))):
+        metric = METRICS.build(dict(type='mmmilan.CocoMetric', ann_file=str(path), metric=metric, **extra))
+        metric.dataset_meta = dict(classes=('cat',))
+        found = none | dict(masks=torch.zeros(0, 40, 40, dtype=bool))
+        metric.process({}, [dict(img_id=1, ori_shape=(40, 40), pred_instances=found)])
+        scores = metric.evaluate(1)
+        assert set(scores.values()) == {0.0} and len(scores) == (1 if extra else 12)
+        assert 'coco/bbox_mAP_s' in scores and 'Nothing was detected in 1 image: AP 0.' in log.text
+
+
+def test_scores_of_label_maps_that_do_not_exist():
+    pytest.importorskip('mmseg')
+    with pytest.raises(InputError, match='iou_metrics has mIOU; choose from mIoU, mDice and mFscore'):
+        METRICS.build(dict(type='mmmilan.IoUMetric', iou_metrics=['mIOU']))
+
+
 def test_names_of_texts(tmp_path):
     """Names for zero-shot classification belong to folders, which may be some of ImageNet's, in any order."""
 
