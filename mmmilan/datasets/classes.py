@@ -28,6 +28,7 @@ from mmmilan.files import first_line
 IGNORE = 255  # label of pixels without a class
 SHOWN = 5
 NAME_FILES = ('classes.txt', 'classes.json', 'class_dict.csv', 'labelmap.txt', '_classes.csv')
+ENDINGS = ('.txt', '.json', '.csv')  # of files of names
 
 
 def as_name(name: Any) -> str:
@@ -319,6 +320,9 @@ def names_of(folders: Sequence[Path], classes: Sequence[str] | str | os.PathLike
         paths = (folder / name for folder in folders for name in NAME_FILES)
         path = next((path for path in paths if path.is_file()), None)
         return path and read_names(path, False)
+    if not isinstance(classes, (str, os.PathLike)) and len(classes) == 1:  # as the command line gives a file
+        path = Path(os.path.expanduser(classes[0]))
+        classes = path if path.is_file() or path.suffix.lower() in ENDINGS else classes
     if isinstance(classes, (str, os.PathLike)):
         path = Path(os.path.expanduser(classes))
         if not path.is_file():

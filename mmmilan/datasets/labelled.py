@@ -322,7 +322,8 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
     """Choose a part of some images in which each label has its share (Sechidis et al. 2011, iterative stratification).
 
     From the rarest label on, its images go where more of it is lacking. A label of two images or more is
-    on both sides where other labels allow it; none is in the chosen part alone.
+    on both sides where other labels allow it. None is in the chosen part alone, unless half of what is wanted cannot be
+    had so, as where each image has an object that no other one has.
 
     Args:
         keys: What the images are called; their order does not matter.
@@ -357,6 +358,10 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
                 chosen.add(i)
                 got.update(waiting[i])
             del waiting[i]
+    fewest = round(fraction * len(keys) / 2) or 1
+    if len(chosen) < fewest < len(keys) and any(len(each) > 1 for each in labels):
+        lost = {i: sum(total[label] - got[label] < 2 for label in labels[i]) for i in order}
+        chosen.update(sorted(lost.keys() - chosen, key=lambda i: (lost[i], order.index(i)))[: fewest - len(chosen)])
     return chosen
 
 

@@ -299,6 +299,9 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
     if pair == [0, IGNORE] and sorted(numbered) == [0, 1]:
         notes.append(f'The value 255 of the label maps is taken for {numbered[1]}.')
         return {0: numbered[0], IGNORE: numbered[1]}
+    if 0 in seen.pixels and 0 not in ignored and given.counted and numbered[0].lower() != 'background':
+        part = f'{numbered[0]} ({seen.pixels[0] / seen.pixels.total():.0%} of pixels)'
+        notes.append(f'The value 0 of the label maps is {part}; if it marks pixels without a class, give ignore=0.')
     if 0 in ignored and given.counted:
         notes.append(f'The names of {given.where} are of the values from 1 on, as 0 is ignored.')
         return {value + 1: name for value, name in numbered.items()}

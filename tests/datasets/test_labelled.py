@@ -162,6 +162,15 @@ def test_stratify_several_labels_an_image():
     assert len(chosen.intersection(negatives)) == round(0.2 * len(negatives))
 
 
+@pytest.mark.parametrize('images', [2, 3, 40])
+def test_stratify_where_each_image_has_a_label_of_its_own(images):
+    """As in photographs of streets and rooms with a hundred classes."""
+    labels = [{0, 10 + i} | ({100 + i} if i % 2 else set()) for i in range(images)]
+    chosen = stratify([f'{i}' for i in range(images)], labels, 0.2, 0)
+    assert len(chosen) == max(1, images // 10) and all(i % 2 == 0 for i in chosen)  # those that take fewest away
+    assert not stratify(['0'], [{0, 1}], 0.2, 0)
+
+
 def test_stratify_many_rare_labels():
     """No label is lost to train on, whatever stands beside it."""
     labels = [set(np.random.default_rng(i).integers(0, 60, 3).tolist()) for i in range(60)]
@@ -718,6 +727,10 @@ def test_classes_of_objects(tmp_path):
     objects = {f'{i}.png': [DOG, CAT] for i in range(4)}
     coco(tmp_path, 'train.json', 'train', objects, {3: 'dog', 90: 'cat'})
     assert read_labelled(tmp_path, classes=['cat', 'dog']).classes == ('cat', 'dog')
+    (tmp_path / 'names.list').write_text('cat\ndog\n')
+    for path in (tmp_path / 'names.list', [str(tmp_path / 'names.list')]):  # the latter from the command line
+        assert read_labelled(tmp_path, classes=path).classes == ('cat', 'dog')
+    refused(tmp_path, 'names.txt. is no file', classes=['names.txt'])
     for labelled in (read_labelled(tmp_path, classes=['cat']), read_labelled(tmp_path, ignore='dog')):
         assert labelled.classes == ('cat',) and {each['category_id'] for each in labelled.train['annotations']} == {1}
         assert labelled.notes[0] == 'train: 4 objects left out (of a class that is not used); the first is dog.'
@@ -817,6 +830,12 @@ def test_names_of_values_from_1_on(tmp_path):
     assert labelled.notes[0].endswith('classes.txt does not name, is ignored: 33% of pixels.')
     for ignore in (0, '0', [0]):
         assert read_labelled(data, classes=['wall', 'sky'], ignore=ignore).table == labelled.table
+    for names, said in ((['wall', 'sky', 'sea'], True), (['Background', 'wall', 'sky'], False)):
+        notes = read_labelled(data, classes=names).notes
+        note = (
+            'The value 0 of the label maps is wall (33% of pixels); if it marks pixels without a class, give ignore=0.'
+        )
+        assert (note in notes) == said
 
 
 def test_whose_task_is_not_clear(tmp_path):
