@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,16 +111,56 @@ def finetune(
         config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
         change_config(config, changes)
         second = None if compare is None else compared_config(config, compare)
-    if labelled is not None:  # of a resumed run, it must be what split.json says
-        write_labelled(labelled, folder)
-    frozen = begin_as_probe(config, folder)
-    weights = run(config, folder, resume, gpus)
+    with no_file_if_refused(folder):
+        if labelled is not None:  # of a resumed run, it must be what split.json says
+            write_labelled(labelled, folder)
+        if not resume:
+            try_out(config)
+        frozen = begin_as_probe(config, folder)
+        weights = run(config, folder, resume, gpus)
     scores = image_scores(weights) if frozen or second is not None else {}
     if frozen:
         say_probes(frozen, scores)
     comparison = None if second is None else compare_runs(second, weights, scores, compare, gpus)
     write_page(weights, comparison)
     return weights
+
+
+@contextmanager
+def no_file_if_refused(folder: Path) -> Iterator[None]:
+    """Remove what was written into a folder if a run is refused before it trains and writes its config."""
+    import shutil
+
+    before = set(folder.iterdir()) if folder.exists() else None
+    try:
+        yield
+    except InputError:
+        if folder.exists() and not (folder / 'config.py').exists():
+            for path in set(folder.iterdir()).difference(before or ()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None:
+                folder.rmdir()
+        raise
+
+
+def try_out(config: Config) -> None:
+    """Build all that a run consists of, which is refused here before any image is read.
+
+    Raises:
+        InputError: a part cannot be built, or the batches do not suit the model.
+    """
+    import copy
+    import tempfile
+    import time
+
+    from mmmilan.engine.config_check import check_batches
+    from mmmilan.engine.launch import launched
+
+    trial = copy.deepcopy(config)
+    trial.launcher, trial.experiment_name = 'none', f'trial-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    with tempfile.TemporaryDirectory() as trial.work_dir, launched(trial, 'train') as runner:
+        check_batches(runner)
+        runner.build_optim_wrapper(runner.optim_wrapper)
 
 
 def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:

@@ -234,6 +234,8 @@ def new_config(
     batch_size = batch_size or default_batch_size(num_images, RECIPES[labelled.task].largest)
     batches = Batches(num_images, batch_size, accumulate, processes)
     set_schedule(config, labelled.task, batches, epochs, lr, freeze)
+    if not freeze:
+        config.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(labelled.task, start is not None)
     set_hooks(config, METRICS[labelled.task], patience)
     set_loaders(config, batches, labelled_datasets(labelled, folder))
     return config, labelled
@@ -285,18 +287,30 @@ def resumed_config(
 def compared_config(config: Config, start: str) -> Config:
     """The config of the same training from another start, or from random weights ('scratch').
 
+    Random weights are trained at one rate, see :func:`layer_decay`; all else is the same.
+
     Raises:
-        InputError: it is not an encoder of the same shape.
+        InputError: it is not an encoder of the same shape, or random weights would be compared with themselves, or
+            frozen.
     """
     import copy
 
     second = copy.deepcopy(config)
-    backbone = second.model.backbone
-    if task_of(config) == 'classification':  # its head begins as published, or as the probe of its own start
+    backbone, task, random = second.model.backbone, task_of(config), start == 'scratch'
+    if random and not backbone.init_cfg:
+        raise InputError("compare='scratch' compares random weights with themselves; give a start, or another compare.")
+    if random and backbone.get('frozen_stages', -1) > 0:
+        raise InputError(
+            "compare='scratch' would train a head on frozen random weights, which tells nothing of pretraining; leave "
+            'out freeze or compare.'
+        )
+    if random or not backbone.init_cfg:
+        second.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(task, not random)
+    if task == 'classification':  # its head begins as published, or as the probe of its own start
         published = base_config('classification').model
         backbone.update(out_type=published.backbone.out_type, final_norm=published.backbone.final_norm)
         second.model.head.init_cfg = published.head.init_cfg
-    if start == 'scratch':
+    if random:
         backbone.init_cfg = None
     else:
         encoder_of(start, dict(backbone.arch), backbone.patch_size)
@@ -322,6 +336,11 @@ def say(labelled: Labelled) -> None:
         print_log(line, logger='current')
 
 
+def layer_decay(task: str, pretrained: bool) -> float:
+    """The decay of the rate from block to block: none of random weights, whose first blocks have as much to learn."""
+    return RECIPES[task].layer_decay if pretrained else 1.0
+
+
 class Batches(NamedTuple):
     """How images become steps.
 
@@ -339,8 +358,8 @@ class Batches(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Batches of each process in an epoch."""
-        return max(1, self.images // (self.size * self.processes))
+        """Batches of each process in an epoch: of whole steps."""
+        return max(1, self.images // self.of_a_step) * self.accumulate
 
     @property
     def of_a_step(self) -> int:
@@ -391,6 +410,8 @@ def set_encoder(config: Config, encoder: Encoder, start: str | None, side: int, 
     config.model.data_preprocessor.update(encoder.normalisation)
     if freeze:
         backbone.update(frozen_stages=encoder.arch['num_layers'], drop_path_rate=0.0)
+        if 'sincos_pos_embed' in backbone:  # which frozen blocks cannot learn
+            backbone.sincos_pos_embed = False
 
 
 def fit_classifier(config: Config, labelled: Labelled, encoder: Encoder, side: int) -> None:
@@ -515,14 +536,21 @@ def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) 
     """Set data sets and batches; the pipelines stay."""
     from mmengine.device import get_device
 
-    if batches.size * batches.processes > batches.images:
-        raise InputError(f'The {batches.images} images do not fill one batch of {batches.size}; lower batch_size.')
+    if batches.of_a_step > batches.images:
+        size = (
+            f'batch of {batches.size}' if batches.of_a_step == batches.size else f'step of {batches.of_a_step} images'
+        )
+        remedy = 'batch_size' if batches.accumulate == 1 else 'batch_size or accumulate'
+        raise InputError(f'The {batches.images} images do not fill one {size}; lower {remedy}.')
     train, val = config.train_dataloader, config.val_dataloader
     for loader, name in ((train, 'train'), (val, 'val')):
         loader.dataset = dict(datasets[name], pipeline=loader.dataset.pipeline)
         loader.num_workers = min(loader.num_workers, os.cpu_count())
     train.sampler = dict(type='mmmilan.ReproducibleSampler', shuffle=True)
     train.update(batch_size=batches.size, drop_last=True, pin_memory=get_device() == 'cuda')
+    if batches.accumulate > 1:  # or the gradients of the last batches would be lost where a run is resumed
+        train.batch_sampler = dict(type='mmmilan.WholeSteps', batches=batches.accumulate)
+        train.drop_last = False  # PyTorch allows it with batch_size alone
     if val.batch_size > 1:
         val.batch_size = batches.size
     config.test_dataloader = val
@@ -547,7 +575,7 @@ def set_schedule(
     from mmengine.device import get_device
     from mmengine.logging import print_log
 
-    recipe, steps = RECIPES[task], max(1, batches.per_epoch // batches.accumulate)
+    recipe, steps = RECIPES[task], batches.per_epoch // batches.accumulate
     if epochs is None:
         wanted = recipe.steps.get(get_device(), recipe.steps['cuda'])
         epochs = min(max(math.ceil(wanted / steps), recipe.epochs[0]), recipe.epochs[1])
@@ -555,8 +583,6 @@ def set_schedule(
         config.optim_wrapper = dict(
             type=config.optim_wrapper.type, optimizer=dict(type='AdamW', weight_decay=0.0, fused=True)
         )
-    else:
-        config.optim_wrapper.paramwise_cfg.layer_decay_rate = recipe.layer_decay
     wrapper = config.optim_wrapper
     rate = PROBE_RATE if freeze and task == 'classification' else recipe.lr
     wrapper.optimizer.lr = lr or float(f'{rate * math.sqrt(batches.of_a_step / recipe.batch):.2g}')

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from mmmilan.registry import DATA_SAMPLERS
 
@@ -64,6 +66,29 @@ class ReproducibleSampler(DefaultSampler):
         if not self.shuffle:
             return torch.arange(size)
         return torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+
+
+@DATA_SAMPLERS.register_module()
+class WholeSteps(BatchSampler):
+    """The batches of an epoch but the last ones, which are too few for a step of accumulated gradients.
+
+    A checkpoint holds no gradients, so a step that began before it and ends after it could not be resumed.
+
+    Args:
+        sampler: Of the images.
+        batch_size: Images of a batch.
+        batches: Batches of a step.
+    """
+
+    def __init__(self, sampler: DefaultSampler, batch_size: int, batches: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=True)
+        self.of_a_step = batches
+
+    def __len__(self) -> int:
+        return super().__len__() // self.of_a_step * self.of_a_step
+
+    def __iter__(self) -> Iterator[list]:
+        return islice(super().__iter__(), len(self))
 
 
 def fetch(dataset: Any, indices: Sequence[int]) -> list:

@@ -136,14 +136,19 @@ def compare_models(first: dict[str, float], second: dict[str, float], task: str,
     """
     images = sorted(first.keys() & second.keys())
     values = [np.array([scores[image] for image in images]) for scores in (first, second)]
-    means = [100 * float(each.mean()) for each in values]
-    low, high = bootstrap(values[0] - values[1])
+    means = [100 * float(each.mean()) if images else 0.0 for each in values]
+    low, high = bootstrap(values[0] - values[1]) if images else (0.0, 0.0)
     said = 'helped' if low > 0 else 'did harm' if high < 0 else 'made no difference to be sure of'
     sentence = (
-        f'Pretraining {said}: {SCORES[task]}, mean of {len(images)} validation images, {means[0]:.1f} % against '
-        f'{means[1]:.1f} % from {name} (difference {means[0] - means[1]:+.1f}, 95 % interval {low:+.1f} to '
-        f'{high:+.1f}).'
+        f'Pretraining {said}: {SCORES[task]} after one training each, mean of {len(images)} validation images, '
+        f'{means[0]:.1f} % against {means[1]:.1f} % from {name} (difference {means[0] - means[1]:+.1f}, '
+        f'95 % interval {low:+.1f} to {high:+.1f}).'
     )
+    if not any(means):
+        sentence = (
+            f'Nothing can be said of pretraining: {SCORES[task]} is 0 in all of {len(images)} validation images with '
+            f'annotations, and from {name}, too; train longer, or with more images.'
+        )
     return dict(
         sentence=sentence,
         score=SCORES[task],

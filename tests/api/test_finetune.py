@@ -17,10 +17,11 @@ from mmpretrain.models import VisionTransformer
 import mmmilan
 from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
-from mmmilan.api.finetune_recipe import encoder_in
+from mmmilan.api.finetune_recipe import encoder_in, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
+from mmmilan.registry import roots
 
 ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
 AT_ONCE = {'default_hooks.checkpoint.asynchronous': False}  # so that a test knows which checkpoint is there
@@ -81,16 +82,16 @@ def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
 
 @pytest.fixture(scope='module')
 def whole(colours, start, tmp_path_factory) -> Path:
-    """A run of three epochs that nothing interrupts."""
+    """A run of three epochs that nothing interrupts, of four batches each, of which three make a step."""
     folder = tmp_path_factory.mktemp('whole')
-    mmmilan.finetune(colours, folder, start=start, **options_of(3, patience=3, **AT_ONCE))
+    mmmilan.finetune(colours, folder, start=start, **options_of(3, patience=3, accumulate=3, **AT_ONCE))
     return folder
 
 
 @pytest.mark.parametrize('moment', ['epoch', 'validation'])
 def test_killed_and_resumed(whole, colours, start, tmp_path, monkeypatch, moment):
     """To the bit, and with the same best model, also if the validation of the last checkpoint was not done."""
-    options = options_of(3, patience=3, **AT_ONCE)
+    options = options_of(3, patience=3, accumulate=3, **AT_ONCE)
     with monkeypatch.context() as patch:
         stop_in(patch, moment)
         with pytest.raises(ZeroDivisionError):
@@ -101,6 +102,7 @@ def test_killed_and_resumed(whole, colours, start, tmp_path, monkeypatch, moment
         [load_trusted(run / name) for run in (whole, tmp_path / 'killed')] for name in ('epoch_3.pth', 'model.pth')
     )
     assert_identical(*last)
+    assert last[0]['meta']['iter'] == 3 * 3
     assert best[0]['meta']['epoch'] == best[1]['meta']['epoch'] and 'optimizer' not in best[1]
     assert_same_weights(*(each['state_dict'] for each in best))
     hubs = [each['message_hub']['runtime_info'] for each in last]
@@ -160,6 +162,8 @@ def test_compared_with_random_weights(colours, start, tmp_path, capfd):
     assert first.model.backbone.pop('init_cfg').checkpoint == start and second.model.backbone.pop('init_cfg') is None
     assert first.model.head.pop('init_cfg').checkpoint == str(tmp_path / 'run/probe.pth')
     assert [each['type'] for each in second.model.head.pop('init_cfg')] == ['TruncNormal']
+    decays = [each.optim_wrapper.paramwise_cfg.pop('layer_decay_rate') for each in (first, second)]
+    assert decays == [0.65, 1.0]  # of random weights all blocks learn alike
     for config in (first, second):  # which token is read, too
         del config.model.backbone.out_type, config.model.backbone.final_norm
     keys = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'randomness')
@@ -175,6 +179,53 @@ def test_the_head_alone(colours, start, tmp_path):
     assert not trained and after['state_dict']['head.fc.weight'].shape == (3, 64)
     with pytest.raises(InputError, match='freeze trains the head of random weights'):
         mmmilan.finetune(colours, tmp_path / 'other', arch=ARCH, freeze=True)
+    with pytest.raises(InputError, match='would train a head on frozen random weights'):
+        mmmilan.finetune(colours, tmp_path / 'other', start=start, freeze=True, compare='scratch')
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_a_frozen_dense_encoder_is_the_start(scenes, start, task, tmp_path):
+    """Its maps are those of the plain ViT, as nothing in it can learn new positions or scales."""
+    config, _ = new_config(tmp_path, dict(data=scenes, task=task), start=start, img_size=32, freeze=True)
+    dense, plain = roots.MODELS.build(config.model.backbone), VisionTransformer(ARCH, 32, 8, out_type='featmap')
+    dense.init_weights()
+    weights = {key.removeprefix('backbone.'): value for key, value in torch.load(start).items()}
+    plain.load_state_dict(weights)
+    plain.ln1 = torch.nn.Identity()
+    plain.eval()
+    maps, images = [], torch.randn(2, 3, 32, 32)
+    dense.scales[3].register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    dense.eval()(images)
+    if task == 'segmentation':  # the detector's has no class token, which the patches would attend to
+        assert torch.allclose(maps[0], plain(images)[-1], atol=1e-5)
+    assert torch.equal(dense.pos_embed[:, -16:], weights['pos_embed'][:, 1:])
+    learning = {name.partition('.')[0] for name, value in dense.named_parameters() if value.requires_grad}
+    assert learning == {'scales'}
+
+
+def test_the_head_of_a_segmentor_alone(scenes, start, tmp_path):
+    options = options_of(1, accumulate=2, img_size=48, patience=1)
+    weights = mmmilan.finetune(scenes, tmp_path / 'run', task='segmentation', start=start, freeze=True, **options)
+    before, after = (torch.load(path, weights_only=False) for path in (start, weights))
+    after = after['state_dict']
+    same = [torch.equal(after[key], value) for key, value in before.items() if 'layers' in key or 'patch_embed' in key]
+    assert all(same) and len(same) == 2 * 12 + 2
+    config = own_config(weights)
+    assert config.train_dataloader.batch_sampler == dict(type='mmmilan.WholeSteps', batches=2)
+
+
+def test_accumulated_batches_are_one_large_one(colours, start, tmp_path):
+    still = {'model.backbone.drop_path_rate': 0.0, 'param_scheduler': None, 'optim_wrapper.optimizer.eps': 1.0}
+    for name, sizes in (('one', dict(batch_size=8)), ('several', dict(batch_size=2, accumulate=4))):
+        mmmilan.finetune(colours, tmp_path / name, start=start, lr=1.0, **options_of(1, **still) | sizes)
+    one, several = (load_trusted(tmp_path / name / 'epoch_1.pth') for name in ('one', 'several'))
+    assert one['meta']['iter'] == 2 and several['meta']['iter'] == 8
+    begun = torch.load(start, weights_only=False)
+    moved = 0.0
+    for key, value in one['state_dict'].items():
+        assert torch.allclose(value, several['state_dict'][key], atol=1e-5), key
+        moved = max(moved, float((value - begun[key]).abs().max())) if key in begun else moved
+    assert moved > 1e-3
 
 
 def test_patience(colours, start, tmp_path):
@@ -196,6 +247,30 @@ def test_encoders_of_checkpoints(start, tmp_path):
     assert found.arch['num_heads'] == 2 and found.img_size == (32, 64) and found.normalisation['std'] == [127.5] * 3
 
 
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'model.backbone.out_type': 'nothing'},
+        {'model.head.loss.type': 'CocoMetric'},
+        {'optim_wrapper.optimizer.betas': 0.9},
+        {'param_scheduler.0.end': 'soon'},
+        {'val_evaluator.topk': 'first'},
+        {'train_dataloader.dataset.pipeline.1.scale': 'wide'},
+        {'visualizer.vis_backends': [dict(type='WandbVisBackend')]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_refused_run_leaves_no_file(colours, start, tmp_path, change, monkeypatch):
+    """It is refused before the features of the start are taken."""
+    monkeypatch.setattr('mmmilan.api.finetune_probe.begin_as_probe', lambda *args: pytest.fail('too late'))
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/notes.txt').write_text('mine')
+    for name in ('run', 'new'):
+        with pytest.raises(InputError):
+            mmmilan.finetune(colours, tmp_path / name, start=start, **options_of(), **change)
+    assert [path.name for path in tmp_path.rglob('*')] == ['run', 'notes.txt']
+
+
 def test_what_cannot_be(colours, start, tmp_path):
     for options, message in (
         (dict(start='nowhere.pth'), 'nowhere.pth is neither a file nor'),
@@ -205,11 +280,13 @@ def test_what_cannot_be(colours, start, tmp_path):
         (dict(start=start, batch_size=1000), 'do not fill one batch of 1000'),
         (dict(start=start, compare='nowhere.pth'), 'nowhere.pth is neither'),
         (dict(start=start, lr=-1), 'lr=-1 is not a number above 0'),
+        (dict(start=start, batch_size=8, accumulate=4), 'do not fill one step of 32 images; lower batch_size or acc'),
         (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
+        (dict(arch=ARCH, compare='scratch'), 'compares random weights with themselves'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.finetune(colours, tmp_path / 'run', **options)
-    assert not list(tmp_path.rglob('*.pth')) and not list(tmp_path.rglob('split.json'))
+    assert not (tmp_path / 'run').exists()
     with pytest.raises(InputError, match='whose files are read as labelled data; choose a folder beside it'):
         mmmilan.finetune(colours, colours / 'runs', start=start)
     with pytest.raises(InputError, match='lacks the folder of labelled images'):

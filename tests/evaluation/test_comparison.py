@@ -54,5 +54,15 @@ def test_the_most_frequent_class():
 def test_models_are_compared_on_the_images_of_both():
     first, second = {str(i): 1.0 for i in range(40)}, {str(i): float(i % 2) for i in range(1, 41)}
     result = compare_models(first, second, 'classification', 'random weights')
-    assert result['sentence'].startswith('Pretraining helped: top-1 accuracy, mean of 39 validation images, 100.0 %')
+    assert result['sentence'].startswith(
+        'Pretraining helped: top-1 accuracy after one training each, mean of 39 validation images, 100.0 %'
+    )
     assert result['means'][0] == 100 and 0 < result['interval'][0] < result['difference'] < result['interval'][1]
+
+
+@pytest.mark.parametrize('images', [0, 3])
+def test_models_that_know_nothing_are_not_compared(images):
+    scores = {str(i): 0.0 for i in range(images)}
+    result = compare_models(scores, scores, 'detection', 'random weights')
+    assert result['sentence'].startswith(f'Nothing can be said of pretraining: AP of an image is 0 in all of {images} ')
+    assert result['interval'] == [0, 0] and result['difference'] == 0
