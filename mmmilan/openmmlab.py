@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -62,10 +63,25 @@ def extend_mmengine(module: ModuleType) -> None:
         return os.fspath(current_file(path)), None if scope == 'mmmilan' else scope
 
     module.Config._get_cfg_path = staticmethod(get_path_and_scope)
-    pretty_text = module.Config.pretty_text.fget
-    # `Config.fromfile` substitutes {{fileDirname}} and {{$HOME:default}} in the text, within a path too. Two braces
-    # stand only in strings here, where an escaped brace is the same.
-    module.Config.pretty_text = property(lambda config: pretty_text(config).replace('{{', '{\\x7b'))
+    module.Config.pretty_text = property(escaped_once(module.Config.pretty_text.fget))
+
+
+def escaped_once(pretty_text: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Let a config be dumped exactly, and formatted once: every checkpoint, and six places at the start, ask for it."""
+    texts: dict[str, str] = {}
+
+    @functools.wraps(pretty_text)
+    def text_of(config: Any) -> str:
+        content = repr(config.to_dict())
+        if content not in texts:
+            # `Config.fromfile` substitutes {{fileDirname}} and {{$HOME:default}} in the text, within a path too. Two
+            # braces stand only in strings here, where an escaped brace is the same.
+            text = pretty_text(config).replace('{{', '{\\x7b')
+            texts.clear()
+            texts[content] = text
+        return texts[content]
+
+    return text_of
 
 
 def find_old_names(module: ModuleType) -> None:

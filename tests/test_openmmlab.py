@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from mmengine.config import Config
+from yapf.yapflib import yapf_api
+
+import mmmilan  # noqa: F401 - extends MMEngine
 from helpers import FINE_TUNED, PRETRAINED, ROOT
 
 IN_EITHER_ORDER = f"""
@@ -46,3 +50,14 @@ def test_openmmlab_finds_our_parts():
     """In either order of import."""
     run = subprocess.run([sys.executable, '-c', IN_EITHER_ORDER], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_config_is_formatted_when_it_has_changed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(yapf_api, 'FormatCode', lambda text, **kwargs: (calls.append(text) or text, True))
+    config = Config(dict(model=dict(width=3), other=[1]))
+    assert config.pretty_text == config.pretty_text == Config(config.to_dict()).pretty_text and len(calls) == 1
+    config.model.width = 4
+    assert 'width=4' in config.pretty_text and len(calls) == 2
+    config.other.append(2)
+    assert '2,' in config.pretty_text and len(calls) == 3
