@@ -237,7 +237,7 @@ def new_config(
     if not freeze:
         config.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(labelled.task, start is not None)
     set_hooks(config, METRICS[labelled.task], patience)
-    set_loaders(config, batches, labelled_datasets(labelled, folder))
+    set_loaders(config, batches, num_records(labelled.val), labelled_datasets(labelled, folder))
     return config, labelled
 
 
@@ -532,7 +532,10 @@ SMALL = 64  # pixels; of smaller images a border is no margin
 FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=fit_segmentor)
 
 
-def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) -> None:
+OF_A_WORKER = 50  # images at least: data workers take seconds to start and to end
+
+
+def set_loaders(config: Config, batches: Batches, num_val: int, datasets: Mapping[str, dict]) -> None:
     """Set data sets and batches; the pipelines stay."""
     from mmengine.device import get_device
 
@@ -543,9 +546,10 @@ def set_loaders(config: Config, batches: Batches, datasets: Mapping[str, dict]) 
         remedy = 'batch_size' if batches.accumulate == 1 else 'batch_size or accumulate'
         raise InputError(f'The {batches.images} images do not fill one {size}; lower {remedy}.')
     train, val = config.train_dataloader, config.val_dataloader
-    for loader, name in ((train, 'train'), (val, 'val')):
+    for loader, name, images in ((train, 'train', batches.images), (val, 'val', num_val)):
         loader.dataset = dict(datasets[name], pipeline=loader.dataset.pipeline)
-        loader.num_workers = min(loader.num_workers, os.cpu_count())
+        loader.num_workers = min(loader.num_workers, os.cpu_count(), images // OF_A_WORKER)
+        loader.persistent_workers = loader.num_workers > 0
     train.sampler = dict(type='mmmilan.ReproducibleSampler', shuffle=True)
     train.update(batch_size=batches.size, drop_last=True, pin_memory=get_device() == 'cuda')
     if batches.accumulate > 1:  # or the gradients of the last batches would be lost where a run is resumed

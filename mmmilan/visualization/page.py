@@ -33,12 +33,13 @@ tbody tr { border-bottom: 1px solid var(--line) }
 td { white-space: nowrap } td small { color: var(--soft); display: block }
 td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right }
 .gallery td, .gallery th { padding: 2px; text-align: center } .gallery td { vertical-align: top }
-.gallery th { font-size: .8rem; line-height: 1.25;
-  vertical-align: bottom; max-width: 142px }
+.gallery { --side: clamp(104px, calc((min(100vw, 1080px) - 3rem) / var(--columns)), 240px) }
+.gallery th { font-size: .8rem; line-height: 1.25; vertical-align: bottom; max-width: var(--side) }
 .gallery td:first-child, .gallery th:first-child { text-align: center } .gallery tbody tr { border: 0 }
-.gallery img { width: clamp(104px, 13vw, 142px); display: block; margin: 0 auto; image-rendering: pixelated }
+.gallery img { width: var(--side); display: block; margin: 0 auto }
+.gallery img[src^='data:image/png'] { image-rendering: pixelated }
 .gallery caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .9rem }
-.gallery small { line-height: 1.2; max-width: 142px; white-space: normal }
+.gallery small { line-height: 1.2; max-width: var(--side); white-space: normal }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem; align-items: start }
 .pictures figure { margin: 0 } .pictures img { width: 100%; height: auto; display: block }
 .pictures figcaption { font-size: .85rem } .pictures small { display: block; color: var(--ink) }
@@ -115,7 +116,8 @@ class Page:
                 alt = f'{header[j]}: {names[i]}' + (f', {note}' if note else '')
                 cells += f'<td>{_img(image, alt)}{f"<small>{html.escape(note)}</small>" if note else ""}</td>'
             body += f'<tr>{cells}</tr>'
-        table = f'<table class="gallery"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        style = f'style="--columns: {len(header)}"'
+        table = f'<table class="gallery" {style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         self.parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
 
     def pictures(self, pictures: Iterable[tuple[str, str, str]]) -> None:

@@ -289,9 +289,11 @@ def in_order(boxes: Tensor) -> Tensor:
 
 
 def class_colours(num_classes: int) -> list[Colour]:
-    """One RGB colour (0 to 255) per class, with evenly spaced hues."""
-    hues = matplotlib.colormaps['hsv'](np.linspace(0, 1, num_classes, endpoint=False))
-    return [tuple(int(255 * channel) for channel in colour[:3]) for colour in hues]
+    """One RGB colour (0 to 255) per class; those of classes that follow each other are far apart."""
+    numbers = np.arange(num_classes)
+    hues = numbers * (np.sqrt(5) - 1) / 2 % 1  # by the golden ratio, which fills the circle evenly
+    colours = hsv_to_rgb(np.stack([hues, np.ones(num_classes), 1 - 0.2 * (numbers % 3)], axis=1))
+    return [tuple(map(int, colour)) for colour in 255 * colours]
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

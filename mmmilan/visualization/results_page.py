@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch import nn
 from torch.utils.data import Dataset
 
 from mmmilan.building import in_scope
@@ -64,12 +65,13 @@ class Validation:
     """What a model predicts for its validation images, and what is annotated.
 
     Args:
-        task: 'classification', 'detection' or 'segmentation'.
+        model: A model of mmpretrain, mmdet or mmseg.
         dataset: The validation images.
     """
 
-    def __init__(self, task: str, dataset: Dataset) -> None:
-        self.task, self.dataset, self.classes = task, dataset, tuple(map(str, class_names(dataset)))
+    def __init__(self, model: nn.Module, dataset: Dataset) -> None:
+        self.task, self.has_masks = task_of(model), getattr(model, 'with_mask', False)
+        self.dataset, self.classes = dataset, tuple(map(str, class_names(dataset)))
         palette = (getattr(dataset, 'metainfo', None) or {}).get('palette')
         known = isinstance(palette, (list, tuple)) and len(palette) == len(self.classes)
         self.colours: list[Colour] = (
@@ -105,6 +107,15 @@ class Validation:
         self.objects.append(coco_results(result))
         return wrong_objects(result, truth, DRAWN_FROM)
 
+    def labels_drawn(self) -> list[int]:
+        """The labels in the pictures of objects or label maps, sorted."""
+        results = [result for _, *both in (*self.pictures, *self.worst_first()) for result in both]
+        if self.task == 'segmentation':
+            each = [np.unique(result['map']) for result in results]
+        else:
+            each = [r['labels'][r['scores'] >= DRAWN_FROM] if 'scores' in r else r['labels'] for r in results]
+        return [label for label in np.unique(np.concatenate(each)).tolist() if label < len(self.classes)]
+
     def worst_first(self) -> list[tuple[str, Result, Result]]:
         return [entry for _, _, entry in sorted(self.worst, key=lambda item: item[:2], reverse=True)]
 
@@ -130,7 +141,7 @@ def write_results(
     path = check_output(page, [weights], endings=('.html',), overwrite=True)
     config = own_config(weights)
     with evaluated(config, weights) as runner:
-        found = Validation(task_of(runner.model), runner.test_dataloader.dataset)
+        found = Validation(runner.model, runner.test_dataloader.dataset)
         for sample in predictions(runner):
             found.add(sample)
     html = Page(f'What the model learned: {found.task}', introduction(config, found))
@@ -262,11 +273,14 @@ def add_iou(page: Page, found: Validation, comparison: Mapping[str, Any] | None)
         'right.',
         comparison,
     )
-    page.heading('By class', 'IoU of each class over all images, and its share of the annotated pixels.')
+    nowhere = np.isnan(iou)
+    explanation = 'IoU of each class over all images, and its share of the annotated pixels.'
+    page.heading('By class', explanation + left_out(int(nowhere.sum())))
     share = 100 * annotated_pixels / max(annotated_pixels.sum(), 1)
     rows = [
-        [name, 'nowhere' if np.isnan(value) else f'{value:.1f}', f'{part:.1f}']
-        for name, value, part in zip(found.classes, iou, share, strict=True)
+        [name, f'{value:.1f}', f'{part:.1f}']
+        for name, value, part, gone in zip(found.classes, iou, share, nowhere, strict=True)
+        if not gone
     ]
     page.table(['class', 'IoU, %', 'pixels, %'], rows)
 
@@ -283,7 +297,7 @@ def add_ap(page: Page, found: Validation, comparison: Mapping[str, Any] | None) 
         for image, objects in zip(found.images, found.objects, strict=True)
         for each in objects
     ]
-    kinds = {'box': 'bbox'} | ({'mask': 'segm'} if results and 'segmentation' in results[0] else {})
+    kinds = {'box': 'bbox'} | ({'mask': 'segm'} if found.has_masks else {})
     aps = {name: AveragePrecision(annotations, results, found.images, categories, kind) for name, kind in kinds.items()}
     sentences = [f'{name} AP {with_interval(ap.mean(), ap.interval())}' for name, ap in aps.items()]
     text = ', '.join(sentences)
@@ -298,12 +312,19 @@ def add_ap(page: Page, found: Validation, comparison: Mapping[str, Any] | None) 
         values = [ap.mean(), ap.mean(iou=0), ap.mean(iou=5), *(ap.mean(size) for size in (1, 2, 3))]
         rows.append([name, *map(percent, values)])
     page.table(['', 'AP', 'AP50', 'AP75', *SIZES], rows)
-    page.heading('By class', 'AP in percent, and the number of annotated objects.')
-    rows = []
-    for label, name in enumerate(found.classes):
-        objects = len(annotations.getAnnIds(imgIds=found.images, catIds=[categories[label]]))
-        rows.append([name, str(objects), *(percent(ap.value(label)) for ap in aps.values())])
+    objects = [len(annotations.getAnnIds(imgIds=found.images, catIds=[each])) for each in categories]
+    page.heading('By class', f'AP in percent, and the number of annotated objects.{left_out(objects.count(0))}')
+    rows = [
+        [name, str(objects[label]), *(percent(ap.value(label)) for ap in aps.values())]
+        for label, name in enumerate(found.classes)
+        if objects[label]
+    ]
     page.table(['class', 'objects', *(f'{name} AP' for name in aps)], rows)
+
+
+def left_out(number: int) -> str:
+    """A sentence on the classes that a table leaves out."""
+    return f' Left out: {count(number, "class")}, of which these images have nothing.' if number else ''
 
 
 def percent(value: float) -> str:
@@ -334,8 +355,9 @@ def add_pictures(page: Page, found: Validation) -> None:
     """Add some images, annotated beside predicted, and those that are most wrong."""
     objects = f', objects from a score of {DRAWN_FROM}' if found.task == 'detection' else ''
     page.heading('Images', f'Annotated beside predicted{objects}.')
-    if found.task != 'classification' and len(found.classes) <= MATRIX:
-        page.legend(found.classes, found.colours)
+    if found.task != 'classification':
+        labels = found.labels_drawn()
+        page.legend(*([each[label] for label in labels] for each in (found.classes, found.colours)))
     add_rows(page, found, found.pictures)
     explanation = dict(
         classification='The wrong answers that the model was most certain of.',

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from helpers import demo_config, read_metrics, save_trained, save_untrained
 from mmmilan.engine.launch import test as run_test
@@ -40,6 +41,28 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     assert text.count('<img') >= 2 * 10
     for name in ('gingham', 'tiger'):
         assert f'<td>{name}</td>' in text
+
+
+def test_page_of_a_detector_that_finds_nothing(scenes, tmp_path, monkeypatch):
+    """AP is 0 of boxes and masks; a class without objects is left out; the legend names what is drawn."""
+    monkeypatch.setattr('mmmilan.evaluation.predictions.FEW', 5)
+    weights = save_untrained('detection', scenes, tmp_path)
+    file = scenes / 'annotations/instances_val.json'
+    annotations = json.loads(file.read_text())
+    (tiger,) = [each['id'] for each in annotations['categories'] if each['name'] == 'tiger']
+    annotations['annotations'] = [each for each in annotations['annotations'] if each['category_id'] != tiger]
+    (tmp_path / 'val.json').write_text(json.dumps(annotations))
+    content = torch.load(weights, weights_only=False)
+    text = (
+        content['meta']['cfg'].replace(str(file), str(tmp_path / 'val.json')).replace('score_thr=0.0', 'score_thr=2.0')
+    )
+    content['meta']['cfg'] = text.replace("'annotations/instances_val.json'", repr(str(tmp_path / 'val.json')))
+    torch.save(content, weights)
+    page = write_results(weights, tmp_path / 'report.html').read_text()
+    assert re.search('verdict">Box AP 0.0 % .*, mask AP 0.0 % ', page)
+    assert 'Left out: 1 class, of which these images have nothing.' in page and '<td>tiger</td>' not in page
+    legend = re.search('<ul class="legend">.*?</ul>', page)[0]
+    assert 'taxi' in legend and 'tiger' not in legend
 
 
 def test_what_cannot_be_written(scenes, tmp_path):
