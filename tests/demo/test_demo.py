@@ -46,7 +46,7 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     assert page.count('<img') == 8 * 7 + 6 * 5  # images by columns
     assert page.count('<svg') == 3  # the losses of MaskCLIP, MILAN and MAE
     assert not re.search(r'src="(?!data:)|<link|<script', page)  # it loads nothing
-    assert page.count('alt=""') == 0 and 'attention: MAE: ' in page and page.count('<i style="background:rgb') > 1
+    assert page.count('alt=""') == 0 and 'attention: MAE: ' in page
     assert str(out / 'index.html') in capsys.readouterr().out.replace('\n', '')
 
 
