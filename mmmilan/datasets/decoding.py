@@ -13,9 +13,10 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from typing import Any
 
 import cv2
 import mmcv
@@ -310,7 +311,8 @@ def read_webp(content: bytes) -> np.ndarray | None:
 
 
 _PNM = re.compile(rb'P[2356](?:\s+|\s*#[^\n]*\n)\s*\d+\s+\d+\s+(\d+)\s')
-_SAMPLES, _BITS, _SAMPLE_FORMAT = 277, 258, 339  # tags of TIFF
+_SAMPLES, _BITS, _SAMPLE_FORMAT, _COLOURS = 277, 258, 339, 262  # tags of TIFF
+_WHITE_IS_ZERO, _READ = 0, {0, 1, 2, 3, 6}  # of _COLOURS: grey, RGB, a palette, YCbCr; OpenCV gives others falsely
 DARK = 1 / 16  # if no value is above this share of white, the camera probably gave fewer than 16 bits
 
 
@@ -330,13 +332,13 @@ def white_level(content: bytes, path: str) -> int | None:
 
 def tiff_white_level(content: bytes, path: str) -> int | None:
     """The :func:`white_level` of a TIFF; the errors are the same too."""
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
-        file = io.BytesIO(content)
-        file.seek(tags.next)
-        tags.load(file)
-    except (OSError, SyntaxError, ValueError, struct.error):
+    tags = tiff_tags(content)
+    if not tags:
         return None  # decoding the image will say what is wrong
+    if tags.get(_COLOURS, 1) not in _READ:
+        raise CorruptImageError(
+            f'{path} has colours that are neither grey nor RGB, such as CMYK or CIELAB; convert it to RGB.'
+        )
     channels, bits, kinds = tags.get(_SAMPLES, 1), max(tags.get(_BITS, (1,))), tags.get(_SAMPLE_FORMAT, (1,))
     if channels not in (1, 3):
         raise CorruptImageError(f'{path} has {channels} channels; give images of one (grey) or three (RGB).')
@@ -345,9 +347,23 @@ def tiff_white_level(content: bytes, path: str) -> int | None:
     return 65535 if bits == 16 else None
 
 
+def tiff_tags(content: bytes) -> Mapping[int, Any]:
+    """The tags of the first image in a TIFF; {} if there are none that can be read."""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+        file = io.BytesIO(content)
+        file.seek(tags.next)
+        tags.load(file)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return {}
+    return tags
+
+
 def read_16_bit(content: bytes, white: int) -> np.ndarray | None:
     """Decode an image file of more than 8 bits -> BGR uint8 [H, W, 3], without alpha; None if it does not decode."""
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is not None and tiff_tags(content).get(_COLOURS) == _WHITE_IS_ZERO:  # OpenCV turns 8 bits alone
+        image = white - image
     return None if image is None else to_8_bits(image, white)
 
 

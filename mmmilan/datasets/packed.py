@@ -121,6 +121,7 @@ def read_index(shard: Path) -> tuple[list[tuple[str, int, int, list[str]]], dict
                 elif '\0' in member.name:  # which no file name has
                     unused['with a zero byte in the name'] += 1
                 elif kind in EXTENSIONS:
+                    unused['of the same name'] += member.name in images
                     images[member.name] = member.offset_data, member.size
                 elif kind in CAPTIONS and (found := read_captions(tar.extractfile(member).read(), kind)):
                     texts[member.name] = found
@@ -133,7 +134,7 @@ def read_index(shard: Path) -> tuple[list[tuple[str, int, int, list[str]]], dict
     used = {text for names in pairs.values() for text in names}
     unused.update(f'{extension(text)} without image' for text in texts if text not in used)
     captions = {image: [line for text in names for line in texts[text]] for image, names in pairs.items()}
-    return [(name, *place, captions[name]) for name, place in images.items()], dict(unused)
+    return [(name, *place, captions[name]) for name, place in images.items()], dict(+unused)
 
 
 def refuse_archive(path: str | os.PathLike) -> None:

@@ -19,7 +19,8 @@ VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'ho
 TEST = {'test', 'testing', 'tst'}
 # Words and numbers that stand beside those, as in val2017, train_images, Test-Set and mini_val.
 BESIDE = re.compile(r'\d+|set|splits?|data|images?|imgs?|photos|pictures|mini|full')
-WORD = re.compile(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+')
+# Of trainset, the first part is a word of its own.
+WORD = re.compile(r'(?i:train|valid|val|test)(?=(?i:set|data|images?|imgs?)(?![a-z]))|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+')
 IMAGES = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
 ANNOTATIONS = re.compile(
     r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE

@@ -187,13 +187,13 @@ def encode(image: np.ndarray, ending: str) -> bytes:
     return cv2.imencode(ending, image)[1].tobytes()
 
 
-def tiff(image: np.ndarray, sample_format: int = 1) -> bytes:
+def tiff(image: np.ndarray, sample_format: int = 1, colours: int | None = None) -> bytes:
     """An uncompressed TIFF [H, W, C] by its specification, of any number of channels."""
     height, width, channels = image.shape
-    data = image.tobytes()
+    data, colours = image.tobytes(), (2 if channels > 2 else 1) if colours is None else colours
     tags = [
         (256, [width]), (257, [height]), (258, [8 * image.itemsize] * channels), (259, [1]),
-        (262, [2 if channels > 2 else 1]), (273, None), (277, [channels]), (278, [height]), (279, [len(data)]),
+        (262, [colours]), (273, None), (277, [channels]), (278, [height]), (279, [len(data)]),
         (339, [sample_format] * channels),
     ]  # fmt: skip
     place, tail, rows = 8 + 2 + 12 * len(tags) + 4, b'', []
@@ -267,6 +267,20 @@ def test_other_channels(channels, dtype):
     with pytest.raises(CorruptImageError) as error:  # one of many is skipped
         decode(tiff(random_image(9, 7, channels, dtype=dtype)), 'field.tif')
     assert str(error.value) == f'field.tif has {channels} channels; give images of one (grey) or three (RGB).'
+
+
+@pytest.mark.parametrize(('colours', 'channels'), [(5, 4), (8, 3), (9, 3), (10, 3), (32803, 1), (34892, 3)])
+def test_other_colours(colours, channels):
+    """OpenCV takes CIELAB, for one, for something else."""
+    with pytest.raises(CorruptImageError, match=r'print\.tif has colours that are neither grey nor RGB, .* convert it'):
+        decode(tiff(random_image(9, 7, channels), colours=colours), 'print.tif')
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_where_0_is_white(dtype):
+    image = random_image(9, 7, 1, dtype=dtype)
+    decoded = decode(tiff(image, colours=0), 'x-ray.tif')
+    assert np.array_equal(decoded, decode(tiff(np.iinfo(dtype).max - image), 'x-ray.tif'))
 
 
 def test_other_types():

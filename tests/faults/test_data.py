@@ -221,6 +221,14 @@ def test_an_index_that_is_damaged_is_made_again(shards, content):
     assert [again.get_data_info(i) for i in range(2)] == [first.get_data_info(i) for i in range(2)]
 
 
+def test_two_members_of_a_name(tmp_path):
+    with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+        for content in (b'', photo('JPEG')):
+            add(tar, 'a.jpg', content)
+    [(name, _, size, _)], unused = read_index(tmp_path / 'x.tar')  # as unpacking it, which keeps the last
+    assert (name, size, unused) == ('a.jpg', len(photo('JPEG')), {'of the same name': 1})
+
+
 def packed(ending: str) -> bytes:
     """An archive of one image, as it is named."""
     file = io.BytesIO()
