@@ -60,6 +60,7 @@ AS_CODE = 'a kind of file that MMEngine runs as code'
 _KEY = re.compile(r'[^\'"\\\n\r]*')  # what MMEngine writes to a config and reads back as it was
 # Upper bounds of numbers. Beyond them a list of that length takes the memory, or as many processes are started.
 _LIMITS = dict(num_workers=128, prefetch_factor=64, batch_size=1 << 16)
+_COSTS_NOTHING = {'times', 'indices', 'seed', 'metainfo'}  # numbers of a data set that are no sizes
 _MODEL_LIMIT, _DATA_LIMIT = 1 << 17, 1 << 14
 _SPARE_BYTES = 1 << 28  # temporary tensors, buffers
 _TEACHER_BYTES = 1 << 33
@@ -138,7 +139,7 @@ def _faults_in(value: Any, where: str, scopes: tuple[str, ...]) -> Iterator[tupl
 def _limit(where: str) -> int | None:
     """The largest number in this place; None where it costs nothing, as a number of epochs."""
     parts = where.split('.')
-    if parts[-1] == 'times':  # of a data set, which is not copied
+    if 'dataset' in parts and _COSTS_NOTHING & set(parts) and 'pipeline' not in parts:
         return None
     named = next((_LIMITS[part] for part in parts if part in _LIMITS), None)
     if named:

@@ -282,6 +282,18 @@ def test_types_of_ones_own_need_the_config_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ('place', 'value'),
+    [('indices', [3, 123_456]), ('indices', 123_456), ('metainfo', dict(ids=[1 << 40])), ('seed', 1 << 40)],
+)
+def test_numbers_of_a_data_set_that_are_no_sizes(tmp_path, place, value):
+    """A part of the images by number, ids of classes: the checkpoint of such a run is like any other."""
+    path = write(tmp_path / 'epoch_1.pth', put(base(), f'train_dataloader.dataset.{place}', value))
+    assert own_config(path).train_dataloader.dataset[place] == value
+    with pytest.raises(InputError, match='more than 16384'):
+        own_config(write(path, put(base(), f'train_dataloader.dataset.pipeline.0.{place}', 1 << 40)))
+
+
+@pytest.mark.parametrize(
     'place, value',
     [
         ('model.backbone.arch.embed_dims', 9_600),
