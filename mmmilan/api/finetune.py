@@ -87,6 +87,7 @@ def finetune(
     Examples:
         >>> mmmilan.finetune('flowers', 'runs/flowers', start='runs/photos/milan.pth', compare='scratch')
     """
+    from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.finetune_probe import begin_as_probe
@@ -94,6 +95,7 @@ def finetune(
     from mmmilan.api.pretrain import check_out
     from mmmilan.building import change_config
     from mmmilan.datasets.labelled import write_labelled
+    from mmmilan.visualization.results_page import validate, write_results
 
     if out is None or (data is None and not resume):
         missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
@@ -118,11 +120,12 @@ def finetune(
             try_out(config)
         frozen = begin_as_probe(config, folder)
         weights = run(config, folder, resume, gpus)
-    scores = image_scores(weights) if frozen or second is not None else {}
+    found = validate(weights)
     if frozen:
-        say_probes(frozen, scores)
-    comparison = None if second is None else compare_runs(second, weights, scores, compare, gpus)
-    write_page(weights, comparison)
+        say_probes(frozen, found.scores)
+    comparison = None if second is None else compare_runs(second, weights, found.scores, compare, gpus)
+    page = write_results(found, weights, weights.with_name('report.html'), comparison)
+    print_log(f'{page} shows what it gets right and wrong.', logger='current')
     return weights
 
 
@@ -199,7 +202,7 @@ def say_probes(frozen: dict[str, float], scores: dict[str, float]) -> None:
 
     Args:
         frozen: See :func:`mmmilan.api.finetune_probe.begin_as_probe`.
-        scores: See :func:`image_scores`.
+        scores: Whether each validation image is right, by its path.
     """
     from mmengine.logging import print_log
 
@@ -222,7 +225,7 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Train from another start, in a folder of its own, and write ``comparison.json``; returns what it holds.
 
-    The second run goes on where it was stopped. ``scores`` are those of ``weights``, see :func:`image_scores`.
+    The second run goes on where it was stopped. ``scores`` are the first model's, by the path of each image.
     """
     import json
 
@@ -233,50 +236,14 @@ def compare_runs(
     from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.evaluation.comparison import compare_models
     from mmmilan.files import write_text
+    from mmmilan.visualization.results_page import validate
 
     folder = weights.parent / COMPARED
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
     begin_as_probe(config, folder)
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
-    comparison = compare_models(scores, image_scores(other), task_of(config), name)
+    comparison = compare_models(scores, validate(other).scores, task_of(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
     print_log(comparison['sentence'], logger='current')
     return comparison
-
-
-def image_scores(weights: Path) -> dict[str, float]:
-    """The score of a model on each of its validation images, by their paths; those without a score are left out."""
-    import time
-
-    import torch
-
-    from mmmilan.checkpoints.config import own_config
-    from mmmilan.engine.launch import launched
-    from mmmilan.evaluation.features import progress
-    from mmmilan.evaluation.predictions import score_of
-
-    config = own_config(weights, with_data=True)
-    config.test_dataloader = config.val_dataloader
-    config.load_from, config.resume, config.launcher = str(weights), False, 'none'
-    config.experiment_name = f'scores-{time.time_ns()}'  # MMEngine keeps loggers by this name
-    scores: dict[str, float] = {}
-    with launched(config, 'test') as runner, torch.no_grad():
-        runner.load_or_resume()
-        runner.model.eval()
-        for batch in progress(runner.test_dataloader, 'Scores of the validation images'):
-            scores |= {sample.img_path: score_of(sample) for sample in runner.model.test_step(batch)}
-    return {path: score for path, score in scores.items() if score is not None}
-
-
-def write_page(weights: Path, comparison: dict[str, Any] | None) -> None:
-    """Write the page beside the weights; if that fails, only warn, so that the training is not lost."""
-    from mmengine.logging import print_log
-
-    from mmmilan.visualization.results_page import write_results
-
-    try:
-        page = write_results(weights, weights.with_name('report.html'), comparison)
-        print_log(f'{page} shows what it gets right and wrong.', logger='current')
-    except InputError as error:
-        print_log(f'No report: {error}', logger='current', level=logging.WARNING)

@@ -6,7 +6,7 @@ import heapq
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -35,6 +34,7 @@ from mmmilan.evaluation.predictions import (
     annotated,
     coco_results,
     predicted,
+    score_of,
     task_of,
     wrong_objects,
 )
@@ -67,6 +67,10 @@ class Validation:
     Args:
         model: A model of mmpretrain, mmdet or mmseg.
         dataset: The validation images.
+
+    Attributes:
+        scores: How good the prediction of each image is, by its path, see
+            :func:`mmmilan.evaluation.predictions.score_of`.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
@@ -82,10 +86,13 @@ class Validation:
         self.worst: list[tuple[float, int, tuple[str, Result, Result]]] = []  # a heap, the least bad first
         self.labels: list[tuple[int, int, float]] = []  # annotated, predicted, and the score of the latter
         self.counts, self.images, self.objects = LabelCounts(len(self.classes)), [], []
+        self.scores: dict[str, float] = {}
 
     def add(self, sample: Any) -> None:
         """Take an image with its prediction."""
         result, truth = predicted(sample, self.task), annotated(sample, self.task)
+        if (score := score_of(sample)) is not None:
+            self.scores[sample.img_path] = score
         number, entry = len(self.images), (sample.img_path, truth, result)
         self.images.append(getattr(sample, 'img_id', number))
         bad = self.badness(result, truth)
@@ -120,14 +127,43 @@ class Validation:
         return [entry for _, _, entry in sorted(self.worst, key=lambda item: item[:2], reverse=True)]
 
 
-def write_results(
-    weights: str | os.PathLike, page: str | os.PathLike, comparison: Mapping[str, Any] | None = None
-) -> Path:
-    """Evaluate a model on the validation images of its config, and write a page of what it gets right and wrong.
+@torch.no_grad()
+def validate(weights: str | os.PathLike) -> Validation:
+    """Evaluate a model on the validation images of its config.
 
     Args:
-        weights: A checkpoint with its config, of ``mmmilan.finetune`` or ``mmmilan.train``; the curves are those of the
-            logs in its folder.
+        weights: A checkpoint with its config, of ``mmmilan.finetune`` or ``mmmilan.train``.
+
+    Raises:
+        InputError: the checkpoint has no config or no head, or its validation images are missing.
+    """
+    config = own_config(weights, with_data=True)
+    config.test_dataloader = config.get('val_dataloader') or config.test_dataloader
+    config.test_evaluator = config.get('val_evaluator') or config.test_evaluator
+    config.load_from, config.resume, config.launcher = os.fspath(weights), False, 'none'
+    config.work_dir = str(Path(weights).parent)
+    config.experiment_name = f'results-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    with launched(config, 'test') as runner:
+        found = Validation(runner.model, runner.test_dataloader.dataset)
+        runner.load_or_resume()
+        runner.model.eval()
+        for batch in progress(runner.test_dataloader, 'Results on the validation images'):
+            for sample in runner.model.test_step(batch):
+                found.add(sample)
+    return found
+
+
+def write_results(
+    found: Validation,
+    weights: str | os.PathLike,
+    page: str | os.PathLike,
+    comparison: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a page of what a model gets right and wrong.
+
+    Args:
+        found: See :func:`validate`.
+        weights: The model's checkpoint; the curves are those of the logs in its folder.
         page: The page to write, a single self-contained file, .html; it is replaced if it is there.
         comparison: Of ``mmmilan.finetune``, with the same model from another start: ``sentence`` is shown.
 
@@ -135,15 +171,9 @@ def write_results(
         The path of the page.
 
     Raises:
-        InputError: the checkpoint has no config or no head, or its validation images are missing.
+        InputError: the page cannot be written there.
     """
-    begin = time.monotonic()
-    path = check_output(page, [weights], endings=('.html',), overwrite=True)
-    config = own_config(weights)
-    with evaluated(config, weights) as runner:
-        found = Validation(runner.model, runner.test_dataloader.dataset)
-        for sample in predictions(runner):
-            found.add(sample)
+    path, config = check_output(page, [weights], endings=('.html',), overwrite=True), own_config(weights)
     html = Page(f'What the model learned: {found.task}', introduction(config, found))
     add_figures(html, found, comparison)
     add_training(html, Path(weights), config)
@@ -153,28 +183,8 @@ def write_results(
     html.paragraph(f'mmmilan predict IMAGES {weights} predictions', 'code')
     html.paragraph(f'mmmilan test {weights} --show-dir pictures', 'code')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    minutes = (time.monotonic() - begin) / 60
-    html.write(path, f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
+    html.write(path, f'Made on {device_name(device)}, PyTorch {torch.__version__}.')
     return path
-
-
-def evaluated(config: Config, weights: str | os.PathLike) -> Any:
-    """The runner of a checkpoint that is tested on the validation images of its config."""
-    config.test_dataloader = config.get('val_dataloader') or config.test_dataloader
-    config.test_evaluator = config.get('val_evaluator') or config.test_evaluator
-    config.load_from, config.resume, config.launcher = os.fspath(weights), False, 'none'
-    config.work_dir = str(Path(weights).parent)
-    config.experiment_name = f'results-{time.time_ns()}'  # MMEngine keeps loggers by this name
-    return launched(config, 'test')
-
-
-@torch.no_grad()
-def predictions(runner: Runner) -> Iterator[Any]:
-    """The data samples of all images, with what is predicted and what is annotated."""
-    runner.load_or_resume()
-    runner.model.eval()
-    for batch in progress(runner.test_dataloader, 'Results on the validation images'):
-        yield from runner.model.test_step(batch)
 
 
 def introduction(config: Config, found: Validation) -> str:

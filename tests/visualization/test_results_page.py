@@ -11,7 +11,7 @@ import torch
 from helpers import demo_config, read_metrics, save_trained, save_untrained
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
-from mmmilan.visualization.results_page import write_results
+from mmmilan.visualization.results_page import validate, write_results
 
 TASKS = ('classification', 'detection', 'segmentation')
 
@@ -25,7 +25,7 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     rows = [dict(step=step, epoch=step // 4 + 1, loss=3.0 / step) for step in range(1, 9)]
     log.write_text('\n'.join(map(json.dumps, rows)))
     comparison = dict(sentence='Pretraining helped: <so much> & more.')
-    page = write_results(weights, tmp_path / 'report.html', comparison)
+    page = write_results(validate(weights), weights, tmp_path / 'report.html', comparison)
     text = page.read_text()
     assert 'Pretraining helped: &lt;so much&gt; &amp; more.' in text and 'training loss' in text
     assert '10 validation images' in text and 'trained on 10 images' in text and 'The worst mistakes' in text
@@ -58,19 +58,18 @@ def test_page_of_a_detector_that_finds_nothing(scenes, tmp_path, monkeypatch):
     )
     content['meta']['cfg'] = text.replace("'annotations/instances_val.json'", repr(str(tmp_path / 'val.json')))
     torch.save(content, weights)
-    page = write_results(weights, tmp_path / 'report.html').read_text()
+    page = write_results(validate(weights), weights, tmp_path / 'report.html').read_text()
     assert re.search('verdict">Box AP 0.0 % .*, mask AP 0.0 % ', page)
     assert 'Left out: 1 class, of which these images have nothing.' in page and '<td>tiger</td>' not in page
     legend = re.search('<ul class="legend">.*?</ul>', page)[0]
     assert 'taxi' in legend and 'tiger' not in legend
 
 
-def test_what_cannot_be_written(scenes, tmp_path):
+def test_what_cannot_be_read_or_written(scenes, tmp_path):
     weights = save_untrained('classification', scenes, tmp_path)
     with pytest.raises(InputError, match='does not end in .html'):
-        write_results(weights, tmp_path / 'page.txt')
+        write_results(validate(weights), weights, tmp_path / 'page.txt')
     cfg = demo_config('classification')
     cfg.val_dataloader.dataset.data_root = 'gone'
     with pytest.raises(InputError, match='gone does not exist'):
-        write_results(save_trained(cfg, tmp_path / 'a.pth', 'abcdefghij'), tmp_path / 'page.html')
-    assert not list(tmp_path.glob('page.*'))
+        validate(save_trained(cfg, tmp_path / 'a.pth', 'abcdefghij'))
