@@ -350,10 +350,14 @@ def add_training(page: Page, weights: Path, config: Config) -> None:
         curves[name] = tuple(map(list, zip(*points, strict=True))) if points else ([], [])
     curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
     length = config.get('train_cfg') or {}
-    amount = count(length['max_epochs'], 'epoch') if length.get('max_epochs') else f'{length.get("max_iters")} steps'
+    amount = f'{length.get("max_iters")} steps'
+    if planned := length.get('max_epochs'):
+        done = max((row['epoch'] for row in rows if 'epoch' in row), default=planned)
+        amount = count(planned, 'epoch') if done >= planned else f'{done} of {count(planned, "epoch")}'
+    batch = config.train_dataloader.batch_size * config.optim_wrapper.get('accumulative_counts', 1)
     page.heading(
         'How it was trained',
-        f'{amount} in batches of {config.train_dataloader.batch_size}, learning rate '
+        f'{amount} in batches of {batch}, learning rate '
         f'{config.optim_wrapper.optimizer.lr:g} ({config.optim_wrapper.optimizer.type}).'
         + (f' Over the training: {" and ".join(curves)}.' if curves else ''),
     )

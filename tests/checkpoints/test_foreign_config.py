@@ -146,6 +146,7 @@ def test_every_position(tmp_path, proof, place):
         ('test_evaluator', dict(type='DumpResults', out_file_path='thesis.pkl')),
         ('test_evaluator', dict(type='Accuracy', collect_dir='photos')),
         ('test_evaluator', dict(type='mmdet.CocoMetric', outfile_prefix='/tmp/x')),
+        ('test_evaluator', dict(type='mmmilan.CocoMetric', outfile_prefix='/tmp/x')),
         ('default_hooks.checkpoint', dict(type='CheckpointHook', out_dir='/tmp')),
         ('default_hooks.checkpoint', dict(type='CheckpointHook', filename_tmpl='../../epoch_{}.pth')),
         ('custom_hooks.+', dict(type='ProfilerHook', json_trace_path='x.json')),
