@@ -182,7 +182,7 @@ def check_top(cfg: Config, option: str, arguments: Iterable[str] = ()) -> None:
     deeper = [key for key, _ in values_of(cfg) if key.rpartition('.')[2] == name]
     if deeper and not rest and not difflib.get_close_matches(name, arguments):
         raise InputError(f'Nothing reads {option}; the nearest name is {min(deeper, key=len)}.')
-    raise InputError(f'Nothing reads {option}; {remedy(name, [*arguments, *known], rest=rest)}')
+    raise InputError(f'Nothing reads {option}; {remedy(name, [*arguments, *sorted(known)], rest=rest)}')
 
 
 def check_inside(cfg: Config, option: str) -> None:

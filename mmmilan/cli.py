@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import os
 import re
@@ -69,7 +70,11 @@ def run(tokens: list[str]) -> Any:
     """
     command, rest = (tokens[:1] or [''])[0], tokens[1:]
     function, given, changes = None, {}, {}
-    if command in [name for names in COMMANDS.values() for name in names]:
+    known = [name for names in COMMANDS.values() for name in names]
+    if command and command not in (*known, '--help', '-h', '--version'):
+        near = difflib.get_close_matches(command.lower().replace('_', '-'), known, n=1)
+        raise InputError(f'{command} is no command; {f"the nearest is {near[0]}" if near else "see mmmilan --help"}.')
+    if command in known:
         function = getattr(mmmilan, command.replace('-', '_'))
         rest, given, changes = split_tokens(rest, inspect.signature(function))
         tokens = [command, *rest]
@@ -137,7 +142,8 @@ def split_tokens(tokens: list[str], signature: inspect.Signature) -> tuple[list[
         token = left.pop(0)
         option, equals, value = token.partition('=')
         name = option.removeprefix('--').replace('-', '_')
-        dotted = re.fullmatch(r'--\w+(\.[\w-]+)+', option)
+        dotted = re.fullmatch(r'--\w[\w-]*(\.[\w-]+)+', option)
+        key = name.split('.') if dotted else []  # with dashes or without, as other options
         if token == '--' or not option.startswith('--') or not (dotted or name in by_name or name == 'cfg_options'):
             others.append(token)
             continue
@@ -151,10 +157,10 @@ def split_tokens(tokens: list[str], signature: inspect.Signature) -> tuple[list[
             given[name] = values if several else values[0]
         elif name == 'cfg_options' and takes_changes:
             changes |= dict(map(read_change, values))
-        elif dotted and (first := option[2:].partition('.')[0]) in parameters and first not in by_name:
-            given[first] = set_inside(given.get(first, {}), option[2:].split('.')[1:], option_value(values[0]))
+        elif dotted and key[0] in parameters and key[0] not in by_name:
+            given[key[0]] = set_inside(given.get(key[0], {}), key[1:], option_value(values[0]))
         elif dotted and takes_changes:
-            changes[option[2:]] = option_value(values[0])
+            changes[name] = option_value(values[0])
         else:
             raise InputError(f'{option} is unknown here; see mmmilan COMMAND --help.')
     return others, given, changes

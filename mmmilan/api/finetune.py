@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def finetune(
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         compose = resumed_config if resume else new_config
         config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
-        change_config(config, changes)
+        change_config(config, changes, inspect.signature(finetune).parameters)
         second = None if compare is None else compared_config(config, compare)
     with no_file_if_refused(folder):
         if labelled is not None:  # of a resumed run, it must be what split.json says

@@ -280,9 +280,11 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
     """Value -> name. Two values, of which one is 0, may go without names, or with that of the other one."""
     inside = sorted(set(seen.pixels) - {IGNORE, *(each for each in ignored if isinstance(each, int))})
     pair = [0, IGNORE] if set(seen.pixels) == {0, IGNORE} and IGNORE not in ignored else inside
-    two = len(pair) == 2 and pair[0] == 0
+    rest = set(seen.pixels) - {*pair, *ignored}  # 255 at most
+    two = len(pair) == 2 and pair[0] == 0 and (not rest or pair[1] == 1)  # 0, 127 and 255 may be three classes
     if given is None and two:
-        notes.append(f'The value 0 of the label maps is taken for background, {pair[1]} for foreground.')
+        unused = f'; {IGNORE} marks pixels without a class' * bool(rest)
+        notes.append(f'The value 0 of the label maps is taken for background, {pair[1]} for foreground{unused}.')
         return {0: 'background', pair[1]: 'foreground'}
     if given is None:
         path = seen.first[max(seen.pixels)]

@@ -282,6 +282,8 @@ def test_what_cannot_be(colours, start, tmp_path):
         (dict(start=start, lr=-1), 'lr=-1 is not a number above 0'),
         (dict(start=start, batch_size=8, accumulate=4), 'do not fill one step of 32 images; lower batch_size or acc'),
         (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
+        (dict(start=start, epoch=3), 'Nothing reads epoch; the nearest name is epochs.'),
+        (dict(start=start, batchsize=3), 'Nothing reads batchsize; the nearest name is batch_size.'),
         (dict(arch=ARCH, compare='scratch'), 'compares random weights with themselves'),
     ):
         with pytest.raises(InputError, match=message):

@@ -554,6 +554,15 @@ def test_maps_of_colours(tmp_path):
         (data / name).unlink()
 
 
+def test_two_classes_and_pixels_without(tmp_path):
+    maps(tmp_path, 'images', 'masks', {str(i): [0, 1, 255] for i in range(4)})
+    assert read_labelled(tmp_path).notes[0] == (
+        'The value 0 of the label maps is taken for background, 1 for foreground; 255 marks pixels without a class.'
+    )
+    maps(tmp_path, 'images', 'masks', {str(i): [0, 9, 255] for i in range(4)})
+    assert read_labelled(tmp_path, ignore=255).classes == ('background', 'foreground')  # as it was said
+
+
 @pytest.mark.parametrize(
     'classes, names',
     [(None, ('background', 'foreground')), (['polyp'], ('background', 'polyp')), (['b', 'p'], ('b', 'p'))],
@@ -783,6 +792,7 @@ RED, GREEN = [255, 0, 0], [0, 255, 0]
     'rows, names, options, message',
     [
         ([[0, 1, 2]], None, {}, r'have the values 0, 1, 2 \(.*\), and nothing names them; write classes.txt'),
+        ([[0, 127, 255]], None, {}, r'have the values 0, 127, 255 \(.*\), and nothing names them; write classes.txt'),
         ([[0, 1, 2], [0, 1, 7]], 'a\nb\nc', {}, r'1.png has values that .*classes.txt does not name: 7 in 512 pixels'),
         ([[0, 1, 2]], 'a\nb', {}, 'does not name: 2 .*; correct the map, or name them, or give ignore=0 if 0 marks'),
         ([[RED, GREEN]], 'a\nb', {}, r'0.png is an RGB image in colours; give label maps with one 8-bit'),
