@@ -235,6 +235,8 @@ def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int
 def check_aspect_ratio(image: np.ndarray, name: str) -> None:
     """Raise a :class:`CorruptImageError` for a strip [H, W, 3], which would fill the memory once it is resized."""
     height, width = image.shape[:2]
+    if not height or not width:
+        raise CorruptImageError(f'{name} is empty ({width} x {height} pixels); replace or remove it.')
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise CorruptImageError(
             f'{name} is a strip of {width} x {height} pixels; crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}.'

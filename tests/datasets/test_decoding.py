@@ -11,7 +11,15 @@ import pytest
 from PIL import Image, features
 
 from mmmilan.datasets import CorruptImageError, ImageFolder, LoadImage, LoadRandomResizedCrop
-from mmmilan.datasets.decoding import EXTENSIONS, ORIENTATION, decode, from_pil, is_truncated_jpeg, warn_dark
+from mmmilan.datasets.decoding import (
+    EXTENSIONS,
+    ORIENTATION,
+    check_aspect_ratio,
+    decode,
+    from_pil,
+    is_truncated_jpeg,
+    warn_dark,
+)
 from mmmilan.datasets.listing import list_folder
 from mmmilan.errors import InputError
 
@@ -148,6 +156,12 @@ def test_the_end_costs_little():
 
 
 # -- strips
+
+
+@pytest.mark.parametrize('size', [(0, 0), (0, 5), (5, 0)])
+def test_images_without_pixels(size):
+    with pytest.raises(CorruptImageError, match=r'An array is empty \(. x . pixels\); replace or remove it'):
+        check_aspect_ratio(np.zeros((*size, 3), np.uint8), 'An array')
 
 
 @pytest.mark.parametrize('size', [(1, 60000), (60000, 1), (1, 250000), (2, 500)])
