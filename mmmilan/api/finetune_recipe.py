@@ -287,7 +287,7 @@ def resumed_config(
 def compared_config(config: Config, start: str) -> Config:
     """The config of the same training from another start, or from random weights ('scratch').
 
-    Random weights are trained at one rate, see :func:`layer_decay`; all else is the same.
+    The decay of the rate is what suits random weights, see :func:`layer_decay`; all else is the same.
 
     Raises:
         InputError: it is not an encoder of the same shape, or random weights would be compared with themselves, or
@@ -337,8 +337,8 @@ def say(labelled: Labelled) -> None:
 
 
 def layer_decay(task: str, pretrained: bool) -> float:
-    """The decay of the rate from block to block: none of random weights, whose first blocks have as much to learn."""
-    return RECIPES[task].layer_decay if pretrained else 1.0
+    """The decay of the rate from block to block; see docs/own_images.md for what suits random weights."""
+    return 1.0 if task == 'classification' and not pretrained else RECIPES[task].layer_decay
 
 
 class Batches(NamedTuple):

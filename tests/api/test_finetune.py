@@ -17,7 +17,7 @@ from mmpretrain.models import VisionTransformer
 import mmmilan
 from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
-from mmmilan.api.finetune_recipe import encoder_in, new_config
+from mmmilan.api.finetune_recipe import compared_config, encoder_in, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
@@ -201,6 +201,15 @@ def test_a_frozen_dense_encoder_is_the_start(scenes, start, task, tmp_path):
     assert torch.equal(dense.pos_embed[:, -16:], weights['pos_embed'][:, 1:])
     learning = {name.partition('.')[0] for name, value in dense.named_parameters() if value.requires_grad}
     assert learning == {'scales'}
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_a_dense_task_compared_with_random_weights(scenes, start, task, tmp_path):
+    """All but the start is the same; the rates too, as the same rate in all blocks was worse."""
+    config, _ = new_config(tmp_path, dict(data=scenes, task=task), start=start, img_size=48)
+    second = compared_config(config, 'scratch')
+    assert config.model.backbone.pop('init_cfg') and second.model.backbone.pop('init_cfg') is None
+    assert config.to_dict() == second.to_dict() and config.optim_wrapper.paramwise_cfg.layer_decay_rate == 0.75
 
 
 def test_the_head_of_a_segmentor_alone(scenes, start, tmp_path):

@@ -14,10 +14,12 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, R
 from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import ConcatDataset as TorchConcat
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.datasets.image_folder import num_corrupt
+from mmmilan.datasets.reproducible import ReproducibleSampler, WholeSteps
+from mmmilan.engine.loops import Epochs
 
 
 class Numbers:
@@ -139,3 +141,15 @@ def test_workers_share_the_count(folder, method):
     worker.start()
     worker.join()
     assert worker.exitcode == 0 and folder.num_corrupt == 1
+
+
+@pytest.mark.parametrize('images, steps', [(7, 0), (8, 1), (15, 1), (19, 2)])
+def test_an_epoch_of_accumulated_batches_has_whole_steps(images, steps):
+    """Also where data workers go on to the next epoch, and where a run is resumed after a step."""
+    data = torch.arange(images)
+    sampler = ReproducibleSampler(TensorDataset(data), shuffle=True, seed=0)
+    batches = WholeSteps(sampler, batch_size=2, batches=4)
+    assert len(batches) == len(list(batches)) == 4 * steps and all(len(batch) == 2 for batch in batches)
+    every = list(Epochs(batches, 0, 3, done=4 if steps else 0))
+    assert len(every) == 12 * steps - (4 if steps else 0)
+    assert len({index for batch in every[-4 * steps :] for index in batch}) == 8 * steps
