@@ -118,6 +118,7 @@ def verdict(after: Accuracy, before: Accuracy, name: str, probe: str) -> str:
 # -- models trained from two starts
 
 
+ENOUGH = 20  # validation images for a verdict: resampling fewer of them gives intervals that are too short
 SCORES = dict(classification='top-1 accuracy', detection='AP of an image', segmentation='IoU of an image')
 
 
@@ -139,6 +140,8 @@ def compare_models(first: dict[str, float], second: dict[str, float], task: str,
     means = [100 * float(each.mean()) if images else 0.0 for each in values]
     low, high = bootstrap(values[0] - values[1]) if images else (0.0, 0.0)
     said = 'helped' if low > 0 else 'did harm' if high < 0 else 'made no difference to be sure of'
+    if len(images) < ENOUGH:
+        said = f'cannot be judged by fewer than {ENOUGH} images'
     sentence = (
         f'Pretraining {said}: {SCORES[task]} after one training each, mean of {len(images)} validation images, '
         f'{means[0]:.1f} % against {means[1]:.1f} % from {name} (difference {means[0] - means[1]:+.1f}, '

@@ -66,3 +66,9 @@ def test_models_that_know_nothing_are_not_compared(images):
     result = compare_models(scores, scores, 'detection', 'random weights')
     assert result['sentence'].startswith(f'Nothing can be said of pretraining: AP of an image is 0 in all of {images} ')
     assert result['interval'] == [0, 0] and result['difference'] == 0
+
+
+def test_a_handful_of_images_gives_no_verdict():
+    first, second = {str(i): 1.0 for i in range(19)}, {str(i): 0.0 for i in range(19)}
+    sentence = compare_models(first, second, 'classification', 'random weights')['sentence']
+    assert sentence.startswith('Pretraining cannot be judged by fewer than 20 images: top-1 accuracy ')
