@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -39,19 +40,22 @@ FAST = ('test_vit', 'test_vit_relpos', 'vit_small_plus_patch16_dinov3', 'pit_b_2
 
 @pytest.fixture
 def cheap_weights(shallow) -> Iterator[None]:
-    """Plain normal weights: the libraries' own initialisation takes minutes for the largest models."""
+    """Plain normal weights, or none on the meta device: the libraries' own initialisation takes minutes in all."""
 
     def fill(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return tensor.data.normal_(std=0.02)
+        return tensor if tensor.is_meta else tensor.data.normal_(std=0.02)
 
-    modules = ('torch.nn.init', 'timm.models.vision_transformer', 'timm.models.eva', 'timm.models.beit')
-    patches = [mock.patch(f'{module}.trunc_normal_', fill) for module in modules]
-    patches.append(mock.patch('torch.nn.init.kaiming_uniform_', fill))
-    for patch in patches:
-        patch.start()
-    yield
-    for patch in patches:
-        patch.stop()
+    names = [
+        f'{module}.trunc_normal_'
+        for module in ('timm.models.vision_transformer', 'timm.models.eva', 'timm.models.beit')
+    ]
+    names.append('timm.layers.weight_init._trunc_normal_')
+    names += [f'torch.nn.init.{name}_' for name in ('trunc_normal', 'normal', 'kaiming_uniform', 'kaiming_normal')]
+    names += [f'torch.nn.init.{name}_' for name in ('uniform', 'xavier_uniform', 'xavier_normal')]
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch(name, fill))
+        yield
 
 
 @torch.no_grad()
