@@ -58,6 +58,7 @@ CURVES = {
     'coco/segm_mAP': 'mask AP',
     'mIoU': 'mean IoU, %',
 }
+SEGMENTORS = dict(UPerHead='UperNet', FCNHead='FCN')  # by their heads
 METRICS = dict(classification='top-1 accuracy', detection='AP', segmentation='mean IoU')
 
 
@@ -193,6 +194,8 @@ def introduction(config: Config, found: Validation) -> str:
     arch = backbone.get('arch')
     size = arch if isinstance(arch, str) else f'{arch.embed_dims} dimensions and {arch.num_layers} layers'
     trained, kind = trained_on(config), config.model.type.rpartition('.')[2]
+    if kind == 'EncoderDecoder':  # which says nothing
+        kind = SEGMENTORS.get(config.model.decode_head.type.rpartition('.')[2], kind)
     return (
         f'{kind} on a ViT of {size}, from {Path(str(start)).name if start else "random weights"}. It was '
         f'trained on {count(trained, "image") if trained else "images"} and is evaluated here on '
