@@ -53,7 +53,10 @@ def main() -> None:
     mmengine.hub.get_config('mmmilan::milan/milan_vit-base-p16_custom.py')
     torch.manual_seed(0)
     clip = open_clip.transformer.VisionTransformer(64, 16, width=128, layers=2, heads=2, mlp_ratio=4, output_dim=24)
-    torch.save({f'visual.{key}': value for key, value in clip.state_dict().items()}, 'clip.pt')
+    weights = {f'visual.{key}': value for key, value in clip.state_dict().items()}
+    # by these numbers a file of OpenAI is known, and so QuickGELU
+    numbers = dict(input_resolution=64, context_length=77, vocab_size=49408)
+    torch.save(weights | {key: torch.tensor(value) for key, value in numbers.items()}, 'clip.pt')
     Path('images').mkdir()
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 255, (72, 96, 3), dtype=np.uint8)
