@@ -160,7 +160,9 @@ def run_transfer(args: argparse.Namespace) -> dict[str, dict]:
     for task, epochs in EPOCHS.items():
         folder = work_dir(args, task)
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run of the demo, whose other stages are replaced, too
-        options = dict(img_size=64, epochs=max(1, round(epochs * args.epochs_scale)), seed=args.seed)
+        epochs = max(1, round(epochs * args.epochs_scale))
+        once = {'train_cfg.val_interval': epochs}  # a detector takes longer for these images than for an epoch
+        options = dict(img_size=64, epochs=epochs, seed=args.seed, **once)
         mmmilan.finetune(labelled, folder, task=task, start=start, compare='scratch', **options)
         compared[task] = json.loads((folder / 'comparison.json').read_text())
     return compared
