@@ -360,8 +360,8 @@ def stratify(keys: Sequence[str], labels: Sequence[set[int]], fraction: float, s
             del waiting[i]
     fewest = round(fraction * len(keys) / 2) or 1
     if len(chosen) < fewest < len(keys) and any(len(each) > 1 for each in labels):
-        lost = {i: sum(total[label] - got[label] < 2 for label in labels[i]) for i in order}
-        chosen.update(sorted(lost.keys() - chosen, key=lambda i: (lost[i], order.index(i)))[: fewest - len(chosen)])
+        lost = {i: sum(total[label] - got[label] < 2 for label in labels[i]) for i in order if i not in chosen}
+        chosen.update(sorted(lost, key=lost.get)[: fewest - len(chosen)])
     return chosen
 
 
