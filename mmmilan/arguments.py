@@ -47,7 +47,7 @@ def check_path(name: str, value: Any) -> str | os.PathLike:
 
 def check_paths(name: str, value: Any) -> str | os.PathLike | list:
     """One path, or any iterable of paths; a list of one is that path."""
-    value = listed(value)
+    value = as_list(value)
     if isinstance(value, (str, os.PathLike)):
         return check_path(name, value)
     paths = [check_path(name, each) for each in several(name, value, 'paths')]
@@ -70,7 +70,7 @@ def check_texts(name: str, value: Any) -> list[str]:
     return [check_text(name, each) for each in several(name, value, 'texts')]
 
 
-def listed(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """An array or a column of texts or objects, such as paths, as a list; anything else as it is."""
     is_listed = getattr(getattr(value, 'dtype', None), 'kind', '') in ('O', 'U') and hasattr(value, 'tolist')
     return value.tolist() if is_listed else value
@@ -94,7 +94,7 @@ def check_images(name: str, value: Any) -> list:
     import numpy as np
     from PIL.Image import Image
 
-    value = listed(value)
+    value = as_list(value)
     if isinstance(value, (str, os.PathLike, Image)) or (isinstance(value, np.ndarray) and value.ndim < 4):
         value = [value]
     images = several(name, list(value) if isinstance(value, np.ndarray) else value, 'images')
