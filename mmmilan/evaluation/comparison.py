@@ -126,7 +126,7 @@ def compare_models(first: dict[str, float], second: dict[str, float], task: str,
     """Compare two models by their scores of the same images, with a paired bootstrap.
 
     Args:
-        first: Path of an image -> the score of the model in question, see :func:`score_of`.
+        first: Path of an image -> the score of the model in question, from 0 to 1.
         second: Of the other model.
         task: Of both.
         name: What the other one starts from.

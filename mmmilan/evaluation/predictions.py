@@ -136,21 +136,11 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score_of(sample: BaseDataElement) -> float | None:
-    """How good a prediction is, from 0 to 1; None where there is nothing to find.
+def object_score(found: Result, truth: Result) -> float | None:
+    """AP of the boxes in an image, from 0 to 1 (IoU 0.5 to 0.95), the mean over its classes; None without an object.
 
-    That is, of a classifier whether it is right; of a detector the AP (IoU 0.5 to 0.95) of its boxes, the mean over
-    the classes of the image's objects; of a segmentor the IoU, the mean over the classes of image or prediction.
-
-    Args:
-        sample: A data sample with truth and prediction, of mmpretrain, mmdet or mmseg. The boxes of both are in pixels
-            of the file's image: test pipelines load annotations after they resize.
+    The boxes of both are in pixels of the file's image: test pipelines load annotations after they resize.
     """
-    if 'gt_label' in sample:
-        return float(sample.pred_label == sample.gt_label)
-    if 'gt_sem_seg' in sample:
-        return mean_iou(sample.pred_sem_seg.data[0].cpu().numpy(), sample.gt_sem_seg.data[0].cpu().numpy())
-    found, truth = predicted(sample, 'detection'), annotated(sample, 'detection')
     aps = []
     for label in np.unique(truth['labels']):
         own = found['labels'] == label
@@ -158,15 +148,6 @@ def score_of(sample: BaseDataElement) -> float | None:
         overlaps = box_ious(found['boxes'][own][order], truth['boxes'][truth['labels'] == label])
         aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
     return float(np.mean(aps)) if aps else None
-
-
-def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """The mean IoU of the classes in one of two maps [H, W], where the second is not 255; None if it is nowhere."""
-    predicted, truth = (each[truth != IGNORE] for each in (predicted, truth))
-    labels = np.union1d(predicted, truth)
-    both = [((predicted == label) & (truth == label)).sum() for label in labels]
-    either = [((predicted == label) | (truth == label)).sum() for label in labels]
-    return float(np.mean(np.divide(both, either))) if len(labels) else None
 
 
 def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -204,8 +185,8 @@ class LabelCounts:
     def __init__(self, num_classes: int) -> None:
         self.num_classes, self.common, self.either, self.annotated = num_classes, [], [], []
 
-    def add(self, result: Result, truth: Result) -> float:
-        """Count an image; returns its mean IoU over the classes in either map, 1 without any."""
+    def add(self, result: Result, truth: Result) -> float | None:
+        """Count an image; returns its mean IoU over the classes in either map, None without any."""
         known = truth['map'] != IGNORE
         predicted, annotated = (each['map'][known].astype(int) for each in (result, truth))
         counts = [np.bincount(each, minlength=self.num_classes) for each in (predicted, annotated)]
@@ -214,7 +195,7 @@ class LabelCounts:
         for store, row in ((self.common, common), (self.either, either), (self.annotated, counts[1])):
             store.append(row[: self.num_classes])
         there = either > 0
-        return float((common[there] / either[there]).mean()) if there.any() else 1.0
+        return float((common[there] / either[there]).mean()) if there.any() else None
 
     def iou(self, weights: np.ndarray | None = None) -> np.ndarray:
         """IoU [..., C] in percent, NaN for classes that are nowhere, of images [..., M] taken so many times."""

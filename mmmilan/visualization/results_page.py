@@ -33,8 +33,8 @@ from mmmilan.evaluation.predictions import (
     Result,
     annotated,
     coco_results,
+    object_score,
     predicted,
-    score_of,
     task_of,
     wrong_objects,
 )
@@ -70,8 +70,8 @@ class Validation:
         dataset: The validation images.
 
     Attributes:
-        scores: How good the prediction of each image is, by its path, see
-            :func:`mmmilan.evaluation.predictions.score_of`.
+        scores: How good the prediction of each image is, from 0 to 1, by its path: whether a class is right, the AP of
+            boxes, the IoU of maps; images without anything to find are left out.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
@@ -92,11 +92,11 @@ class Validation:
     def add(self, sample: Any) -> None:
         """Take an image with its prediction."""
         result, truth = predicted(sample, self.task), annotated(sample, self.task)
-        if (score := score_of(sample)) is not None:
-            self.scores[sample.img_path] = score
         number, entry = len(self.images), (sample.img_path, truth, result)
         self.images.append(getattr(sample, 'img_id', number))
-        bad = self.badness(result, truth)
+        score, bad = self.judge(result, truth)
+        if score is not None:
+            self.scores[sample.img_path] = score
         if number in self.shown:
             self.pictures.append(entry)
         if bad > 0:
@@ -104,16 +104,17 @@ class Validation:
             if len(self.worst) > WORST:
                 heapq.heappop(self.worst)
 
-    def badness(self, result: Result, truth: Result) -> float:
-        """How wrong a prediction is, 0 if it is right; what the figures need is kept."""
+    def judge(self, result: Result, truth: Result) -> tuple[float | None, float]:
+        """How good a prediction is, see ``scores``, and how wrong, 0 if it is right; what the figures need is kept."""
         if self.task == 'segmentation':
-            return 1 - self.counts.add(result, truth)
+            iou = self.counts.add(result, truth)
+            return iou, 0.0 if iou is None else 1 - iou
         if self.task == 'classification':
             label, best = int(truth['labels'][0]), int(result['labels'][0])
             self.labels.append((label, best, float(result['scores'][0])))
-            return float(result['scores'][0]) if label != best else 0.0
+            return float(label == best), float(result['scores'][0]) if label != best else 0.0
         self.objects.append(coco_results(result))
-        return wrong_objects(result, truth, DRAWN_FROM)
+        return object_score(result, truth), wrong_objects(result, truth, DRAWN_FROM)
 
     def labels_drawn(self) -> list[int]:
         """The labels in the pictures of objects or label maps, sorted."""

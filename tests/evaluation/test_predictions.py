@@ -7,7 +7,18 @@ import pytest
 import torch
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
-from mmmilan.evaluation.predictions import AveragePrecision, LabelCounts, score_of, wrong_objects
+from mmmilan.evaluation.predictions import (
+    AveragePrecision,
+    LabelCounts,
+    annotated,
+    object_score,
+    predicted,
+    wrong_objects,
+)
+
+
+def score(sample):
+    return object_score(predicted(sample, 'detection'), annotated(sample, 'detection'))
 
 
 def test_scores_of_an_image():
@@ -18,15 +29,16 @@ def test_scores_of_an_image():
         gt_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1])),
         pred_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]), scores=torch.tensor([0.9, 0.8])),
     )
-    assert score_of(sample) == 1
+    assert score(sample) == 1
     sample.pred_instances = sample.pred_instances[:1]
-    assert score_of(sample) == 0.5
+    assert score(sample) == 0.5
     sample.gt_instances = sample.gt_instances[:0]
-    assert score_of(sample) is None
+    assert score(sample) is None
     maps = dict(gt_sem_seg=torch.tensor([[[0, 0, 1, 255]]]), pred_sem_seg=torch.tensor([[[0, 1, 1, 0]]]))
-    assert score_of(BaseDataElement(**{name: PixelData(data=data) for name, data in maps.items()})) == 0.5
-    label = torch.tensor([3])
-    assert score_of(BaseDataElement(gt_label=label, pred_label=label, pred_score=torch.eye(4)[3])) == 1
+    sample = BaseDataElement(**{name: PixelData(data=data) for name, data in maps.items()})
+    assert LabelCounts(2).add(predicted(sample, 'segmentation'), annotated(sample, 'segmentation')) == 0.5
+    nothing = dict(map=np.full((2, 2), 255, np.uint8))
+    assert LabelCounts(2).add(nothing, nothing) is None
 
 
 @pytest.mark.parametrize('kind', ['bbox', 'segm'])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,8 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     rows = [dict(step=step, epoch=step // 4 + 1, loss=3.0 / step) for step in range(1, 9)]
     log.write_text('\n'.join(map(json.dumps, rows)))
     comparison = dict(sentence='Pretraining helped: <so much> & more.')
-    page = write_results(validate(weights), weights, tmp_path / 'report.html', comparison)
+    found = validate(weights)
+    page = write_results(found, weights, tmp_path / 'report.html', comparison)
     text = page.read_text()
     assert 'Pretraining helped: &lt;so much&gt; &amp; more.' in text and 'training loss' in text
     assert re.search('3 of (20|8) epochs in batches of 5', text)
@@ -39,6 +41,8 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     factor = 100 if task == 'detection' else 1
     shown = [float(value) for value in re.findall(r'([\d.]+) % \(95 % interval', verdict)]
     assert shown[0] == pytest.approx(factor * figures[expected], abs=0.06)
+    if task == 'classification':
+        assert 100 * np.mean(list(found.scores.values())) == pytest.approx(figures[expected])
     if task == 'detection':
         assert shown[1] == pytest.approx(100 * figures['coco/segm_mAP'], abs=0.06)
     assert text.count('<img') >= 2 * 10
