@@ -16,6 +16,8 @@ from mmmilan.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
+    from mmmilan.visualization.results_page import Validation
+
 FILES = ('config.py', 'model.pth', 'report.html', 'comparison.json')  # what finetune itself writes beside the run's
 COMPARED = 'compare'  # folder of the second run
 
@@ -88,15 +90,14 @@ def finetune(
     Examples:
         >>> mmmilan.finetune('flowers', 'runs/flowers', start='runs/photos/milan.pth', compare='scratch')
     """
-    from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.finetune_probe import begin_as_probe
+    from mmmilan.api.finetune_probe import begin_as_probe, is_probed
     from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
     from mmmilan.api.pretrain import check_out
     from mmmilan.building import change_config
     from mmmilan.datasets.labelled import write_labelled
-    from mmmilan.visualization.results_page import validate, write_results
+    from mmmilan.visualization.results_page import validate
 
     if out is None or (data is None and not resume):
         missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
@@ -117,7 +118,7 @@ def finetune(
     with no_file_if_refused(folder):
         if labelled is not None:  # of a resumed run, it must be what split.json says
             write_labelled(labelled, folder)
-        if not resume:
+        if not resume and (gpus or is_probed(config)):  # else the run itself builds all before it writes its config
             try_out(config)
         frozen = begin_as_probe(config, folder)
         weights = run(config, folder, resume, gpus)
@@ -125,8 +126,7 @@ def finetune(
     if frozen:
         say_probes(frozen, found.scores)
     comparison = None if second is None else compare_runs(second, weights, found.scores, compare, gpus)
-    page = write_results(found, weights, weights.with_name('report.html'), comparison)
-    print_log(f'{page} shows what it gets right and wrong.', logger='current')
+    write_page(found, weights, comparison)
     return weights
 
 
@@ -148,7 +148,7 @@ def no_file_if_refused(folder: Path) -> Iterator[None]:
 
 
 def try_out(config: Config) -> None:
-    """Build all that a run consists of, which is refused here before any image is read.
+    """Build all that a run consists of, which is refused here before features are taken and processes started.
 
     Raises:
         InputError: a part cannot be built, or the batches do not suit the model.
@@ -248,3 +248,16 @@ def compare_runs(
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
     print_log(comparison['sentence'], logger='current')
     return comparison
+
+
+def write_page(found: Validation, weights: Path, comparison: dict[str, Any] | None) -> None:
+    """Write the page beside the weights; if that fails, only warn, so that the training is not lost."""
+    from mmengine.logging import print_log
+
+    from mmmilan.visualization.results_page import write_results
+
+    try:
+        page = write_results(found, weights, weights.with_name('report.html'), comparison)
+        print_log(f'{page} shows what it gets right and wrong.', logger='current')
+    except InputError as error:
+        print_log(f'No report: {error}', logger='current', level=logging.WARNING)

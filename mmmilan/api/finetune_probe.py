@@ -70,7 +70,7 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
     Raises:
         InputError: the folder has a ``probe.pth`` that is not a probe.
     """
-    if task_of(config) != 'classification' or not config.model.backbone.get('init_cfg'):
+    if not is_probed(config):
         return {}
     path = folder / FILE
     known = accuracies_in(path)
@@ -87,6 +87,11 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
     config.model.backbone.update(out_type=probe.out_type, final_norm=probe.out_type == 'cls_token')
     config.model.head.init_cfg = dict(type='Pretrained', checkpoint=str(path.absolute()), prefix='head.')
     return accuracies
+
+
+def is_probed(config: Config) -> bool:
+    """Whether a run begins as a probe: of a classifier with a start."""
+    return task_of(config) == 'classification' and bool(config.model.backbone.get('init_cfg'))
 
 
 def accuracies_in(path: Path) -> dict[str, float] | None:
