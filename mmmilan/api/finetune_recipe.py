@@ -304,8 +304,9 @@ def compared_config(config: Config, start: str) -> Config:
             "compare='scratch' would train a head on frozen random weights, which tells nothing of pretraining; leave "
             'out freeze or compare.'
         )
-    if random or not backbone.init_cfg:
-        second.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(task, not random)
+    rates = second.optim_wrapper.get('paramwise_cfg') or {}  # none of a head alone
+    if rates.get('layer_decay_rate') == layer_decay(task, bool(backbone.init_cfg)):  # else the user's
+        rates.layer_decay_rate = layer_decay(task, not random)
     if task == 'classification':  # its head begins as published, or as the probe of its own start
         published = base_config('classification').model
         backbone.update(out_type=published.backbone.out_type, final_norm=published.backbone.final_norm)

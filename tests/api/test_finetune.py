@@ -213,6 +213,15 @@ def test_a_dense_task_compared_with_random_weights(scenes, start, task, tmp_path
     assert config.to_dict() == second.to_dict() and config.optim_wrapper.paramwise_cfg.layer_decay_rate == 0.75
 
 
+def test_a_decay_that_is_given_is_that_of_both(colours, start, tmp_path):
+    config, _ = new_config(tmp_path, dict(data=colours), start=start, img_size=48)
+    decays = {}
+    for given in (0.65, 0.8):  # the first is the recipe's, which random weights do not have
+        config.optim_wrapper.paramwise_cfg.layer_decay_rate = given
+        decays[given] = compared_config(config, 'scratch').optim_wrapper.paramwise_cfg.layer_decay_rate
+    assert decays == {0.65: 1.0, 0.8: 0.8}
+
+
 def test_the_head_of_a_segmentor_alone(scenes, start, tmp_path):
     options = options_of(1, accumulate=2, img_size=48, patience=1)
     weights = mmmilan.finetune(scenes, tmp_path / 'run', task='segmentation', start=start, freeze=True, **options)
