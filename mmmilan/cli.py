@@ -103,7 +103,7 @@ def make_app(command: str, function: Callable | None, given: Mapping[str, Any]) 
         for name in names:
             if name == command and function is not None:
                 app.command(as_command(function, given), name=name, group=group, usage=usage(name, function))
-            elif function is None:  # for help, or a name that is none of these
+            elif function is None:  # for help
                 app.command(print, name=name, group=group, help=summary(name))
     return app
 

@@ -22,6 +22,14 @@ def config() -> Config:
     return Config.fromfile(CONFIG)
 
 
+def value_at(config: Config, option: str) -> object:
+    """The value below dotted keys."""
+    part = config
+    for key in option.split('.'):
+        part = part[int(key)] if key.isdigit() else part[key]
+    return part
+
+
 def error_of(config: Config, changes: dict, as_options: bool = True) -> str:
     """The message with which a config with changes is refused, as options or as lines of the file."""
     changed = Config(config.to_dict())
@@ -87,6 +95,7 @@ def test_option_that_nothing_reads(config, option, nearest):
 def test_option_that_is_new_but_read(config, option):
     changed = Config(config.to_dict())
     change_config(changed, {option: None})
+    assert value_at(changed, option) is None
 
 
 def test_types_that_do_not_exist(config):
@@ -179,6 +188,7 @@ def test_values_that_are_taken(config, option, value):
     changed = Config(config.to_dict())
     changed.optim_wrapper.type = 'AmpOptimWrapper'
     change_config(changed, {option: value})
+    assert value_at(changed, option) == value
 
 
 def sizes(**changes) -> dict:

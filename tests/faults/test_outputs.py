@@ -270,6 +270,8 @@ def test_odd_meta(meta, folder, log):
     torch.save(dict(state_dict=weights, meta=meta), 'odd.pth')
     mmmilan.embed('images/class0', 'odd.pth', 'f.npz')
     cli.main(['convert', 'odd.pth', 'again.pth'])
+    again = torch.load('again.pth', weights_only=True)
+    assert torch.equal(again['state_dict']['backbone.cls_token'], weights['backbone.cls_token'])
 
 
 def test_a_file_that_writes_to_the_terminal(capsys):
