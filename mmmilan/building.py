@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
 from mmcv.transforms import BaseTransform
 from mmengine import registry as roots
 from mmengine.config import Config
@@ -60,6 +61,7 @@ ANYWHERE = dict(
 )
 IN_LOADER = ANYWHERE | dict(sampler=roots.DATA_SAMPLERS, batch_sampler=roots.DATA_SAMPLERS)
 IN_EVALUATOR = ANYWHERE | dict(metrics=roots.METRICS)
+STEPS = ('train_step', 'val_step', 'test_step')  # of MMEngine's models
 # The class of a part without a type.
 DEFAULT = dict(
     optim_wrapper=OptimWrapper,
@@ -457,6 +459,32 @@ def build_errors() -> Iterator[None]:
             raise
         print_log(''.join(traceback.format_exception(error)), logger='current', level=logging.DEBUG)
         raise InputError(sentence) from error
+
+
+@contextmanager
+def step_errors(changes: Mapping[str, Any]) -> Iterator[None]:
+    """Name the user's changes of the model if a step fails: what can be built may not be able to compute.
+
+    Errors outside a step pass, and all of them where the model is not changed.
+
+    Args:
+        changes: Those of :func:`change_config`.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        options = [option for option in dotted(changes) if option.startswith('model')]
+        frames = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+        if not options or not any(name in STEPS for name in frames):
+            raise
+        print_log(''.join(traceback.format_exception(error)), logger='current', level=logging.DEBUG)
+        reason = ' '.join(first_line(error).split()).rstrip('.;')
+        raise InputError(
+            f'The model can be built with the given {" and ".join(options)}, but its first step fails '
+            f'({type(error).__name__}: {reason}); correct the value.'
+        ) from error
 
 
 def build_failure(error: Exception) -> str | None:

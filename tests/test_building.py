@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT
-from mmmilan.building import change_config, check_config, faults_of, values_of
+from mmmilan.building import change_config, check_config, faults_of, step_errors, values_of
 from mmmilan.checkpoints.config import option_value, read_config_file
 from mmmilan.errors import InputError
 
@@ -285,3 +286,19 @@ def test_configs_of_others_are_not_refused(name, caplog):
             if any(holder == part and isinstance(value, dict) for part, value in values_of(changed)):
                 changed.merge_from_dict({key: 1})
                 assert [each.key for each in faults_of(changed)] == [key]
+
+
+def test_errors_of_steps_are_named_where_the_model_was_changed():
+    class Model:
+        def train_step(self, data: torch.Tensor) -> torch.Tensor:
+            return data @ data
+
+    changes = dict(model=dict(head=dict(in_channels=3)), train_cfg=dict(max_epochs=1))
+    message = r'^The model can be built with the given model.head.in_channels, but its first step fails .*2x3'
+    with pytest.raises(InputError, match=message), step_errors(changes):
+        Model().train_step(torch.zeros(2, 3))
+    for others in ({}, dict(train_cfg=dict(max_epochs=1))):
+        with pytest.raises(RuntimeError, match='2x3'), step_errors(others):
+            Model().train_step(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match='2x3'), step_errors(changes):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -95,7 +95,7 @@ def finetune(
     from mmmilan.api.finetune_probe import begin_as_probe, is_probed
     from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
     from mmmilan.api.pretrain import check_out
-    from mmmilan.building import change_config
+    from mmmilan.building import change_config, step_errors
     from mmmilan.datasets.labelled import write_labelled
     from mmmilan.visualization.results_page import validate
 
@@ -115,7 +115,7 @@ def finetune(
         config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
         change_config(config, changes, inspect.signature(finetune).parameters)
         second = None if compare is None else compared_config(config, compare)
-    with no_file_if_refused(folder):
+    with no_file_if_refused(folder), step_errors(changes):
         if labelled is not None:  # of a resumed run, it must be what split.json says
             write_labelled(labelled, folder)
         if not resume and (gpus or is_probed(config)):  # else the run itself builds all before it writes its config
@@ -132,7 +132,7 @@ def finetune(
 
 @contextmanager
 def no_file_if_refused(folder: Path) -> Iterator[None]:
-    """Remove what was written into a folder if a run is refused before it trains and writes its config."""
+    """Remove what a run wrote into its folder if it is refused before its first step, when it writes its config."""
     import shutil
 
     before = set(folder.iterdir()) if folder.exists() else None

@@ -89,7 +89,7 @@ def pretrain(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.recipe import base_config, new_config, resumed_config
-    from mmmilan.building import change_config, check_top, dotted
+    from mmmilan.building import change_config, check_top, dotted, step_errors
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
@@ -111,7 +111,8 @@ def pretrain(
             config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
         config.work_dir = str(folder.absolute())
-        meta = train(config, folder, resume)
+        with step_errors(changes):
+            meta = train(config, folder, resume)
         weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)
         if sources is None:
             sources = reported_images(config)
@@ -153,7 +154,7 @@ def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
 def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     """Train as ``tools/train.py`` does; returns how long that took and on what, for the checkpoint.
 
-    The config is written when training begins, so that a run that is refused changes no file.
+    The config is written after the first step, so that a run that is refused changes no file.
     """
     import time
 

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-from mmmilan.building import build_errors, change_config, check_operators
+from mmmilan.building import build_errors, change_config, check_operators, step_errors
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -98,7 +98,7 @@ def train(
     if resume:
         cfg.resume = True
         cfg.load_from = None if resume in (True, 'auto') else os.fspath(resume)
-    with launched(cfg, 'train') as runner:
+    with launched(cfg, 'train') as runner, step_errors(changes):
         scale_by_accumulation(runner)
         check_batches(runner)
         runner.train()
@@ -159,7 +159,7 @@ def test(
             raise InputError(f'{show_dir} exists; choose another folder, or add --overwrite to replace its pictures.')
         hook = dict(type='mmmilan.ShowHook', out_dir=os.fspath(show_dir))
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
-    with launched(cfg, 'test') as runner:
+    with launched(cfg, 'test') as runner, step_errors(changes):
         if out:
             runner.test_evaluator.metrics.append(SavedPredictions(os.fspath(out)))
         runner.test()

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import master_only
@@ -140,7 +141,7 @@ def refuse_other_config(checkpoint: Path, cfg: Config) -> None:
 
 
 class ConfigFileHook(Hook):
-    """Write the config of a run when training begins: a run that is refused, as at ``resume``, changes no file.
+    """Write the config of a run after its first step: a run that is refused, as at ``resume``, changes no file.
 
     Args:
         path: The file.
@@ -148,11 +149,13 @@ class ConfigFileHook(Hook):
     """
 
     def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
+        self.path, self.text, self.written = path, text, False
 
     @master_only
-    def before_train(self, runner: Runner) -> None:
-        write_text(self.path, self.text)
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if not self.written:
+            write_text(self.path, self.text)
+            self.written = True
 
 
 def set_aside(paths: list[Path], folder: Path) -> None:

@@ -290,6 +290,12 @@ def test_a_refused_run_leaves_no_file(colours, start, tmp_path, change, monkeypa
     assert [path.name for path in tmp_path.rglob('*')] == ['run', 'notes.txt']
 
 
+def test_a_model_that_can_be_built_but_not_run_leaves_no_file(colours, start, tmp_path):
+    with pytest.raises(InputError, match='with the given model.head.in_channels, but its first step fails .* shapes'):
+        mmmilan.finetune(colours, tmp_path / 'run', arch=ARCH, **options_of(), **{'model.head.in_channels': 63})
+    assert not (tmp_path / 'run').exists()
+
+
 def test_what_cannot_be(colours, start, tmp_path):
     for options, message in (
         (dict(start='nowhere.pth'), 'nowhere.pth is neither a file nor'),
