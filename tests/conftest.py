@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import WEIGHT_INITIALIZERS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.utils.dl_utils import collect_env
 
 from helpers import ROOT, TINY_ARCH, openai_numbers, strip_prefix
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -45,10 +47,17 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
-def unformatted_configs():
-    """MMEngine lets yapf format a config six times in a run, half a second each; no test reads the result."""
+def quick_runs():
+    """A run without what no test reads and what takes most of the time of a small one.
+
+    MMEngine lets yapf format a config six times, half a second each, and asks git and the compilers for their versions;
+    files are synced to the disk, which only a loss of power could show.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
+        patch.setattr('mmengine.runner.runner.get_git_hash', lambda: '')
+        patch.setattr('mmengine.runner.runner.collect_env', cache(collect_env))
+        patch.setattr('os.fsync', lambda file: None)
         yield
 
 

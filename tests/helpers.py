@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +40,11 @@ HERE = {
     for loader in ('train', 'val', 'test')
     for option, value in (('num_workers', 0), ('persistent_workers', False))
 }
+
+
+def rest_slow(cases: Iterable, *quick: object) -> list:
+    """Parameters of a test; all but the quick ones, which stand for their kind, are marked ``slow``."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def strip_prefix(entries: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

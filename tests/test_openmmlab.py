@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from mmengine.config import Config
 from yapf.yapflib import yapf_api
 
@@ -46,6 +47,7 @@ sys.exit(sum(os.wait()[1] for _ in range(2)) != 0)
 """
 
 
+@pytest.mark.slow
 def test_openmmlab_finds_our_parts():
     """In either order of import."""
     run = subprocess.run([sys.executable, '-c', IN_EITHER_ORDER], capture_output=True, text=True, timeout=240)

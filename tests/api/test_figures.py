@@ -65,6 +65,7 @@ def test_all_figures(models, image_folder, tmp_path):
     assert not re.search(r'(src|href)="(?!data:|#|https)', page)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_has_moved(models, image_folder, tmp_path):
     config, files = models
     teacher = Path(Config.fromfile(config).model.head.teacher.pretrained)
@@ -223,6 +224,7 @@ def paper_four(tiny_config, benchmark_config, tmp_path) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_the_four_models_of_figure_2(paper_four, image_folder, tmp_path):
     """Each brings its own norm and head, whichever is first, and the images as it was trained with them."""
     names = list(paper_four.values())
@@ -257,6 +259,7 @@ def test_a_fine_tuned_file_without_config(paper_four, layout, tmp_path):
         assert foreign.mean and torch.equal(foreign(images)[0], own[0])
 
 
+@pytest.mark.slow
 def test_maskclip(image_folder, tmp_path):
     """It has no loss of patches, so there is no figure 5, in one sentence."""
     config = Config.fromfile(ROOT / 'configs/demo/maskclip_vit-tiny-p8_scenes.py')

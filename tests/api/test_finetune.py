@@ -87,6 +87,7 @@ def whole(colours, start, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['epoch', 'validation'])
 def test_killed_and_resumed(whole, colours, start, tmp_path, monkeypatch, moment):
     """To the bit, and with the same best model, also if the validation of the last checkpoint was not done."""
@@ -233,6 +234,7 @@ def test_the_head_of_a_segmentor_alone(scenes, start, tmp_path):
     assert config.train_dataloader.batch_sampler == dict(type='mmmilan.WholeSteps', batches=2)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_one(colours, start, tmp_path):
     still = {'model.backbone.drop_path_rate': 0.0, 'param_scheduler': None, 'optim_wrapper.optimizer.eps': 1.0}
     for name, sizes in (('one', dict(batch_size=8)), ('several', dict(batch_size=2, accumulate=4))):
@@ -247,6 +249,7 @@ def test_accumulated_batches_are_one_large_one(colours, start, tmp_path):
     assert moved > 1e-3
 
 
+@pytest.mark.slow
 def test_patience(colours, start, tmp_path):
     """A run that learns nothing stops after three epochs of nine."""
     mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(9, patience=2, lr=1e-12))

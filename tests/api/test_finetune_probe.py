@@ -50,6 +50,7 @@ def begun(data, folder, start: str) -> tuple[Config, dict[str, float]]:
     return config, begin_as_probe(config, folder)
 
 
+@pytest.mark.slow
 def test_the_untrained_model_is_the_probe(noisy, start, tmp_path):
     """What the head begins as gets as many images right as scikit-learn's classifier on the encoder's features."""
     config, frozen = begun(noisy, tmp_path / 'run', start)

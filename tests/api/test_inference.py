@@ -308,6 +308,7 @@ def run_commands(code: str, run_tool: Callable, monkeypatch: pytest.MonkeyPatch)
             cli.main([command, *arguments, *(['--epochs', '1'] if command == 'finetune' else [])])
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in image_files:

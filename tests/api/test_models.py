@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 
 import mmmilan
-from helpers import PRETRAINED, ROOT
+from helpers import PRETRAINED, ROOT, rest_slow
 from mmmilan.api.models import titles_of
 from mmmilan.api.recipe import replace_teacher
 from mmmilan.cli import main
@@ -29,7 +29,7 @@ STATED = [
 ]
 
 
-@pytest.mark.parametrize('name', STATED)
+@pytest.mark.parametrize('name', rest_slow(STATED, PRETRAINED, *STATED[2:4], *STATED[-3:-2], STATED[-1]))
 def test_metafiles_state_what_is_counted(name):
     index = modelindex.load(str(ROOT / 'model-index.yml'))
     stated = next(model for model in index.models if model.name == name).metadata
@@ -46,6 +46,7 @@ def test_all_models_state_both():
         assert flops > (5e11 if model.name.startswith(('mask-rcnn', 'upernet')) else 1.7e10), model.name
 
 
+@pytest.mark.slow
 def test_without_meta_device():
     """A forward pass that is computed has as many, and ViT-B/16 the 86.6 M parameters that its papers give."""
     name = 'vit-base-p16_milan-pre_8xb128-coslr-100e_in1k'
@@ -55,6 +56,7 @@ def test_without_meta_device():
     assert counter.get_total_flops() == 2 * found['FLOPs'] and round(found['Parameters'] / 1e6, 1) == 86.6
 
 
+@pytest.mark.slow
 def test_flops_of_detectors_with_other_heads(tmp_path):
     """A detector of boxes alone has no mask head; a cascade has several heads."""
     pytest.importorskip('mmdet')

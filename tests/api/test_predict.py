@@ -139,6 +139,7 @@ def test_predictions_do_not_depend_on_the_batch(task, photos, checkpoints):
             assert np.array_equal(rows, other[name]) or np.allclose(rows, other[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_inferencers_of_openmmlab(photos, checkpoints, tmp_path):
     """They take our configs and checkpoints, and give what a Predictor gives."""
     mmdet, mmseg = pytest.importorskip('mmdet.apis'), pytest.importorskip('mmseg.apis')
@@ -169,6 +170,7 @@ def test_inferencers_of_openmmlab(photos, checkpoints, tmp_path):
     assert result['pred_score'] == pytest.approx(expected['classification']['scores'][0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(photos, checkpoints, tmp_path, monkeypatch):
     """What is done is not done again, and the files are those of a run that was not stopped."""
     from mmmilan.files import Journal

@@ -46,7 +46,8 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
         assert -1 <= row['eval/cosine_patches'] <= 1 and 0 < row['eval/time_share'] <= 1
     assert scores[-1]['eval/cosine_patches'] > scores[0]['eval/cosine_patches']
     assert mmmilan.FeatureExtractor(weights)(sorted(map(str, image_folder.glob('*/*/*.jpg')))[:2]).shape == (2, 48)
-    assert re.search('class="verdict">Pretraining .*random weights', (tmp_path / 'a/report.html').read_text())
+    page = (tmp_path / 'a/report.html').read_text()
+    assert re.search('class="verdict">Pretraining .*random weights', page) and 'weighs as 8 patches in the loss' in page
 
     config = own_config(weights)
     assert config.model.neck.embed_dim == config.model.neck.decoder_embed_dim == 48
@@ -60,7 +61,7 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
 
 
 @pytest.mark.slow
-def test_evaluation_leaves_training_as_it_is(image_folder, quick, tmp_path, run_tool):
+def test_evaluation_leaves_training_as_it_is(image_folder, quick, no_report, tmp_path, run_tool):
     """Weights are equal to the bit with it, without it, and when a run with it is resumed without."""
     mmmilan.pretrain(image_folder, tmp_path / 'with', **quick)
     expected = load_trusted(tmp_path / 'with/epoch_2.pth')
@@ -77,7 +78,7 @@ def test_evaluation_leaves_training_as_it_is(image_folder, quick, tmp_path, run_
 
 
 @pytest.mark.slow
-def test_start_changes_and_resume(image_folder, quick, tmp_path):
+def test_start_changes_and_resume(image_folder, quick, no_report, tmp_path):
     first = mmmilan.pretrain([image_folder / 'class0', image_folder / 'class1'], tmp_path / 'first', **quick)
     assert 'eval/knn' not in scores_of(tmp_path / 'first')[0]  # no one folder of labels
     quick['epochs'] = 1
@@ -97,19 +98,27 @@ def test_start_changes_and_resume(image_folder, quick, tmp_path):
 
 
 @pytest.fixture
+def no_report(monkeypatch):
+    """Runs end without their page, which takes most of their time."""
+    monkeypatch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
+
+
+@pytest.fixture
 def interrupted(image_folder, quick, tmp_path):
     """A run of 2 epochs of 3 steps, of which the first is done, with a ratio of its own. Its arguments are relative."""
     shutil.copytree(image_folder, tmp_path / 'photos')
     shutil.copy(quick['teacher'], tmp_path / 'teacher.pt')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
+        patch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
         arguments = {**quick, 'teacher': 'teacher.pt', 'model.masking.mask_ratio': 0.5}
         mmmilan.pretrain('photos', 'run', **arguments)
-    for name in ('epoch_2.pth', 'milan.pth', 'report.html', 'last_checkpoint'):
+    for name in ('epoch_2.pth', 'milan.pth', 'last_checkpoint'):
         (tmp_path / 'run' / name).unlink()
     return tmp_path / 'run'
 
 
+@pytest.mark.slow
 def test_a_bare_resume_continues_the_run(interrupted, tmp_path, monkeypatch, capfd):
     """With its own config, from any folder, without another argument."""
     before = own_config(interrupted / 'epoch_1.pth')
@@ -128,7 +137,7 @@ def test_a_bare_resume_continues_the_run(interrupted, tmp_path, monkeypatch, cap
     assert mmmilan.get_model('../run/milan.pth', encoder_only=False).head.teacher is not None
 
 
-def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, tmp_path, capfd):
+def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, no_report, tmp_path, capfd):
     shutil.rmtree(tmp_path / 'photos/class2')  # 16 images remain
     arguments = ['--epochs', 3, '--batch-size', 4, '--seed', 5, '--model.masking.mask_ratio', 0.75]
     cli.main(['pretrain', str(tmp_path / 'photos'), '--out', str(interrupted), '--resume', *map(str, arguments)])
@@ -177,6 +186,7 @@ def test_a_refused_resume_writes_nothing(interrupted):
         (dict(img_size=96), r'has img_size=\(64, 64\)'),
         (dict(patch_size=8), 'has patch_size=16'),
         (dict(start='other.pth'), 'has start=None'),
+        (dict(recipe='milan'), "has recipe='few-images', which a resumed run keeps"),
         (dict(batch_size=25), 'do not fill one batch of 25'),
         (dict(data='nowhere'), 'nowhere does not exist'),
         ({'optim_wrapper.optimizer.type': 'SGD'}, 'optim_wrapper.optimizer.betas: SGD takes no betas'),
@@ -203,6 +213,7 @@ def test_shards_and_flat_folders(tmp_path, quick):
     assert len(scores_of(tmp_path / 'run')) == 2
 
 
+@pytest.mark.slow
 def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
     """``train`` is for training; ``val`` is for evaluation and the report. Braces in names are no variables."""
     data, run = tmp_path / 'my{{fileDirname}}photos', tmp_path / 'run_{{$HOME:x}}'
@@ -228,7 +239,7 @@ def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
     assert '/val holds 9 images; give at least 12' in capfd.readouterr().out
 
 
-def test_rectangles(image_folder, quick, tmp_path):
+def test_rectangles(image_folder, quick, no_report, tmp_path):
     """Crops and grid have the proportions of ``img_size``; whole images are resized to it."""
     weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **{**quick, 'img_size': (32, 64), 'epochs': 1})
     config = own_config(weights)
@@ -272,6 +283,7 @@ def test_bad_arguments_are_refused_before_the_run(image_folder, quick, tmp_path,
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_command(image_folder, quick, tmp_path, capfd):
     changes = [argument for key in quick if '.' in key for argument in (f'--{key}', str(quick[key]))]
     command = ['pretrain', image_folder, '--out', tmp_path / 'run', '--arch', 'tiny', '--teacher', quick['teacher']]
@@ -334,10 +346,3 @@ def test_recipes(image_folder, quick):
     assert 'cls_token' not in published.model.head
     for config, words in ((few, 'weighs as 8 patches'), (published, 'semantic-aware')):
         assert words in about_recipe(config)
-
-
-def test_a_run_keeps_its_recipe(image_folder, quick, tmp_path):
-    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick | dict(epochs=1))
-    assert 'weighs as 8 patches in the loss' in weights.with_name('report.html').read_text()
-    with pytest.raises(InputError, match="has recipe='few-images', which a resumed run keeps"):
-        mmmilan.pretrain(out=tmp_path / 'run', resume=True, recipe='milan')

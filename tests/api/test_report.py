@@ -11,6 +11,11 @@ import mmmilan
 from mmmilan.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def no_page_of_the_run(monkeypatch):
+    monkeypatch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
+
+
 def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     quick['epochs'] = 1
     first = mmmilan.pretrain(image_folder, tmp_path / 'a', **quick)

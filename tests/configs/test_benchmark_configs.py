@@ -14,7 +14,7 @@ from mmengine.registry import PARAM_SCHEDULERS
 from mmpretrain.structures import DataSample
 from torch import nn
 
-from helpers import ROOT, check_layer_decay, own_settings, restated
+from helpers import ROOT, check_layer_decay, own_settings, rest_slow, restated
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.registry import MODELS
 
@@ -47,7 +47,7 @@ def test_sibling_states_only_its_difference(name):
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', rest_slow(CONFIGS, FINE_TUNING, f'{FINE_TUNING}-384px', PROBING))
 def test_real_size(name, on_meta):
     """The whole model, on a tensor of the recipe's size, without memory."""
     cfg = read(name)

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch import nn
 
-from helpers import ROOT, own_settings, real_data, restated
+from helpers import ROOT, own_settings, real_data, rest_slow, restated
 from mmmilan.models import MILAN, CLIPTarget, LinearProjection, MAEDecoder, PixelTarget, PromptingDecoder
 from mmmilan.models.masking import RandomMasking, SemanticAwareMasking
 from mmmilan.registry import MODELS
@@ -24,6 +24,9 @@ from mmmilan.teachers.cached import VERSION, as_json
 CONFIGS = {path.stem: path for folder in ('.', 'ablations') for path in (ROOT / 'configs/milan' / folder).glob('*.py')}
 BASE = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
 LARGE = 'milan_vit-large-p16_16xb256-amp-coslr-400e_in1k'
+MAE = 'mae_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+SLIP = 'milan-slip_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+CACHED = 'milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k'
 
 
 @pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS)
@@ -52,7 +55,7 @@ def slip_weights():
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', rest_slow(CONFIGS, BASE, MAE, SLIP, CACHED))
 def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch, tmp_path):
     cfg = with_random_teacher(name)
     if 'cached' in name:  # a cache of the teacher of the config that it is made with
@@ -79,7 +82,7 @@ def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch
 
 # Tables 5, 9 and 10 of the paper, and the published variants
 CELLS = {
-    'mae_vit-base-p16_16xb256-amp-coslr-400e_in1k': (PixelTarget, None, MAEDecoder, RandomMasking, 400),
+    MAE: (PixelTarget, None, MAEDecoder, RandomMasking, 400),
     'mae_vit-base-p16_16xb256-amp-coslr-1600e_in1k': (PixelTarget, None, MAEDecoder, RandomMasking, 1600),
     'milan-mae-decoder-random-masking_vit-base-p16_16xb256-amp-coslr-400e_in1k': (
         CLIPTarget, 'ViT-B-16-quickgelu', MAEDecoder, RandomMasking, 400,
@@ -103,7 +106,7 @@ CELLS = {
     'milan_vit-base-p16_16xb256-amp-coslr-1600e_in1k': (
         CLIPTarget, 'ViT-B-16-quickgelu', PromptingDecoder, SemanticAwareMasking, 1600,
     ),
-    'milan-slip_vit-base-p16_16xb256-amp-coslr-400e_in1k': (
+    SLIP: (
         CLIPTarget, 'vit_base_patch16_224', PromptingDecoder, SemanticAwareMasking, 400,
     ),
     'milan-clip-base_vit-large-p16_16xb256-amp-coslr-400e_in1k': (
@@ -143,7 +146,7 @@ def test_recipe():
     assert (crop.scale, crop.crop_ratio_range, crop.flip_prob) == (224, (0.2, 1.0), 0.5)
 
 
-@pytest.mark.parametrize('name', [BASE, LARGE, 'mae_vit-base-p16_16xb256-amp-coslr-400e_in1k'])
+@pytest.mark.parametrize('name', [BASE, LARGE, MAE])
 def test_weight_decay_on_weights_alone(name, on_meta):
     """None on norms, biases and tokens; positions are not trained at all."""
     cfg = with_random_teacher(name)

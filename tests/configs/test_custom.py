@@ -32,6 +32,7 @@ def test_three_things_to_set(monkeypatch, epochs):
     assert cosine.end >= epochs and cosine.begin < cosine.end
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_given_vit(run_tool, image_folder, clip_file, tmp_path, monkeypatch):
     torch.manual_seed(1)
     vit = timm.create_model('deit_tiny_patch16_224')

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
 
-from helpers import ROOT, own_settings, real_data, restated
+from helpers import ROOT, own_settings, real_data, rest_slow, restated
 from mmmilan.checkpoints.zoo import zoo_models
 from mmmilan.registry import MODELS
 
@@ -57,7 +57,7 @@ def test_name_states_what_the_config_does(name):
     assert data.partition('-')[0] in cfg.train_dataloader.dataset.type.lower()
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', rest_slow(CONFIGS, DETECTION, SEGMENTATION))
 def test_real_size(name):
     """The whole model, on a tensor of the recipe's size, without memory."""
     cfg = read(name)

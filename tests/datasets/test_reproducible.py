@@ -135,7 +135,7 @@ def test_copies_count_on_their_own(folder, duplicate):
     assert epoch_of(other, 1) == epoch_of(folder, 1)
 
 
-@pytest.mark.parametrize('method', ['fork', 'spawn'])
+@pytest.mark.parametrize('method', ['fork', pytest.param('spawn', marks=pytest.mark.slow)])
 def test_workers_share_the_count(folder, method):
     worker = torch.multiprocessing.get_context(method).Process(target=folder._num_corrupt.increase)
     worker.start()

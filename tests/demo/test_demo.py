@@ -50,6 +50,7 @@ def test_demo_on_its_own_scenes(run_tool, tmp_path, capsys):
     assert str(out / 'index.html') in capsys.readouterr().out.replace('\n', '')
 
 
+@pytest.mark.slow
 def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file, tmp_path, capsys):
     out = tmp_path / 'demo'
     run_tool('demo/demo.py', '--out', out, '--data', image_folder, '--teacher', clip_file, '--epochs-scale', 0.1)
@@ -58,6 +59,7 @@ def test_demo_on_a_folder_with_a_given_teacher(run_tool, image_folder, clip_file
     assert 'Without zero-shot accuracy and heat maps' in capsys.readouterr().out  # an image tower alone
 
 
+@pytest.mark.slow
 def test_demo_on_a_flat_folder(run_tool, clip_file, tmp_path):
     """Images without folders of classes give a page of pictures without scores."""
     rng = np.random.default_rng(0)

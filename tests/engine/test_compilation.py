@@ -67,6 +67,7 @@ def assert_same(actual: Step, expected: Step) -> None:
     assert_close(actual.gradients, expected.gradients)
 
 
+@pytest.mark.slow
 def test_compiled_gives_the_same_and_keeps_less(milan_cfg):
     """All of ``torch.compile`` but the generation of code, which takes minutes here.
 
@@ -102,6 +103,7 @@ def test_the_loss_is_one_graph(milan_cfg, graphs):
     assert graphs() == (2, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mmpretrain.VisionTransformer', 'mmmilan.DenseViT'])
 def test_an_encoder_is_one_graph(name, graphs):
     """With stochastic depth, whose rates are NumPy's in mmpretrain."""
@@ -117,6 +119,7 @@ def test_an_encoder_is_one_graph(name, graphs):
         assert graphs() == (1, [])
 
 
+@pytest.mark.slow
 def test_parts_of_maskclip_are_whole_graphs(graphs):
     """Image, text, distillation by the mean teacher and language: one graph each."""
     arch = dict(embed_dims=48, num_layers=1, num_heads=3, feedforward_channels=96)

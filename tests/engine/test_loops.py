@@ -57,6 +57,7 @@ def test_from_within_an_epoch():
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_no_wait_at_the_start_of_an_epoch():
     """A batch takes 0.2 s to load; a prefetched one takes no time, from the first epoch on."""
     waits = []

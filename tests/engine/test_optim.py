@@ -52,6 +52,7 @@ def train(cfg: dict, wrapper: type[OptimWrapper], steps: int) -> tuple[list[floa
     return [model.train_step(data, wrapper)['loss'].item() for _ in range(steps)], model
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_and_stays_close_to_float32(milan_cfg, bfloat16):
     """Over 25 steps; in the next 15 any difference grows tenfold, also that of float32 from weights 0.1 % apart."""
     expected, _ = train(milan_cfg, OptimWrapper, steps=40)

@@ -16,7 +16,7 @@ from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from helpers import assert_identical, load_trusted, read_scalars
+from helpers import assert_identical, load_trusted, read_scalars, rest_slow
 from mmmilan.checkpoints.config import own_config
 from mmmilan.errors import InputError
 from processes import exit_code
@@ -162,7 +162,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('stop', [None, 3, 6], ids=['at the end of an epoch', 'in the first epoch', 'in the second'])
+@pytest.mark.parametrize(
+    'stop', rest_slow([None, 3, 6], 3), ids=['at the end of an epoch', 'in the first epoch', 'in the second']
+)
 @pytest.mark.parametrize('case', CHANGES)
 def test_rates_are_those_of_a_run_with_the_new_config(tmp_path, safe_mmengine, case, stop):
     """To the bit, at every step; weights and moments are those of the checkpoint."""
@@ -400,6 +402,7 @@ class KillHook(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tiny_config, run_tool, tmp_path):
     persistent = {'train_dataloader.persistent_workers': True}
     kill = {'default_hooks.kill': dict(type='KillHook')}
@@ -483,7 +486,7 @@ def several_targets(clip_file):
 OTHER_PARTS = [PROMPTS_ONLY, ALIGNMENT, 'prompted', 'several_targets', 'cached_teacher', 'pooling_teacher']
 
 
-@pytest.mark.parametrize('options', OTHER_PARTS)
+@pytest.mark.parametrize('options', rest_slow(OTHER_PARTS, PROMPTS_ONLY, 'cached_teacher'))
 def test_resumed_with_other_parts(options, tiny_config, run_tool, tmp_path, request):
     """One epoch and a resumed second one are two epochs in one run."""
     options = request.getfixturevalue(options) if isinstance(options, str) else options

@@ -10,7 +10,7 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
-from helpers import assert_identical, load_trusted
+from helpers import assert_identical, load_trusted, rest_slow
 from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import PrefetchHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
@@ -18,6 +18,7 @@ from mmmilan.errors import InputError
 from processes import exit_code, exit_codes
 from small_runs import runner, start_run
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
 ACCUMULATING = dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=2)
 
@@ -50,7 +51,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('step', [0, 3, 4, 6, 13])
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('number', rest_slow(SIGNALS, signal.SIGTERM))
 def test_a_signal_at_any_step(tmp_path, safe_mmengine, whole, number, step):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
@@ -110,7 +111,7 @@ def whole_of_two(tmp_path_factory):
     return load_trusted(work_dir / 'epoch_3.pth')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('number', rest_slow(SIGNALS, signal.SIGTERM))
 @pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
 def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
     """Both stop after the same step, the next one, and one of them saves."""

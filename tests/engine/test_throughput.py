@@ -53,6 +53,7 @@ def test_evaluations_to_come(end, interval, begin):
         assert evaluations_left(done, end, interval, begin) == len([step for step in due if step > done])
 
 
+@pytest.mark.slow
 def test_the_time_left_has_the_evaluations(tiny_config, run_tool, tmp_path, monkeypatch, image_folder):
     monkeypatch.setattr(OnlineEvaluationHook, 'measure', lambda *_: time.sleep(1.1) or {})
     dataset = dict(type='mmmilan.ImageFolder', data_root=str(image_folder), pipeline=[])

@@ -58,6 +58,7 @@ def trained(folder, run_tool) -> Path:
     return folder / 'work'
 
 
+@pytest.mark.slow
 def test_resumed_run_is_bit_identical(folder, trained, run_tool):
     """The second epoch again from the checkpoint of the first, with mean teachers and temperature."""
     (folder / 'resumed').mkdir()

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, rest_slow
 from mmmilan import cli
 from mmmilan.engine.stopping import RESUMABLE
 from mmmilan.errors import INTERRUPTED, end_at_interrupt, exit_on_input_error, is_command
@@ -39,7 +39,6 @@ COMMANDS = {
     'pack': 'tools/pack_images.py images images.lmdb',
     'publish': 'tools/publish_model.py config.py milan.pth published --hub-dir hub',
 }
-OFTEN = ('embed', 'train', 'cache', 'pack')  # without -m slow
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +110,8 @@ def folder(tiny_config, pretrained_checkpoint, image_folder, tmp_path):
     return work
 
 
-@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    'name', [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
-)
+@pytest.mark.parametrize('seed', rest_slow(range(2), 0))
+@pytest.mark.parametrize('name', rest_slow(COMMANDS, 'embed', 'train', 'cache', 'pack'))
 def test_every_command(folder, name, seed):
     rng = random.Random(f'{name} {seed}')
     code, output = press(folder, rng.uniform(0, 3), rng.random() < 0.5, run_command, COMMANDS[name])
@@ -126,7 +123,7 @@ def draw(folder: Path) -> None:
         write_scenes(folder / 'scenes', 3000, 1000)
 
 
-@pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 3))])
+@pytest.mark.parametrize('seed', rest_slow(range(3), 0))
 def test_a_pool_of_processes(tmp_path, seed):
     code, output = press(tmp_path, random.Random(seed).uniform(0.2, 2), seed % 2 == 0, draw, tmp_path)
     check(tmp_path, code, output)

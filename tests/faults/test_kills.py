@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mmengine.hooks import Hook
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset
 
-from helpers import assert_identical, load_trusted
+from helpers import assert_identical, load_trusted, rest_slow
 from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import StepSeedHook
 from mmmilan.engine.stopping import RESUMABLE, StopHook
@@ -24,6 +25,7 @@ from processes import exit_code
 from small_runs import runner
 
 EPOCHS = 8
+LAST = f'iter_{5 * EPOCHS}.pth'
 
 
 class AlarmHook(Hook):
@@ -91,19 +93,30 @@ def train(work_dir: Path, task: Callable[[], dict], alarm: AlarmHook | None = No
         built.train()
 
 
-@pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A function that gives the last checkpoint of an uninterrupted run of a task, which is trained once."""
+
+    @cache
+    def checkpoint(task: Callable[[], dict]) -> dict:
+        work_dir = tmp_path_factory.mktemp('whole')
+        train(work_dir, task)
+        return load_trusted(work_dir / LAST)
+
+    return checkpoint
+
+
+@pytest.mark.parametrize('seed', rest_slow(range(20), 0))
 @pytest.mark.parametrize(
     'number, task', [(signal.SIGALRM, dict), (signal.SIGTERM, dict), (signal.SIGALRM, fine_tuning)]
 )
-def test_ended_at_any_moment(tmp_path, safe_mmengine, number, task, seed):
+def test_ended_at_any_moment(tmp_path, safe_mmengine, whole, number, task, seed):
     """The run spends most of its time saving, and keeps one checkpoint."""
     rng = random.Random(seed)
-    train(tmp_path / 'whole', task)
     for _ in range(5):  # which ends long before step 40
         alarm = AlarmHook(rng.randint(2, 5), rng.random(), number)
         expected = RESUMABLE if number == signal.SIGTERM else -number
         assert exit_code(train, tmp_path / 'work', task, alarm) == expected
     train(tmp_path / 'work', task)
-    name = f'iter_{5 * EPOCHS}.pth'
-    assert_identical(load_trusted(tmp_path / 'work' / name), load_trusted(tmp_path / 'whole' / name))
-    assert {path.name for path in (tmp_path / 'work').glob('*iter*')} == {name}
+    assert_identical(load_trusted(tmp_path / 'work' / LAST), whole(task))
+    assert {path.name for path in (tmp_path / 'work').glob('*iter*')} == {LAST}

@@ -286,9 +286,10 @@ def test_texts_are_no_formulas():
     from mmmilan.visualization.pictures import draw_pictures, draw_tsne
 
     image = np.zeros((8, 8, 3), np.uint8)
-    for text in ('$\\frac{1$', 'a$b$c', '5$', '$\\unknown$', '{}', '%s'):
+    texts = ('$\\frac{1$', 'a$b$c', '5$', '$\\unknown$', '{}', '%s')
+    for text in texts:
         assert 'svg' in draw_curve([0, 1], [0, 1], text)
-        features = np.random.default_rng(0).normal(size=(12, 4))
-        labels = np.arange(12) % 2
-        for figure in (draw_pictures({text: [image]}), draw_tsne({text: features}, labels, [text, '$x^$'])):
-            figure.savefig(os.devnull, format='png')
+    features, labels = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) % 6
+    names = dict.fromkeys(texts[:2], features)
+    for figure in (draw_pictures(dict.fromkeys(texts, [image])), draw_tsne(names, labels, texts)):
+        figure.savefig(os.devnull, format='png')

@@ -17,6 +17,7 @@ import pytest
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
+from helpers import rest_slow
 from mmmilan.engine import data_checks
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.stopping import RESUMABLE, HeartbeatHook, StopHook
@@ -85,15 +86,15 @@ def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) ->
     return line
 
 
-@pytest.mark.parametrize('fault', FAULTS)
-@pytest.mark.parametrize('at', [0, 1])
+@pytest.mark.parametrize('fault', rest_slow(FAULTS, 'SIGKILL', 'sleep in the forward pass', 'error'))
+@pytest.mark.parametrize('at', rest_slow([0, 1], 1))
 def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
     ranks = start_run(train, tmp_path, fault, at)
     line = outcome(ranks, 1 - at, tmp_path)
     assert f'rocess {at} (process {ranks[at].pid} on ' in line and FAULTS[fault] in line
 
 
-@pytest.mark.parametrize('fault', ['SIGKILL', 'SIGSTOP'])
+@pytest.mark.parametrize('fault', rest_slow(['SIGKILL', 'SIGSTOP'], 'SIGKILL'))
 def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     """Without a launcher the store dies with process 0, and with it all that the processes reported."""
     ranks = start_run(train, tmp_path, fault, 0, launcher=False)
@@ -114,6 +115,7 @@ def train_with_pauses(work_dir: Path) -> None:
         built.train()
 
 
+@pytest.mark.slow
 def test_hooks_between_epochs_take_their_time(tmp_path, safe_mmengine):
     """A slow hook, such as an evaluation, is no fault."""
     assert exit_code(train_with_pauses, tmp_path) == 0
@@ -160,6 +162,7 @@ def fail_and_go_on(work_dir: Path, guarded: bool) -> None:
     time.sleep(3 * LIMIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('guarded', [True, False])
 def test_a_program_goes_on_after_a_training_that_failed(tmp_path, safe_mmengine, guarded):
     assert exit_code(fail_and_go_on, tmp_path, guarded) == 0
@@ -197,9 +200,10 @@ def train_with_workers(work_dir: Path, number: int) -> None:
     [
         (signal.SIGKILL, 'error: DataLoader worker'),
         (signal.SIGTERM, 'error: DataLoader worker'),
-        (
+        pytest.param(
             signal.SIGSTOP,
             f'error: (DataLoader timed out|Training made no progress for {4 * LIMIT:g} s before iteration)',
+            marks=pytest.mark.slow,
         ),
     ],
 )

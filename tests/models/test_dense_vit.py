@@ -228,6 +228,7 @@ def check_losses(model: nn.Module, data: dict, expected: set[str]) -> None:
     assert model.backbone.pos_embed.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_detector_trains_and_predicts():
     pytest.importorskip('mmdet')
     from mmdet.structures import DetDataSample

@@ -116,6 +116,7 @@ def test_training_in_bfloat16(maskclip_cfg, bfloat16):
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_training_learns_every_task(maskclip_cfg):
     """After 50 steps on 16 pairs, each image finds its text, and both other losses have fallen."""
     model = build_model(maskclip_cfg)

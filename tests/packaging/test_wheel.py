@@ -49,6 +49,7 @@ def site(tmp_path_factory) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_files_in_the_wheel(site):
     """All configs and every tool that needs no checkout around it: no demo, no study, nothing that measures."""
     mim = site / 'mmmilan/.mim'
@@ -60,6 +61,7 @@ def test_files_in_the_wheel(site):
     assert {path.name for path in mim.rglob('*.sh')} == {'dist_train.sh', 'dist_test.sh', 'slurm_train.sh'}
 
 
+@pytest.mark.slow
 def test_configs_are_bases_of_other_projects(site, tmp_path):
     """``_base_ = 'mmmilan::…'`` gives the same config as its path; mmengine.hub finds it too."""
     config = 'milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'

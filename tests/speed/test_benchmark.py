@@ -42,6 +42,7 @@ def test_benchmark(benchmark, tmp_path, command, options, parts):
         assert ours['mfu'] == pytest.approx(ours['gflops_per_image'] * ours['images_per_s'] / 1000)
 
 
+@pytest.mark.slow
 def test_benchmark_of_less_computation(benchmark, tmp_path):
     """Each option is compared with mmpretrain's MILAN by its masked views, and takes fewer operations a view."""
     options = {'2-masks': 2, '4-masks-third': 4, 'fast': 2, 'alignment': 1, 'cached': 1}

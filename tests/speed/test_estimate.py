@@ -60,6 +60,7 @@ def test_peak_memory():
         assert watch.allocated == 2**20
 
 
+@pytest.mark.slow
 def test_step():
     """The same operations as a real step on a CPU; less memory and time than mmpretrain's MILAN."""
     steps = dict(steps_of('step', arch='tiny', batch_size=2))
@@ -76,6 +77,7 @@ def test_step():
     assert ours.milliseconds('H100', compiled=True) < ours.milliseconds('H100')
 
 
+@pytest.mark.slow
 def test_the_tool(run_tool, capsys):
     run_tool('speed/estimate.py', 'segmentation', '--arch', 'tiny', '--device', 'L4')
     output = capsys.readouterr().out

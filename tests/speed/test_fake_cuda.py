@@ -96,6 +96,7 @@ def test_other_parts(milan_cfg, part):
     assert not run(*milan(milan_cfg), batch()).waits
 
 
+@pytest.mark.slow
 def test_maskclip():
     cfg = read('maskclip/maskclip_vit-base-p16_16xb256-amp-coslr-25e_yfcc15m.py')
     cfg.model.text.update(context_length=12, vocab_size=60, width=32, heads=2, layers=2)

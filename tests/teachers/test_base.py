@@ -142,6 +142,7 @@ def test_unknown_precision(build):
 # -- compilation
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(cfg, build):
     """Without a graph break, and with the same result."""
     teacher = randomise(build(**cfg, teacher_mean_std='own'))

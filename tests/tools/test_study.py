@@ -122,6 +122,7 @@ def test_configs_state_their_difference(name, study):
     assert not list(restated(own, inherited.to_dict()))
 
 
+@pytest.mark.slow
 def test_arms_have_the_same_steps_and_masked_views(study):
     """Except alignment and LightlyTrain, with half the steps; the long budget has ten times the short one's."""
     _, arms, _ = study
@@ -148,6 +149,7 @@ def test_class_token_weighs_a_third(study):
         assert head.get('cls_token') == (32 if arm.endswith('class token 32') else None)
 
 
+@pytest.mark.slow
 def test_every_arm_takes_a_step(study, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(STUDY))
     import steps

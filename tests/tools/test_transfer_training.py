@@ -141,6 +141,7 @@ def test_two_processes(sibling, checkpoint, scenes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_boxes_alone(checkpoint, scenes, run_tool, tmp_path):
     """Annotations without masks train a detector of boxes, from the same config."""
     cfg = Config.fromfile(CONFIGS / 'demo/mask-rcnn_vit-tiny-p8_scenes.py')

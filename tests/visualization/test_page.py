@@ -19,6 +19,7 @@ def test_bold_is_the_best_whichever_row_it_is_in():
     assert '<td>random</td><td><b>2.0</b></td>' in page.parts[-1] and '<b>1.0' not in page.parts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('chromium'), reason='needs Chromium')
 @pytest.mark.parametrize('width', [500, 1200])
 def test_in_a_browser(tmp_path, width):

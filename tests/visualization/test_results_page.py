@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import demo_config, read_metrics, save_trained, save_untrained
+from helpers import demo_config, read_metrics, rest_slow, save_trained, save_untrained
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
 from mmmilan.visualization.results_page import validate, write_results
@@ -17,7 +17,7 @@ from mmmilan.visualization.results_page import validate, write_results
 TASKS = ('classification', 'detection', 'segmentation')
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification', 'segmentation'))
 def test_page(task, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr('mmmilan.evaluation.predictions.FEW', 5)
     weights = save_untrained(task, scenes, tmp_path)
@@ -50,6 +50,7 @@ def test_page(task, scenes, tmp_path, monkeypatch):
         assert f'<td>{name}</td>' in text
 
 
+@pytest.mark.slow
 def test_page_of_a_detector_that_finds_nothing(scenes, tmp_path, monkeypatch):
     """AP is 0 of boxes and masks; a class without objects is left out; the legend names what is drawn."""
     monkeypatch.setattr('mmmilan.evaluation.predictions.FEW', 5)
