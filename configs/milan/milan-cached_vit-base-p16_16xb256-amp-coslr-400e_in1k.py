@@ -7,6 +7,7 @@ _base_ = './milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 cache = 'data/milan_cache'
 
 model = dict(
+    type='mmmilan.CachedMILAN',
     head=dict(
         teacher=dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache, of={{_base_.model.head.teacher}}),
     ),

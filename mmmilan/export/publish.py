@@ -215,7 +215,7 @@ def pretraining_method(config: Config) -> str | None:
     kind = model.type.rpartition('.')[2]
     if kind == 'MaskCLIP':
         return 'MaskCLIP'
-    if kind == 'MILAN':
+    if kind in ('MILAN', 'CachedMILAN'):
         parts = [model[part].type.rpartition('.')[2] for part in ('masking', 'neck', 'head')]
         return 'MAE' if parts == ['RandomMasking', 'MAEDecoder', 'PixelTarget'] else 'MILAN'
     start = (model.backbone.get('init_cfg') or {}).get('checkpoint')

@@ -1,3 +1,4 @@
+from mmmilan.models.cached_milan import CachedMILAN
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.layer_alignment import LayerAlignment, LayerMixture
@@ -17,6 +18,7 @@ from mmmilan.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 
 __all__ = [
     'CLIPTarget',
+    'CachedMILAN',
     'CachedTeacher',
     'CaptionDataPreprocessor',
     'ClassificationDataPreprocessor',

@@ -111,20 +111,14 @@ class MILAN(BaseModel):
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
         patches = self.supplied_patches(data_samples, self.masks_per_image)
-        return dict(loss=self.mean_loss(inputs, patches, self.head.cached_output(data_samples)))
+        return dict(loss=self.mean_loss(inputs, patches))
 
-    def mean_loss(
-        self, images: Tensor, patches: tuple[Tensor, Tensor] | None, cached: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def mean_loss(self, images: Tensor, patches: tuple[Tensor, Tensor] | None) -> Tensor:
         """The training loss, a scalar; ``CompileHook`` compiles it as one."""
-        return self.reconstruct(images, patches, self.masks_per_image, cached).view_loss.mean()
+        return self.reconstruct(images, patches, self.masks_per_image).view_loss.mean()
 
     def reconstruct(
-        self,
-        images: Tensor,
-        patches: tuple[Tensor, Tensor] | None = None,
-        masks_per_image: int = 1,
-        cached: tuple[Tensor, Tensor] | None = None,
+        self, images: Tensor, patches: tuple[Tensor, Tensor] | None = None, masks_per_image: int = 1
     ) -> Reconstruction:
         """The algorithm, in the steps of the drawing at the top of this file, with K masks an image.
 
@@ -132,9 +126,8 @@ class MILAN(BaseModel):
             images: Normalised images [B, 3, H, W].
             patches: Visible and masked patches, see ``supplied_patches``; by default they are drawn.
             masks_per_image: Masks K that are drawn for an image.
-            cached: The teacher's output, see ``Target.cached_output``; by default the teacher is run.
         """
-        features, importance = cached or self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
+        features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
         visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
         predicted = self.neck.sample(masked)  # [B·K, M], the masked patches to predict, by default all
 
@@ -171,8 +164,7 @@ class MILAN(BaseModel):
         ``mask`` [N] (True = masked), ``patch_loss`` [N] (NaN where nothing is predicted), ``importance`` [N] (with a
         teacher) and the image's ``loss``.
         """
-        cached = self.head.cached_output(data_samples)
-        result = self.reconstruct(inputs, self.supplied_patches(data_samples), cached=cached)
+        result = self.reconstruct(inputs, self.supplied_patches(data_samples))
         shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
         patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
-from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.models.wrapping import Frozen
 from mmmilan.registry import MODELS
-from mmmilan.teachers import CachedTeacher, Teacher, build_teacher
+from mmmilan.teachers import Teacher, build_teacher
 
 
 class Target(BaseModule):
@@ -56,10 +55,6 @@ class Target(BaseModule):
     def call_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> the features that this target needs [B, 1 + N, C], and importance [B, N]."""
         return self._teacher(images)
-
-    def cached_output(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor] | None:
-        """The output of ``run_teacher`` that a :class:`CachedTeacher` finds in the data samples; else None."""
-        return self.teacher.read(data_samples) if isinstance(self.teacher, CachedTeacher) else None
 
     def target(self, images: Tensor, features: Tensor | None) -> Tensor:
         """Images [B, 3, H, W] and the teacher's features [B, 1 + N, C] -> target [B, 1 + N, C]."""

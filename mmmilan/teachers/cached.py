@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -254,11 +255,12 @@ class CachedTeacher(nn.Module):
         self.patch_size = manifest['patch_size']
         self.grid = tuple(manifest['grid'])
         self.input_size = tuple(manifest['input_size'])
-
+        self.output: tuple[Tensor, Tensor] | None = None
         self.register_buffer('place', torch.empty(0), persistent=False)  # knows the model's device
 
-    def read(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor]:
-        """What came with the images: features [B, 1 + N, C] and importance [B, N], float32, on the model's device.
+    @contextmanager
+    def giving(self, data_samples: list[DataSample] | None) -> Iterator[None]:
+        """Give, in this context, what came with the images, features [B, 1 + N, C] and importance [B, N], float32.
 
         Raises:
             InputError: nothing came.
@@ -269,19 +271,27 @@ class CachedTeacher(nn.Module):
                 'mmmilan.CachedTargets, with cache= the same folder.'
             )
         codes, scales, importance = (
-            torch.stack([sample.get(f'cached_{name}') for sample in data_samples])
+            torch.stack([sample.get(f'cached_{name}') for sample in data_samples]).to(self.place.device)
             for name in ('codes', 'scales', 'importance')
         )
-        codes, scales, importance = (x.to(self.place.device, non_blocking=True) for x in (codes, scales, importance))
-        return codes * scales[..., None], importance
+        self.output = codes * scales[..., None], importance
+        try:
+            yield
+        finally:
+            self.output = None
 
-    def forward(self, images: Tensor) -> NoReturn:
-        """There is nothing to run.
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the teacher gave of these images, see :meth:`giving`.
 
         Raises:
-            InputError: always.
+            InputError: the images are not those of a context.
         """
-        raise InputError(f'The cache {self.folder} knows no other images; give the head the teacher itself.')
+        if self.output is None:
+            raise InputError(
+                f'The cache {self.folder} knows only the images that come with its targets; train on them with '
+                'model.type=mmmilan.CachedMILAN, or give the head the teacher itself.'
+            )
+        return self.output
 
     def text_tower(self) -> NoReturn:
         """There is none.

@@ -460,6 +460,7 @@ def cached_teacher(tiny_config, run_tool, tmp_path):
     return {
         'train_dataloader.dataset.type': 'mmmilan.CachedTargets',
         'train_dataloader.dataset.cache': cache,
+        'model.type': 'mmmilan.CachedMILAN',
         'model.head.teacher': dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache),
     }
 

@@ -31,6 +31,7 @@ def cached(tiny_config, run_tool, tmp_path, capsys) -> tuple[Path, Path, str]:
 def cached_config(config: Path, folder: Path) -> Config:
     cfg = Config.fromfile(config)
     cfg.train_dataloader.dataset.update(type='mmmilan.CachedTargets', cache=str(folder))
+    cfg.model.type = 'mmmilan.CachedMILAN'
     cfg.model.head.teacher = dict(type='mmmilan.CachedTeacher', cache=str(folder), of=cfg.model.head.teacher)
     return cfg
 

@@ -42,6 +42,7 @@ def cached(model: ConfigDict, folder: Path) -> None:
     sizes |= dict(width=0, patch_size=model.backbone.patch_size, input_size=[model.backbone.img_size] * 2)
     manifest = dict(version=VERSION, teacher=None, epochs=1, images=0, names=0, seed=0, pipeline=[])
     (folder / 'manifest.json').write_text(json.dumps(manifest | sizes))
+    model.type = 'mmmilan.CachedMILAN'
     model.head.teacher = dict(type='mmmilan.CachedTeacher', cache=str(folder))
 
 
