@@ -300,7 +300,8 @@ def _faults_in(part: Part) -> Iterator[Fault]:
         return
     yield from _wrong_values(part.value, f'{part.name}.', reader)
     if reader.known is KEYS['arch']:
-        check_arch(part.value, part.name)
+        own = part.owners and str(part.owners[-1]['type']).startswith('mmmilan.')
+        check_arch(part.value, part.name, divisor=4 if own else 1)
     names = set(part.value) - set(reader.known) - {'type', '_scope_', '_delete_', '_reversed_'}
     names -= set() if part.typed else _read_by_owners(part, names)
     for name in names:
@@ -310,8 +311,11 @@ def _faults_in(part: Part) -> Iterator[Fault]:
             yield Fault(f'{part.name}.{name}', reason, bool(reader.title) and not reader.is_open)
 
 
-def check_arch(arch: Mapping[str, Any], name: str = 'arch') -> None:
-    """Raise an :class:`InputError` if a ViT cannot have the sizes that a dict ``name`` gives."""
+def check_arch(arch: Mapping[str, Any], name: str = 'arch', divisor: int = 4) -> None:
+    """Raise an :class:`InputError` if a ViT cannot have the sizes that a dict ``name`` gives.
+
+    Sine-cosine positions, which our ViTs have, need a width that is a multiple of 4.
+    """
     for key, value in arch.items():
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         if key in KEYS['arch'] and not (is_whole and 1 <= value <= LARGEST):
@@ -321,6 +325,8 @@ def check_arch(arch: Mapping[str, Any], name: str = 'arch') -> None:
         raise InputError(
             f'{name}.embed_dims={width} is not a multiple of {name}.num_heads={heads}; choose one that is.'
         )
+    if width % divisor:
+        raise InputError(f'{name}.embed_dims={width} is not a multiple of {divisor}; choose one that is.')
 
 
 def _wrong_values(values: Mapping[str, Any], prefix: str, reader: Reader) -> Iterator[Fault]:

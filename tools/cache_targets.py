@@ -29,6 +29,7 @@ from mmmilan.building import build_errors, change_config
 from mmmilan.checkpoints.config import read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import Draw, ImageFolder
+from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
@@ -130,6 +131,7 @@ def main() -> None:
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     if isinstance(dataset, CachedTargets):
         raise InputError(f'{args.config} trains with a cache already; take the config that the cache was made with.')
+    check_is_not_read(args.folder, cfg)
     manifest = describe(cfg, model, dataset)
     first = finished_epochs(args.folder, manifest)
     if not first:

@@ -44,7 +44,8 @@ def embed(
     be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
     the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
     image and text. Features are float32; those of an image that cannot be used are NaN. The file is written batch by
-    batch. Under ``python -m mmmilan.torchrun`` each process takes a part of the images.
+    batch. In Parquet, whose texts are UTF-8, ``paths`` are bytes if a name is not. Under ``python -m mmmilan.torchrun``
+    each process takes a part of the images.
 
     Args:
         images: images, folders of images (flat or nested, sorted by path) and tar shards.
@@ -91,10 +92,18 @@ def embed(
         batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
         columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
         if is_main_process():
-            write_features(path, len(files), columns)
+            write_features(path, len(files), columns, as_bytes=not is_utf8(files))
         else:
             deque(columns, maxlen=0)
     return path
+
+
+def is_utf8(names: Iterable[str]) -> bool:
+    """Whether all names of files are UTF-8, as text in Parquet must be."""
+    try:
+        return all(name.encode() for name in names)
+    except UnicodeEncodeError:
+        return False
 
 
 def add_rows(files: Sequence[str], batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -246,13 +255,14 @@ def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.Path
     return path
 
 
-def write_features(path: Path, number: int, batches: Iterator[Arrays]) -> None:
+def write_features(path: Path, number: int, batches: Iterator[Arrays], as_bytes: bool = False) -> None:
     """Write batches of columns as ``.npz`` or as Parquet (each row a flat list), whole or not at all, as they come.
 
     Args:
         path: The file.
         number: How many rows there are in all.
         batches: Columns [B, ...] by name, of the same types in every batch.
+        as_bytes: Write ``paths`` to Parquet as bytes, as the system has them.
     """
     from mmmilan.files import atomic_write
 
@@ -262,7 +272,7 @@ def write_features(path: Path, number: int, batches: Iterator[Arrays]) -> None:
         if path.suffix == '.npz':
             write_columns(temporary, number, batches)
         else:
-            write_groups(temporary, row_groups(batches))
+            write_groups(temporary, row_groups(batches, as_bytes))
 
 
 def write_columns(path: str, number: int, batches: Iterator[Arrays]) -> None:
@@ -294,19 +304,19 @@ def write_groups(path: str, groups: Iterator[pyarrow.Table]) -> None:
             writer.write_table(table)
 
 
-def row_groups(batches: Iterable[Arrays]) -> Iterator[pyarrow.Table]:
-    """Batches of columns as tables of at least ``GROUP_BYTES``, except for the last one."""
+def row_groups(batches: Iterable[Arrays], as_bytes: bool) -> Iterator[pyarrow.Table]:
+    """Batches of columns as tables of at least ``GROUP_BYTES``, except for the last one; see :func:`write_features`."""
     import pyarrow
 
     from mmmilan.evaluation.features import join
 
-    def column(rows: np.ndarray) -> pyarrow.Array:
-        if rows.dtype.kind == 'U':  # Parquet takes UTF-8 alone, file names are any bytes
-            return pyarrow.array([str(text).encode(errors='backslashreplace').decode() for text in rows])
+    def column(name: str, rows: np.ndarray) -> pyarrow.Array:
+        if name == 'paths' and as_bytes:
+            return pyarrow.array(list(map(os.fsencode, rows.tolist())))
         return pyarrow.array(list(rows.reshape(len(rows), -1)) if rows.ndim > 1 else rows)
 
     def table() -> pyarrow.Table:
-        return pyarrow.table({name: column(rows) for name, rows in join(waiting).items()})
+        return pyarrow.table({name: column(name, rows) for name, rows in join(waiting).items()})
 
     waiting, size = [], 0
     for batch in batches:

@@ -315,7 +315,8 @@ def set_model(
     width = encoder_width(arch)
     model.neck.update(num_patches=as_num_patches(grid), embed_dim=width)
     if width < model.neck.decoder_embed_dim:
-        model.neck.update(decoder_embed_dim=width, decoder_depth=4, decoder_num_heads=max(1, width // 32))
+        heads = max(heads for heads in range(1, max(1, width // 32) + 1) if width % heads == 0)
+        model.neck.update(decoder_embed_dim=width, decoder_depth=4, decoder_num_heads=heads)
     model.neck.predict_feature_dim = set_teacher(config, teacher, grid)
 
 

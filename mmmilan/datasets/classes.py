@@ -145,7 +145,7 @@ def use_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
         source: What has these names, for messages.
 
     Raises:
-        InputError: see :func:`match_names`.
+        InputError: see :func:`match_names`, and :func:`check_numbers` for one without names.
     """
     classes, changed = tuple(classes), False
     for part in chain(dataset):
@@ -155,12 +155,38 @@ def use_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
             if table != list(range(len(own))):
                 rewrite(part, lambda entry, table=table: renumber(entry, table))
             changed = True
+        elif isinstance(part, BaseDataset) and not own and len(part):
+            check_numbers(part, classes, source)
     for part in chain(dataset):
         metainfo = getattr(part, '_metainfo', None)
         if changed and metainfo and metainfo.get('classes'):
             metainfo['classes'] = classes
             if getattr(part, 'folder_to_idx', None):
                 part.folder_to_idx = positions(classes, source)
+
+
+def check_numbers(dataset: BaseDataset, classes: Sequence[str], source: str) -> None:
+    """Compare the labels of a data set that names no classes with the classes by the folders of its images.
+
+    Raises:
+        InputError: an image in the folder of a class has the number of another, or there is no class of a number.
+    """
+    if type(dataset.get_data_info(0).get('gt_label')) is not int:
+        return
+    known, where = positions(classes, source), locate(dataset)
+    for entry in map(dataset.get_data_info, range(len(dataset))):
+        label = entry['gt_label']
+        folder = as_name(os.path.basename(os.path.dirname(str(entry.get('img_path')))))
+        if known.get(folder, label) != label or not 0 <= label < len(classes):
+            meant = classes[label] if 0 <= label < len(classes) else 'none'
+            raise InputError(
+                f'{where} names no classes, and gives {entry.get("img_path")} the label {label}, which is {meant} of '
+                f'{source} ({listed(classes)}); name its classes in their order by metainfo.classes.'
+            )
+    warn(
+        f'{where} names no classes; its labels are taken as those of {source}, in this order: {listed(classes)}. '
+        'metainfo.classes names them.'
+    )
 
 
 def locate(dataset: Dataset) -> str:

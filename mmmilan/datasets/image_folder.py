@@ -7,16 +7,18 @@ import multiprocessing
 import os
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, exists, get_file_backend
 from mmengine.logging import print_log
+from mmengine.structures import BaseDataElement
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import get_worker_info
 
@@ -157,6 +159,19 @@ def num_corrupt(dataset: object) -> int:
     return getattr(dataset, 'num_corrupt', 0) + sum(num_corrupt(each) for each in inner if each is not None)
 
 
+def mark_replaced(sample: Any) -> None:
+    """Note in a packed sample, of several views too, that it stands in for one that does not decode."""
+    records = sample.get('data_samples') if isinstance(sample, dict) else None
+    for record in records if isinstance(records, list) else [records]:
+        if isinstance(record, BaseDataElement):
+            record.set_metainfo(dict(replaced=True))
+
+
+def is_replaced(record: Mapping[str, Any]) -> bool:
+    """Whether a sample stands in for one that does not decode, so that no score counts it."""
+    return bool(record.get('replaced'))
+
+
 @DATASETS.register_module()
 class ImageFolder(CustomDataset):
     """Every image below a folder, however nested, those in tar shards too.
@@ -165,8 +180,8 @@ class ImageFolder(CustomDataset):
         data_root: The folder.
         with_label: Take the names of the first level of folders as classes, in the order of ``metainfo.classes`` if
             there is one.
-        on_corrupt: What to do with an image that does not decode: 'skip' replaces it by another image, names it
-            in the log and counts it in ``num_corrupt``; 'raise' stops.
+        on_corrupt: What to do with an image that does not decode: 'skip' replaces it by another image, which no score
+            counts, names it in the log and counts it in ``num_corrupt``; 'raise' stops.
         backend_args: MMEngine's file backend that holds the images; the transform that loads them needs the same.
             With ``dict(backend='lmdb', db_path=...)`` the images are the keys of that database, which
             ``tools/pack_images.py`` makes of a folder.
@@ -347,7 +362,10 @@ class ImageFolder(CustomDataset):
         fault = ''
         for _ in range(MAX_CORRUPT_IN_A_ROW):
             try:
-                return self.prepare_data(index)
+                sample = self.prepare_data(index)
+                if fault:
+                    mark_replaced(sample)
+                return sample
             except CorruptImageError as error:
                 if self.on_corrupt == 'raise':
                     raise

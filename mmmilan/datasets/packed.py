@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -157,7 +158,7 @@ def pair_by_name(images: Sequence[str], texts: Sequence[str]) -> dict[str, list[
 
     ``10.11.12.txt`` belongs to ``10.11.12.jpg``; where there is no image of its own name, ``7.en.txt`` belongs to
     ``7.jpg``, ``7.txt`` to ``7.left.jpg``, and ``7.caption.txt`` to ``7.image.jpg``. Stems that differ in numbers are
-    different images.
+    different images; composed accents and others are the same.
     """
     pairs: dict[str, list[str]] = {image: [] for image in images}
     whole: dict[str, list[str]] = {}  # 'a/7.left' -> images of this stem
@@ -189,7 +190,7 @@ def pair_by_name(images: Sequence[str], texts: Sequence[str]) -> dict[str, list[
 
 def stems(name: str) -> list[str]:
     """The name without its extension, then without each further part after a dot: 'a/7.x.jpg' -> 'a/7.x', 'a/7'."""
-    folder, slash, base = name.rpartition('/')
+    folder, slash, base = unicodedata.normalize('NFC', name).rpartition('/')
     parts = base.split('.')
     return [folder + slash + '.'.join(parts[:end]) for end in range(max(1, len(parts) - 1), 0, -1)]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
-from mmmilan.datasets.listing import list_folder, remember
+from mmmilan.datasets.listing import extension, list_folder, remember
+from mmmilan.datasets.packed import load_index
 from mmmilan.errors import InputError
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
@@ -104,14 +107,14 @@ class Folder(NamedTuple):
         counts: Number of images and shards in each folder directly in it.
         loose: Number of those directly in it.
         splits: Its splits, if it has any.
-        inner: If it has none, two folders deeper in it that are splits, one to train and one to evaluate on.
+        unclear: If it has none, and seems to be divided in another way, how, in a sentence; else ''.
     """
 
     root: str
     counts: dict[str, int]
     loose: int
     splits: Splits | None
-    inner: tuple[str, str] | None
+    unclear: str
 
 
 def look_into(source: Source) -> Folder:
@@ -122,44 +125,103 @@ def look_into(source: Source) -> Folder:
 
 def _look_into(root: str) -> Folder:
     files = list_folder(root).files if os.path.isdir(root) else []
+    if extension(root) == '.tar' and os.path.isfile(root):
+        return Folder(root, {}, 1, None, divided_shards('', [root]))
     while True:
         counts = Counter(file.partition('/')[0] for file in files if '/' in file)
         loose = len(files) - counts.total()
         splits = divide(sorted(counts), not loose)
         inner = wrapper(sorted(counts), not loose)
         if splits is not None or inner is None:
-            return Folder(root, dict(sorted(counts.items())), loose, splits, None if splits else splits_within(files))
+            return Folder(root, dict(sorted(counts.items())), loose, splits, '' if splits else unclear(root, files))
         root = os.path.join(root, inner)
         files = [file.partition('/')[2] for file in files if file.startswith(f'{inner}/')]
 
 
-def splits_within(files: Sequence[str]) -> tuple[str, str] | None:
-    """Two folders beside each other, of those of some files, that are splits: one to train and one to evaluate on."""
+def unclear(root: str, files: Sequence[str]) -> str:
+    """How the files of a folder without splits seem to be divided, in a sentence; '' if they do not."""
+    if inner := splits_within(folders_of(files)):
+        train, held_out = inner
+        outer, name = os.path.split(train)
+        return (
+            f'{root} is divided within its folders, such as into {train} and {held_out}; put the splits above '
+            f'them, as in {name}/{outer}, or pretrain on several folders, such as {os.path.join(root, outer)}.'
+        )
+    return unnamed_splits(root, files) or divided_shards(root, [file for file in files if extension(file) == '.tar'])
+
+
+def folders_of(files: Iterable[str]) -> set[str]:
+    """The folders that hold some files."""
+    return {file.rpartition('/')[0] for file in files}
+
+
+def splits_within(folders: Iterable[str]) -> tuple[str, str] | None:
+    """Two folders, of some and those above them, that are splits: one to train and one to evaluate on.
+
+    They lie beside each other, or at one depth in several folders, such as ``ant/train`` and ``bee/val``.
+    """
     within: dict[str, set[str]] = {}
-    for folder in {file.rpartition('/')[0] for file in files}:
+    depths: dict[int, dict[str, str]] = {}
+    for folder in set(folders):
         while folder:
-            folder, _, name = folder.rpartition('/')
+            whole, (folder, _, name) = folder, folder.rpartition('/')
             within.setdefault(folder, set()).add(name)
+            if role_of(name) and folder:
+                depths.setdefault(folder.count('/'), {}).setdefault(name, whole)
     for folder in sorted(within, key=lambda name: (bool(ANNOTATIONS.fullmatch(name.partition('/')[0])), name)):
         if splits := divide(sorted(within[folder]), alone=False):
-            return f'{folder}/{splits.train[0]}', f'{folder}/{splits.held_out[0]}'
+            inner = splits.train[0], splits.held_out[0]
+            return (f'{folder}/{inner[0]}', f'{folder}/{inner[1]}') if folder else inner
+    for depth in sorted(depths):
+        if splits := divide(sorted(depths[depth]), alone=False):
+            return depths[depth][splits.train[0]], depths[depth][splits.held_out[0]]
     return None
+
+
+def unnamed_splits(root: str, files: Sequence[str]) -> str:
+    """As :func:`unclear`: a split beside folders of other names with the same folders in them, such as of classes."""
+    inner: dict[str, set[str]] = {}
+    for first, _, rest in (file.partition('/') for file in files):
+        if '/' in rest:
+            inner.setdefault(first, set()).add(rest.partition('/')[0])
+    for name, folders in inner.items():
+        role = role_of(name)
+        alike = [other for other in inner if len(inner[other] & folders) > 1 and not role_of(other)]
+        if role and not role[1] and alike:
+            return (
+                f'{root} has {name} beside {named(alike)}, with folders of the same names in them '
+                f'({named(sorted(folders & inner[alike[0]]))}); call splits train, val and test, or give the folders '
+                'to use one by one.'
+            )
+    return ''
+
+
+def divided_shards(root: str, shards: Sequence[str]) -> str:
+    """As :func:`unclear`: tar shards with names of splits, or with folders of such names in them."""
+    if splits := divide([shard[: -len('.tar')] for shard in shards], alone=False):
+        train, held_out = splits.train[0], splits.held_out[0]
+        return (
+            f'{root} holds {train}.tar beside {held_out}.tar; put the shards of each split into a folder of its own '
+            '(train, val), or give those to use one by one.'
+        )
+    for shard in shards:
+        path = os.path.join(root, shard)
+        start = len(f'tar://{path}/')
+        index = remember(path, partial(load_index, Path(path)))
+        if inner := splits_within(folders_of(image[start:].removeprefix('./') for image, _ in index.samples)):
+            return f'{path} is divided into {inner[0]} and {inner[1]}; unpack it, or make a tar of each split.'
+    return ''
 
 
 def splits_of(source: Source) -> Splits | None:
     """The folders of a data set with splits, such as ``train`` and ``val``; None for any other source.
 
     Raises:
-        InputError: it is divided within its folders, such as those of classes.
+        InputError: it is divided in another way, such as within the folders of classes or within a tar.
     """
     folder = look_into(source)
-    if folder.inner:
-        train, held_out = folder.inner
-        outer, inner = os.path.split(train)
-        raise InputError(
-            f'{folder.root} is divided within its folders, such as into {train} and {held_out}; put the splits above '
-            f'them, as in {inner}/{outer}, or pretrain on several folders, such as {os.path.join(folder.root, outer)}.'
-        )
+    if folder.unclear:
+        raise InputError(folder.unclear)
     return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mmmilan.datasets.annotations import check_label_maps, has_masks
 from mmmilan.datasets.classes import chain, class_names, locate, read_class_names, use_classes
+from mmmilan.datasets.listing import IMAGES, walk
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 
@@ -63,6 +64,17 @@ def _check_part(option: str, part: Mapping[str, Any]) -> None:
     file = part.get('ann_file')
     if isinstance(file, str) and file and '://' not in file and not Path(root, file).is_file():
         raise InputError(f'The annotations {Path(root, file)} do not exist; set {option}.ann_file to them.')
+
+
+def check_is_not_read(folder: str | os.PathLike, cfg: Config) -> None:
+    """Raise an :class:`InputError` if a folder that is written holds images that the data sets of a config read."""
+    inside = Path(os.path.realpath(folder))
+    for name in dict.fromkeys(name for names in LOADERS.values() for name in names):
+        for option, part in _parts(cfg.get(name), name):
+            roots = [part.get('data_root'), *(part.get('sources') or ())]
+            roots = [root for root in roots if isinstance(root, str) and os.path.isdir(root)]
+            if any(inside.is_relative_to(os.path.realpath(root)) for root in roots) and walk(folder, IMAGES).files:
+                raise InputError(f'{folder} holds images that {option} reads; choose another folder to write in.')
 
 
 def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from mmmilan.checkpoints.io import get_dataset_meta
 from mmmilan.datasets.annotations import category_ids
 from mmmilan.datasets.classes import class_names, positions, use_classes, warn, wordnet_ids
-from mmmilan.datasets.image_folder import num_corrupt
+from mmmilan.datasets.image_folder import is_replaced, num_corrupt
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 from mmmilan.models.vit import MILANViT
@@ -115,25 +116,60 @@ def own_names_fit(own: tuple[str, ...], names: tuple[str, ...]) -> bool:
 
 @HOOKS.register_module()
 class CorruptImageHook(Hook):
-    """Warn after each epoch, and evaluation, how often an image did not decode so far, counted over all processes."""
+    """Leave images that took the place of one that did not decode out of scores, and warn how often there were some.
+
+    They are counted over all processes, after each epoch and evaluation.
+    """
+
+    def before_val(self, runner: Runner) -> None:
+        leave_out_replaced(runner.val_loop.evaluator)
+
+    def before_test(self, runner: Runner) -> None:
+        leave_out_replaced(runner.test_loop.evaluator)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        self.warn(runner, runner.train_dataloader, 'training')
+        self.warn(runner, runner.train_dataloader, 'another took its place in training')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.warn(runner, runner.val_dataloader, 'the evaluation, whose scores are of those')
+        self.warn(runner, runner.val_dataloader, 'the scores of the evaluation are without it')
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.warn(runner, runner.test_dataloader, 'the test, whose scores are of those')
+        self.warn(runner, runner.test_dataloader, 'the scores of the test are without it')
 
-    def warn(self, runner: Runner, loader: DataLoader, where: str) -> None:
-        """Say how often another image took the place of one that did not decode."""
+    def warn(self, runner: Runner, loader: DataLoader, consequence: str) -> None:
+        """Say how often an image did not decode."""
         count = torch.tensor(num_corrupt(loader.dataset), device=get_device())
         all_reduce(count)
         if count:
-            runner.logger.warning(
-                f'{int(count)} times so far an image did not decode, and another took its place in {where}.'
-            )
+            runner.logger.warning(f'{int(count)} times so far an image did not decode, and {consequence}.')
+
+
+class LeftOut:
+    """What a metric has of an image that is left out, so that each process still has one result for each image."""
+
+
+def leave_out_replaced(evaluator: Evaluator) -> None:
+    """Let the metrics of an evaluator leave out images that stand in for others, see :func:`is_replaced`."""
+    for metric in evaluator.metrics:
+        if 'compute_metrics' not in vars(metric):
+            metric.process = partial(_process_rest, metric, metric.process)
+            metric.compute_metrics = partial(_compute_rest, metric.compute_metrics)
+
+
+def _process_rest(metric: BaseMetric, process: Callable, data_batch: Any, data_samples: Sequence[dict]) -> None:
+    replaced = list(map(is_replaced, data_samples))
+    if not any(replaced):
+        process(data_batch, data_samples)
+        return
+    begin = len(metric.results)
+    process(data_batch, [sample for sample, left_out in zip(data_samples, replaced, strict=True) if not left_out])
+    found = iter(metric.results[begin:])
+    if len(metric.results) - begin == replaced.count(False):  # else not one for each image, nor in their order
+        metric.results[begin:] = [LeftOut() if left_out else next(found) for left_out in replaced]
+
+
+def _compute_rest(compute: Callable, results: list) -> dict[str, float]:
+    return compute([result for result in results if not isinstance(result, LeftOut)])
 
 
 @HOOKS.register_module()

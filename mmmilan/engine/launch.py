@@ -27,7 +27,14 @@ from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, re
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import find_config
-from mmmilan.engine.config_check import check_batches, check_data, check_data_sets, check_packages, use_boxes_alone
+from mmmilan.engine.config_check import (
+    check_batches,
+    check_data,
+    check_data_sets,
+    check_is_not_read,
+    check_packages,
+    use_boxes_alone,
+)
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
@@ -39,7 +46,7 @@ from mmmilan.files import atomic_write, check_output, check_output_folder
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 # The hooks of every run, in the order of docs/architecture.md.
-EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'StopHook', 'HeartbeatHook')
+EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'CorruptImageHook', 'StopHook', 'HeartbeatHook')
 LOADS_ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap)')
 # The model that averages the predictions of several views, by the scope of a config.
 AVERAGES = dict(
@@ -346,6 +353,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     changed = use_boxes_alone(cfg, task)
     if is_main(cfg):
         check_output_folder(cfg.work_dir)
+        check_is_not_read(cfg.work_dir, cfg)
     use_safe_loading()
     Runner.dump_config = write_config
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mmmilan.building import build_errors
 from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError, shown
@@ -30,11 +31,11 @@ def build_teacher(teacher: str | os.PathLike | dict[str, Any] | Teacher) -> Teac
     """Build a teacher from its name or its config; a teacher is returned as it is.
 
     Raises:
-        InputError: there is no such teacher.
+        InputError: there is no such teacher, or its config does not fit.
     """
     if isinstance(teacher, nn.Module):
         return teacher
-    with of_another_file():
+    with of_another_file(), build_errors():
         return MODELS.build(teacher_config(teacher))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tarfile
 
 import cv2
@@ -14,8 +15,10 @@ from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT, build_model, relative_error
+from mmmilan.api.embed import read_features
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
+from mmmilan.datasets.image_folder import list_images
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 
@@ -132,6 +135,16 @@ def test_parquet(images, checkpoint, tmp_path, monkeypatch):
     file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'f.npz'))
     assert table['paths'] == file['paths'].tolist() and table['ok'] == file['ok'].tolist()
     assert np.array_equal(np.array(table['class_token'], np.float32), file['class_token'], equal_nan=True)
+
+
+def test_names_that_are_not_utf8(images, checkpoint, tmp_path):
+    """They come back as they were: Parquet has them as bytes."""
+    pytest.importorskip('pyarrow')
+    os.rename(images / 'c', os.fsdecode(os.fsencode(images) + b'/caf\xe9'))
+    readable = [path for path in list_images(images) if 'broken' not in path]
+    for ending in ('parquet', 'npz'):
+        path = mmmilan.embed(images, checkpoint, tmp_path / f'f.{ending}')
+        assert read_features(path, ['class_token'])[0] == readable
 
 
 def test_what_cannot_be_embedded(images, checkpoint, tmp_path):

@@ -26,8 +26,11 @@ from mmmilan.api.recipe import about_recipe, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import OnlineEvaluationHook
+from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.engine.schedule import fit_schedule
 from mmmilan.errors import InputError
+
+SMALL = dict(num_layers=2, num_heads=3, feedforward_channels=96)
 
 
 def scores_of(folder) -> list[dict]:
@@ -266,6 +269,8 @@ def test_rectangles(image_folder, quick, no_report, tmp_path):
         (dict(start='none.pth'), 'none.pth is neither a file'),
         (dict(arch='gigantic'), "arch 'gigantic' is unknown"),
         (dict(arch=dict(embed_dims=3)), 'lacks feedforward_channels'),
+        (dict(arch=dict(SMALL, embed_dims=30)), r'arch.embed_dims=30 is not a multiple of 4'),
+        ({'model.backbone.arch': dict(SMALL, embed_dims=30)}, r'model.backbone.arch.embed_dims=30 is not a mult'),
         (dict(img_size=100), 'not a multiple of patch_size=16'),
         (dict(img_size=(64, 100)), 'img_size=.64, 100. is not a multiple of patch_size=16'),
         (dict(batch_size=25), 'do not fill one batch of 25'),
@@ -281,6 +286,25 @@ def test_bad_arguments_are_refused_before_the_run(image_folder, quick, tmp_path,
         mmmilan.pretrain(arguments.pop('data'), tmp_path / 'out', **arguments)
     assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_in_a_folder_that_it_reads(image_folder, quick, tmp_path):
+    """Where images are read nothing is written, whatever way leads there; a new folder beside them is no such."""
+    shutil.copytree(image_folder, tmp_path / 'photos')
+    (tmp_path / 'link').symlink_to('photos')
+    before = sorted(tmp_path.rglob('*'))
+    for data, out in (('photos', 'photos'), ('photos', 'link'), ('link', 'photos/class0'), ('photos', 'photos/.')):
+        with pytest.raises(InputError, match='holds images that .*_dataloader.dataset reads; choose another folder'):
+            mmmilan.pretrain(tmp_path / data, tmp_path / out, **quick)
+    assert sorted(tmp_path.rglob('*')) == before
+    check_is_not_read(tmp_path / 'photos/run', new_config([tmp_path / 'photos'], teacher=quick['teacher'], img_size=64))
+
+
+@pytest.mark.parametrize('width', [100, 36, 68])
+def test_the_heads_of_the_decoder_share_its_width(image_folder, quick, width):
+    arch = dict(SMALL, embed_dims=width, num_heads=1)
+    neck = new_config([image_folder], arch=arch, teacher=quick['teacher'], img_size=64).model.neck
+    assert neck.decoder_embed_dim == width and width % neck.decoder_num_heads == 0
 
 
 @pytest.mark.slow

@@ -148,6 +148,31 @@ def test_wrappers(split):
     assert labels(part) == dict(ant=0, dog=3)
 
 
+def test_labels_without_names(split, tmp_path, log):
+    """Numbers in a list of files are those of the classes, unless the folders of the images say otherwise."""
+    root, path = split('val', ('ant', 'cat')), tmp_path / 'val.txt'
+
+    def use(*lines: str) -> dict[str, int]:
+        path.write_text('\n'.join(lines))
+        dataset = folder(root, ann_file=str(path))
+        use_classes(dataset, NAMES, 'train')
+        return labels(dataset)
+
+    assert use('ant/0.png 0', 'cat/0.png 2', 'cat/1.png 2') == dict(ant=0, cat=2)
+    assert (
+        'val.txt names no classes; its labels are taken as those of train, in this order: ant, bee, cat, dog'
+        in log.text
+    )
+    with pytest.raises(
+        InputError, match=r'val.txt names no classes, and gives \S+cat/1.png the label 1, which is bee of'
+    ):
+        use('ant/0.png 0', 'cat/0.png 2', 'cat/1.png 1')
+    (root / '5.png').touch()
+    with pytest.raises(InputError, match=r'gives \S+/5.png the label 4, which is none of train'):
+        use('5.png 4')
+    assert use('5.png 3') == dict(val=3)
+
+
 def test_several_labels_an_image(split):
     from mmpretrain.datasets import MultiLabelDataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,43 @@ def test_splits_within_folders_are_refused(tmp_path, files, message):
 
 
 @pytest.mark.parametrize(
-    'files', ['a/train/1.jpg b/train/2.jpg', 'a/test/1.jpg b/car/2.jpg', 'a/val/1.jpg a/test/2.jpg b/3.jpg']
+    ('files', 'message'),
+    [
+        ('a/train/1.jpg b/test/2.jpg', 'is divided within its folders, such as into a/train and b/test; put'),
+        ('a/x/Train/1.jpg b/y/val_2/2.jpg c/z/3.jpg', 'such as into a/x/Train and b/y/val_2; put'),
+        ('appris/x/1.jpg appris/y/2.jpg test/x/3.jpg test/y/4.jpg', 'has test beside appris, with'),
+        ('Val/x/1.jpg Val/y/2.jpg old/x/3.jpg old/y/4.jpg new/x/5.jpg new/y/6.jpg', r'has Val beside \w*, \w*, with'),
+        ('cc3m-train-0000.tar cc3m-train-0001.tar cc3m-val-0000.tar', 'holds cc3m-train-0000.tar beside cc3m-val-0000'),
+        ('x/validation.tar x/training.tar', 'holds training.tar beside validation.tar; put the shards'),
+    ],
+)  # fmt: skip
+def test_other_divisions_are_refused(tmp_path, files, message):
+    with pytest.raises(InputError, match=message):
+        describe([make(tmp_path, files)])
+
+
+@pytest.mark.parametrize('folders', ['train test', './x/train ./x/test', 'ant/train bee/val'])
+def test_a_tar_that_is_divided(tmp_path, folders):
+    (tmp_path / 'a').mkdir()
+    with tarfile.open(tmp_path / 'a/all.tar', 'w') as tar:
+        for folder in folders.split():
+            tar.addfile(tarfile.TarInfo(f'{folder}/1.jpg'))
+    for source in (tmp_path / 'a', tmp_path / 'a/all.tar'):
+        with pytest.raises(
+            InputError, match=r'a/all.tar is divided into \S+ and \S+; unpack it, or make a tar of each'
+        ):
+            describe([source])
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        'a/train/1.jpg b/train/2.jpg',
+        'a/test/1.jpg b/car/2.jpg',
+        'a/val/1.jpg a/test/2.jpg b/3.jpg',
+        'test/x/1.jpg car/y/2.jpg',
+        'test/x/1.jpg car/x/2.jpg',
+    ],
 )
 def test_classes_within_folders_are_not_splits(tmp_path, files):
     assert splits_of(make(tmp_path, files)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import load
 from types import SimpleNamespace
 
 import cv2
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.model import BaseModel
+from mmpretrain.structures import DataSample
 
 from helpers import ROOT, read_metrics, read_scalars
 from mmmilan.datasets import ImageFolder
 from mmmilan.engine import ClassCountHook
+from mmmilan.engine.data_checks import leave_out_replaced
 from mmmilan.errors import InputError
 from mmmilan.evaluation import ZeroShotLoop
 from mmmilan.registry import DATASETS, METRICS, MODELS
@@ -139,6 +143,55 @@ def test_names_in_a_file(config, run_tool, tmp_path):
     changes = {'model.names': NAMES[::-1], 'train_dataloader.dataset.metainfo': dict(classes='names.json')}
     run_tool('train.py', config(NAMES, NAMES, changes))
     assert read_scalars(tmp_path / 'work')[-1]['accuracy/top1'] == 100
+
+
+class Seen(BaseMetric):
+    """What a metric is given of each image."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [sample['img_path'] for sample in data_samples]
+
+    def compute_metrics(self, results):
+        Seen.found = results
+        return dict(count=len(results))
+
+
+@pytest.mark.parametrize('task', ['val', 'test'])
+def test_an_image_that_does_not_decode_is_in_no_score(config, run_tool, tmp_path, task):
+    """Nor is the one that takes its place in the batch, in whatever wrapper it is."""
+    METRICS.register_module(module=Seen)
+    try:
+        part = dict(type='mmmilan.ImageFolder', data_root=str(tmp_path / 'val'), with_label=True)
+        part |= dict(pipeline=[dict(type='mmmilan.LoadImage'), dict(type='PackInputs')])
+        path = config(NAMES, NAMES, {
+            f'{task}_evaluator': [dict(type='mmmilan.Seen'), dict(type='mmpretrain.Accuracy', topk=(1,))],
+            f'{task}_dataloader.dataset': dict(type='RepeatDataset', dataset=part, times=1, _delete_=True),
+        })  # fmt: skip
+        for name in ('ant/1', 'bee/0', 'bee/1'):
+            (tmp_path / f'val/{name}.png').write_bytes(b'no image')
+        results = tmp_path / 'found.pkl'
+        if task == 'test':
+            run_tool('test.py', path, checkpoint(tmp_path / 'best.pth', NAMES), '--out', results)
+            assert len(load(results.open('rb'))) == 5
+        else:
+            run_tool('train.py', path)
+    finally:
+        METRICS.module_dict.pop('Seen')
+    names = [Path(each).relative_to(tmp_path / 'val').as_posix() for each in Seen.found]
+    assert names == ['ant/0.png', 'cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png']
+
+
+def test_each_process_keeps_one_result_for_each_image():
+    """By their number MMEngine leaves out the images that pad the share of a process."""
+    metric = Seen()
+    evaluator = Evaluator([metric])
+    leave_out_replaced(evaluator)
+    leave_out_replaced(evaluator)  # as before each validation
+    samples = [DataSample(metainfo=dict(img_path=str(number))) for number in range(5)]
+    samples[1].set_metainfo(dict(replaced=True))
+    evaluator.process(samples[:3], {})
+    evaluator.process(samples[3:], {})
+    assert len(metric.results) == 5 and evaluator.evaluate(4) == dict(count=3) and Seen.found == ['0', '2', '3']
 
 
 @pytest.mark.parametrize('val', [NAMES, ['cat', 'dog']])

@@ -278,6 +278,21 @@ def test_unknown_names(name, message, tmp_path, monkeypatch):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    'cfg, message',
+    [
+        (dict(type='Nope'), "type='Nope' does not exist"),
+        (dict(type='mmmilan.OpenClipTeacher'), 'the nearest name is mmmilan.OpenCLIPTeacher'),
+        (dict(type='mmmilan.TimmTeacher', modle='vit_tiny_patch16_224'), 'TimmTeacher.* lacks model|takes no modle'),
+        (dict(model='x'), 'has no type'),
+        (dict(type=3), 'type'),
+    ],
+)
+def test_configs_that_are_no_teachers(cfg, message):
+    with pytest.raises(InputError, match=message):
+        build_teacher(cfg)
+
+
 # -- the activation is never guessed
 
 
