@@ -23,8 +23,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file
-from mmmilan.checkpoints.layouts import convert, detect_layout, find_models, without_prefix
-from mmmilan.checkpoints.open_clip_layout import from_open_clip, is_clip_tower
+from mmmilan.checkpoints.layouts import (
+    convert,
+    detect_layout,
+    find_models,
+    from_open_clip,
+    is_clip_tower,
+    without_prefix,
+)
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError
 

@@ -15,8 +15,7 @@ from mmpretrain.models import ImageClassifier, VisionTransformer
 
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import save_checkpoint_file
-from mmmilan.checkpoints.layouts import Layout, convert, detect_layout
-from mmmilan.checkpoints.open_clip_layout import NORM_EPS, to_open_clip
+from mmmilan.checkpoints.layouts import NORM_EPS, Layout, convert, detect_layout, to_open_clip
 from mmmilan.checkpoints.zoo import zoo_models
 from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
 from mmmilan.files import check_output_folder, write_text

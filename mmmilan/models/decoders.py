@@ -315,3 +315,47 @@ class LinearProjection(BaseModule):
     def project(self, latent: Tensor) -> Tensor:
         """latent [B, T, D] -> predictions [B, T, C], see :meth:`PromptingDecoder.project`."""
         return self.decoder_pred(latent)
+
+
+@MODELS.register_module()
+class LayerMixture(BaseModule):
+    """No decoder: for each of L layers of the teacher a learned sum of S layers of the encoder, and a linear layer.
+
+    This is MaskAlign's (arXiv 2211.08887). The encoder gives its layers by ``out_indices``.
+
+    Args:
+        embed_dim: Width D of the encoder.
+        num_layers: Number S of layers that the encoder gives.
+        num_targets: Number L of layers of the teacher.
+        predict_feature_dim: Width of the target: L times that of the teacher's tokens.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 768,
+        num_layers: int = 12,
+        num_targets: int = 2,
+        predict_feature_dim: int = 1536,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.embed_dim = embed_dim
+        self.num_layers = num_layers
+        self.predict_feature_dim = predict_feature_dim
+        self.weights = nn.Parameter(torch.empty(num_targets, num_layers))
+        self.heads = nn.ModuleList(nn.Linear(embed_dim, predict_feature_dim // num_targets) for _ in range(num_targets))
+
+    def init_weights(self) -> None:
+        """Linear layers as MAE's, and equal parts of the layers (published code)."""
+        self.apply(init_linear)
+        nn.init.constant_(self.weights, 1 / self.num_layers)
+        super().init_weights()
+
+    def sample(self, masked: Tensor) -> Tensor:
+        """Choose the masked patches to predict, out of all [B, N - V]: none [B, 0]."""
+        return masked[:, :0]
+
+    def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """latent [S, B, 1 + V, D] -> predictions [B, 1 + V, C]; the indices are not needed."""
+        mixtures = torch.einsum('ts,sbnd->tbnd', self.weights, latent)
+        return torch.cat([head(mixture) for head, mixture in zip(self.heads, mixtures, strict=True)], dim=-1)

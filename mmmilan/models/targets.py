@@ -154,6 +154,36 @@ class PixelTarget(Target):
 
 
 @MODELS.register_module()
+class LayerAlignment(Target):
+    """Layer-normed tokens of the teacher's top layers, at the class token and the visible patches: 2 · smooth L1.
+
+    The target is the layers side by side; with :class:`LayerMixture` as the neck, the loss is the mean over layers of
+    twice the mean smooth L1 loss, as in the published code of MaskAlign (arXiv 2211.08887; ``loss_weights='top2'``,
+    ``target_norm='whiten'``).
+
+    Args:
+        teacher: Config or name of a teacher.
+        num_layers: Number L of the teacher's last layers to align with.
+    """
+
+    def __init__(self, teacher: dict | str | Teacher, num_layers: int = 2, init_cfg: dict | None = None) -> None:
+        super().__init__(teacher, init_cfg)
+        self.layers = list(range(-num_layers, 0))
+        self.feature_dim = num_layers * self.teacher.width
+
+    def call_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> normed tokens of the layers side by side [B, 1 + N, L·W], importance [B, N]."""
+        tokens, importance = self.teacher.forward_layers(images, self.layers)
+        return torch.cat([F.layer_norm(x, x.shape[-1:]) for x in tokens], dim=-1), importance
+
+    def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        return 2 * F.smooth_l1_loss(pred.float(), target.float(), reduction='none').mean(-1)
+
+    def loss_tokens(self, num_visible: int) -> slice:
+        return slice(1 + num_visible)
+
+
+@MODELS.register_module()
 class SumTarget(Target):
     """The weighted sum of targets, predicted side by side by one decoder: Σ w_i · loss_i / φ_i².
 

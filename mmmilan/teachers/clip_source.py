@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import check_values
-from mmmilan.checkpoints.open_clip_layout import NORM_EPS, is_maskclip, to_open_clip
+from mmmilan.checkpoints.layouts import NORM_EPS, is_maskclip, to_open_clip
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
 from mmmilan.teachers.base import check_statistics, statistics_of

@@ -13,9 +13,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from helpers import ROOT, TINY_ARCH, assert_clip, build_model, captioned_batch
-from mmmilan.checkpoints.layouts import convert
+from mmmilan.checkpoints.layouts import convert, from_open_clip
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.checkpoints.open_clip_layout import from_open_clip
 from mmmilan.errors import InputError
 from mmmilan.export.preprocessing import Preprocessing
 from mmmilan.export.publish import write_open_clip
