@@ -30,7 +30,7 @@ RESAMPLES = 2000
 FEW = 100  # resamples of an AP, each of which takes a tenth of a second
 
 
-def task_of(model: nn.Module) -> str:
+def predicted_task(model: nn.Module) -> str:
     """The task of a model of mmpretrain, mmdet or mmseg.
 
     Raises:

@@ -105,33 +105,35 @@ def export_onnx(
 
 
 def exported_task(model: nn.Module, checkpoint: str | os.PathLike) -> str:
-    """'features', 'classification' or 'segmentation'.
+    """'features' of a model without a head, or the task that a model predicts: 'classification' or 'segmentation'.
 
     Raises:
         InputError: the model is of another kind.
     """
     from mmpretrain.models import ClsHead, ImageClassifier, MultiLabelClsHead
 
-    if hasattr(model, 'decode_head'):
-        return 'segmentation'
-    if hasattr(model, 'roi_head') or hasattr(model, 'bbox_head'):
+    from mmmilan.evaluation.predictions import predicted_task
+
+    if isinstance(model, ImageClassifier) and not model.with_head:
+        return 'features'
+    try:
+        task = predicted_task(model)
+    except InputError as error:
+        raise InputError(
+            f'{checkpoint} is a {type(model).__name__}, which is not exported to ONNX; give an encoder, a classifier '
+            'or a segmentor.'
+        ) from error
+    if task == 'detection':
         raise InputError(
             f'{checkpoint} is a detector, whose number of boxes depends on the image, which is not exported to ONNX; '
             "use mmmilan predict or mmdet's DetInferencer, or export the encoder that it started from."
         )
-    if not isinstance(model, ImageClassifier):
-        raise InputError(
-            f'{checkpoint} is a {type(model).__name__}, which is not exported to ONNX; give an encoder, a classifier '
-            'or a segmentor.'
-        )
-    if not model.with_head:
-        return 'features'
-    if not isinstance(model.head, ClsHead) or isinstance(model.head, MultiLabelClsHead):
+    if task == 'classification' and (not isinstance(model.head, ClsHead) or isinstance(model.head, MultiLabelClsHead)):
         raise InputError(
             f'{checkpoint} ends in a {type(model.head).__name__}, which is not exported to ONNX; give a classifier of '
             'one class for each image, or its encoder (mmmilan convert --encoder-only).'
         )
-    return 'classification'
+    return task
 
 
 def input_size(model: nn.Module) -> tuple[int, int]:

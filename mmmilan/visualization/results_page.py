@@ -35,7 +35,7 @@ from mmmilan.evaluation.predictions import (
     coco_results,
     object_score,
     predicted,
-    task_of,
+    predicted_task,
     wrong_objects,
 )
 from mmmilan.files import check_output
@@ -75,7 +75,7 @@ class Validation:
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
-        self.task, self.has_masks = task_of(model), getattr(model, 'with_mask', False)
+        self.task, self.has_masks = predicted_task(model), getattr(model, 'with_mask', False)
         self.dataset, self.classes = dataset, tuple(map(str, class_names(dataset)))
         palette = (getattr(dataset, 'metainfo', None) or {}).get('palette')
         known = isinstance(palette, (list, tuple)) and len(palette) == len(self.classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmmilan.evaluation.predictions import annotated, predicted, task_of
+from mmmilan.evaluation.predictions import annotated, predicted, predicted_task
 from mmmilan.files import check_output_folder, write_part
 from mmmilan.registry import HOOKS
 
@@ -38,7 +38,7 @@ class ShowHook(Hook):
         model, dataset = runner.model, runner.test_dataloader.dataset
         while hasattr(model, 'module'):  # of several processes, or of several views of an image
             model = model.module
-        self.task, self.root = task_of(model), os.path.abspath(getattr(dataset, 'data_root', None) or '.')
+        self.task, self.root = predicted_task(model), os.path.abspath(getattr(dataset, 'data_root', None) or '.')
         check_output_folder(self.folder, (), [self.root], pictures=True)
         self.classes = tuple(map(str, class_names(dataset)))
         self.colours = class_colours(len(self.classes))
