@@ -90,7 +90,7 @@ def in_folder(cfg: Config, folder: Path) -> Config:
     cfg.work_dir = str(folder)
     cfg.launcher = 'none'
     cfg.log_level = 'WARNING'
-    cfg.resume = find_newest(folder) is not None
+    cfg.resume = arm not in (LIGHTLY, NO_PRETRAINING) and find_newest(folder) is not None
     return cfg
 
 
