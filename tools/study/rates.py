@@ -20,11 +20,10 @@ import torch
 from arms import BUDGETS, TEST_IMAGES, read_arm
 from mmengine.config import Config
 from rich.console import Console
-from run import features_of, in_folder, labelled_images, newest_teacher, probe
+from run import features_of, in_folder, labelled_images, launched_again, newest_teacher, probe
 
 from mmmilan.api.recipe import new_config
 from mmmilan.datasets import ImageFolder
-from mmmilan.engine.launch import launched
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
 
@@ -96,7 +95,7 @@ def run(cell: str, rate: float, args: argparse.Namespace) -> dict:
     cfg.optim_wrapper.optimizer.lr = rate
     cfg.default_hooks.checkpoint.interval = cfg.train_cfg.max_epochs
     cfg = in_folder(cfg, args.work_dir / 'rates' / f'{cell.replace("/", "-")}-{rate:g}-{args.seed}')
-    with launched(cfg, 'train') as runner:
+    with launched_again(cfg) as runner:
         start = time.process_time()
         runner.train()
         seconds, steps = time.process_time() - start, runner.max_iters

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from arms import (
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -90,8 +92,13 @@ def in_folder(cfg: Config, folder: Path) -> Config:
     cfg.work_dir = str(folder)
     cfg.launcher = 'none'
     cfg.log_level = 'WARNING'
-    cfg.resume = arm not in (LIGHTLY, NO_PRETRAINING) and find_newest(folder) is not None
     return cfg
+
+
+def launched_again(cfg: Config) -> AbstractContextManager[Runner]:
+    """Start a training, or go on with it."""
+    cfg.resume = find_newest(Path(cfg.work_dir)) is not None
+    return launched(cfg, 'train')
 
 
 def write_captions(data: Path, path: Path) -> None:
@@ -230,7 +237,7 @@ def fine_tune(checkpoint: Path | None, share: int, seed: int, images: slice, dat
     cfg.train_dataloader.batch_size = min(cfg.train_dataloader.batch_size, len(chosen))
     cfg.train_cfg.max_epochs = FINE_TUNING_EPOCHS[share]
     cfg.param_scheduler = schedule(FINE_TUNING_EPOCHS[share] * (len(chosen) // cfg.train_dataloader.batch_size))
-    with launched(cfg, 'train') as runner:
+    with launched_again(cfg) as runner:
         runner.train()
         return dict(accuracy=round(runner.test()['accuracy/top1'], 2))
 
@@ -260,7 +267,7 @@ def train(arm: str, seed: int, cfg: Config, python: str) -> tuple[nn.Module, dic
         if arm == NO_PRETRAINING:
             return model, dict(images=0, epochs=0, cpu_seconds=0, resumed=False)
         return model, train_lightly(cfg, seed, python)
-    with launched(cfg, 'train') as runner:
+    with launched_again(cfg) as runner:
         start = time.process_time()
         runner.train()
         seconds = round(time.process_time() - start, 1)
