@@ -145,7 +145,6 @@ def test_options_that_do_not_fit(config):
         ('train_dataloader.sampler.shuffle', 'no', 'ReproducibleSampler takes True or False'),
         ('train_cfg.max_epochs', '400', 'EpochBasedTrainLoop takes a whole number'),
         ('model.masking.mask_ratio', 'half', 'SemanticAwareMasking takes a number'),
-        ('model.masks_per_image', 1.5, 'MILAN takes a whole number'),
         ('model.head.cls_token', 'yes', 'CLIPTarget takes True or False or a number'),
         ('model.neck.decoder_depth', [8], 'PromptingDecoder takes a whole number'),
         ('model.backbone.drop_path_rate', 'large', 'MILANViT takes a number or a list or a dict'),

@@ -27,7 +27,7 @@ COUNTED_IMAGES = 4
 class ThroughputHook(Hook):
     """Log the speed of training since the last log line, in text and in TensorBoard.
 
-    * ``images_per_s``: over all processes; with several masks an image, ``masked_views_per_s`` too;
+    * ``images_per_s``: over all processes;
     * ``mfu``: model FLOPs utilization, 0 to 1, teacher included. The operations are counted once, on a few images of
       the first batch. Only for devices whose peak is known;
     * ``data_wait``: share of the time that training waited for data;
@@ -92,9 +92,6 @@ class ThroughputHook(Hook):
         )
         rate = self.images / seconds
         values = dict(images_per_s=rate * get_world_size())
-        masks_per_image = getattr(unwrap(runner.model), 'masks_per_image', 1)
-        if masks_per_image > 1:
-            values['masked_views_per_s'] = values['images_per_s'] * masks_per_image
         if self.flops_per_image:
             values['mfu'] = rate * self.flops_per_image / (1e12 * self.peak_tflops)
         values['data_wait'] = wait / seconds

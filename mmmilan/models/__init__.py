@@ -1,6 +1,7 @@
 from mmmilan.models.cached_milan import CachedMILAN
-from mmmilan.models.decoders import LayerMixture, LinearProjection, MAEDecoder, PromptingDecoder
+from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
+from mmmilan.models.layer_alignment import LayerAlignment, LayerMixture
 from mmmilan.models.maskclip import MaskCLIP
 from mmmilan.models.maskclip_losses import CodewordTarget, FeatureTarget, MaskedLanguageModel
 from mmmilan.models.milan import MILAN
@@ -9,7 +10,7 @@ from mmmilan.models.preprocessors import (
     ClassificationDataPreprocessor,
     PretrainingDataPreprocessor,
 )
-from mmmilan.models.targets import CLIPTarget, LayerAlignment, PixelTarget, SumTarget, Target
+from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
 from mmmilan.models.vit import MILANViT, SemanticAwareViT
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher

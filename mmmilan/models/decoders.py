@@ -7,14 +7,12 @@ Attention does not depend on the order of its keys, so nothing is put back into 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import FFN
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from torch import Tensor, nn
@@ -98,10 +96,6 @@ class Decoder(BaseModule):
     def build_block(self, embed_dims: int, num_heads: int, feedforward_channels: int) -> nn.Module:
         raise NotImplementedError
 
-    def sample(self, masked: Tensor) -> Tensor:
-        """Choose the masked patches to predict, out of all [B, N - V]: by default all."""
-        return masked
-
     def run_block(self, block: nn.Module, *tokens: Tensor) -> Tensor:
         return checkpoint(block, *tokens, use_reentrant=False) if self.with_cp else block(*tokens)
 
@@ -138,30 +132,26 @@ class Decoder(BaseModule):
 
 
 class PromptingAttention(nn.Module):
-    """Mask tokens attend to prompts and, with ``self_attention``, to each other (paper, eq. 2).
+    """Mask tokens attend to prompts and to each other (paper, eq. 2).
 
     Args:
         embed_dims: Width d.
         num_heads: Number of heads.
         project_prompts: Pass the prompts through the key and value projections too (published code);
             False appends them as they are (paper's eq. 2).
-        self_attention: Mask tokens attend to each other too (MILAN); False: to the prompts alone.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, project_prompts: bool, self_attention: bool = True) -> None:
+    def __init__(self, embed_dims: int, num_heads: int, project_prompts: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.project_prompts = project_prompts
-        self.self_attention = self_attention
         self.q = nn.Linear(embed_dims, embed_dims)
         self.kv = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
     def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
         """x [B, M, d], prompts [B, P, d] -> [B, M, d]."""
-        if not self.self_attention:
-            keys_values = self.kv(prompts)
-        elif self.project_prompts:
+        if self.project_prompts:
             keys_values = self.kv(torch.cat([prompts, x], dim=1))
         else:
             keys_values = torch.cat([prompts.repeat(1, 1, 2), self.kv(x)], dim=1)
@@ -174,12 +164,10 @@ class PromptingAttention(nn.Module):
 class PromptingBlock(BaseModule):
     """Transformer block that updates the mask tokens only (paper, figure 1b)."""
 
-    def __init__(
-        self, embed_dims: int, num_heads: int, feedforward_channels: int, project_prompts: bool, self_attention: bool
-    ) -> None:
+    def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, project_prompts: bool) -> None:
         super().__init__()
         self.ln1 = nn.LayerNorm(embed_dims, eps=NORM_CFG['eps'])
-        self.attn = PromptingAttention(embed_dims, num_heads, project_prompts, self_attention)
+        self.attn = PromptingAttention(embed_dims, num_heads, project_prompts)
         self.ln2 = nn.LayerNorm(embed_dims, eps=NORM_CFG['eps'])
         self.ffn = FFN(embed_dims, feedforward_channels, act_cfg=dict(type='GELU'))
 
@@ -195,61 +183,20 @@ class PromptingDecoder(Decoder):
 
     "Fixed" means that no block changes them; gradients do flow through them into the encoder.
 
-    Without self-attention the prediction of a patch does not depend on which others are predicted, as in CrossMAE
-    (arXiv 2401.14391). A random part of the masked patches then gives an unbiased estimate of the loss of all of them
-    (see :meth:`Target.compare`), at that part of the cost.
-
     Args:
         project_prompts: See :class:`PromptingAttention`.
-        self_attention: See :class:`PromptingAttention`.
-        predict_ratio: Share of the masked patches that is predicted in training, drawn at random; 0 < ratio <= 1.
         kwargs: The other arguments are those of :class:`Decoder`.
-
-    Raises:
-        InputError: an option is out of range, or two exclude each other.
     """
 
-    def __init__(
-        self,
-        *args,
-        project_prompts: bool = True,
-        self_attention: bool = True,
-        predict_ratio: float = 1.0,
-        **kwargs,
-    ) -> None:
-        if not 0 < predict_ratio <= 1:
-            raise InputError(f'predict_ratio={predict_ratio} is out of range; choose 0 < predict_ratio <= 1.')
-        if not self_attention and not project_prompts:
-            raise InputError(
-                'project_prompts=False without self_attention leaves nothing to project to keys and values; '
-                'set project_prompts=True.'
-            )
-        if self_attention and predict_ratio < 1:
-            print_log(
-                f'predict_ratio={predict_ratio} with self_attention=True biases the loss, as predictions depend on '
-                'each other; set self_attention=False.',
-                logger='current',
-                level=logging.WARNING,
-            )
+    def __init__(self, *args, project_prompts: bool = True, **kwargs) -> None:
         self.project_prompts = project_prompts
-        self.self_attention = self_attention
-        self.predict_ratio = predict_ratio
         super().__init__(*args, **kwargs)
 
     def build_block(self, embed_dims: int, num_heads: int, feedforward_channels: int) -> nn.Module:
-        options = self.project_prompts, self.self_attention
-        return PromptingBlock(embed_dims, num_heads, feedforward_channels, *options)
-
-    def sample(self, masked: Tensor) -> Tensor:
-        """Choose the masked patches to predict, out of all [B, N - V]: in training a random part [B, M], else all."""
-        if not self.training or self.predict_ratio == 1:
-            return masked
-        count = max(1, round(self.predict_ratio * masked.shape[1]))
-        drawn = torch.rand(masked.shape, device=masked.device).topk(count, dim=1).indices
-        return masked.gather(1, drawn)
+        return PromptingBlock(embed_dims, num_heads, feedforward_channels, self.project_prompts)
 
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """latent [B, 1 + V, D], visible [B, V], masked [B, M] -> predictions [B, 1 + V + M, C]."""
+        """latent [B, 1 + V, D], visible [B, V], masked [B, N - V] -> predictions [B, 1 + N, C]."""
         prompts, x = self.embed(latent, visible, masked)
         for block in self.decoder_blocks if masked.shape[1] else ():
             x = self.run_block(block, x, prompts)
@@ -304,10 +251,6 @@ class LinearProjection(BaseModule):
         self.apply(init_linear)
         super().init_weights()
 
-    def sample(self, masked: Tensor) -> Tensor:
-        """Choose the masked patches to predict, out of all [B, N - V]: none [B, 0]."""
-        return masked[:, :0]
-
     def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """latent [B, 1 + V, D] -> predictions [B, 1 + V, C]; the indices are not needed."""
         return self.project(latent)
@@ -315,47 +258,3 @@ class LinearProjection(BaseModule):
     def project(self, latent: Tensor) -> Tensor:
         """latent [B, T, D] -> predictions [B, T, C], see :meth:`PromptingDecoder.project`."""
         return self.decoder_pred(latent)
-
-
-@MODELS.register_module()
-class LayerMixture(BaseModule):
-    """No decoder: for each of L layers of the teacher a learned sum of S layers of the encoder, and a linear layer.
-
-    This is MaskAlign's (arXiv 2211.08887). The encoder gives its layers by ``out_indices``.
-
-    Args:
-        embed_dim: Width D of the encoder.
-        num_layers: Number S of layers that the encoder gives.
-        num_targets: Number L of layers of the teacher.
-        predict_feature_dim: Width of the target: L times that of the teacher's tokens.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int = 768,
-        num_layers: int = 12,
-        num_targets: int = 2,
-        predict_feature_dim: int = 1536,
-        init_cfg: dict | None = None,
-    ) -> None:
-        super().__init__(init_cfg)
-        self.embed_dim = embed_dim
-        self.num_layers = num_layers
-        self.predict_feature_dim = predict_feature_dim
-        self.weights = nn.Parameter(torch.empty(num_targets, num_layers))
-        self.heads = nn.ModuleList(nn.Linear(embed_dim, predict_feature_dim // num_targets) for _ in range(num_targets))
-
-    def init_weights(self) -> None:
-        """Linear layers as MAE's, and equal parts of the layers (published code)."""
-        self.apply(init_linear)
-        nn.init.constant_(self.weights, 1 / self.num_layers)
-        super().init_weights()
-
-    def sample(self, masked: Tensor) -> Tensor:
-        """Choose the masked patches to predict, out of all [B, N - V]: none [B, 0]."""
-        return masked[:, :0]
-
-    def forward(self, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """latent [S, B, 1 + V, D] -> predictions [B, 1 + V, C]; the indices are not needed."""
-        mixtures = torch.einsum('ts,sbnd->tbnd', self.weights, latent)
-        return torch.cat([head(mixture) for head, mixture in zip(self.heads, mixtures, strict=True)], dim=-1)

@@ -196,11 +196,10 @@ class MaskCLIP(BaseModel):
         num_patches = self.backbone.num_patches
         mask = self.masking.draw(importance, (len(images), num_patches), images.device)
         visible, masked = split_patches(mask, self.masking.num_visible(num_patches))  # [B, V], [B, N-V]
-        predicted = self.neck.sample(masked)  # [B, M], by default all: M = N-V
 
-        pred = self.neck(self.backbone(images, visible), visible, predicted)  # [B, 1+V+M, C]
-        pred = pred[:, self.head.loss_tokens(visible.shape[1])]  # of the masked patches [B, M, C]
-        return self.head.token_loss(pred, gather_tokens(target[:, 1:], predicted)).mean()
+        pred = self.neck(self.backbone(images, visible), visible, masked)  # [B, 1+N, C]
+        pred = pred[:, self.head.loss_tokens(visible.shape[1])]  # of the masked patches [B, N-V, C]
+        return self.head.token_loss(pred, gather_tokens(target[:, 1:], masked)).mean()
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: list[DataSample] | None = None) -> list[DataSample]:

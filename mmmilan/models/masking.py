@@ -50,23 +50,15 @@ def split_patches(mask: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
     return mask.byte().argsort(dim=1, stable=True).split([num_visible, mask.shape[1] - num_visible], dim=1)
 
 
-def supplied_masks(
-    data_samples: list[BaseDataElement] | None, num_patches: int, masks_per_image: int = 1
-) -> Tensor | None:
+def supplied_masks(data_samples: list[BaseDataElement] | None, num_patches: int) -> Tensor | None:
     """Masks [B, N] that the data pipeline set as ``data_sample.mask``; None if it set none.
 
     Raises:
-        InputError: only some images have a mask, the masks differ in size or in their number of visible patches, or
-            several are needed for each image.
+        InputError: only some images have a mask, or the masks differ in size or in their number of visible patches.
     """
     masks = [sample.mask.flatten().bool() for sample in data_samples or [] if 'mask' in sample]
     if not masks:
         return None
-    if masks_per_image > 1:
-        raise InputError(
-            f'data_sample.mask is one mask per image but model.masks_per_image={masks_per_image}; set that to 1, or '
-            'drop the masking from the data pipeline.'
-        )
     if len(masks) < len(data_samples):
         raise InputError(
             f'{len(data_samples) - len(masks)} of the {len(data_samples)} images of a batch have no data_sample.mask; '

@@ -12,7 +12,7 @@ encoder (ViT) ──► z [B, 1+V, D] ──► decoder ◄───────
                           │                │
                           └─────► head ◄───┘   loss: mean over tokens of || p/|p| - t/|t| ||²
 
-``MILAN.reconstruct`` is this drawing, step by step. With K masks an image, B·K stands for B behind the draw.
+``MILAN.reconstruct`` is this drawing, step by step.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from mmmilan.teachers.base import TextTower, statistics_of
 
 @dataclass
 class Reconstruction:
-    """One masked forward pass of B images with K masks each; the rows of an image stand together.
+    """One masked forward pass of B images.
 
     Attributes:
-        visible: Indices [B·K, V] of the visible patches, in image order.
-        predicted: Indices [B·K, M] of the masked patches that were predicted.
-        token_loss: Loss [B·K, 1 + V + M] of the predicted tokens: class token, visible patches, masked patches.
-        view_loss: Loss [B·K] of each image and mask; the training loss is its mean.
+        visible: Indices [B, V] of the visible patches, in image order.
+        predicted: Indices [B, T - 1] of the patches that were predicted, visible ones first.
+        token_loss: Loss [B, T] of the predicted tokens: class token, then those patches.
+        image_loss: Loss [B] of each image; the training loss is its mean.
         importance: Importance [B, N] of each patch, from which the masks are drawn; None without a teacher.
     """
 
     visible: Tensor
     predicted: Tensor
     token_loss: Tensor
-    view_loss: Tensor
+    image_loss: Tensor
     importance: Tensor | None
 
 
@@ -64,12 +64,10 @@ class MILAN(BaseModel):
         masking: Config of ``SemanticAwareMasking`` or ``RandomMasking``.
         neck: Config of the decoder.
         head: Config of the target and its loss.
-        masks_per_image: Masks K that are drawn for an image in training. The teacher and the data pipeline see the
-            image once; the loss is the mean over masks (data2vec 2.0, arXiv 2212.07525, section 3.2).
         data_preprocessor: Config of the normalisation of images.
 
     Raises:
-        InputError: two parts do not fit each other, or ``masks_per_image`` is less than 1.
+        InputError: two parts do not fit each other.
     """
 
     compiled_parts = ('mean_loss',)  # by CompileHook
@@ -80,14 +78,10 @@ class MILAN(BaseModel):
         masking: dict,
         neck: dict,
         head: dict,
-        masks_per_image: int = 1,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
-        if masks_per_image < 1:
-            raise InputError(f'masks_per_image={masks_per_image} leaves nothing to learn from; choose 1 or more.')
-        self.masks_per_image = masks_per_image
         self.backbone = MODELS.build(backbone)
         self.masking = TRANSFORMS.build(masking)
         self.neck = MODELS.build(neck)
@@ -110,49 +104,40 @@ class MILAN(BaseModel):
 
         ``data_sample.mask`` (bool [N], True = masked) is used where the pipeline supplied one.
         """
-        patches = self.supplied_patches(data_samples, self.masks_per_image)
-        return dict(loss=self.mean_loss(inputs, patches))
+        return dict(loss=self.mean_loss(inputs, self.supplied_patches(data_samples)))
 
     def mean_loss(self, images: Tensor, patches: tuple[Tensor, Tensor] | None) -> Tensor:
         """The training loss, a scalar; ``CompileHook`` compiles it as one."""
-        return self.reconstruct(images, patches, self.masks_per_image).view_loss.mean()
+        return self.reconstruct(images, patches).image_loss.mean()
 
-    def reconstruct(
-        self, images: Tensor, patches: tuple[Tensor, Tensor] | None = None, masks_per_image: int = 1
-    ) -> Reconstruction:
-        """The algorithm, in the steps of the drawing at the top of this file, with K masks an image.
+    def reconstruct(self, images: Tensor, patches: tuple[Tensor, Tensor] | None = None) -> Reconstruction:
+        """The algorithm, in the steps of the drawing at the top of this file.
 
         Args:
             images: Normalised images [B, 3, H, W].
             patches: Visible and masked patches, see ``supplied_patches``; by default they are drawn.
-            masks_per_image: Masks K that are drawn for an image.
         """
         features, importance = self.head.run_teacher(images)  # t [B, 1+N, C], s [B, N]
-        visible, masked = patches or self.draw(images, importance, masks_per_image)  # [B·K, V], [B·K, N-V]
-        predicted = self.neck.sample(masked)  # [B·K, M], the masked patches to predict, by default all
+        visible, masked = patches or self.draw(images, importance)  # [B, V], [B, N-V]
 
-        latent = self.backbone(images, visible)  # z [B·K, 1+V, D]
-        pred = self.neck(latent, visible, predicted)  # p [B·K, 1+V+M, C]: class token, visible, masked
+        latent = self.backbone(images, visible)  # z [B, 1+V, D]
+        pred = self.neck(latent, visible, masked)  # p [B, T, C]: class token, visible, masked (T = 1+V without decoder)
 
+        predicted = torch.cat([visible, masked], dim=1)[:, : pred.shape[1] - 1]
         target = self.head.target(images, features)  # [B, 1+N, C]: t itself, or pixels; class token, patches
-        order = F.pad(1 + torch.cat([visible, predicted], dim=1), (1, 0))  # of the tokens of p; 0 is the class token
-        target = gather_tokens(target, order)  # [B·K, 1+V+M, C]
-        token_loss, view_loss = self.head.compare(pred, target, visible.shape[1], masked.shape[1])
-        return Reconstruction(visible, predicted, token_loss, view_loss, importance)
+        target = gather_tokens(target, F.pad(1 + predicted, (1, 0)))  # [B, T, C]; 0 is the class token
+        token_loss, image_loss = self.head.compare(pred, target, visible.shape[1])
+        return Reconstruction(visible, predicted, token_loss, image_loss, importance)
 
-    def draw(self, images: Tensor, importance: Tensor | None, masks_per_image: int) -> tuple[Tensor, Tensor]:
-        """Visible [B·K, V] and masked [B·K, N - V] patches, drawn by importance [B, N]."""
+    def draw(self, images: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Visible [B, V] and masked [B, N - V] patches, drawn by importance [B, N]."""
         num_patches = self.backbone.num_patches
-        if importance is not None:
-            importance = importance.repeat_interleave(masks_per_image, dim=0)
-        mask = self.masking.draw(importance, (len(images) * masks_per_image, num_patches), images.device)
+        mask = self.masking.draw(importance, (len(images), num_patches), images.device)
         return split_patches(mask, self.masking.num_visible(num_patches))
 
-    def supplied_patches(
-        self, data_samples: list[DataSample] | None, masks_per_image: int = 1
-    ) -> tuple[Tensor, Tensor] | None:
+    def supplied_patches(self, data_samples: list[DataSample] | None) -> tuple[Tensor, Tensor] | None:
         """Visible [B, V] and masked [B, N - V] patches of the masks of the data pipeline; None if it set none."""
-        mask = supplied_masks(data_samples, self.backbone.num_patches, masks_per_image)
+        mask = supplied_masks(data_samples, self.backbone.num_patches)
         if mask is None:
             return None
         return split_patches(mask.to(self.backbone.cls_token.device), int((~mask[0]).sum()))
@@ -165,14 +150,16 @@ class MILAN(BaseModel):
         teacher) and the image's ``loss``.
         """
         result = self.reconstruct(inputs, self.supplied_patches(data_samples))
-        shape, order = (len(inputs), self.backbone.num_patches), torch.cat([result.visible, result.predicted], dim=1)
+        shape = len(inputs), self.backbone.num_patches
         mask = torch.ones(shape, dtype=torch.bool, device=inputs.device).scatter_(1, result.visible, False)
-        patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(1, order, result.token_loss[:, 1:])
+        patch_loss = result.token_loss.new_full(shape, torch.nan).scatter_(
+            1, result.predicted, result.token_loss[:, 1:]
+        )
         data_samples = data_samples or [DataSample() for _ in inputs]
         for i, sample in enumerate(data_samples):
             sample.set_mask(mask[i])
             sample.set_field(patch_loss[i], 'patch_loss')
-            sample.set_field(result.view_loss[i], 'loss')
+            sample.set_field(result.image_loss[i], 'loss')
             if result.importance is not None:
                 sample.set_field(result.importance[i], 'importance')
         return data_samples

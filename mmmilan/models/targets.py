@@ -68,25 +68,20 @@ class Target(BaseModule):
         """The tokens, out of [class token, visible, masked], over which the loss is the mean."""
         raise NotImplementedError
 
-    def compare(self, pred: Tensor, target: Tensor, num_visible: int, num_masked: int) -> tuple[Tensor, Tensor]:
-        """Loss of each token, and of each image and mask: the weighted mean over the tokens of ``loss_tokens``.
-
-        Where M of the masked patches are predicted, each stands for num_masked / M of them. If they are drawn at
-        random and predicted one by one, the expectation of the loss is that of all masked patches.
+    def compare(self, pred: Tensor, target: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+        """Loss of each token, and of each image: the weighted mean over the tokens of ``loss_tokens``.
 
         Args:
-            pred: Predictions [B, 1 + V + M, C]: class token, visible patches, masked patches.
+            pred: Predictions [B, T, C]: class token, visible patches, masked patches.
             target: Targets in the same order.
-            num_visible: Number V of visible patches.
-            num_masked: Number of masked patches, of which M are predicted.
+            num_visible: Number of visible patches.
 
         Returns:
-            Losses [B, 1 + V + M] and [B], float32.
+            Losses [B, T] and [B], float32.
         """
         token_loss = self.token_loss(pred, target)
         weight = torch.ones_like(token_loss[0])
         weight[0] = self.cls_weight
-        weight[1 + num_visible :] = num_masked / max(1, len(weight) - 1 - num_visible)
         tokens = self.loss_tokens(num_visible)
         return token_loss, (token_loss[:, tokens] * weight[tokens]).sum(1) / weight[tokens].sum()
 
@@ -154,36 +149,6 @@ class PixelTarget(Target):
 
 
 @MODELS.register_module()
-class LayerAlignment(Target):
-    """Layer-normed tokens of the teacher's top layers, at the class token and the visible patches: 2 · smooth L1.
-
-    The target is the layers side by side; with :class:`LayerMixture` as the neck, the loss is the mean over layers of
-    twice the mean smooth L1 loss, as in the published code of MaskAlign (arXiv 2211.08887; ``loss_weights='top2'``,
-    ``target_norm='whiten'``).
-
-    Args:
-        teacher: Config or name of a teacher.
-        num_layers: Number L of the teacher's last layers to align with.
-    """
-
-    def __init__(self, teacher: dict | str | Teacher, num_layers: int = 2, init_cfg: dict | None = None) -> None:
-        super().__init__(teacher, init_cfg)
-        self.layers = list(range(-num_layers, 0))
-        self.feature_dim = num_layers * self.teacher.width
-
-    def call_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> normed tokens of the layers side by side [B, 1 + N, L·W], importance [B, N]."""
-        tokens, importance = self.teacher.forward_layers(images, self.layers)
-        return torch.cat([F.layer_norm(x, x.shape[-1:]) for x in tokens], dim=-1), importance
-
-    def token_loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        return 2 * F.smooth_l1_loss(pred.float(), target.float(), reduction='none').mean(-1)
-
-    def loss_tokens(self, num_visible: int) -> slice:
-        return slice(1 + num_visible)
-
-
-@MODELS.register_module()
 class SumTarget(Target):
     """The weighted sum of targets, predicted side by side by one decoder: Σ w_i · loss_i / φ_i².
 
@@ -245,20 +210,20 @@ class SumTarget(Target):
         parts = zip(self.targets, features, strict=True)
         return torch.cat([target.target(images, part).float() for target, part in parts], dim=-1)
 
-    def compare(self, pred: Tensor, target: Tensor, num_visible: int, num_masked: int) -> tuple[Tensor, Tensor]:
+    def compare(self, pred: Tensor, target: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
         """The weighted sums of what the targets give, see :meth:`Target.compare`."""
         sums = torch.zeros((), device=pred.device), torch.zeros((), device=pred.device)
         parts = pred.split(self.feature_dims, dim=-1), target.split(self.feature_dims, dim=-1)
         for head, weight, prediction, wanted in zip(self.targets, self.weights, *parts, strict=True):
-            losses = head.compare(prediction, wanted, num_visible, num_masked)
+            losses = head.compare(prediction, wanted, num_visible)
             if self.balance:
-                weight = weight / spread(head, wanted, num_visible, num_masked)
+                weight = weight / spread(head, wanted, num_visible)
             sums = tuple(total + weight * loss for total, loss in zip(sums, losses, strict=True))
         return sums
 
 
 @torch.no_grad()
-def spread(head: Target, target: Tensor, num_visible: int, num_masked: int) -> Tensor:
+def spread(head: Target, target: Tensor, num_visible: int) -> Tensor:
     """φ²: the loss, a scalar, of predicting the mean over the tokens that count of targets [B, T, C]."""
     mean = target[:, head.loss_tokens(num_visible)].mean((0, 1))
-    return head.compare(mean.expand_as(target), target, num_visible, num_masked)[1].mean()
+    return head.compare(mean.expand_as(target), target, num_visible)[1].mean()

@@ -1,4 +1,4 @@
-"""MILAN: its state dict, its losses and predictions, several masks of an image, and training on ranks."""
+"""MILAN: its state dict, its losses and predictions, and training on ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from helpers import assert_close, build_model, gradients, masked_batch
 from mmmilan.engine import NonFiniteLossHook
 from mmmilan.errors import InputError
-from mmmilan.models.masking import Masking
 from processes import run_group
 
 # -- the teacher
@@ -130,81 +129,18 @@ def test_pixels_count_on_masked_patches_only(milan_cfg, norm_pix):
     images, samples = masked_batch(4)
     result = model.reconstruct(images, model.supplied_patches(samples))
     assert result.importance is not None
-    assert torch.allclose(result.view_loss, result.token_loss[:, 5:].mean(1), atol=1e-6)
-    assert (result.view_loss - result.token_loss.mean(1)).abs().max() > 1e-3
+    assert torch.allclose(result.image_loss, result.token_loss[:, 5:].mean(1), atol=1e-6)
+    assert (result.image_loss - result.token_loss.mean(1)).abs().max() > 1e-3
 
     b, patch = 2, int(samples[2].mask.nonzero()[3])  # one patch by hand: rows, columns, channels
     row, column = divmod(patch, 4)
     pixels = images[b, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].permute(1, 2, 0).flatten()
     if norm_pix:
         pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
-    visible, masked = result.visible, result.predicted
-    position = 1 + torch.cat([visible, masked], dim=1)[b].tolist().index(patch)
+    visible, masked = result.predicted.split([4, 12], dim=1)
+    position = 1 + result.predicted[b].tolist().index(patch)
     pred = model.neck(model.backbone(images, visible), visible, masked)
     assert torch.allclose(result.token_loss[b, position], (pred[b, position] - pixels).square().mean(), atol=1e-5)
-
-
-# -- several masks of an image
-
-
-class Listed(Masking):
-    """Masking with given masks."""
-
-    def __init__(self, masks: Tensor) -> None:
-        super().__init__()
-        self.masks = masks
-
-    def num_visible(self, num_patches: int) -> int:
-        return int((~self.masks[0]).sum())
-
-    def draw(self, importance: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
-        assert importance.shape == shape == self.masks.shape
-        return self.masks
-
-
-@pytest.mark.parametrize('neck', ['PromptingDecoder', 'LinearProjection'])
-def test_masks_of_an_image_are_as_many_copies_of_it(milan_cfg, neck):
-    """K masks of an image give the gradients of a batch with K copies of it; the teacher sees it once."""
-    if neck == 'LinearProjection':
-        milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
-    images, samples = masked_batch(6)
-    copied = build_model(milan_cfg)
-    copied.loss(images[:2].repeat_interleave(3, dim=0), samples)['loss'].backward()
-
-    model = build_model(milan_cfg | dict(masks_per_image=3))
-    model.masking = Listed(torch.stack([sample.mask for sample in samples]))
-    seen = []
-    model.head.teacher.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
-    model.loss(images[:2])['loss'].backward()
-    assert seen == [2]
-    assert_close(gradients(model), gradients(copied))
-
-
-def test_masks_of_an_image_differ_and_follow_its_importance(milan_cfg):
-    model = build_model(milan_cfg | dict(masks_per_image=4))
-    images, _ = masked_batch(3)
-    importance = torch.zeros(3, 16)
-    for i in range(3):
-        importance[i, 5 * i : 5 * i + 5] = 1  # four of these five are visible
-    visible, masked = model.draw(images, importance, masks_per_image=4)
-    assert visible.shape == (12, 4) and masked.shape == (12, 12)
-    assert torch.equal(visible // 5, torch.arange(3).repeat_interleave(4)[:, None].expand(-1, 4))
-    assert len(visible.unique(dim=0)) > 3
-
-
-def test_a_figure_has_one_mask(milan_cfg):
-    model = build_model(milan_cfg | dict(masks_per_image=3)).eval()
-    images, samples = masked_batch(2)
-    expected = build_model(milan_cfg).eval().predict(images, [sample.clone() for sample in samples])
-    for sample, wanted in zip(model.predict(images, samples), expected, strict=True):
-        assert torch.equal(sample.patch_loss, wanted.patch_loss)
-
-
-def test_refused_masks_per_image(milan_cfg):
-    with pytest.raises(InputError, match='masks_per_image=0 leaves nothing to learn from; choose 1 or more'):
-        build_model(milan_cfg | dict(masks_per_image=0))
-    with pytest.raises(InputError, match='one mask per image but model.masks_per_image=2; set that to 1'):
-        build_model(milan_cfg | dict(masks_per_image=2)).loss(*masked_batch(2))
 
 
 # -- training

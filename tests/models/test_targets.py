@@ -35,7 +35,7 @@ def one_target(milan_cfg: dict, head: dict, whole: MILAN, part: slice) -> MILAN:
 
 def losses(model: MILAN, images: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(1)
-    return model.reconstruct(images).view_loss
+    return model.reconstruct(images).image_loss
 
 
 def test_unbalanced_loss_is_the_weighted_sum(milan_cfg):
@@ -60,9 +60,9 @@ def test_balanced_loss_does_not_depend_on_the_scale_of_a_target():
         )
     )
     pred, target = torch.randn(4, 9, 12), torch.randn(4, 9, 12) + 3
-    _, loss = head.compare(pred, target, num_visible=3, num_masked=5)
+    _, loss = head.compare(pred, target, num_visible=3)
     scale = torch.cat([torch.full((5,), 100.0), torch.ones(7)])
-    _, scaled = head.compare(scale * pred, scale * target, num_visible=3, num_masked=5)
+    _, scaled = head.compare(scale * pred, scale * target, num_visible=3)
     assert torch.allclose(loss, scaled, rtol=1e-4)
 
     expected = 0
@@ -94,7 +94,7 @@ def test_class_token_counts_as_several_patches(milan_cfg):
     torch.manual_seed(1)
     result = model.reconstruct(images)
     patches = result.token_loss[:, 1:].sum(1)
-    assert torch.allclose(result.view_loss, (3 * result.token_loss[:, 0] + patches) / 19, rtol=1e-5)
+    assert torch.allclose(result.image_loss, (3 * result.token_loss[:, 0] + patches) / 19, rtol=1e-5)
     cfg = copy.deepcopy(milan_cfg)
     cfg['head'] = dict(type='mmmilan.SumTarget', targets=[milan_cfg['head']], balance=False)
     whole = build_model(cfg)

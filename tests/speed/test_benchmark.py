@@ -44,16 +44,15 @@ def test_benchmark(benchmark, tmp_path, command, options, parts):
 
 @pytest.mark.slow
 def test_benchmark_of_less_computation(benchmark, tmp_path):
-    """Each option is compared with mmpretrain's MILAN by its masked views, and takes fewer operations a view."""
-    options = {'2-masks': 2, '4-masks-third': 4, 'fast': 2, 'alignment': 1, 'cached': 1}
+    """Each option is compared with mmpretrain's MILAN, and takes fewer operations than ours."""
+    options = ('alignment', 'cached')
     report = benchmark(tmp_path / 'report.json', 'step', *TINY, '--options', *options)
     theirs, ours = report['contestants']['mmpretrain in float32'], report['contestants']['mmmilan']
-    for name, masks in options.items():
+    for name in options:
         figures = report['contestants'][f'mmmilan, {name}']
-        assert figures['masked_views_per_s'] == pytest.approx(masks * figures['images_per_s'])
-        ratio = figures['masked_views_per_s'] / theirs['images_per_s']
+        ratio = figures['images_per_s'] / theirs['images_per_s']
         assert report['option_ratios'][f'mmmilan, {name}'] == pytest.approx(ratio)
-        assert figures['gflops_per_image'] / masks < ours['gflops_per_image']
+        assert figures['gflops_per_image'] < ours['gflops_per_image']
 
 
 def test_benchmark_of_the_same_work(benchmark, tmp_path):

@@ -115,14 +115,12 @@ def summarise(result: Result, peak: float | None) -> dict:
     median = statistics.median(result.seconds)
     quartiles = statistics.quantiles(result.seconds, n=4) if len(result.seconds) > 1 else [median] * 3
     rate = result.images / median
-    masks, gflops = result.extra.get('masks_per_image'), result.flops / result.images / 1e9 if result.flops else None
+    gflops = result.flops / result.images / 1e9 if result.flops else None
     return dict(
         images_per_s=rate,
-        masked_views_per_s=rate * masks if masks else None,
         ms=dict(median=1e3 * median, quartiles=[1e3 * quartiles[0], 1e3 * quartiles[2]]),
         ms_by_part={part: 1e3 * statistics.median(seconds) for part, seconds in result.parts.items()},
         gflops_per_image=gflops,
-        gflops_per_view=gflops / masks if gflops and masks else None,
         mfu=rate * gflops / (1e3 * peak) if peak and gflops else None,
         peak_memory_mb=result.peak_memory / 1e6 if result.peak_memory is not None else None,
         **result.extra,
@@ -141,7 +139,6 @@ def print_table(title: str, figures: dict[str, dict]) -> None:
     for name in figures:
         table.add_column(name, justify='right')
     rows = {'images/s': [values['images_per_s'] for values in figures.values()]}
-    rows['masked views/s'] = [values['masked_views_per_s'] for values in figures.values()]
     rows['ms'] = [values['ms']['median'] for values in figures.values()]
     rows['ms, quartiles'] = ['{:.1f} to {:.1f}'.format(*values['ms']['quartiles']) for values in figures.values()]
     for part in dict.fromkeys(part for values in figures.values() for part in values['ms_by_part']):
@@ -167,15 +164,13 @@ def main() -> None:
     options = {name: values for name, values in figures.items() if name.startswith('mmmilan, ')}
     others = [values for name, values in figures.items() if name not in ('mmmilan', *options)]
     ratios = {n: ours['images_per_s'] / v['images_per_s'] for n, v in figures.items() if v in others}
-    rate = 'masked_views_per_s' if args.command == 'step' else 'images_per_s'
-    option_ratios = {n: v[rate] / others[0][rate] for n, v in options.items()}
+    option_ratios = {n: v['images_per_s'] / others[0]['images_per_s'] for n, v in options.items()}
     settings = {key: str(value) for key, value in vars(args).items() if value is not None and key != 'json'}
     print_table(f'{args.command}: {settings["arch"]}, {args.img_size} pixels, batch {args.batch_size}', figures)
     for name, ratio in ratios.items():
         print(f'{ratio:.2f} times {name}')
     for name, ratio in option_ratios.items():
-        counted = ', counting masked views' if args.command == 'step' else ''
-        print(f'{name}: {ratio:.2f} times {list(ratios)[0]}{counted}')
+        print(f'{name}: {ratio:.2f} times {list(ratios)[0]}')
     if args.json:
         report = dict(
             command=args.command,

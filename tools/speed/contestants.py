@@ -146,7 +146,6 @@ def step(args: argparse.Namespace) -> Iterator[Contestant]:
         if dtype == torch.bfloat16 and not ours:
             wrapper.enabled = True  # even on a CPU without bfloat16, where mmmilan falls back to float32
         extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
-        extra['masks_per_image'] = getattr(model, 'masks_per_image', 1)
         yield Contestant(name, partial(training_step, model, wrapper, images, samples), args.batch_size, extra=extra)
 
 

@@ -1,4 +1,4 @@
-"""The options that reduce the cost of a masked view, as changes of MILAN's config."""
+"""The options that reduce the cost of a step, as changes of MILAN's config."""
 
 from __future__ import annotations
 
@@ -10,20 +10,6 @@ from mmengine.config import ConfigDict
 from mmpretrain.structures import DataSample
 
 from mmmilan.teachers.cached import VERSION
-
-
-def two_masks(model: ConfigDict, folder: Path) -> None:
-    model.masks_per_image = 2
-
-
-def four_masks_third(model: ConfigDict, folder: Path) -> None:
-    model.masks_per_image = 4
-    model.neck.update(self_attention=False, predict_ratio=1 / 3)
-
-
-def fast(model: ConfigDict, folder: Path) -> None:
-    model.masks_per_image = 2
-    model.neck.update(self_attention=False, predict_ratio=1 / 3)
 
 
 def alignment(model: ConfigDict, folder: Path) -> None:
@@ -47,9 +33,6 @@ def cached(model: ConfigDict, folder: Path) -> None:
 
 
 OPTIONS = {
-    '2-masks': two_masks,
-    '4-masks-third': four_masks_third,
-    'fast': fast,
     'alignment': alignment,
     'cached': cached,
 }

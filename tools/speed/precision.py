@@ -67,7 +67,7 @@ def loss_and_gradient(model: MILAN, images: Tensor, targets: Targets) -> tuple[f
     torch.manual_seed(0)
     model.zero_grad()
     model.head.run_teacher = lambda images: targets
-    loss = model.reconstruct(images).view_loss.mean()
+    loss = model.reconstruct(images).image_loss.mean()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

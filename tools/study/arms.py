@@ -33,11 +33,7 @@ PAPER = {
 }
 # Those with less computation (docs/efficiency.md); they run only where --arms names them.
 CHEAPER = {
-    'prompts only, a third predicted': 'milan-prompts-only_vit-tiny-p4_cifar10.py',
-    '2 masks, half the epochs': 'milan-2-masks_vit-tiny-p4_cifar10.py',
-    '4 masks, a third, a quarter of the epochs': 'milan-4-masks_vit-tiny-p4_cifar10.py',
     'alignment, half the epochs': 'milan-alignment_vit-tiny-p4_cifar10.py',
-    'combined: 2 masks, a third, half the epochs': 'milan-fast_vit-tiny-p4_cifar10.py',
 }
 ARMS = PAPER | CHEAPER
 SEEDS = (0, 1, 2)
