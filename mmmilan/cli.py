@@ -34,7 +34,7 @@ COMMANDS = {
     "Configs of OpenMMLab's kind": ('train', 'test', 'get-flops'),
     'Models for other programs': ('convert', 'export-onnx'),
 }
-POSITIONAL = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+HELP = ('--help', '-h', '--version')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,29 +68,31 @@ def run(tokens: list[str]) -> Any:
     Raises:
         InputError: a command, an argument or an option is wrong.
     """
-    command, rest = (tokens[:1] or [''])[0], tokens[1:]
-    function, given, changes = None, {}, {}
+    command, *rest = tokens or ['--help']
     known = [name for names in COMMANDS.values() for name in names]
-    if command and command not in (*known, '--help', '-h', '--version'):
+    if command in HELP:
+        target, bound, _ = overview().parse_args([command])
+        return target(*bound.args, **bound.kwargs)
+    if command not in known:
         near = difflib.get_close_matches(command.lower().replace('_', '-'), known, n=1)
         raise InputError(f'{command} is no command; {f"the nearest is {near[0]}" if near else "see mmmilan --help"}.')
-    if command in known:
-        function = getattr(mmmilan, command.replace('-', '_'))
-        rest, given, changes = split_tokens(rest, inspect.signature(function))
-        tokens = [command, *rest]
+    function = getattr(mmmilan, command.replace('-', '_'))
+    rest, given, changes = split_tokens(rest, function)
+    app = new_app()
+    app.command(as_command(function, given), name=command, usage=usage(command, function))
     try:
-        target, bound, _ = make_app(command, function, given).parse_args(tokens)
+        target, bound, _ = app.parse_args([command, *rest])
     except CycloptsError as error:
         error.verbose = False
         raise InputError(f'{" ".join(str(error).split()).rstrip(".")}; see mmmilan {command} --help.') from error
-    if target.__name__ != 'command':  # --help and --version are functions of cyclopts
+    if target.__name__ != 'command':  # --help is a function of cyclopts
         return target(*bound.args, **bound.kwargs)
     return function(**bound.arguments.pop('changes', {}) | bound.arguments | given | changes)
 
 
-def make_app(command: str, function: Callable | None, given: Mapping[str, Any]) -> App:
-    """The command line; only the function of the command that is run is imported."""
-    app = App(
+def new_app() -> App:
+    """A command line without commands."""
+    return App(
         name='mmmilan',
         help='MILAN pretraining on your own images, and what comes after it.',
         version=mmmilan.__version__,
@@ -98,13 +100,15 @@ def make_app(command: str, function: Callable | None, given: Mapping[str, Any]) 
         exit_on_error=False,
         print_error=False,
     )
+
+
+def overview() -> App:
+    """The command line as its help shows it: all commands, of which no function is imported."""
+    app = new_app()
     for position, (title, names) in enumerate(COMMANDS.items()):
         group = Group(title, sort_key=position)
         for name in names:
-            if name == command and function is not None:
-                app.command(as_command(function, given), name=name, group=group, usage=usage(name, function))
-            elif function is None:  # for help
-                app.command(print, name=name, group=group, help=summary(name))
+            app.command(print, name=name, group=group, help=summary(name))
     return app
 
 
@@ -119,11 +123,27 @@ def summary(name: str) -> str:
     raise LookupError(function)
 
 
-def split_tokens(tokens: list[str], signature: inspect.Signature) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+def words_of(function: Callable) -> list[inspect.Parameter]:
+    """The arguments of a function that a command line gives as words, without their names, in order.
+
+    Where one of them is a list, those with a default are given by name alone: the list takes all words but those of the
+    arguments after it, as the sources of ``cp`` do.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    words = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return [each for each in words if each.default in (each.empty, None)] if any(map(is_list, words)) else words
+
+
+def is_list(word: inspect.Parameter) -> bool:
+    """Whether an argument takes several words."""
+    return any(name in str(word.annotation) for name in ('Paths', 'Sequence'))
+
+
+def split_tokens(tokens: list[str], function: Callable) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """Take out of a command line what cyclopts cannot read.
 
     These are changes of the config, ``--model.masking.mask_ratio 0.6`` or ``--cfg-options a.b=3 c=None``; parts of an
-    argument that is a dict, ``--arch.embed_dims 48``; and, beside an argument that is a list, the other ones by name.
+    argument that is a dict, ``--arch.embed_dims 48``; and words that are given by name, where one of them is a list.
 
     Returns:
         The other tokens; arguments of the function; changes of the config, e.g. ``{'model.masking.mask_ratio': 0.6}``.
@@ -131,34 +151,33 @@ def split_tokens(tokens: list[str], signature: inspect.Signature) -> tuple[list[
     Raises:
         InputError: an option has no value, or the command takes no changes.
     """
-    parameters = signature.parameters
+    parameters = inspect.signature(function).parameters
     takes_changes = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    by_name = {
-        name for name, each in parameters.items() if each.kind in POSITIONAL and each.default in (each.empty, None)
-    }
-    by_name = by_name if any(map(is_list, parameters.values())) else set()
+    words = words_of(function)
+    lists = {each.name for each in words if is_list(each)}
+    by_name = {each.name for each in words} if lists else set()
     others, given, changes, left = [], {}, {}, list(tokens)
     while left:
         token = left.pop(0)
         option, equals, value = token.partition('=')
-        name = option.removeprefix('--').replace('-', '_')
+        name = option.removeprefix('--').replace('-', '_')  # with dashes or without, as other options
         dotted = re.fullmatch(r'--\w[\w-]*(\.[\w-]+)+', option)
-        key = name.split('.') if dotted else []  # with dashes or without, as other options
-        if token == '--' or not option.startswith('--') or not (dotted or name in by_name or name == 'cfg_options'):
+        if not dotted and not (option.startswith('--') and name in (*by_name, 'cfg_options')):
             others.append(token)
             continue
         values = [value] if equals else []
-        several = not equals and (name == 'cfg_options' or (name in by_name and is_list(parameters[name])))
+        several = not equals and name in (*lists, 'cfg_options')
         while left and not left[0].startswith('--') and (several or not (values or equals)):
             values.append(left.pop(0))
         if not values or '' in values:
             raise InputError(f'{option} has no value; write {option}=VALUE.')
-        if name in by_name and not dotted:
+        first, *inner = name.split('.')
+        if name in by_name:
             given[name] = values if several else values[0]
         elif name == 'cfg_options' and takes_changes:
             changes |= dict(map(read_change, values))
-        elif dotted and key[0] in parameters and key[0] not in by_name:
-            given[key[0]] = set_inside(given.get(key[0], {}), key[1:], option_value(values[0]))
+        elif dotted and first in parameters.keys() - by_name:
+            given[first] = set_inside(given.get(first, {}), inner, option_value(values[0]))
         elif dotted and takes_changes:
             changes[name] = option_value(values[0])
         else:
@@ -188,38 +207,32 @@ def set_inside(part: dict, keys: list[str], value: Any) -> dict:
     return part
 
 
-def is_list(parameter: inspect.Parameter) -> bool:
-    """Whether a positional parameter takes several words."""
-    return parameter.kind in POSITIONAL and any(word in str(parameter.annotation) for word in ('Paths', 'Sequence'))
-
-
 def as_command(function: Callable, given: Mapping[str, Any]) -> Callable:
-    """The function with the signature of a command.
+    """The function with the signature of a command, without the arguments that are given already.
 
-    Where one argument is a list, it takes all words but those of the arguments after it, as the sources of ``cp`` do.
     Numbers are read as Python reads them, and the function says which ones it takes.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
+    words = words_of(function)
+    by_place = any(map(is_list, words))
     chosen = []
-    for each in parameters:
+    for each in inspect.signature(function).parameters.values():
         kind, hint = each.kind, hints[each.name]
         if each.name in given:
             continue
-        if with_list(function) and kind in POSITIONAL:
-            kind = each.POSITIONAL_ONLY if each.default in (each.empty, None) else each.KEYWORD_ONLY
+        if by_place and kind is each.POSITIONAL_OR_KEYWORD:
+            kind = each.POSITIONAL_ONLY if each in words else each.KEYWORD_ONLY
         if kind is each.KEYWORD_ONLY and {int, float} & set(plain_types(hint)):
             hint = Annotated[hint, Parameter(converter=read_numbers), Unchecked()]
         elif 'dict' in str(each.annotation):
             hint = Annotated[hint, Parameter(converter=read_dict)]
         chosen.append(each.replace(kind=kind, annotation=hint))
-    order = [inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
     def command(*args: Any, **kwargs: Any) -> None:
         """Stands for the function while the command line is read."""
 
     command.__doc__ = function.__doc__
-    command.__signature__ = inspect.Signature(sorted(chosen, key=lambda each: each.kind not in order))
+    command.__signature__ = inspect.Signature(sorted(chosen, key=lambda each: each.kind))
     command.__annotations__ = {each.name: each.annotation for each in chosen}
     return command
 
@@ -255,16 +268,10 @@ def read_dict(kind: Any, tokens: Sequence[Any]) -> Any:
 def usage(name: str, function: Callable) -> str:
     """A line that can be typed with values in place of the capital letters."""
     words = []
-    for each in inspect.signature(function).parameters.values():
-        if each.kind in POSITIONAL and (each.default in (each.empty, None) or not with_list(function)):
-            word = each.name.upper() + '...' * is_list(each)
-            words.append(word if each.default is each.empty else f'[{word}]')
+    for each in words_of(function):
+        word = each.name.upper() + '...' * is_list(each)
+        words.append(word if each.default is each.empty else f'[{word}]')
     return f'Usage: mmmilan {name} {" ".join(words)} [OPTIONS]'
-
-
-def with_list(function: Callable) -> bool:
-    """Whether a positional argument of a function is a list."""
-    return any(map(is_list, inspect.signature(function).parameters.values()))
 
 
 def plain_types(hint: Any) -> list[Any]:
