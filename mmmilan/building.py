@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -87,14 +87,21 @@ KEYS = dict(
     auto_scale_lr=dict(enable=TRUTH, base_batch_size=NUMBER),
     randomness=dict(seed=WHOLE, diff_rank_seed=TRUTH, deterministic=TRUTH),
     arch=dict(embed_dims=WHOLE, num_layers=WHOLE, num_heads=WHOLE, feedforward_channels=WHOLE),
+    clip_grad=dict.fromkeys(('max_norm', 'clip_value'), NUMBER)
+    | dict.fromkeys(('type', 'norm_type', 'error_if_nonfinite', 'foreach'), frozenset()),
 )
+# Numbers that mean the same wherever they stand: outside of these ranges nothing is trained, or something else.
+ABOVE_0 = ('max_epochs', 'max_iters', 'val_interval', 'batch_size', 'T_max', 'max_norm', 'clip_value', 'patch_size')
+ABOVE_0 += ('decoder_embed_dim', 'accumulative_counts')
+FROM_0 = ('num_workers', 'decoder_depth', 'weight_decay')
+SHARES = ('drop_rate', 'drop_path_rate', 'attn_drop_rate', 'layer_decay_rate', 'label_smooth_val', 'prob', 'flip_prob')
+# What commands set that write a config of their own.
+OWN = dict(work_dir='by its folder (--out)', launcher='itself', experiment_name='itself')
 LARGEST = 65536  # of the sizes of an arch
 MULTIPLIERS = ('norm_decay_mult', 'bias_lr_mult', 'bias_decay_mult', 'dwconv_decay_mult', 'flat_decay_mult')
 MULTIPLIERS += ('dcn_offset_lr_mult', 'layer_decay_rate')
 SOME_KEYS = dict(
     paramwise_cfg=dict.fromkeys(MULTIPLIERS, NUMBER) | dict(bypass_duplicate=TRUTH, custom_keys=DICT, num_layers=WHOLE),
-    clip_grad=dict.fromkeys(('max_norm', 'clip_value'), NUMBER)
-    | dict.fromkeys(('type', 'norm_type', 'error_if_nonfinite', 'foreach'), frozenset()),
 )
 DEFAULT_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 ALIKE = 0.85  # of a misspelt key and the right one, where a part may have other keys
@@ -173,6 +180,8 @@ def check_top(cfg: Config, option: str, arguments: Iterable[str] = ()) -> None:
     """Raise an :class:`InputError` if nothing reads the first name of an option."""
     name, _, rest = option.partition('.')
     name = name.replace('-', '_')
+    if arguments and name in OWN:
+        raise InputError(f'{option} is set by the command {OWN[name]}; leave it out.')
     known = {*arguments_of(Runner)[0]} - {'cfg'} | TOP
     if name in known:
         return
@@ -245,7 +254,7 @@ def faults_of(cfg: Config) -> Iterator[Fault]:
         copied = any(value == cfg[name] and key.split('.')[0] != name for key, value in values_of(cfg))
         if near and not copied:  # else it is a variable of the file
             yield Fault(name, f'Nothing reads {name} of the config; the nearest name is {near[0]}.', False)
-    yield from _wrong_values(dict(cfg), '', Reader('the runner', arguments, True))
+    yield from _wrong_values(dict(cfg), '', Reader('the runner', {**arguments, 'compile': TRUTH | DICT}, True))
     hooks = cfg.get('default_hooks')
     for name in set(hooks if isinstance(hooks, Mapping) else ()) - set(DEFAULT_HOOKS):
         if near := difflib.get_close_matches(name, DEFAULT_HOOKS, n=1, cutoff=ALIKE):
@@ -336,6 +345,19 @@ def _wrong_values(values: Mapping[str, Any], prefix: str, reader: Reader) -> Ite
             taker = f'{reader.title} takes' if reader.title else 'give'
             reason = f'{prefix}{name}={shown(value)} does not fit; {taker} {described(kinds)}.'
             yield Fault(f'{prefix}{name}', reason, True)
+        elif rule := _out_of_range(name, value):
+            yield Fault(f'{prefix}{name}', f'{prefix}{name}={shown(value)} is out of range; give {rule}.', True)
+
+
+def _out_of_range(name: str, value: Any) -> str:
+    """What a number should be that is out of the range of its name; '' if it is not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return ''
+    if name in ABOVE_0 and not value > 0:
+        return 'a number above 0'
+    if name in FROM_0 and not value >= 0:
+        return '0 or more'
+    return 'a number from 0 to 1' if name in SHARES and not 0 <= value <= 1 else ''
 
 
 def _reader_of(part: Part) -> Reader | None:
@@ -346,7 +368,8 @@ def _reader_of(part: Part) -> Reader | None:
     """
     key = part.top.rpartition('.')[2]
     if key in KEYS | SOME_KEYS and 'type' not in part.value:
-        return Reader('', KEYS.get(key) or SOME_KEYS[key], key in SOME_KEYS)
+        title = 'PyTorch' if key == 'clip_grad' else ''  # to which it is passed
+        return Reader(title, KEYS.get(key) or SOME_KEYS[key], key in SOME_KEYS)
     builder = _builder_of(part)
     if not callable(builder):
         return None

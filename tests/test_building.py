@@ -191,6 +191,42 @@ def test_values_that_are_taken(config, option, value):
     assert value_at(changed, option) == value
 
 
+@pytest.mark.parametrize(
+    ('option', 'values', 'rule'),
+    [
+        ('train_cfg.max_epochs', (0, -1), 'a number above 0'),
+        ('train_cfg.val_interval', (0, -1), 'a number above 0'),
+        ('train_dataloader.batch_size', (0, -8), 'a number above 0'),
+        ('test_dataloader.num_workers', (-1,), '0 or more'),
+        ('param_scheduler.1.T_max', (0, -20), 'a number above 0'),
+        ('optim_wrapper.clip_grad.max_norm', (-1, 0.0), 'a number above 0'),
+        ('optim_wrapper.optimizer.weight_decay', (-0.05,), '0 or more'),
+        ('model.neck.decoder_depth', (-1,), '0 or more'),
+        ('model.neck.decoder_embed_dim', (0, -512), 'a number above 0'),
+        ('model.backbone.drop_path_rate', (1.5, -0.1), 'a number from 0 to 1'),
+        ('train_dataloader.dataset.pipeline.0.flip_prob', (2, -0.5), 'a number from 0 to 1'),
+    ],
+)
+@pytest.mark.parametrize('as_options', [True, False])
+def test_numbers_with_which_something_else_would_be_trained(config, option, values, rule, as_options):
+    """Nothing at all, away from the minimum, or a model without its blocks."""
+    for value in values:
+        message = error_of(config, {option: value}, as_options)
+        assert message == f'{option}={value!r} is out of range; give {rule}.'
+
+
+@pytest.mark.parametrize('as_options', [True, False])
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('optim_wrapper.clip_grad.max', 1, 'optim_wrapper.clip_grad.max: PyTorch takes no max; '),
+        ('compile', 'yes', "compile='yes' does not fit; the runner takes True or False or a dict."),
+    ],
+)  # fmt: skip
+def test_what_would_fail_in_the_first_step(config, option, value, message, as_options):
+    assert message in error_of(config, {option: value}, as_options)
+
+
 def sizes(**changes) -> dict:
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(arch=dict(_delete_=True, **arch | changes))

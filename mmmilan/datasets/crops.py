@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mmpretrain.datasets.transforms import RandomResizedCrop
 
 from mmmilan.datasets.decoding import MAX_PIXELS, decode, exif_orientation, open_header, read_bytes
+from mmmilan.errors import InputError
 from mmmilan.registry import TRANSFORMS
 
 # A JPEG decoded at reduced size must have at least this many times the pixels of the output along each axis.
@@ -38,6 +39,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
 
     Raises:
         CorruptImageError, InputError: as :class:`LoadImage`.
+        InputError: when it is built, if the ranges leave no crop.
     """
 
     def __init__(
@@ -50,6 +52,11 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(scale, crop_ratio_range, aspect_ratio_range, interpolation='bicubic')
+        if not 0 < min(crop_ratio_range) <= max(crop_ratio_range) <= 1 or min(aspect_ratio_range) <= 0:
+            raise InputError(
+                f'crop_ratio_range={crop_ratio_range} and aspect_ratio_range={aspect_ratio_range} leave no crop; give '
+                'shares of the image from above 0 to 1, and ratios above 0.'
+            )
         self.flip_prob = flip_prob
         self.backend_args = backend_args
         self.max_pixels = max_pixels

@@ -347,6 +347,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
             mmseg import; another run uses the work dir; there is no complete checkpoint to resume from; a data worker
             died or hangs.
     """
+    check_launcher(cfg.launcher)
     check_operators(cfg)
     check_packages(cfg)
     check_data(cfg, task)
@@ -367,6 +368,16 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
         with heartbeat.publish_error(), build_errors(), worker_errors():
             yield runner
+
+
+def check_launcher(launcher: str) -> None:
+    """Raise an :class:`InputError` if the launcher that an option names did not start this process."""
+    variable = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_LOCAL_RANK').get(launcher)
+    if variable and variable not in os.environ:
+        raise InputError(
+            f'launcher={launcher!r}, but that did not start this process ({variable} is not set); leave it out, or '
+            'start several processes with --gpus.'
+        )
 
 
 def add_hooks(cfg: Config) -> None:

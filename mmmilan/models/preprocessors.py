@@ -10,6 +10,7 @@ import torch
 from mmpretrain.models.utils import ClsDataPreprocessor, SelfSupDataPreprocessor
 from mmpretrain.structures import DataSample
 
+from mmmilan.errors import InputError
 from mmmilan.models.maskclip_losses import count_words
 from mmmilan.registry import MODELS
 
@@ -32,6 +33,8 @@ class PretrainingDataPreprocessor(SelfSupDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Images [B, 3, H, W], uint8, and data samples -> normalised images, float32, and samples on the device."""
+        if 'inputs' not in data:
+            raise InputError(f'A batch has no inputs but {", ".join(data)}; let the data pipeline end with PackInputs.')
         images = data['inputs'].to(self.device, non_blocking=True)
         images = (images.flip(1) if self._channel_conversion else images).float()
         if self._enable_normalize:

@@ -191,6 +191,15 @@ def test_corrupt_images(tmp_path, content):
     assert messages == {f'{path} does not decode as an image; replace or remove it.'}
 
 
+@pytest.mark.parametrize(
+    'ranges', [dict(crop_ratio_range=(2, 3)), dict(crop_ratio_range=(0, 1)), dict(aspect_ratio_range=(-1, 2))]
+)
+def test_ranges_without_a_crop(ranges):
+    """For them mmpretrain takes the centre of each image."""
+    with pytest.raises(InputError, match='leave no crop; give shares of the image from above 0 to 1'):
+        LoadRandomResizedCrop(8, **ranges)
+
+
 def test_truncated_and_missing(write_jpeg):
     path = Path(write_jpeg(300, 200))
     content = path.read_bytes()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+import mmmilan
 from helpers import ROOT
 from mmmilan import torchrun
 from mmmilan.cli import main
@@ -49,6 +50,13 @@ def test_missing_data_set(config, task, folder, option, tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         check_data(Config.fromfile(ROOT / 'configs' / config), task)
     assert str(error.value) == (f'The data folder {folder} does not exist; set {option}.data_root to your data.')
+
+
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_a_launcher_that_did_not_start_this_process(launcher, tiny_config, tmp_path):
+    with pytest.raises(InputError, match=f"launcher='{launcher}', but that did not start this process"):
+        mmmilan.train(str(tiny_config()), launcher=launcher)
+    assert not (tmp_path / 'work').exists()
 
 
 def test_missing_annotations(tmp_path, monkeypatch):

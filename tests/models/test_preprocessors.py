@@ -7,6 +7,8 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
+from mmmilan.errors import InputError
+from mmmilan.models.preprocessors import PretrainingDataPreprocessor
 from mmmilan.registry import MODELS
 
 NORMALISATION = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
@@ -57,3 +59,10 @@ def test_classification(augments):
         assert ('gt_score' in sample) == ('gt_score' in expected) == bool(augments)
         if augments:
             assert torch.equal(sample.gt_score, expected.gt_score)
+
+
+def test_a_pipeline_that_packs_nothing():
+    with pytest.raises(
+        InputError, match='A batch has no inputs but img_path, gt_label; let the data pipeline end with'
+    ):
+        PretrainingDataPreprocessor()(dict(img_path=['a.jpg'], gt_label=[3]))
