@@ -10,9 +10,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS
+from torch._dynamo.testing import CompileCounter
 
 from helpers import ROOT, relative_error
 from mmmilan.datasets import Draw
+from mmmilan.engine.compilation import compile_model
 from mmmilan.errors import InputError
 from mmmilan.teachers.cached import TargetCache, encode, record_dtype
 
@@ -64,6 +66,26 @@ def test_training_is_that_with_the_teacher(cached):
     assert (folder / 'epoch_1.bin').stat().st_size == 24 * record
     assert f'{record / 1e3:.1f} KB per image and epoch' in printed
     assert 'rounding to 8 bits alone causes a loss of' in printed
+
+
+def test_the_compiled_loss_takes_each_batch_from_the_cache(cached):
+    """It is compiled once, and the targets are those of the batch at hand."""
+    config, folder, _ = cached
+    model, graphs = MODELS.build(cached_config(config, folder).model).train(), CompileCounter()
+    model.init_weights()
+    batches = [model.data_preprocessor(batch_of(cached_config(config, folder), epoch), True) for epoch in (0, 1, 0)]
+
+    def losses() -> list[float]:
+        values = []
+        for batch in batches:
+            torch.manual_seed(1)
+            values.append(model.loss(**batch)['loss'].item())
+        return values
+
+    expected = losses()
+    assert expected[0] == expected[2] != expected[1]
+    compile_model(model, backend=graphs)
+    assert losses() == pytest.approx(expected, rel=1e-6) and graphs.frame_count == 1
 
 
 def test_masks_that_the_pipeline_draws(cached):
