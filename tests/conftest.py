@@ -51,13 +51,15 @@ def quick_runs():
     """A run without what no test reads and what takes most of the time of a small one.
 
     MMEngine lets yapf format a config six times, half a second each, and asks git and the compilers for their versions;
-    files are synced to the disk, which only a loss of power could show.
+    files are synced to the disk, which only a loss of power could show. A tokenizer reads its vocabulary again for each
+    text tower.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **kwargs: (text, True))
         patch.setattr('mmengine.runner.runner.get_git_hash', lambda: '')
         patch.setattr('mmengine.runner.runner.collect_env', cache(collect_env))
         patch.setattr('os.fsync', lambda file: None)
+        patch.setattr('open_clip.tokenizer.SimpleTokenizer', cache(open_clip.SimpleTokenizer))
         yield
 
 

@@ -46,6 +46,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_all_figures(models, image_folder, tmp_path):
     """The command writes the same files twice, whatever the time and the state of the random generators."""
     config, files = models

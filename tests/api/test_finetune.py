@@ -53,6 +53,7 @@ def options_of(epochs: int = 2, **others) -> dict:
     return dict(epochs=epochs, batch_size=4) | HERE | others
 
 
+@pytest.mark.slow
 def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
     weights = mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of())
     assert weights == tmp_path / 'run/model.pth'

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import mmmilan
+from helpers import rest_slow
 from mmmilan.api.embed import read_features, write_features
 from mmmilan.cli import main
 from mmmilan.errors import InputError
@@ -142,7 +143,7 @@ def write_embedded(path: Path, **changes: np.ndarray) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize('as_list', [False, True])
-@pytest.mark.parametrize('ending', ['npz', 'parquet'])
+@pytest.mark.parametrize('ending', rest_slow(['npz', 'parquet'], 'parquet'))
 def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     path = write_embedded(tmp_path / 'features.npz')
     model = mmmilan.get_model(checkpoint, encoder_only=False)
@@ -158,7 +159,7 @@ def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     assert found == {'a.jpg': pytest.approx(expected[0], abs=1e-4), 'c.jpg': pytest.approx(expected[2], abs=1e-4)}
 
 
-@pytest.mark.parametrize('ending', ['npz', 'parquet'])
+@pytest.mark.parametrize('ending', rest_slow(['npz', 'parquet'], 'npz'))
 def test_features_of_another_checkpoint(checkpoint, photos, tmp_path, ending):
     """They have the same width, and are told apart by what the file says of the encoder; a copy is the same."""
     path = mmmilan.embed(photos, checkpoint, tmp_path / f'features.{ending}', patches=True)

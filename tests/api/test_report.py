@@ -16,6 +16,7 @@ def no_page_of_the_run(monkeypatch):
     monkeypatch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
 
 
+@pytest.mark.slow
 def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     quick['epochs'] = 1
     first = mmmilan.pretrain(image_folder, tmp_path / 'a', **quick)
@@ -48,6 +49,7 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     assert 'The captions name the classes' not in page
 
 
+@pytest.mark.slow
 def test_the_training_split_is_the_bank(image_folder, quick, tmp_path, capfd):
     """All images of ``val`` are asked, which may lack a class; nothing of MMEngine's parameters is printed."""
     data = tmp_path / 'data'

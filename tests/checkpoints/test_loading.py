@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,9 +41,14 @@ def pretrained(milan_cfg) -> dict[str, Tensor]:
     return {key: torch.randn_like(value) for key, value in weights.items()}
 
 
+@cache
+def read(task: str) -> Config:
+    return Config.fromfile(ROOT / 'configs' / TASKS[task])
+
+
 def backbone_cfg(task: str, checkpoint: object, **changes) -> dict:
     """The encoder of a task's config, in the size of ``milan_cfg``: 4 x 4 patches, 2 blocks."""
-    cfg = Config.fromfile(ROOT / 'configs' / TASKS[task]).model.backbone
+    cfg = copy.deepcopy(read(task).model.backbone)
     cfg.arch = dict(TINY_ARCH)
     cfg.img_size = 64
     if task != 'classification':

@@ -47,7 +47,7 @@ def test_sibling_states_only_its_difference(name):
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-@pytest.mark.parametrize('name', rest_slow(CONFIGS, FINE_TUNING, f'{FINE_TUNING}-384px', PROBING))
+@pytest.mark.parametrize('name', rest_slow(CONFIGS, FINE_TUNING))
 def test_real_size(name, on_meta):
     """The whole model, on a tensor of the recipe's size, without memory."""
     cfg = read(name)

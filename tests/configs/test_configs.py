@@ -55,7 +55,7 @@ def slip_weights():
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-@pytest.mark.parametrize('name', rest_slow(CONFIGS, BASE, MAE, SLIP, CACHED))
+@pytest.mark.parametrize('name', rest_slow(CONFIGS, BASE, CACHED))
 def test_config_builds_at_its_real_size(name, on_meta, slip_weights, monkeypatch, tmp_path):
     cfg = with_random_teacher(name)
     if 'cached' in name:  # a cache of the teacher of the config that it is made with

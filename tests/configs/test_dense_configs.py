@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -27,8 +29,14 @@ LARGE = dict(embed_dims=1024, num_layers=24, num_heads=16)
 BASE = dict(embed_dims=768, num_layers=12, num_heads=12)
 
 
+@cache
+def parsed(path: Path) -> Config:
+    """A config of a file, which takes most of a second; not to be changed."""
+    return Config.fromfile(path)
+
+
 def read(name: str) -> Config:
-    cfg = Config.fromfile(CONFIGS[name])
+    cfg = copy.deepcopy(parsed(CONFIGS[name]))
     init_default_scope(cfg.default_scope)
     return cfg
 
@@ -38,7 +46,7 @@ def test_config_states_only_its_difference(name):
     own = own_settings(CONFIGS[name])
     bases = own.pop('_base_')
     for base in [bases] if isinstance(bases, str) else bases:
-        assert list(restated(own, Config.fromfile(CONFIGS[name].parent / base).to_dict())) == []
+        assert list(restated(own, parsed(CONFIGS[name].parent / base).to_dict())) == []
 
 
 @pytest.mark.parametrize('name', [name for name in zoo_models() if '_coco' in name or '_ade20k' in name])
@@ -46,7 +54,7 @@ def test_name_states_what_the_config_does(name):
     """MODEL_ENCODER_START_GPUSxbIMAGES-amp-AUGMENTATION-SCHEDULE_DATA, as in MMDetection and MMSegmentation."""
     pattern = r'[\w-]+_vit-\w+-p16_\w+-pre_(\d+)xb(\d+)-amp-(lsj-)?(1x|\d+e|\d+k)_(coco|ade20k-512x512)'
     gpus, images, jitter, schedule, data = re.fullmatch(pattern, name).groups()
-    cfg = Config.fromfile(zoo_models()[name].config)
+    cfg = parsed(zoo_models()[name].config)
     assert cfg.train_dataloader.batch_size == int(images)
     assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(images)
     assert cfg.optim_wrapper.type in ('AmpOptimWrapper', 'mmmilan.BFloat16OptimWrapper')

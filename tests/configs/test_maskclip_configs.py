@@ -147,6 +147,7 @@ def test_evaluations():
         assert 'type' not in retrieval.test_cfg and retrieval.test_evaluator.type == 'mmmilan.RetrievalRecall'
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
 def test_a_step_of_the_base_at_its_real_size(on_meta):
     """Shapes of all parts fit on images of 224 pixels."""

@@ -16,6 +16,7 @@ from mmmilan.errors import InputError
 ASYNCHRONOUS = {'default_hooks.checkpoint.asynchronous': True, 'train_dataloader.num_workers': 0}
 
 
+@pytest.mark.slow
 def test_training(tiny_config, run_tool, tmp_path):
     """The same files, and the same weights after resuming."""
     run_tool('train.py', tiny_config({'train_dataloader.num_workers': 0, 'work_dir': str(tmp_path / 'plain')}))

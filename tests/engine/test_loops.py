@@ -72,6 +72,7 @@ def test_no_wait_at_the_start_of_an_epoch():
     assert min(plain) > 0.2 and max(continuous) < 0.5 * min(plain)
 
 
+@pytest.mark.slow
 def test_training(tiny_config, run_tool, tmp_path):
     """The losses of two epochs, and a resumed run's weights, are those of a run without workers."""
     plain = tiny_config({'train_dataloader.num_workers': 0, 'work_dir': str(tmp_path / 'plain')})

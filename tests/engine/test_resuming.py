@@ -486,7 +486,7 @@ def several_targets(clip_file):
 OTHER_PARTS = [ALIGNMENT, 'prompted', 'several_targets', 'cached_teacher', 'pooling_teacher']
 
 
-@pytest.mark.parametrize('options', rest_slow(OTHER_PARTS, ALIGNMENT, 'cached_teacher'))
+@pytest.mark.parametrize('options', rest_slow(OTHER_PARTS, ALIGNMENT))
 def test_resumed_with_other_parts(options, tiny_config, run_tool, tmp_path, request):
     """One epoch and a resumed second one are two epochs in one run."""
     options = request.getfixturevalue(options) if isinstance(options, str) else options

@@ -72,6 +72,7 @@ def test_no_peak_no_mfu(tiny_config, run_tool, tmp_path):
     assert all('mfu' not in record and 'images_per_s' in record for record in read_scalars(tmp_path / 'work'))
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_run_as_it_is(tiny_config, run_tool, tmp_path):
     """Also with accumulated gradients, and with a batch of more images than are counted."""
     losses, flops = [], []

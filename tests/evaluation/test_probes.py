@@ -112,6 +112,7 @@ def test_knn_with_the_config_of_pretraining(
     assert torch.equal(*(read_scores(tmp_path / name) for name in ('encoder.pkl', 'whole.pkl')))
 
 
+@pytest.mark.slow
 def test_knn_on_two_ranks(knn_config, pretrained_checkpoint, labelled_images, run_tool, tmp_path):
     """They give the votes of one process, for numbers of images that two does not divide: 25 test, 39 labelled."""
     (labelled_images / 'train/class0/0.png').unlink()

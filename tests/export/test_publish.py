@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 import mmmilan
+from helpers import rest_slow
 from mmmilan.checkpoints.io import load_checkpoint_file
 
 CLASSES = ('cat', 'dog', 'newt')
@@ -151,7 +152,7 @@ def test_rectangular_encoder(run_tool, trained, tmp_path, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('rectangle', [False, True], ids=['square', 'rectangle'])
+@pytest.mark.parametrize('rectangle', rest_slow([False, True], True), ids=['square', 'rectangle'])
 def test_image_text_model(run_tool, trained, tmp_path, images, rectangle):
     """MaskCLIP: the card names its paper and data, and open_clip gives the same embeddings."""
     import open_clip

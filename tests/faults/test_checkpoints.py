@@ -105,6 +105,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 # -- resuming
 
 
+@pytest.mark.slow
 def test_spoilt_training_states(tmp_path, safe_mmengine):
     """The run resumes or says what is wrong; a spoilt state would crash a fused optimizer and with it the process."""
     runner(tmp_path / 'first', epochs=1).train()

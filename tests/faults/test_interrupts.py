@@ -111,7 +111,7 @@ def folder(tiny_config, pretrained_checkpoint, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize('seed', rest_slow(range(2), 0))
-@pytest.mark.parametrize('name', rest_slow(COMMANDS, 'embed', 'train', 'cache', 'pack'))
+@pytest.mark.parametrize('name', rest_slow(COMMANDS, 'embed', 'train'))
 def test_every_command(folder, name, seed):
     rng = random.Random(f'{name} {seed}')
     code, output = press(folder, rng.uniform(0, 3), rng.random() < 0.5, run_command, COMMANDS[name])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmpretrain.models import VisionTransformer
 
+from helpers import rest_slow
 from mmmilan.checkpoints.io import check_values, get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
@@ -59,7 +60,7 @@ def test_flipped_bits_are_found(tmp_path, ending):
 
 
 @pytest.mark.parametrize('ending', ['pth', 'legacy', 'safetensors'])
-@pytest.mark.parametrize('load', LOADERS)
+@pytest.mark.parametrize('load', rest_slow(LOADERS, as_encoder))
 def test_spoilt_bytes(tmp_path, safe_mmengine, load, ending):
     path, rng = tmp_path / f'weights.{ending}', random.Random(1)
     if ending == 'safetensors':
@@ -71,6 +72,7 @@ def test_spoilt_bytes(tmp_path, safe_mmengine, load, ending):
     assert sum(message is not None for message in messages) > (12 if ending == 'legacy' else 30)
 
 
+@pytest.mark.slow
 def test_spoilt_pickles_with_sound_checksums(tmp_path):
     path, rng = tmp_path / 'weights.pth', random.Random(2)
     torch.save(honest(), path)
@@ -79,7 +81,7 @@ def test_spoilt_pickles_with_sound_checksums(tmp_path):
     assert sum(message is not None for message in messages) > 60
 
 
-@pytest.mark.parametrize('load', LOADERS)
+@pytest.mark.parametrize('load', rest_slow(LOADERS, as_encoder))
 def test_spoilt_values(tmp_path, safe_mmengine, load):
     path, rng, checkpoint = tmp_path / 'weights.pth', random.Random(3), honest()
     only_weights = {'state_dict': checkpoint['state_dict'], 'meta': checkpoint['meta']}
@@ -87,7 +89,7 @@ def test_spoilt_values(tmp_path, safe_mmengine, load):
     assert sum(message is not None for message in messages) > 40
 
 
-@pytest.mark.parametrize('with_model', [False, True])
+@pytest.mark.parametrize('with_model', rest_slow([False, True], False))
 def test_teachers(tmp_path, clip_file, with_model):
     """A teacher's file in OpenAI's layout; or read as timm's, when the config names a model."""
     config = dict(type='mmmilan.OpenCLIPTeacher')

@@ -15,7 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from fake_cuda import CUDA, Watch, backward, fake_cuda, to_fake, train_step
-from helpers import ROOT
+from helpers import ROOT, rest_slow
 from mmmilan.engine import DeferredRuntimeInfoHook, MeanTeacherHook, NonFiniteLossHook, StepSeedHook
 from mmmilan.registry import MODELS
 
@@ -80,7 +80,10 @@ def test_teacher_in_float16(milan_cfg):
     assert {parameter.dtype for parameter in model.head.teacher.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize('part', ['pixels', 'mae decoder', 'distillation', 'random masking', 'checkpointing'])
+PARTS = ['pixels', 'mae decoder', 'distillation', 'random masking', 'checkpointing']
+
+
+@pytest.mark.parametrize('part', rest_slow(PARTS, 'pixels'))
 def test_other_parts(milan_cfg, part):
     if part == 'pixels':
         milan_cfg['neck']['predict_feature_dim'] = 768
@@ -126,7 +129,7 @@ def test_probing(semantic, clip_file):
     assert not run(MODELS.build(cfg.model), cfg.optim_wrapper, batch(gt_label=7)).waits
 
 
-@pytest.mark.parametrize('rel_pos_bias', [False, True])
+@pytest.mark.parametrize('rel_pos_bias', rest_slow([False, True], True))
 def test_dense_encoder(rel_pos_bias):
     """Forward and backward pass; the heads of mmdet and mmseg, which do wait, are left out."""
     settings = dict(arch=ARCH | dict(num_layers=4), out_indices=(0, 1, 2, 3), window_size=3, global_indices=(1, 3))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from helpers import ROOT, read_scalars
+from helpers import ROOT, read_scalars, rest_slow
 from processes import run_script
 
 
@@ -24,6 +24,7 @@ def used_config(work_dir: Path) -> str:
 FLOAT32 = {'optim_wrapper.type': 'OptimWrapper', 'train_cfg.max_epochs': 1}
 
 
+@pytest.mark.slow
 def test_amp(tiny_config, run_tool, tmp_path, bfloat16):
     """bfloat16 where the config has float32; a config that has chosen its precision keeps it."""
     run_tool('train.py', tiny_config(FLOAT32), '--work-dir', tmp_path / 'float32')
@@ -40,7 +41,8 @@ def test_amp(tiny_config, run_tool, tmp_path, bfloat16):
     assert [record['loss'] for record in read_scalars(tmp_path / 'both')] == losses
 
 
-@pytest.mark.parametrize(('accumulative_counts', 'by_option'), [(1, True), (3, True), (3, False)])
+@pytest.mark.parametrize('accumulative_counts', rest_slow([1, 3], 3))
+@pytest.mark.parametrize('by_option', rest_slow([True, False], True))
 def test_auto_scale_lr(tiny_config, run_tool, tmp_path, accumulative_counts, by_option):
     """The rate is scaled by the images of one step, accumulated ones included, over 4096; by option or config."""
     changes = {'optim_wrapper.accumulative_counts': accumulative_counts, 'param_scheduler': None} | FLOAT32
@@ -73,6 +75,7 @@ def test_cfg_options_and_default_work_dir(tiny_config, run_tool, tmp_path, monke
     assert {record['lr'] for record in read_scalars(work_dir)} == {1e-5}
 
 
+@pytest.mark.slow
 def test_test_reports_the_reconstruction_loss(tiny_config, run_tool, tmp_path):
     """It is that of the named checkpoint on whole images: less after three epochs than after one."""
     config = tiny_config(FLOAT32 | {'train_cfg.max_epochs': 3, 'param_scheduler': None})

@@ -17,7 +17,7 @@ from mmmilan.visualization.results_page import validate, write_results
 TASKS = ('classification', 'detection', 'segmentation')
 
 
-@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification', 'segmentation'))
+@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification'))
 def test_page(task, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr('mmmilan.evaluation.predictions.FEW', 5)
     weights = save_untrained(task, scenes, tmp_path)

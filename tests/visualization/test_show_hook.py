@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures('own_second')
 TASKS = ('classification', 'detection', 'segmentation')
 
 
-@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification', 'segmentation'))
+@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification'))
 def test_truth_beside_prediction(task, scenes, tmp_path):
     weights, folder = save_untrained(task, scenes, tmp_path), tmp_path / 'pictures'
     run_test(weights, show_dir=folder)
@@ -27,7 +27,7 @@ def test_truth_beside_prediction(task, scenes, tmp_path):
         run_test(weights, show_dir=scenes / 'val/new')
 
 
-@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification', 'segmentation'))
+@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification'))
 def test_several_views(task, scenes, tmp_path):
     if task == 'detection':
         with pytest.raises(InputError, match='averages boxes and no masks; leave out --tta'):
