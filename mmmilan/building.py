@@ -255,6 +255,13 @@ def faults_of(cfg: Config) -> Iterator[Fault]:
         if near and not copied:  # else it is a variable of the file
             yield Fault(name, f'Nothing reads {name} of the config; the nearest name is {near[0]}.', False)
     yield from _wrong_values(dict(cfg), '', Reader('the runner', {**arguments, 'compile': TRUTH | DICT}, True))
+    for name, value in values_of(cfg):
+        if name.rpartition('.')[2] == 'data_preprocessor' and is_of_shares(value):
+            reason = (
+                f'{name} has mean={value["mean"]} and std={value["std"]}, of values from 0 to 1, where images have 0 '
+                'to 255; multiply both by 255.'
+            )
+            yield Fault(name, reason, True)
     hooks = cfg.get('default_hooks')
     for name in set(hooks if isinstance(hooks, Mapping) else ()) - set(DEFAULT_HOOKS):
         if near := difflib.get_close_matches(name, DEFAULT_HOOKS, n=1, cutoff=ALIKE):
@@ -263,6 +270,15 @@ def faults_of(cfg: Config) -> Iterator[Fault]:
     for name in [*AT_TOP, *KEYS, *LOADERS]:
         for part in _parts(cfg.get(name), name, name, AT_TOP.get(name), name in AT_TOP):
             yield from _faults_in(part)
+
+
+def is_of_shares(preprocessor: Any) -> bool:
+    """Whether mean and standard deviation of a data preprocessor are of values from 0 to 1; 0 and 1 change nothing."""
+    both = [preprocessor.get(name) for name in ('mean', 'std')] if isinstance(preprocessor, Mapping) else []
+    if not both or not all(isinstance(each, (list, tuple)) and each for each in both):
+        return False
+    numbers = [x for each in both for x in each if isinstance(x, Real)]
+    return any(both[0]) and max(map(abs, numbers), default=2) <= 1
 
 
 def values_of(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:

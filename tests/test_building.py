@@ -227,6 +227,19 @@ def test_what_would_fail_in_the_first_step(config, option, value, message, as_op
     assert message in error_of(config, {option: value}, as_options)
 
 
+def test_statistics_of_values_from_0_to_1(config):
+    """PyTorch's, where images have 0 to 255, would leave them as they are."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    preprocessor = {'model.data_preprocessor.mean': mean, 'model.data_preprocessor.std': std}
+    for as_options in (True, False):
+        message = error_of(config, preprocessor, as_options)
+        assert message.startswith('model.data_preprocessor has mean=[0.485,') and message.endswith(
+            'multiply both by 255.'
+        )
+    nothing = Config(config.to_dict())
+    change_config(nothing, {'model.data_preprocessor.mean': [0, 0, 0], 'model.data_preprocessor.std': [1, 1, 1]})
+
+
 def sizes(**changes) -> dict:
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(arch=dict(_delete_=True, **arch | changes))

@@ -23,7 +23,7 @@ from mmmilan.files import first_line
 from mmmilan.registry import TRANSFORMS
 
 LOOKED_AT = 1000  # label maps of a split at most
-MASK = re.compile(rb'"segmentation"\s*:\s*(?!\s|null|\{\s*\}|\[(?:\s|,|\[\s*\])*\])')
+MASK = re.compile(rb'"segmentation"\s*:\s*(?!\s|null|""|\{\s*\}|\[(?:\s|,|\[\s*\])*\])')
 PARTS = ('images', 'categories', 'annotations')
 
 

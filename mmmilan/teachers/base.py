@@ -295,11 +295,11 @@ def statistics_of(preprocessor: dict | None) -> tuple[Sequence[float], Sequence[
     return [x / 255 for x in mean], [x / 255 for x in std]
 
 
-def check_statistics(mean: Any, std: Any, source: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of three channels as floats.
+def check_statistics(mean: Any, std: Any, source: str, largest: float = 255) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of three channels, of values from 0 to ``largest``, as floats.
 
     Raises:
-        InputError: they are not three numbers each, or a deviation is not positive.
+        InputError: they are not three numbers each, out of range, or a deviation is not positive.
     """
     try:
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
@@ -307,6 +307,8 @@ def check_statistics(mean: Any, std: Any, source: str) -> tuple[Sequence[float],
         mean = std = ()
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < x < math.inf for x in std)):
         raise InputError(f'The mean and std in {source} are not three numbers each; correct them.')
+    if max(*mean, *std) > largest:
+        raise InputError(f'The mean and std in {source} are not of values from 0 to {largest}; correct them.')
     return mean, std
 
 

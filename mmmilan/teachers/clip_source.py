@@ -199,7 +199,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of an ``open_clip_config.json``.
 
     Raises:
-        InputError: it cannot be read, or describes no model.
+        InputError: it cannot be read, describes no model, or does not say if it has QuickGELU.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -209,6 +209,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get('model_cfg'), dict):
         raise InputError(f'{path} describes no model (model_cfg); give the folder that open_clip wrote.')
+    if not isinstance(content['model_cfg'].get('quick_gelu', False), bool):
+        raise InputError(f'quick_gelu of {path} is neither true nor false; correct it.')
     return content
 
 
@@ -220,7 +222,7 @@ def statistics_in(content: dict[str, Any], source: str) -> Statistics:
     """
     settings = content.get('preprocess_cfg') or {}
     mean, std = (settings.get(key) or own for key, own in zip(('mean', 'std'), openai_statistics(), strict=True))
-    return check_statistics(mean, std, f'{CONFIG} of {source}')
+    return check_statistics(mean, std, f'{CONFIG} of {source}', 1)
 
 
 # -- by a file alone

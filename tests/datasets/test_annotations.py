@@ -85,7 +85,7 @@ def test_classes_that_only_one_side_has(tmp_path, log):
     dataset = read(tmp_path, instances(), ('cat', 'dog', 'horse'), test_mode=True)
     assert [each['bbox_label'] for each in dataset.get_data_info(0)['instances']] == [1]
     assert 'instances.json lacks 1 of the 3 classes: cat.' in log.text
-    dataset = read(tmp_path, instances() | dict(categories=instances()['categories'][::-1]), ('horse',))
+    dataset = read(tmp_path, instances() | dict(categories=instances()['categories'][::-1]), ('horse',), test_mode=True)
     assert not dataset.get_data_info(0)['instances']
     assert '3 of 3 objects are left out, of the 1 categories that metainfo.classes does not name: dog.' in log.text
     with pytest.raises(InputError, match=r'instances\.json has 1 of its 2 classes, dog \(2 samples\), where train has'):
@@ -96,6 +96,15 @@ def test_ids_of_categories_by_name():
     categories = {7: dict(id=7, name='dog'), 3: dict(id=3, name='cat')}
     assert category_ids(categories, ('cat', 'bee', 'dog')) == [3, -2, 7]
     assert categories[-2]['name'] == 'bee'  # of which a metric asks the name
+
+
+def test_a_training_split_without_an_object(tmp_path):
+    content = instances()
+    content['annotations'][0]['iscrowd'] = 1  # the second box is empty, the third a crowd, too
+    for objects in (content['annotations'], []):
+        with pytest.raises(InputError, match='instances.json has no object to learn: none at all, or all are crowds'):
+            read(tmp_path, content | dict(annotations=objects))
+        read(tmp_path, content | dict(annotations=objects), test_mode=True)
 
 
 MASKS = [dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True)]
@@ -175,6 +184,7 @@ def test_an_image_of_another_size_than_its_annotations(tmp_path):
         ('', False),
         ('{"annotations": [{"bbox": [1]}]}', False),
         ('[{"segmentation": []}, {"segmentation":null}, {"segmentation" : [ [], [] ]}, {"segmentation": {} }]', False),
+        ('[{"segmentation": ""}]', False),
         ('[{"segmentation": []}, {"segmentation": [[1, 2]]}]', True),
         ('[{"segmentation":{"counts": ""}}]', True),
         ('[{"segmentation"\n:\n[\n[\n1.5\n]\n]\n}]', True),

@@ -349,6 +349,11 @@ def test_config_beside_a_file(folder, build):
         ('{"model_cfg": 3}', 'describes no model'),
         ('{"model_cfg": {"embed_dim": 4, "vision_cfg": {"depth": 3}}}', 'is no config of open_clip'),
         ('{"model_cfg": {"embed_dim": 24, "vision_cfg": {}}, "preprocess_cfg": {"mean": [1, 2]}}', 'not three numbers'),
+        ('{"model_cfg": {"embed_dim": 24, "vision_cfg": {}, "quick_gelu": "no"}}', 'neither true nor false'),
+        (
+            '{"model_cfg": {"embed_dim": 24, "vision_cfg": {}}, "preprocess_cfg": {"mean": [127.5, 127.5, 127.5]}}',
+            'not of values from 0 to 1',
+        ),
     ],
 )
 def test_damaged_config(content, message, folder):
