@@ -25,6 +25,7 @@ ZOO = dict(
     detection='mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco',
     segmentation='upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512',
 )
+WIDTH = 128  # of the encoder with which dense tasks were measured
 METRICS = dict(classification='accuracy/top1', detection='coco/bbox_mAP', segmentation='mIoU')
 
 
@@ -32,7 +33,8 @@ class Recipe(NamedTuple):
     """What was measured on small data (docs/own_images.md), by task.
 
     Attributes:
-        lr: Rate of the head for a batch of ``batch``; with the square root of the batch size, as in ``fit_schedule``.
+        lr: Rate of the head for a batch of ``batch`` and, if dense, an encoder of width ``WIDTH``; with the
+            square root of the batch size, and inverse to the width, as in ``fit_schedule``.
         layer_decay: Of the rate, from block to block towards the input.
         batch: Batch size of the rate.
         largest: Batch size at most, by device.
@@ -51,7 +53,7 @@ class Recipe(NamedTuple):
 RECIPES = dict(
     classification=Recipe(1e-3, 0.65, 32, dict(cuda=128, cpu=32), dict(cuda=2000, cpu=300), (10, 100)),
     detection=Recipe(1e-3, 0.75, 8, dict(cuda=4, cpu=8), dict(cuda=4000, cpu=400), (12, 100)),
-    segmentation=Recipe(1e-3, 0.75, 8, dict(cuda=8, cpu=8), dict(cuda=4000, cpu=600), (15, 200)),
+    segmentation=Recipe(5e-3, 0.75, 8, dict(cuda=8, cpu=8), dict(cuda=4000, cpu=600), (15, 200)),
 )
 
 
@@ -474,6 +476,7 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
             elif step['type'] == 'RandomCrop':
                 step.crop_size = (side, side)
     part(config.train_dataloader.dataset.pipeline, 'RandomResize').ratio_range = (0.5, 1.5)
+    without_jitter(config, side)
     metric = ['bbox', 'segm'] if labelled.has_masks else ['bbox']
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.metric = metric
@@ -506,7 +509,16 @@ def fit_segmentor(config: Config, labelled: Labelled, encoder: Encoder, side: in
                 step.crop_size = (side, side)
             elif step['type'] == 'mmmilan.LoadLabelMap':
                 step.num_classes = classes
+    without_jitter(config, side)
     config.pop('log_processor')
+
+
+def without_jitter(config: Config, side: int) -> None:
+    """Show small images in their own size and colours: see docs/own_images.md."""
+    if side <= SMALL:
+        steps = config.train_dataloader.dataset.pipeline
+        part(steps, 'RandomResize').ratio_range = (1.0, 1.0)
+        config.train_dataloader.dataset.pipeline = [step for step in steps if step['type'] != 'PhotoMetricDistortion']
 
 
 def fit_dense_encoder(config: Config, encoder: Encoder, out_indices: Sequence[int]) -> None:
@@ -590,6 +602,8 @@ def set_schedule(
         )
     wrapper = config.optim_wrapper
     rate = PROBE_RATE if freeze and task == 'classification' else recipe.lr
+    if task != 'classification':
+        rate *= WIDTH / config.model.backbone.arch['embed_dims']
     wrapper.optimizer.lr = lr or float(f'{rate * math.sqrt(batches.of_a_step / recipe.batch):.2g}')
     if batches.accumulate > 1:
         wrapper.accumulative_counts = batches.accumulate
