@@ -215,6 +215,22 @@ def test_a_dense_task_compared_with_random_weights(scenes, start, task, tmp_path
     assert config.to_dict() == second.to_dict() and config.optim_wrapper.paramwise_cfg.layer_decay_rate == 0.75
 
 
+@pytest.mark.parametrize(
+    ('task', 'rate', 'jitter'), [('detection', 1e-3, (0.5, 1.5)), ('segmentation', 5e-3, (0.5, 2.0))]
+)
+def test_rates_and_jitter_of_dense_tasks(scenes, task, rate, jitter, tmp_path):
+    """The head's rate is that of a width of 128 and a batch of 8; only large images are scaled."""
+    for width, side, ratio in ((64, 64, (1.0, 1.0)), (128, 80, jitter)):
+        arch = ARCH | dict(embed_dims=width)
+        config, _ = new_config(
+            tmp_path, dict(data=scenes, task=task), arch=arch, patch_size=8, img_size=side, batch_size=2
+        )
+        assert config.optim_wrapper.optimizer.lr == pytest.approx(rate * 128 / width / 2)
+        steps = {step.type: step for step in config.train_dataloader.dataset.pipeline}
+        assert steps['RandomResize'].ratio_range == ratio and steps['RandomCrop'].crop_size == (side, side)
+        assert ('PhotoMetricDistortion' in steps) == (task == 'segmentation' and side > 64)
+
+
 def test_a_decay_that_is_given_is_that_of_both(colours, start, tmp_path):
     config, _ = new_config(tmp_path, dict(data=colours), start=start, img_size=48)
     decays = {}
