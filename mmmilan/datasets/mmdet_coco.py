@@ -84,9 +84,8 @@ class CocoDataset(MMDetCocoDataset):
         if any(getattr(step, 'with_mask', False) for step in self.pipeline.transforms):
             check_masks(entries, self.ann_file)
         if not self.test_mode and not any(not each['ignore_flag'] for entry in entries for each in entry['instances']):
-            raise InputError(
-                f'{self.ann_file} has no object to learn: none at all, or all are crowds, empty boxes or of other '
-                'classes; correct the annotations.'
+            warn(  # no error, as images without objects may be joined to others
+                f'{self.ann_file} has no object to learn: none, or all are crowds, empty boxes or of other classes.'
             )
         return entries
 
