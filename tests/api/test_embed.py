@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 import mmmilan
-from helpers import ROOT, build_model, relative_error
+from helpers import ROOT, build_model, relative_error, rest_slow
 from mmmilan.api.embed import read_features
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
@@ -95,7 +95,9 @@ def test_only_decoders_that_leave_tokens_apart_embed(neck, has_embedding, milan_
         assert ('embedding' in embedder(torch.randn(2, 3, 64, 64))) == has_embedding
 
 
-@pytest.mark.parametrize('name', ['mask-rcnn_vit-tiny-p8_scenes', 'upernet_vit-tiny-p8_scenes'])
+@pytest.mark.parametrize(
+    'name', rest_slow(['mask-rcnn_vit-tiny-p8_scenes', 'upernet_vit-tiny-p8_scenes'], 'upernet_vit-tiny-p8_scenes')
+)
 def test_detectors_and_segmentors_have_maps_and_no_tokens(name, images, tmp_path):
     config = Config.fromfile(ROOT / f'configs/demo/{name}.py')
     config.model.backbone.init_cfg = None

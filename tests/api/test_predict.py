@@ -17,7 +17,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import mmmilan
-from helpers import demo_config, save_trained
+from helpers import demo_config, rest_slow, save_trained
 from mmmilan import cli
 from mmmilan.api.predict import list_items
 from mmmilan.checkpoints.config import own_config
@@ -126,7 +126,7 @@ def test_label_maps(photos, checkpoints, tmp_path):
         assert [tuple(colour) for colour in palette[:16]] == predictor.colours and len(set(predictor.colours)) == 16
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('task', rest_slow(TASKS, 'classification', 'segmentation'))
 def test_predictions_do_not_depend_on_the_batch(task, photos, checkpoints):
     """Nor on whether an image is a path, an array or of Pillow."""
     predictor = mmmilan.Predictor(checkpoints[task])

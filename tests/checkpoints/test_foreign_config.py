@@ -298,10 +298,10 @@ def test_numbers_of_a_data_set_that_are_no_sizes(tmp_path, place, value):
     'place, value',
     [
         ('model.backbone.arch.embed_dims', 9_600),
-        ('model.backbone.arch.num_layers', 10_000),
+        pytest.param('model.backbone.arch.num_layers', 10_000, marks=pytest.mark.slow),
         ('model.backbone.img_size', 60_000),
         ('model.neck.decoder_embed_dim', 100_000),
-        ('model.neck.decoder_depth', 5_000),
+        pytest.param('model.neck.decoder_depth', 5_000, marks=pytest.mark.slow),
     ],
 )
 def test_models_far_larger_than_their_weights(milan_cfg, tmp_path, place, value):

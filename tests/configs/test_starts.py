@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from helpers import FINE_TUNED, PRETRAINED, ROOT
+from helpers import FINE_TUNED, PRETRAINED, ROOT, rest_slow
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.engine.launch import read_config
 from mmmilan.errors import InputError
@@ -43,7 +43,10 @@ DOWNSTREAM = sorted(
 OTHERS = {'_clip-pre': 'https://openaipublic', '_slip-pre': 'https://dl.fbaipublicfiles.com/slip/slip_base_25ep.pt'}
 
 
-@pytest.mark.parametrize('path', DOWNSTREAM, ids=lambda path: path.stem)
+QUICK = [path for path in DOWNSTREAM if 'mask-rcnn' not in path.name]  # mmdet's bases take a second to parse
+
+
+@pytest.mark.parametrize('path', rest_slow(DOWNSTREAM, *QUICK), ids=lambda path: path.stem)
 def test_every_downstream_config_starts_where_it_is_told(path, monkeypatch):
     """With PRETRAIN from there, without it from the checkpoint in the config's name."""
     for name in ('CLASSES', 'DATA_ROOT'):  # of configs for own images

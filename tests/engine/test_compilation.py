@@ -92,6 +92,7 @@ def graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_loss_is_one_graph(milan_cfg, graphs):
     """No graph break and no recompilation; evaluation is not compiled."""
     model = compiled(milan_cfg, backend='eager')
@@ -146,6 +147,7 @@ def test_parts_of_maskclip_are_whole_graphs(graphs):
         assert graphs() == (4, [])
 
 
+@pytest.mark.slow
 def test_blocks_of_a_sharded_model_are_compiled(milan_cfg, monkeypatch, graphs):
     """FSDP runs hooks between them."""
     monkeypatch.setattr(compilation, 'DTensor', nn.Parameter)

@@ -112,7 +112,9 @@ def whole_of_two(tmp_path_factory):
 
 
 @pytest.mark.parametrize('number', rest_slow(SIGNALS, signal.SIGTERM))
-@pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
+@pytest.mark.parametrize(
+    'sender, step', [pytest.param(0, 0, marks=pytest.mark.slow), (1, 2), pytest.param(1, 5, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
     """Both stop after the same step, the next one, and one of them saves."""
     assert exit_codes(start_run(run_rank, tmp_path, sender, number, step)) == [RESUMABLE, RESUMABLE]

@@ -108,7 +108,12 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize('seed', rest_slow(range(20), 0))
 @pytest.mark.parametrize(
-    'number, task', [(signal.SIGALRM, dict), (signal.SIGTERM, dict), (signal.SIGALRM, fine_tuning)]
+    'number, task',
+    [
+        (signal.SIGALRM, dict),
+        pytest.param(signal.SIGTERM, dict, marks=pytest.mark.slow),
+        pytest.param(signal.SIGALRM, fine_tuning, marks=pytest.mark.slow),
+    ],
 )
 def test_ended_at_any_moment(tmp_path, safe_mmengine, whole, number, task, seed):
     """The run spends most of its time saving, and keeps one checkpoint."""

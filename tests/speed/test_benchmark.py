@@ -14,7 +14,12 @@ FIGURES = {'images_per_s', 'ms', 'ms_by_part', 'gflops_per_image', 'mfu', 'peak_
     ('command', 'options', 'parts'),
     [
         ('step', ['--peak-tflops', 1], {'teacher', 'encoder, decoder', 'backward', 'optimizer'}),
-        ('step', ['--dtype', 'bfloat16'], {'teacher', 'encoder, decoder', 'backward', 'optimizer'}),
+        pytest.param(
+            'step',
+            ['--dtype', 'bfloat16'],
+            {'teacher', 'encoder, decoder', 'backward', 'optimizer'},
+            marks=pytest.mark.slow,
+        ),
         ('teacher', [], set()),
         ('decoder', [], {'forward', 'backward'}),
         ('detection', [], {'forward', 'backward'}),
