@@ -68,6 +68,7 @@ def test_training_is_that_with_the_teacher(cached):
     assert 'rounding to 8 bits alone causes a loss of' in printed
 
 
+@pytest.mark.slow
 def test_the_compiled_loss_takes_each_batch_from_the_cache(cached):
     """It is compiled once, and the targets are those of the batch at hand."""
     config, folder, _ = cached

@@ -115,6 +115,7 @@ def test_segmentation(data, checkpoint, run_tool, tmp_path):
     assert 0 <= figures['mIoU'] <= 100 and 0 < figures['aAcc'] <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sibling', ['mask-rcnn_vit-tiny-p8_scenes.py', 'upernet_vit-tiny-p8_scenes.py'])
 def test_two_processes(sibling, checkpoint, scenes, tmp_path):
     """Training and evaluation on CPU: the small siblings on a few scenes."""
