@@ -233,7 +233,7 @@ def compare_runs(
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_probe import begin_as_probe
-    from mmmilan.api.finetune_recipe import task_of
+    from mmmilan.api.finetune_recipe import config_task
     from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.evaluation.comparison import compare_models
     from mmmilan.files import write_text
@@ -244,7 +244,7 @@ def compare_runs(
     print_log(f'The same training from {name}, in {folder}.', logger='current')
     begin_as_probe(config, folder)
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
-    comparison = compare_models(scores, validate(other).scores, task_of(config), name)
+    comparison = compare_models(scores, validate(other).scores, config_task(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
     print_log(comparison['sentence'], logger='current')
     return comparison

@@ -14,7 +14,7 @@ from mmpretrain.registry import DATASETS, MODELS
 from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
-from mmmilan.api.finetune_recipe import task_of
+from mmmilan.api.finetune_recipe import config_task
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.errors import InputError
@@ -91,7 +91,7 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
 
 def is_probed(config: Config) -> bool:
     """Whether a run begins as a probe: of a classifier with a start."""
-    return task_of(config) == 'classification' and bool(config.model.backbone.get('init_cfg'))
+    return config_task(config) == 'classification' and bool(config.model.backbone.get('init_cfg'))
 
 
 def accuracies_in(path: Path) -> dict[str, float] | None:

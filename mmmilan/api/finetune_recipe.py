@@ -298,7 +298,7 @@ def compared_config(config: Config, start: str) -> Config:
     import copy
 
     second = copy.deepcopy(config)
-    backbone, task, random = second.model.backbone, task_of(config), start == 'scratch'
+    backbone, task, random = second.model.backbone, config_task(config), start == 'scratch'
     if random and not backbone.init_cfg:
         raise InputError("compare='scratch' compares random weights with themselves; give a start, or another compare.")
     if random and backbone.get('frozen_stages', -1) > 0:
@@ -321,7 +321,7 @@ def compared_config(config: Config, start: str) -> Config:
     return second
 
 
-def task_of(config: Config) -> str:
+def config_task(config: Config) -> str:
     """The task of a config of :func:`new_config`."""
     scopes = dict(mmdet='detection', mmseg='segmentation')
     return scopes.get(config.default_scope, 'classification')

@@ -220,8 +220,8 @@ def splits_of(source: Source) -> Splits | None:
         InputError: it is divided in another way, such as within the folders of classes or within a tar.
     """
     folder = look_into(source)
-    if folder.unclear:
-        raise InputError(folder.unclear)
+    if sentence := folder.unclear:
+        raise InputError(sentence)
     return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
 
 
