@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mmmilan.files import first_line
 from mmmilan.registry import TRANSFORMS
 
 LOOKED_AT = 1000  # label maps of a split at most
+LOOKED_AT_PAIRS = 100  # of two classes at least, where 255 may be one of them
+Palettes = dict[bytes, tuple[int, str]]  # colour -> the value that has it, and the first map that does
 MASK = re.compile(rb'"segmentation"\s*:\s*(?!\s|null|""|\{\s*\}|\[(?:\s|,|\[\s*\])*\])')
 PARTS = ('images', 'categories', 'annotations')
 
@@ -314,16 +316,57 @@ def read_label_map(content: bytes, path: str, reduce_zero_label: bool = False) -
     return labels
 
 
-def check_label_maps(dataset: BaseDataset) -> None:
+def check_palette(path: str, content: bytes, values: Iterable[int], known: Palettes) -> None:
+    """Check that a map with a palette has no colour at another value than the maps before it.
+
+    Args:
+        path: The file.
+        content: What is in it; a file without a palette, or not of PNG or GIF, is left alone.
+        values: The values of its pixels.
+        known: Colour -> value and file of the maps before it, to which those of this one are added.
+
+    Raises:
+        InputError: it has.
+    """
+    with open_header(content) as image:
+        mode, palette = image.palette.getdata() if image.mode == 'P' and image.palette else ('', b'')
+    colours = [palette[3 * i : 3 * i + 3] for i in range(len(palette) // 3)] if mode == 'RGB' else []
+    for value in values:
+        if value >= len(colours) or colours.count(colours[value]) > 1:
+            continue
+        other, first = known.setdefault(colours[value], (value, path))
+        if other != value:
+            raise InputError(
+                f'{path} has the colour {tuple(colours[value])} at {value} of its palette, {first} at {other}: the '
+                'values of label maps must mean the same; write them with one palette, or without.'
+            )
+
+
+def unclear_pair(present: Mapping[str, set[int]]) -> str:
+    """Why 255 may be the second of two classes, as in maps of 0 and 255 beside those of 0 and 1; '' if it is not.
+
+    Args:
+        present: Map -> the values in it.
+    """
+    first = {frozenset(values & {0, 1, IGNORE}): path for path, values in present.items()}
+    pairs = [first.get(frozenset(values)) for values in ((0, 1), (0, IGNORE))]
+    if not all(pairs) or any({1, IGNORE} <= values for values in first):
+        return ''
+    return f'{pairs[0]} has the values 0 and 1, {pairs[1]} 0 and {IGNORE}, and no map has 1 and {IGNORE}'
+
+
+def check_label_maps(dataset: BaseDataset, palettes: Palettes | None = None) -> None:
     """Look at label maps of a split before it is used, until each class has been seen.
 
     If there are two classes, and pixels of 0 and 255 only, 255 becomes the second class in ``dataset``.
 
     Args:
         dataset: A data set of MMSegmentation; others are left alone.
+        palettes: Those of other splits, see :func:`check_palette`.
 
     Raises:
-        InputError: the classes have no names, a map has a label out of range, or no pixel has a class.
+        InputError: the classes have no names, a map has a label out of range, maps have palettes of another order, or
+            no pixel has a class.
     """
     if not len(dataset) or not hasattr(dataset, 'reduce_zero_label') or 'seg_map_path' not in dataset.get_data_info(0):
         return
@@ -333,12 +376,14 @@ def check_label_maps(dataset: BaseDataset) -> None:
             f'{locate(dataset)} has no names of classes; set metainfo=dict(classes=[...]) of its data set.'
         )
     in_files = type(dataset).METAINFO.get('classes') or classes
-    pixels, looked_at = count_pixels(dataset, len(in_files))
+    pixels, looked_at, unclear = count_pixels(dataset, len(in_files), {} if palettes is None else palettes)
     where = f'{looked_at} of the {len(dataset)} label maps of {locate(dataset)}'
     if len(in_files) == 2 and pixels[0] and pixels[IGNORE] and not pixels[1:IGNORE].any():
         rewrite(dataset, lambda entry: entry.update(label_map={0: 0, 1: 1} | (entry['label_map'] or {}) | {IGNORE: 1}))
         warn(f'{where} have the values 0 and 255: 255 is taken for the class {in_files[1]}.')
         return
+    if unclear:
+        warn(f'{unclear}: {IGNORE} is taken for pixels without a class; write 1 where it is {in_files[1]}.')
     seen = np.flatnonzero(pixels[: len(in_files)])
     first = int(dataset.reduce_zero_label)
     values = listed(str(0 if first and value == IGNORE else value + first) for value in np.flatnonzero(pixels))
@@ -351,16 +396,21 @@ def check_label_maps(dataset: BaseDataset) -> None:
         warn(f'{len(lacking)} of {len(in_files)} classes do not occur in {where}: {listed(lacking)}.')
 
 
-def count_pixels(dataset: BaseDataset, num_classes: int) -> tuple[np.ndarray, int]:
-    """Number of pixels [256] of each label in the label maps of a split, and of how many maps."""
+def count_pixels(dataset: BaseDataset, num_classes: int, palettes: Palettes) -> tuple[np.ndarray, int, str]:
+    """Number of pixels [256] of each label in the label maps of a split, of how many maps, and :func:`unclear_pair`."""
     pixels, reduced = np.zeros(256, int), dataset.reduce_zero_label
     order = np.random.default_rng(0).permutation(len(dataset))[:LOOKED_AT]
-    looked_at, quiet = 0, not is_main_process()
+    present, quiet = {}, not is_main_process()
+    two = num_classes == 2 and not reduced
     for index in track(order, 'Looking at label maps', transient=True, disable=quiet):
         path = dataset.get_data_info(int(index))['seg_map_path']
-        own = np.bincount(read_label_map(read_bytes(path, dataset.backend_args), path, reduced).ravel(), minlength=256)
+        content = read_bytes(path, dataset.backend_args)
+        own = np.bincount(read_label_map(content, path, reduced).ravel(), minlength=256)
         check_labels(own, num_classes, path, reduced)
-        pixels, looked_at = pixels + own, looked_at + 1
-        if pixels[:num_classes].all():
+        pixels = pixels + own
+        present[path] = set(np.flatnonzero(own).tolist())
+        if not reduced:
+            check_palette(path, content, present[path], palettes)
+        if pixels[:num_classes].all() and len(present) >= (LOOKED_AT_PAIRS if two else 1):
             break
-    return pixels, looked_at
+    return pixels, len(present), unclear_pair(present) if two else ''

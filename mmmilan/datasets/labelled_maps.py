@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from mmmilan.datasets.annotations import LOOKED_AT, as_code, read_values, show_code
+from mmmilan.datasets.annotations import LOOKED_AT, as_code, check_palette, read_values, show_code, unclear_pair
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
 from mmmilan.datasets.decoding import open_header, read_bytes
 from mmmilan.datasets.object_formats import list_images_of, size_of
@@ -165,11 +165,13 @@ def look_at(pairs: Sequence[tuple[str, str]], colours: bool) -> Seen:
     """Read label maps, and compare their sizes with those of their images.
 
     Raises:
-        InputError: a map does not decode, is in colours, or has another size than its image.
+        InputError: a map does not decode, is in colours, has another size than its image, or a palette of another order
+            than that of an earlier one.
     """
-    seen = Seen(Counter(), {}, {})
+    seen, palettes = Seen(Counter(), {}, {}), {}
     for image, path in track(pairs, 'Looking at label maps', transient=True):
-        values = read_values(read_bytes(path), path, colours)
+        content = read_bytes(path)
+        values = read_values(content, path, colours)
         size = size_of(image)
         if size and tuple(size) != values.shape[::-1]:
             sizes = ' x '.join(map(str, values.shape[::-1])), ' x '.join(map(str, size))
@@ -177,6 +179,8 @@ def look_at(pairs: Sequence[tuple[str, str]], colours: bool) -> Seen:
         own, numbers = np.unique(values, return_counts=True) if colours else count_values(values)
         seen.pixels.update(dict(zip(own.tolist(), numbers.tolist(), strict=True)))
         seen.present[path] = set(own.tolist())
+        if not colours:
+            check_palette(path, content, own.tolist(), palettes)
         for value in own.tolist():
             seen.first.setdefault(value, path)
     return seen
@@ -282,6 +286,9 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
     pair = [0, IGNORE] if set(seen.pixels) == {0, IGNORE} and IGNORE not in ignored else inside
     rest = set(seen.pixels) - {*pair, *ignored}  # 255 at most
     two = len(pair) == 2 and pair[0] == 0 and (not rest or pair[1] == 1)  # 0, 127 and 255 may be three classes
+    few = given is None or len(given.numbered) <= 2
+    if few and pair == [0, 1] and rest and (unclear := unclear_pair(seen.present)):
+        raise InputError(f'{unclear}; write 1 for {IGNORE}, or give ignore={IGNORE} if no class has these pixels.')
     if given is None and two:
         unused = f'; {IGNORE} marks pixels without a class' * bool(rest)
         notes.append(f'The value 0 of the label maps is taken for background, {pair[1]} for foreground{unused}.')

@@ -189,7 +189,7 @@ def check_data_sets(runner: Runner) -> None:
     The runner then raises an ``InputError`` for a data set that is empty or cannot be built, for label maps without
     labels, and for classes that the first data set (of training, or of k-NN's labelled images) lacks.
     """
-    build, first = runner.build_dataloader, []
+    build, first, palettes = runner.build_dataloader, [], {}
 
     def build_checked(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
         if isinstance(dataloader, DataLoader):
@@ -200,7 +200,7 @@ def check_data_sets(runner: Runner) -> None:
             if not len(loader.dataset):
                 raise ValueError(EMPTY[0])
         for part in chain(loader.dataset):
-            check_label_maps(part)
+            check_label_maps(part, palettes)
         if not first and class_names(loader.dataset):
             leaf = next(part for part in chain(loader.dataset) if not hasattr(part, 'datasets'))
             first.extend([class_names(loader.dataset), locate(leaf)])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import BaseDataset
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mmmilan.datasets import LoadImage, LoadLabelMap
-from mmmilan.datasets.annotations import category_ids, check_label_maps, count_rle, has_masks
+from mmmilan.datasets.annotations import category_ids, check_label_maps, check_palette, count_rle, has_masks
 from mmmilan.datasets.classes import use_classes
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
@@ -317,6 +318,26 @@ def test_masks_of_0_and_255_are_two_classes(maps, log, mode, serialize_data):
     )
     use_classes(dataset, ('sea', 'land', 'sky'), 'train')
     assert seen(dataset) == [[2, 0], [2, 2], [0, 0]]
+
+
+def test_masks_of_0_and_255_beside_those_of_0_and_1(maps, log):
+    """Of another tool, or with pixels of no class: it is not clear, unless a map has all three."""
+    check_label_maps(maps([0, 1], [0, 1], [0, 255]))
+    assert 'has the values 0 and 1, ' in log.text and 'write 1 where it is sea' in log.text
+
+
+@pytest.mark.parametrize('turned', [False, True])
+def test_palettes_of_another_order(tmp_path, turned):
+    """Those of two splits, of which other maps may have no palette or other colours."""
+    known = {}
+    for name, colours in dict(train=['black', 'red'], val=['red', 'black'] if turned else ['black', 'blue']).items():
+        image = Image.new('P', (2, 1))
+        image.putdata([0, 1])
+        image.putpalette([number for each in colours for number in ImageColor.getrgb(each)])
+        image.save(tmp_path / f'{name}.png')
+        message = r'val.png has the colour \(255, 0, 0\) at 0 of its palette, train.png at 1: '
+        with pytest.raises(InputError, match=message) if turned and name == 'val' else nullcontext():
+            check_palette(f'{name}.png', (tmp_path / f'{name}.png').read_bytes(), [0, 1], known)
 
 
 @pytest.mark.parametrize(

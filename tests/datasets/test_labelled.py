@@ -801,6 +801,8 @@ RED, GREEN = [255, 0, 0], [0, 255, 0]
         ([[255, 255]], 'a\nb', {}, r'have no class \(values: 255\): there'),
         ([[0, 1, 2]], 'a\nb\nc', dict(ignore='d'), r'ignore names d, which is no class of .* \(a, b, c\)'),
         ([[0, 1]], '', {}, 'classes.txt names no class'),
+        ([[0, 1], [0, 255]], None, {}, r'0 and 1, .*/1.png 0 and 255, and no map has 1 and 255; write 1 for 255, or'),
+        ([[0, 1], [0, 255], [255, 255]], 'a\nb', {}, 'or give ignore=255 if no class has these pixels'),
     ],
 )  # fmt: skip
 def test_label_maps_that_are_wrong(tmp_path, rows, names, options, message):
