@@ -59,7 +59,7 @@ ANYWHERE = dict(
     vis_backends=roots.VISBACKENDS,
     init_cfg=roots.WEIGHT_INITIALIZERS,
 )
-IN_LOADER = ANYWHERE | dict(sampler=roots.DATA_SAMPLERS, batch_sampler=roots.DATA_SAMPLERS)
+IN_LOADER = ANYWHERE | dict(sampler=roots.DATA_SAMPLERS, batch_sampler=roots.DATA_SAMPLERS, collate_fn=roots.FUNCTIONS)
 IN_EVALUATOR = ANYWHERE | dict(metrics=roots.METRICS)
 STEPS = ('train_step', 'val_step', 'test_step')  # of MMEngine's models
 # The class of a part without a type.

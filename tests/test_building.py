@@ -107,6 +107,13 @@ def test_types_that_do_not_exist(config):
     assert message.startswith("train_dataloader.dataset.pipeline.0.type='RandomResizedCrp' does not exist; the nearest")
 
 
+def test_functions_that_do_not_exist(config):
+    message = error_of(config, {'train_dataloader.collate_fn.type': 'defualt_collate'})
+    assert message.startswith(
+        "train_dataloader.collate_fn.type='defualt_collate' does not exist; the nearest name is de"
+    )
+
+
 def test_copies_of_values(config):
     """A variable of a config file whose value was copied when the file was read."""
     changed = Config(config.to_dict() | dict(train_pipeline=config.train_dataloader.dataset.pipeline))

@@ -36,8 +36,52 @@ PACKAGES = dict(
     TensorboardVisBackend='tensorboard',
     WandbVisBackend='wandb',
 )
+# What a loop needs; MMEngine wants all of them or none.
+LOOPS = dict(
+    train=('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    val=('val_dataloader', 'val_cfg', 'val_evaluator'),
+    test=('test_dataloader', 'test_cfg', 'test_evaluator'),
+)
 # How the errors of an empty data set begin, in MMEngine and in mmpretrain.
 EMPTY = ('need at least one array to concatenate', 'Found 0 files')
+
+
+def check_loops(cfg: Config, task: str) -> None:
+    """Check that what a run is told to do can take place: its loops are whole, and what asks for a validation has one.
+
+    Args:
+        cfg: The config.
+        task: 'train' or 'test'.
+
+    Raises:
+        InputError: a part of a loop is missing, no validation takes place, or images have no sampler.
+    """
+    lacking = {loop: [part for part in parts if cfg.get(part) is None] for loop, parts in LOOPS.items()}
+    for loop, parts in lacking.items():
+        if loop == task and len(parts) == 3 or 0 < len(parts) < 3:
+            remedy = 'set it' if len(parts) == 1 else 'set them'
+            remedy += f', or all of {", ".join(LOOPS[loop])} to None' if loop != task else ''
+            raise InputError(f'The config has no {" and no ".join(parts)}, which the {loop} loop needs; {remedy}.')
+    for loop in LOOPS:
+        loader = cfg.get(f'{loop}_dataloader')
+        if isinstance(loader, Mapping) and 'sampler' in loader and loader['sampler'] is None:
+            raise InputError(
+                f'{loop}_dataloader.sampler is None: images would not be shuffled, and each of several processes would '
+                'take all; give it a type.'
+            )
+    hooks = [(cfg.get('default_hooks') or {}).get('checkpoint'), *(cfg.get('custom_hooks') or [])]
+    hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
+    asking = ['save_best of the checkpoint hook'] * any(hook.get('save_best') for hook in hooks)
+    asking += ['EarlyStoppingHook'] * any(str(hook.get('type')).endswith('EarlyStoppingHook') for hook in hooks)
+    if task != 'train' or not asking:
+        return
+    loop = cfg.train_cfg
+    begin, end = loop.get('val_begin', 1), loop.get('max_epochs', loop.get('max_iters'))
+    if lacking['val'] or (end and begin > end):
+        fault = (
+            'the config has no val_dataloader' if lacking['val'] else f'train_cfg.val_begin={begin} is after the end'
+        )
+        raise InputError(f'{asking[0]} needs a validation, but {fault}; correct that, or leave it out.')
 
 
 def check_data(cfg: Config, task: str) -> None:

@@ -65,6 +65,8 @@ class ClassCountHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.check_count(runner, runner.train_dataloader, 'training')
+        if isinstance(runner.val_loop, BaseLoop):
+            check_top(runner.val_loop, 'val')
 
     def before_val(self, runner: Runner) -> None:
         self.before_evaluation(runner, runner.val_loop, 'validation')
@@ -77,6 +79,7 @@ class ClassCountHook(Hook):
         if has_own_classes(loop.evaluator):
             return
         self.check_count(runner, loop.dataloader, name)
+        check_top(loop, 'test' if name == 'test' else 'val')
         classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
         for metric in loop.evaluator.metrics:
             if classes and getattr(metric, '_coco_api', None) is not None:
@@ -92,6 +95,19 @@ class ClassCountHook(Hook):
         ]
         if wrong:
             raise InputError(f'The {name} data has {len(classes)} classes, but {", ".join(wrong)}; make them equal.')
+
+
+def check_top(loop: BaseLoop, name: str) -> None:
+    """Raise an :class:`InputError` if a metric counts the best of more classes than the data have."""
+    classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes') or ()
+    for metric in () if has_own_classes(loop.evaluator) else loop.evaluator.metrics:
+        top = getattr(metric, 'topk', None) or ()
+        top = [top] if isinstance(top, int) else top
+        if classes and max(top, default=0) > len(classes):
+            raise InputError(
+                f'{name}_evaluator counts the best {max(top)} of {len(classes)} classes; set {name}_evaluator.topk to '
+                f'{max([k for k in top if k <= len(classes)], default=1)}.'
+            )
 
 
 def class_counts(runner: Runner) -> dict[str, int]:

@@ -32,6 +32,7 @@ from mmmilan.engine.config_check import (
     check_data,
     check_data_sets,
     check_is_not_read,
+    check_loops,
     check_packages,
     use_boxes_alone,
 )
@@ -350,6 +351,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     check_launcher(cfg.launcher)
     check_operators(cfg)
     check_packages(cfg)
+    check_loops(cfg, task)
     check_data(cfg, task)
     changed = use_boxes_alone(cfg, task)
     if is_main(cfg):

@@ -86,7 +86,7 @@ def is_main(cfg: Config) -> bool:
 
 def checkpoint_folder(cfg: Config) -> Path:
     """Where the checkpoint hook writes."""
-    out_dir = (cfg.get('default_hooks') or {}).get('checkpoint', {}).get('out_dir')
+    out_dir = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('out_dir')
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
 
 

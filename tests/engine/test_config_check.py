@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,14 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmmilan.engine.config_check import PACKAGES, check_batches, check_data_sets, check_packages, norm_of_images
+from mmmilan.engine.config_check import (
+    PACKAGES,
+    check_batches,
+    check_data_sets,
+    check_loops,
+    check_packages,
+    norm_of_images,
+)
 from mmmilan.errors import InputError
 
 
@@ -82,6 +90,41 @@ def test_a_logger_that_is_not_installed(option, kind, monkeypatch):
         check_packages(config)
     monkeypatch.setattr('mmmilan.engine.config_check.find_spec', lambda name: True)
     check_packages(config)
+
+
+TRAINING = dict(train_dataloader={}, train_cfg=dict(max_epochs=4), optim_wrapper={})
+VALIDATION = dict(val_dataloader={}, val_cfg={}, val_evaluator=[])
+SAVES_BEST = dict(default_hooks=dict(checkpoint=dict(save_best='auto')))
+UNSHUFFLED = dict(train_dataloader=dict(sampler=None))
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        (TRAINING, ''),
+        (TRAINING | VALIDATION | SAVES_BEST, ''),
+        (TRAINING | SAVES_BEST, 'save_best of the checkpoint hook needs a validation, but the config has no v'),
+        (TRAINING | dict(custom_hooks=[dict(type='EarlyStoppingHook')]), 'EarlyStoppingHook needs a validation, but'),
+        (
+            TRAINING | VALIDATION | SAVES_BEST | dict(train_cfg=dict(max_epochs=4, val_begin=5)),
+            'needs a validation, but train_cfg.val_begin=5 is after the end; correct that, or leave it out.',
+        ),
+        (
+            TRAINING | VALIDATION | dict(val_evaluator=None),
+            'no val_evaluator, which the val loop needs; set it, or all',
+        ),
+        (
+            TRAINING | dict(val_evaluator=[]),
+            'The config has no val_dataloader and no val_cfg, which the val loop',
+        ),
+        (TRAINING | dict(train_cfg=None), 'The config has no train_cfg, which the train loop needs; set it.'),
+        (VALIDATION, 'no train_dataloader and no train_cfg and no optim_wrapper, which the train loop needs'),
+        (TRAINING | UNSHUFFLED, 'train_dataloader.sampler is None: images would not be shuffled'),
+    ],
+)
+def test_what_a_run_is_told_takes_place(config, message):
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_loops(Config(config), 'train')
 
 
 def joined(tmp_path: Path, second: tuple[str, ...], kind: str) -> Dataset:

@@ -308,6 +308,14 @@ def test_names_of_texts(tmp_path):
         names(['zebra'], 'imagenet')
 
 
+def test_the_best_of_more_classes_than_there_are(config, run_tool, tmp_path):
+    """Said before the first epoch; mmpretrain says it in the first validation."""
+    path = config(NAMES, NAMES, {'val_evaluator.topk': (1, 5)})
+    with pytest.raises(SystemExit, match='val_evaluator counts the best 5 of 4 classes; set val_evaluator.topk to 1'):
+        run_tool('train.py', path)
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
 def test_a_mean_over_no_pixel(log):
     pytest.importorskip('mmseg')
     metric = METRICS.build(dict(type='mmmilan.IoUMetric'))
