@@ -422,7 +422,8 @@ def _builder_of(part: Part) -> Callable | None:
     names: list[str] = []
     choices = [part.registry] if part.typed else [part.registry, roots.MODELS, roots.TRANSFORMS, roots.TASK_UTILS]
     for choice in choices if part.registry is not None else ():
-        with choice.switch_scope_and_registry(part.value.get('_scope_')) as registry:
+        scope = 'mmengine' if choice is roots.FUNCTIONS else part.value.get('_scope_')  # no package has its own
+        with choice.switch_scope_and_registry(scope) as registry:
             if found := lookup(registry, kind):
                 return found
             names += names_like(registry, kind)

@@ -3,7 +3,7 @@ from mmmilan.engine.compilation import CompileHook
 from mmmilan.engine.data_checks import ClassCountHook, CorruptImageHook, ImageSizeHook
 from mmmilan.engine.distributed import FullyShardStrategy, GradientCompressionHook
 from mmmilan.engine.log import ConsoleRunner, DeferredRuntimeInfoHook, MainLoggerHook
-from mmmilan.engine.loops import EpochLoop, PrefetchHook, StepSeedHook
+from mmmilan.engine.loops import EpochLoop, PrefetchHook, SeveralViewsHook, StepSeedHook
 from mmmilan.engine.non_finite import NonFiniteLossHook
 from mmmilan.engine.online_evaluation import OnlineEvaluationHook
 from mmmilan.engine.optim import (
@@ -41,6 +41,7 @@ __all__ = [
     'OnlineEvaluationHook',
     'PrefetchHook',
     'ScheduleCheckHook',
+    'SeveralViewsHook',
     'StepSeedHook',
     'StopHook',
     'ThroughputHook',

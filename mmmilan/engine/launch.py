@@ -419,4 +419,4 @@ def use_several_views(cfg: Config) -> None:
         steps = [step for step in steps if step not in annotations]
         cfg.tta_pipeline = [*steps, dict(type='TestTimeAug', transforms=views)]
     dataset.pipeline = cfg.tta_pipeline
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='PrepareTTAHook', tta_cfg=cfg.tta_model)]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmmilan.SeveralViewsHook', tta_cfg=cfg.tta_model)]

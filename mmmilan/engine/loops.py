@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, PrepareTTAHook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, DataLoader
 
+from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS, LOOPS
 
 
@@ -43,6 +44,15 @@ class EpochLoop(EpochBasedTrainLoop):
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
         self.done = 0
+
+
+@HOOKS.register_module()
+class SeveralViewsHook(PrepareTTAHook):
+    """MMEngine's ``PrepareTTAHook`` in several processes too: mmseg's ``SegTTAModel`` reads attributes of the model."""
+
+    def before_test(self, runner: Runner) -> None:
+        runner.model = unwrap(runner.model)
+        super().before_test(runner)
 
 
 def use_epoch_loop(cfg: Config) -> None:

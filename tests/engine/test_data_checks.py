@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from pickle import load
+from shutil import copytree
 from types import SimpleNamespace
 
 import cv2
@@ -16,13 +17,16 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.model import BaseModel
 from mmpretrain.structures import DataSample
 
-from helpers import ROOT, read_metrics, read_scalars
+from helpers import ROOT, read_metrics, read_scalars, save_untrained
+from mmmilan.checkpoints.config import own_config
 from mmmilan.datasets import ImageFolder
+from mmmilan.datasets.labelled import read_labelled, write_labelled
 from mmmilan.engine import ClassCountHook
 from mmmilan.engine.data_checks import leave_out_replaced
 from mmmilan.errors import InputError
 from mmmilan.evaluation import ZeroShotLoop
 from mmmilan.registry import DATASETS, METRICS, MODELS
+from processes import run_script_on_ranks
 
 NAMES = ['ant', 'bee', 'cat', 'dog']
 
@@ -192,6 +196,30 @@ def test_each_process_keeps_one_result_for_each_image():
     evaluator.process(samples[:3], {})
     evaluator.process(samples[3:], {})
     assert len(metric.results) == 5 and evaluator.evaluate(4) == dict(count=3) and Seen.found == ['0', '2', '3']
+
+
+def test_label_maps_of_images_that_do_not_decode(scenes, tmp_path, run_tool):
+    """Are in no score: with several views, in two processes, for which each has one result for each image."""
+    pytest.importorskip('mmseg')
+    copytree(scenes, tmp_path / 'scenes')
+    labelled = read_labelled(tmp_path / 'scenes', task='segmentation')
+    write_labelled(labelled, tmp_path)
+    weights = save_untrained('segmentation', tmp_path / 'scenes', tmp_path)
+    cfg = own_config(weights, with_data=True)
+    dataset = dict(type='mmmilan.LabelledImages', ann_file=str(tmp_path / 'split.json'), split='val', test_mode=True)
+    cfg.test_dataloader.dataset = dataset | dict(
+        metainfo=dict(classes=labelled.classes), pipeline=cfg.test_dataloader.dataset.pipeline
+    )
+    cfg.dump(tmp_path / 'config.py')
+    split = json.loads((tmp_path / 'split.json').read_text())
+    name = split['val'].pop(3)[0]
+    (tmp_path / 'scenes' / name).write_bytes(b'no image')
+    arguments = [tmp_path / 'config.py', weights, '--tta', '--work-dir']
+    run_script_on_ranks('test.py', 2, *arguments, tmp_path / 'two')
+    (tmp_path / 'split.json').write_text(json.dumps(split))
+    run_tool('test.py', *arguments, tmp_path / 'rest')
+    scores = [read_metrics(tmp_path / each) for each in ('two', 'rest')]
+    assert scores[0]['aAcc'] == scores[1]['aAcc'] > 0 and scores[0]['mIoU'] == scores[1]['mIoU'] > 0
 
 
 @pytest.mark.parametrize('val', [NAMES, ['cat', 'dog']])
