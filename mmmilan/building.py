@@ -448,6 +448,8 @@ def _read_by_owners(part: Part, names: set[str]) -> set[str]:
 
 # -- what fails while it is built
 
+# The data loader of each loop, of whose steps one may fail.
+OF_LOOPS = {EpochBasedTrainLoop: LOADERS[0], IterBasedTrainLoop: LOADERS[0], ValLoop: LOADERS[1], TestLoop: LOADERS[2]}
 # The functions in which MMEngine builds a part of a config, and the variable that holds it.
 BUILDERS = dict(
     build_from_cfg='cfg',
@@ -535,30 +537,36 @@ def step_errors(changes: Mapping[str, Any]) -> Iterator[None]:
 
 def build_failure(error: Exception) -> str | None:
     """What part of which config failed to build, and why; None if the error was raised elsewhere."""
-    config, failed, registry = None, [], None
+    config, failed, registry, loader = None, [], None, ''
     for frame, _ in traceback.walk_tb(error.__traceback__):
         variables = frame.f_locals
         config = config or next((value for value in variables.values() if isinstance(value, Config)), None)
+        loader = next((key for loop, key in OF_LOOPS.items() if isinstance(variables.get('self'), loop)), loader)
         name = frame.f_code.co_name
         if name in BUILDERS and '/mmengine/' in frame.f_code.co_filename:
-            failed.append(variables.get(BUILDERS[name]))
+            failed.append((variables.get(BUILDERS[name]), ''))
             registry = variables.get('registry')
         elif name == '__call__' and isinstance(variables.get('self'), BaseTransform):
-            failed.append(dict(type=type(variables['self']).__name__))
+            failed.append((dict(type=type(variables['self']).__name__), loader))
     if not failed:
         return None
-    for part in reversed(failed):  # the deepest one that the config has; others are parts of parts
-        name = name_of(part, config or {})
+    deepest = failed[-1][0]
+    for part, within in reversed(failed):  # the deepest one that the config has; others are parts of parts
+        name = name_of(part, config or {}, within)
         if name is not None:
-            return describe(error, name, part, registry if part is failed[-1] else None)
-    return describe(error, '', failed[-1], registry)
+            return describe(error, name, part, registry if part is deepest else None)
+    return describe(error, '', deepest, registry)
 
 
-def name_of(part: Any, config: Mapping[str, Any]) -> str | None:
+def name_of(part: Any, config: Mapping[str, Any], within: str = '') -> str | None:
     """The dotted name of the dict of a config that is most like a part, which may have lost or gained keys."""
     best, name = 0, None
     for key, value in values_of(config) if isinstance(part, Mapping) else ():
-        if isinstance(value, Mapping) and _last(value.get('type')) == _last(part.get('type')):
+        if (
+            key.startswith(within)
+            and isinstance(value, Mapping)
+            and _last(value.get('type')) == _last(part.get('type'))
+        ):
             alike = sum(each in value and value[each] == part[each] for each in part)
             if alike > best or (name is None and 'type' in part):
                 best, name = alike, key

@@ -24,7 +24,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.fileio import get
 from mmengine.logging import print_log
-from PIL import Image, ImageOps, TiffImagePlugin, features
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
 
 from mmmilan.errors import CorruptImageError, InputError
 from mmmilan.files import first_line
@@ -149,6 +149,8 @@ def open_header(content: bytes | str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             yield image
+    except UnidentifiedImageError as error:  # its message has the address of the BytesIO
+        raise UnidentifiedImageError('no image that Pillow knows') from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

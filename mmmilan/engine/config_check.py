@@ -54,7 +54,8 @@ def check_loops(cfg: Config, task: str) -> None:
         task: 'train' or 'test'.
 
     Raises:
-        InputError: a part of a loop is missing, no validation takes place, or images have no sampler.
+        InputError: a part of a loop is missing, no validation takes place, images have no sampler or are not
+            normalised, or nothing is saved.
     """
     lacking = {loop: [part for part in parts if cfg.get(part) is None] for loop, parts in LOOPS.items()}
     for loop, parts in lacking.items():
@@ -69,7 +70,14 @@ def check_loops(cfg: Config, task: str) -> None:
                 f'{loop}_dataloader.sampler is None: images would not be shuffled, and each of several processes would '
                 'take all; give it a type.'
             )
-    hooks = [(cfg.get('default_hooks') or {}).get('checkpoint'), *(cfg.get('custom_hooks') or [])]
+    if cfg.model.get('data_preprocessor', {}) is None:
+        raise InputError(
+            'model.data_preprocessor is None: the model would get images as they are, from 0 to 255; give it a type.'
+        )
+    default = cfg.get('default_hooks') or {}
+    if task == 'train' and default.get('checkpoint', {}) is None:
+        raise InputError('default_hooks.checkpoint is None: nothing of the run would be saved; leave that out.')
+    hooks = [default.get('checkpoint'), *(cfg.get('custom_hooks') or [])]
     hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
     asking = ['save_best of the checkpoint hook'] * any(hook.get('save_best') for hook in hooks)
     asking += ['EarlyStoppingHook'] * any(str(hook.get('type')).endswith('EarlyStoppingHook') for hook in hooks)

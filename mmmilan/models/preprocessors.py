@@ -9,10 +9,17 @@ from __future__ import annotations
 import torch
 from mmpretrain.models.utils import ClsDataPreprocessor, SelfSupDataPreprocessor
 from mmpretrain.structures import DataSample
+from torch import Tensor
 
 from mmmilan.errors import InputError
 from mmmilan.models.maskclip_losses import count_words
 from mmmilan.registry import MODELS
+
+
+def check_inputs(data: dict) -> None:
+    """Raise an :class:`InputError` if a batch has no images."""
+    if 'inputs' not in data:
+        raise InputError(f'A batch has no inputs but {", ".join(data)}; let the data pipeline end with PackInputs.')
 
 
 def copy_field(samples: list[DataSample], name: str, device: torch.device) -> None:
@@ -33,8 +40,12 @@ class PretrainingDataPreprocessor(SelfSupDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Images [B, 3, H, W], uint8, and data samples -> normalised images, float32, and samples on the device."""
-        if 'inputs' not in data:
-            raise InputError(f'A batch has no inputs but {", ".join(data)}; let the data pipeline end with PackInputs.')
+        check_inputs(data)
+        if not isinstance(data['inputs'], Tensor):
+            raise InputError(
+                'The images of a batch are a list, not a tensor; set collate_fn of the data loader to '
+                "dict(type='default_collate'), and give all images one size."
+            )
         images = data['inputs'].to(self.device, non_blocking=True)
         images = (images.flip(1) if self._channel_conversion else images).float()
         if self._enable_normalize:
@@ -76,6 +87,7 @@ class ClassificationDataPreprocessor(ClsDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Images [B, 3, H, W], uint8, and data samples -> normalised images, float32, and samples on the device."""
+        check_inputs(data)
         samples = data.get('data_samples')
         for name in ('gt_label', 'gt_score'):
             if samples and name in samples[0]:

@@ -264,6 +264,9 @@ def test_label_maps_that_cannot_be_read(tmp_path, content):
     (tmp_path / 'map.png').write_bytes(content)
     with pytest.raises(InputError, match=r'map\.png does not decode \(.*\); replace it'):
         load(tmp_path / 'map.png')
+    if content == b'no image':
+        with pytest.raises(InputError, match=r'map\.png does not decode \(no image that Pillow knows\); replace it'):
+            load(tmp_path / 'map.png')
     with pytest.raises(InputError, match=r'nowhere\.png is missing'):
         load(tmp_path / 'nowhere.png')
 

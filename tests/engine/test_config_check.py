@@ -92,7 +92,7 @@ def test_a_logger_that_is_not_installed(option, kind, monkeypatch):
     check_packages(config)
 
 
-TRAINING = dict(train_dataloader={}, train_cfg=dict(max_epochs=4), optim_wrapper={})
+TRAINING = dict(model={}, train_dataloader={}, train_cfg=dict(max_epochs=4), optim_wrapper={})
 VALIDATION = dict(val_dataloader={}, val_cfg={}, val_evaluator=[])
 SAVES_BEST = dict(default_hooks=dict(checkpoint=dict(save_best='auto')))
 UNSHUFFLED = dict(train_dataloader=dict(sampler=None))
@@ -119,6 +119,8 @@ UNSHUFFLED = dict(train_dataloader=dict(sampler=None))
         ),
         (TRAINING | dict(train_cfg=None), 'The config has no train_cfg, which the train loop needs; set it.'),
         (VALIDATION, 'no train_dataloader and no train_cfg and no optim_wrapper, which the train loop needs'),
+        (TRAINING | dict(model=dict(data_preprocessor=None)), 'model.data_preprocessor is None: the model would get'),
+        (TRAINING | dict(default_hooks=dict(checkpoint=None)), 'checkpoint is None: nothing of the run would be'),
         (TRAINING | UNSHUFFLED, 'train_dataloader.sampler is None: images would not be shuffled'),
     ],
 )

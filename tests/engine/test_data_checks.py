@@ -344,6 +344,14 @@ def test_the_best_of_more_classes_than_there_are(config, run_tool, tmp_path):
     assert not list(tmp_path.glob('work/*.pth'))
 
 
+def test_a_step_that_fails_on_an_image_is_named(config, run_tool):
+    """In the loader whose loop asked for the image, not in another one with the same step."""
+    steps = [dict(type='mmmilan.LoadImage'), dict(type='mmpretrain.ResizeEdge', scale=0), dict(type='PackInputs')]
+    path = config(NAMES, NAMES, {f'{name}_dataloader.dataset.pipeline': steps for name in ('train', 'val', 'test')})
+    with pytest.raises(SystemExit, match=r'^error: train_dataloader.dataset.pipeline.1 \(ResizeEdge\) '):
+        run_tool('train.py', path)
+
+
 def test_a_mean_over_no_pixel(log):
     pytest.importorskip('mmseg')
     metric = METRICS.build(dict(type='mmmilan.IoUMetric'))

@@ -8,7 +8,7 @@ import torch
 from mmpretrain.structures import DataSample
 
 from mmmilan.errors import InputError
-from mmmilan.models.preprocessors import PretrainingDataPreprocessor
+from mmmilan.models.preprocessors import ClassificationDataPreprocessor, PretrainingDataPreprocessor
 from mmmilan.registry import MODELS
 
 NORMALISATION = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
@@ -61,8 +61,17 @@ def test_classification(augments):
             assert torch.equal(sample.gt_score, expected.gt_score)
 
 
-def test_a_pipeline_that_packs_nothing():
+@pytest.mark.parametrize('kind', [PretrainingDataPreprocessor, ClassificationDataPreprocessor])
+def test_a_pipeline_that_packs_nothing(kind):
     with pytest.raises(
         InputError, match='A batch has no inputs but img_path, gt_label; let the data pipeline end with'
     ):
-        PretrainingDataPreprocessor()(dict(img_path=['a.jpg'], gt_label=[3]))
+        kind()(dict(img_path=['a.jpg'], gt_label=[3]))
+
+
+def test_a_batch_that_was_not_stacked():
+    """As by MMEngine's ``pseudo_collate``."""
+    images = list(batch()['inputs'])
+    with pytest.raises(InputError, match='The images of a batch are a list, not a tensor; set collate_fn of the data'):
+        PretrainingDataPreprocessor()(dict(inputs=images))
+    assert ClassificationDataPreprocessor()(dict(inputs=images))['inputs'].shape == (4, 3, 32, 32)
