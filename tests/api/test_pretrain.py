@@ -327,6 +327,7 @@ def test_command(image_folder, quick, tmp_path, capfd):
     assert 'Evaluation after epoch 1' in printed and printed.count('\n') < 40
 
 
+@pytest.mark.slow
 def test_a_large_folder_is_listed_once_and_its_records_are_compact(tmp_path, quick, monkeypatch):
     """What comes before the first step, for ten thousand images in two hundred folders of classes."""
     for folder in range(200):

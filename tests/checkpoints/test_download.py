@@ -223,6 +223,7 @@ def test_files_of_one_name_without_hash_do_not_mix(server):
     assert one.read_bytes() == CONTENT and other.read_bytes() == CONTENT[::-1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_download(server):
     processes = [run(f'print(download({server.url!r} + "/slow/{NAME}"))') for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]

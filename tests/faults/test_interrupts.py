@@ -123,7 +123,8 @@ def draw(folder: Path) -> None:
         write_scenes(folder / 'scenes', 3000, 1000)
 
 
-@pytest.mark.parametrize('seed', rest_slow(range(3), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
 def test_a_pool_of_processes(tmp_path, seed):
     code, output = press(tmp_path, random.Random(seed).uniform(0.2, 2), seed % 2 == 0, draw, tmp_path)
     check(tmp_path, code, output)

@@ -86,7 +86,7 @@ def outcome(ranks: list[multiprocessing.Process], other: int, work_dir: Path) ->
     return line
 
 
-@pytest.mark.parametrize('fault', rest_slow(FAULTS, 'SIGKILL', 'sleep in the forward pass', 'error'))
+@pytest.mark.parametrize('fault', rest_slow(FAULTS, 'SIGKILL'))
 @pytest.mark.parametrize('at', rest_slow([0, 1], 1))
 def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
     ranks = start_run(train, tmp_path, fault, at)
@@ -94,7 +94,8 @@ def test_the_other_process_says_which(tmp_path, safe_mmengine, fault, at):
     assert f'rocess {at} (process {ranks[at].pid} on ' in line and FAULTS[fault] in line
 
 
-@pytest.mark.parametrize('fault', rest_slow(['SIGKILL', 'SIGSTOP'], 'SIGKILL'))
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', ['SIGKILL', 'SIGSTOP'])
 def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     """Without a launcher the store dies with process 0, and with it all that the processes reported."""
     ranks = start_run(train, tmp_path, fault, 0, launcher=False)
@@ -131,6 +132,7 @@ class CompiledHook(Hook):
         time.sleep(1.5 * LIMIT if runner.iter == self.slow else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('compiled', 'slow', 'fault'), [(True, 0, False), (False, 0, True), (True, 1, True)])
 def test_a_compilation_takes_its_time(tmp_path, safe_mmengine, compiled, slow, fault):
     """In the first step of a compiled model no progress is no fault."""
@@ -239,6 +241,7 @@ def train_and_exit_slowly(work_dir: Path) -> None:
         built.train()
 
 
+@pytest.mark.slow
 def test_a_slow_exit_keeps_its_status(tmp_path, safe_mmengine):
     """The thread of the heartbeat does not take the shutdown of the interpreter for a fault."""
     assert exit_code(train_and_exit_slowly, tmp_path, seconds=30) == RESUMABLE
@@ -263,6 +266,7 @@ def train_in_a_group(work_dir: Path) -> None:
         built.train()
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_group_leaves_the_workers_alone(tmp_path, safe_mmengine):
     assert exit_code(train_in_a_group, tmp_path) == RESUMABLE
     assert (tmp_path / 'stopped_iter_7.pth').exists()

@@ -15,7 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from fake_cuda import CUDA, Watch, backward, fake_cuda, to_fake, train_step
-from helpers import ROOT, rest_slow
+from helpers import ROOT
 from mmmilan.engine import DeferredRuntimeInfoHook, MeanTeacherHook, NonFiniteLossHook, StepSeedHook
 from mmmilan.registry import MODELS
 
@@ -83,7 +83,8 @@ def test_teacher_in_float16(milan_cfg):
 PARTS = ['pixels', 'mae decoder', 'distillation', 'random masking', 'checkpointing']
 
 
-@pytest.mark.parametrize('part', rest_slow(PARTS, 'pixels'))
+@pytest.mark.slow
+@pytest.mark.parametrize('part', PARTS)
 def test_other_parts(milan_cfg, part):
     if part == 'pixels':
         milan_cfg['neck']['predict_feature_dim'] = 768
@@ -129,7 +130,8 @@ def test_probing(semantic, clip_file):
     assert not run(MODELS.build(cfg.model), cfg.optim_wrapper, batch(gt_label=7)).waits
 
 
-@pytest.mark.parametrize('rel_pos_bias', rest_slow([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize('rel_pos_bias', [False, True])
 def test_dense_encoder(rel_pos_bias):
     """Forward and backward pass; the heads of mmdet and mmseg, which do wait, are left out."""
     settings = dict(arch=ARCH | dict(num_layers=4), out_indices=(0, 1, 2, 3), window_size=3, global_indices=(1, 3))
