@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -491,26 +492,15 @@ def require_operators() -> None:
         )
 
 
-@contextmanager
-def build_errors() -> Iterator[None]:
+def build_errors() -> AbstractContextManager:
     """Turn what goes wrong while parts of a config are built into an ``InputError`` that names the part.
 
     The stack trace is logged at level debug. Errors that are raised elsewhere, such as in a step of training, pass.
     """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        sentence = build_failure(error)
-        if sentence is None:
-            raise
-        print_log(''.join(traceback.format_exception(error)), logger='current', level=logging.DEBUG)
-        raise InputError(sentence) from error
+    return in_sentences(build_failure)
 
 
-@contextmanager
-def step_errors(changes: Mapping[str, Any]) -> Iterator[None]:
+def step_errors(changes: Mapping[str, Any]) -> AbstractContextManager:
     """Name the user's changes of the model if a step fails: what can be built may not be able to compute.
 
     Errors outside a step pass, and all of them where the model is not changed.
@@ -518,21 +508,40 @@ def step_errors(changes: Mapping[str, Any]) -> Iterator[None]:
     Args:
         changes: Those of :func:`change_config`.
     """
+    return in_sentences(partial(step_failure, changes))
+
+
+@contextmanager
+def in_sentences(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+    """Turn errors that ``explain`` has a sentence for into an ``InputError``; the stack trace is logged at debug."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:
-        options = [option for option in dotted(changes) if option.startswith('model')]
-        frames = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
-        if not options or not any(name in STEPS for name in frames):
+        sentence = explain(error)
+        if sentence is None:
             raise
         print_log(''.join(traceback.format_exception(error)), logger='current', level=logging.DEBUG)
-        reason = ' '.join(first_line(error).split()).rstrip('.;')
-        raise InputError(
-            f'The model can be built with the given {" and ".join(options)}, but its first step fails '
-            f'({type(error).__name__}: {reason}); correct the value.'
-        ) from error
+        raise InputError(sentence) from error
+
+
+def step_failure(changes: Mapping[str, Any], error: Exception) -> str | None:
+    """Which changes of the model a step failed with, and why; None if it is not known to be for them."""
+    options = [option for option in dotted(changes) if option.startswith('model')]
+    frames = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or not options or not any(name in STEPS for name in frames):
+        return None
+    return (
+        f'The model can be built with the given {" and ".join(options)}, but its first step fails '
+        f'({type(error).__name__}: {one_line(error)}); correct the value.'
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, as a part of a sentence."""
+    return ' '.join(first_line(error).split()).rstrip('.;')
 
 
 def build_failure(error: Exception) -> str | None:
@@ -581,7 +590,7 @@ def describe(error: Exception, name: str, part: Any, registry: Registry | None =
     """A sentence on what cannot be built; ``registry`` is that of the innermost part."""
     kind = part.get('type') if isinstance(part, Mapping) else None
     title = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    message = ' '.join(first_line(error).split()).rstrip('.;')
+    message = one_line(error)
     place = ' '.join(each for each in (name or 'The config', f'({title})' if title else '') if each)
     if match := re.search(r'missing \d+ required .*arguments?: (.*)', message):
         missing = re.findall(r"'(\w+)'", match[1])

@@ -251,13 +251,12 @@ def compare_runs(
 
 
 def write_page(found: Validation, weights: Path, comparison: dict[str, Any] | None) -> None:
-    """Write the page beside the weights; if that fails, only warn, so that the training is not lost."""
+    """Write the page beside the weights."""
     from mmengine.logging import print_log
 
+    from mmmilan.api.pretrain import trained_anyway
     from mmmilan.visualization.results_page import write_results
 
-    try:
+    with trained_anyway():
         page = write_results(found, weights, weights.with_name('report.html'), comparison)
         print_log(f'{page} shows what it gets right and wrong.', logger='current')
-    except InputError as error:
-        print_log(f'No report: {error}', logger='current', level=logging.WARNING)

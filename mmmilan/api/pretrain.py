@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -206,13 +207,22 @@ def reported_images(config: Config) -> list[str]:
 
 
 def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:
-    """Write the report beside the weights; if that fails, only warn, so that the training is not lost."""
+    """Write the report beside the weights."""
     from mmengine.logging import print_log
 
     from mmmilan.api.report import report
 
-    try:
+    with trained_anyway():
         page = report(sources, weights, weights.with_name('report.html'), overwrite=True)
         print_log(f'Was it worth it? {page} says what can be said.', logger='current')
+
+
+@contextmanager
+def trained_anyway() -> Iterator[None]:
+    """Only warn if the page of a training cannot be written, so that the training is not lost."""
+    from mmengine.logging import print_log
+
+    try:
+        yield
     except InputError as error:
         print_log(f'No report: {error}', logger='current', level=logging.WARNING)

@@ -271,9 +271,10 @@ class CachedTeacher(nn.Module):
                 'mmmilan.CachedTargets, with cache= the same folder.'
             )
         codes, scales, importance = (
-            torch.stack([sample.get(f'cached_{name}') for sample in data_samples]).to(self.place.device)
+            torch.stack([sample.get(f'cached_{name}') for sample in data_samples])
             for name in ('codes', 'scales', 'importance')
         )
+        codes, scales, importance = (x.to(self.place.device, non_blocking=True) for x in (codes, scales, importance))
         self.output = codes * scales[..., None], importance
         try:
             yield
