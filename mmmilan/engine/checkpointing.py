@@ -117,6 +117,17 @@ class CheckpointHook(MMEngineCheckpointHook):
         return [Path(self.out_dir, self.filename_tmpl.format(step)) for step in steps]
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Save this checkpoint if it is the best one.
+
+        Raises:
+            InputError: the validation lacks the metric that ``save_best`` names.
+        """
+        named = self.key_indicators if self.save_best else ()
+        if missing := [name for name in named if name not in (*metrics, 'auto')]:
+            raise InputError(
+                f'The validation gives no {missing[0]}, by which default_hooks.checkpoint.save_best chooses; name one '
+                f'that it gives ({", ".join(metrics)}), and run again with --resume.'
+            )
         outdated: list[Path] = []
         backend, self.file_backend = self.file_backend, _Remembering(outdated)
 

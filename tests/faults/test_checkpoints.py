@@ -80,6 +80,8 @@ def test_the_best_checkpoint_is_replaced_by_a_better_one(tmp_path, monkeypatch):
         patch.setattr(os, 'replace', lambda *args: (_ for _ in ()).throw(Killed))
         hook._save_best_checkpoint(run, {'score': 4.0})
     assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_epoch_3.pth']
+    with pytest.raises(InputError, match=r'gives no score, by which .*save_best chooses; name one .*\(top1, top5\)'):
+        hook._save_best_checkpoint(run, dict(top1=1.0, top5=2.0))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
