@@ -19,7 +19,7 @@ from mmmilan.engine.compilation import compile_model
 from mmmilan.engine.distributed import transformer_blocks
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
-from processes import run_group, run_script
+from processes import run_group, run_script_on_ranks
 
 FSDP = Config.fromfile(ROOT / 'configs/milan/milan_vit-large-p16_16xb256-amp-coslr-400e-fsdp_in1k.py')
 DDP = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel', device_ids=None))
@@ -136,9 +136,9 @@ def test_training(tiny_config, tmp_path):
     changes = {'runner_type': FSDP.runner_type, 'strategy': FSDP.strategy.to_dict()}
     changes |= {'optim_wrapper.type': 'OptimWrapper', 'train_dataloader.num_workers': 0}
     changes |= {'default_hooks.compile.enabled': True, 'default_hooks.compile.backend': 'aot_eager'}
-    run_script('dist_train.sh', tiny_config(changes), 2)
+    run_script_on_ranks('train.py', 2, tiny_config(changes))
     losses = [record['loss'] for record in read_scalars(tmp_path / 'work')]
     assert len(losses) == 6 and losses[-1] < losses[0]
     other = tiny_config(changes | {'work_dir': str(tmp_path / 'other')})
-    run_script('dist_train.sh', other, 2, '--resume', tmp_path / 'work/epoch_1.pth')
+    run_script_on_ranks('train.py', 2, other, '--resume', tmp_path / 'work/epoch_1.pth')
     assert_identical(*(load_checkpoint_file(tmp_path / folder / 'epoch_2.pth') for folder in ('other', 'work')))
