@@ -9,7 +9,7 @@ import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from helpers import randomise, relative_error
+from helpers import randomise, relative_error, rest_slow
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers import Teacher
@@ -24,7 +24,7 @@ FAMILIES = {
 TINY = dict(type='mmmilan.TimmTeacher', model='vit_small_patch16_dinov3', pretrained=None, input_size=64)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=rest_slow(FAMILIES, 'CLIP', 'DINOv3'))
 def cfg(request, shallow):
     return FAMILIES[request.param]
 

@@ -148,7 +148,15 @@ def test_maskclip_checkpoint(maskclip_file, mean):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('model', ['ViT-B-16-SigLIP2', 'PE-Core-T-16-384', 'ViT-L-14-CLIPA', 'ViT-B-32-quickgelu'])
+@pytest.mark.parametrize(
+    'model',
+    [
+        pytest.param('ViT-B-16-SigLIP2', marks=pytest.mark.slow),
+        'PE-Core-T-16-384',
+        'ViT-L-14-CLIPA',
+        'ViT-B-32-quickgelu',
+    ],
+)
 def test_tags_of_open_clip(model, shallow, tmp_path, monkeypatch):
     """SigLIP's, PE's, CLIPA's and CLIP's tag each name other statistics; the weights stand for the published ones."""
     [tag, *_] = open_clip.list_pretrained_tags_by_model(model)

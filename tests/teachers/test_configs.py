@@ -8,7 +8,7 @@ import timm
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from helpers import ROOT, own_settings, restated
+from helpers import ROOT, own_settings, rest_slow, restated
 
 CONFIGS = {path.stem.split('_')[0]: path for path in (ROOT / 'configs/milan/teachers').glob('*.py')}
 IMPORTANCE = {
@@ -48,7 +48,7 @@ def test_weights_exist_by_this_name(name):
             assert quick == published.get('quick_gelu', False)
 
 
-@pytest.mark.parametrize('name', IMPORTANCE)
+@pytest.mark.parametrize('name', rest_slow(IMPORTANCE, 'milan-dinov3'))
 def test_builds_at_its_real_size(name, on_meta):
     cfg = Config.fromfile(CONFIGS[name])
     for teacher in teachers_of(cfg):
@@ -60,6 +60,7 @@ def test_builds_at_its_real_size(name, on_meta):
     assert IMPORTANCE[name] in model.head.teacher.describe()
 
 
+@pytest.mark.slow
 def test_a_step_with_two_teachers(milan_cfg, shallow):
     """SigLIP 2 and DINOv3 of two blocks, and the masks are drawn by the first."""
     cfg = Config.fromfile(CONFIGS['milan-siglip2-dinov3'])

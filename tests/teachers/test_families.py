@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from helpers import randomise, relative_error
+from helpers import randomise, relative_error, rest_slow
 from mmmilan.teachers import Teacher
 
 # name: (number of registers, how the importance is computed)
@@ -103,14 +103,25 @@ def check_family(teacher: Teacher, registers: int, importance: str) -> None:
     assert relative_error(scores, attention) < 1e-5
 
 
-@pytest.mark.parametrize('name', TIMM)
+@pytest.mark.parametrize(
+    'name',
+    rest_slow(
+        TIMM,
+        'vit_small_patch14_reg4_dinov2',
+        'vit_small_patch16_dinov3',
+        'eva02_tiny_patch14_224',
+        'cait_xxs24_224',
+        'vit_pe_core_tiny_patch16_384',
+        'vit_medium_patch16_reg4_gap_256',
+    ),
+)
 def test_timm(name, build, shallow):
     patch = 14 if 'patch14' in name else 16
     size = (3 * patch, 3 * patch) if 'samvit' in name else (2 * patch, 4 * patch)
     check_family(build(type='mmmilan.TimmTeacher', model=name, pretrained=None, input_size=size), *TIMM[name])
 
 
-@pytest.mark.parametrize('name', OPEN_CLIP)
+@pytest.mark.parametrize('name', rest_slow(OPEN_CLIP, 'PE-Core-T-16-384', 'vit_medium_patch16_gap_256'))
 def test_open_clip(name, build, shallow):
     teacher = build(type='mmmilan.OpenCLIPTeacher', model=name, input_size=(32, 64))
     check_family(teacher, *OPEN_CLIP[name])
@@ -142,7 +153,7 @@ def test_pools_of_open_clip(name, importance, build, shallow):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', LAYERED)
+@pytest.mark.parametrize('name', rest_slow(LAYERED, 'vit_small_patch16_dinov3'))
 def test_tokens_of_several_layers(name, build, shallow):
     """Against hooks on the blocks. Registers are left out; the mean replaces a missing class token."""
     patch = 14 if 'patch14' in name else 16

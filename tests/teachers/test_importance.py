@@ -12,7 +12,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from helpers import ROOT, randomise, real_data
+from helpers import ROOT, randomise, real_data, rest_slow
 from mmmilan.errors import InputError
 from mmmilan.models.masking import SemanticAwareMasking
 from mmmilan.registry import DATASETS, MODELS
@@ -84,7 +84,7 @@ def expected_importance(values: Tensor, attention: Tensor, tower: TextTower, wit
 
 
 @pytest.mark.parametrize('head', ['CLIPTarget', 'LayerAlignment'])
-@pytest.mark.parametrize('with_attention', [False, True])
+@pytest.mark.parametrize('with_attention', rest_slow([False, True], True))
 def test_in_the_algorithm(milan_cfg, maskclip_file, with_attention, head):
     """Whether the features or the tokens of layers are the target; figures show the importance that was drawn from."""
     milan_cfg['head']['teacher']['pretrained'] = maskclip_file
@@ -111,7 +111,7 @@ def test_in_the_algorithm(milan_cfg, maskclip_file, with_attention, head):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('with_attention', [False, True])
+@pytest.mark.parametrize('with_attention', rest_slow([False, True], True))
 def test_where_a_query_pools(shallow, monkeypatch, with_attention):
     """SigLIP's patch features are values of its pooling already; in both paths of the teacher."""
     tower = TextTower(nn.Linear(4, 768, bias=False), lambda texts: torch.eye(4)[: len(texts)], 1.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import assert_clip, relative_error
+from helpers import assert_clip, relative_error, rest_slow
 from mmmilan.errors import InputError
 
 
@@ -63,7 +63,7 @@ def test_refused_options_of_open_clip(clip, build):
         build(type='mmmilan.OpenCLIPTeacher')
 
 
-@pytest.mark.parametrize('model', ['RN50', 'convnext_base', 'MobileCLIP-S1'])
+@pytest.mark.parametrize('model', rest_slow(['RN50', 'convnext_base', 'MobileCLIP-S1'], 'RN50', 'convnext_base'))
 def test_refused_towers_of_open_clip(model, build):
     """A ResNet, a ConvNeXt, a hybrid of stages."""
     with pytest.raises(InputError, match=f'image tower of {model} is (a ModifiedResNet|convolutional or hierarchical)'):
