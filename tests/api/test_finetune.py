@@ -122,6 +122,7 @@ def stop_in(patch: pytest.MonkeyPatch, moment: str) -> None:
         patch.setattr(ValLoop, 'run', lambda loop: 1 / 0 if loop.runner.epoch == 2 else run(loop))
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_may_be_given(colours, start, tmp_path):
     mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(1))
     for change, message in (
@@ -240,6 +241,7 @@ def test_a_decay_that_is_given_is_that_of_both(colours, start, tmp_path):
     assert decays == {0.65: 1.0, 0.8: 0.8}
 
 
+@pytest.mark.slow
 def test_the_head_of_a_segmentor_alone(scenes, start, tmp_path):
     options = options_of(1, accumulate=2, img_size=48, patience=1)
     weights = mmmilan.finetune(scenes, tmp_path / 'run', task='segmentation', start=start, freeze=True, **options)

@@ -205,6 +205,7 @@ def test_a_stopped_run_goes_on(photos, checkpoints, tmp_path, monkeypatch):
     mmmilan.predict(photos, checkpoint, tmp_path / 'out', overwrite=True, draw=False)
 
 
+@pytest.mark.slow
 def test_processes_share_the_images(photos, checkpoints, tmp_path):
     """Two processes write what one does, also where a stopped run left a single image."""
 

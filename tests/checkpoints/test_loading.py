@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from helpers import ROOT, TINY_ARCH, labelled_folder, read_scores, strip_prefix
+from helpers import ROOT, TINY_ARCH, labelled_folder, read_scores, rest_slow, strip_prefix
 from mmmilan.checkpoints.layouts import convert
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
@@ -243,7 +243,7 @@ def test_another_number_of_classes_names_the_options(classifier, run_tool, tmp_p
         run_tool('test.py', config, tmp_path / 'imagenet.pth')
 
 
-@pytest.mark.parametrize('kind', ['as saved by DistributedDataParallel', 'weights alone', 'timm'])
+@pytest.mark.parametrize('kind', rest_slow(['as saved by DistributedDataParallel', 'weights alone', 'timm'], 'timm'))
 def test_fine_tuned_checkpoints_of_other_origin(classifier, run_tool, kind, tmp_path):
     """They give the scores of the original; the log names what is left over."""
     config, weights = classifier

@@ -198,6 +198,7 @@ def test_each_process_keeps_one_result_for_each_image():
     assert len(metric.results) == 5 and evaluator.evaluate(4) == dict(count=3) and Seen.found == ['0', '2', '3']
 
 
+@pytest.mark.slow
 def test_label_maps_of_images_that_do_not_decode(scenes, tmp_path, run_tool):
     """Are in no score: with several views, in two processes, for which each has one result for each image."""
     pytest.importorskip('mmseg')

@@ -165,7 +165,10 @@ CHANGES = {
 @pytest.mark.parametrize(
     'stop', rest_slow([None, 3, 6], 3), ids=['at the end of an epoch', 'in the first epoch', 'in the second']
 )
-@pytest.mark.parametrize('case', CHANGES)
+@pytest.mark.parametrize(
+    'case',
+    rest_slow(CHANGES, 'longer', 'epochs converted to steps', 'rates of layers', 'the batch size scales the rate'),
+)
 def test_rates_are_those_of_a_run_with_the_new_config(tmp_path, safe_mmengine, case, stop):
     """To the bit, at every step; weights and moments are those of the checkpoint."""
     old, new = (dict(length=8) | settings for settings in CHANGES[case])
@@ -378,6 +381,7 @@ def test_schedules_that_follow_a_metric(tmp_path, safe_mmengine):
         run('another', 4, **resume)
 
 
+@pytest.mark.slow
 def test_what_a_run_writes_does_not_depend_on_the_folder(
     tiny_config, run_tool, clip_file, image_folder, tmp_path, monkeypatch
 ):

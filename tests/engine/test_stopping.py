@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
     return load_trusted(work_dir / 'epoch_3.pth')
 
 
-@pytest.mark.parametrize('step', [0, 3, 4, 6, 13])
+@pytest.mark.parametrize('step', rest_slow([0, 3, 4, 6, 13], 4, 6))
 @pytest.mark.parametrize('number', rest_slow(SIGNALS, signal.SIGTERM))
 def test_a_signal_at_any_step(tmp_path, safe_mmengine, whole, number, step):
     before = signal.getsignal(number)
@@ -71,7 +71,7 @@ def test_a_signal_in_the_last_step(tmp_path, safe_mmengine):
     assert {path.name for path in tmp_path.glob('*.pth')} == {'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'}
 
 
-@pytest.mark.parametrize('hooks', [(), (PrefetchHook,)], ids=['', 'prefetching'])
+@pytest.mark.parametrize('hooks', rest_slow([(), (PrefetchHook,)], (PrefetchHook,)), ids=['', 'prefetching'])
 def test_a_signal_with_data_workers(tmp_path, safe_mmengine, whole, hooks):
     """Also when the workers have begun the next epoch."""
     args = (tmp_path, SignalHook(signal.SIGTERM, 6), *[hook() for hook in hooks])
@@ -111,10 +111,9 @@ def whole_of_two(tmp_path_factory):
     return load_trusted(work_dir / 'epoch_3.pth')
 
 
-@pytest.mark.parametrize('number', rest_slow(SIGNALS, signal.SIGTERM))
-@pytest.mark.parametrize(
-    'sender, step', [pytest.param(0, 0, marks=pytest.mark.slow), (1, 2), pytest.param(1, 5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('number', SIGNALS)
+@pytest.mark.parametrize('sender, step', [(0, 0), (1, 2), (1, 5)])
 def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two, number, sender, step):
     """Both stop after the same step, the next one, and one of them saves."""
     assert exit_codes(start_run(run_rank, tmp_path, sender, number, step)) == [RESUMABLE, RESUMABLE]
@@ -124,7 +123,7 @@ def test_a_signal_to_one_of_two_processes(tmp_path, safe_mmengine, whole_of_two,
     assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole_of_two)
 
 
-@pytest.mark.parametrize('step', [1, 4, 5, 7, 12])
+@pytest.mark.parametrize('step', rest_slow([1, 4, 5, 7, 12], 5, 7))
 def test_checkpoints_within_an_epoch(tmp_path, safe_mmengine, step):
     by_step = dict(by_epoch=False)
     run(tmp_path / 'whole', checkpoint=by_step)

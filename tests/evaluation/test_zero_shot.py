@@ -98,6 +98,7 @@ def result_of(work_dir: Path) -> dict[str, float]:
     return {key: value for key, value in read_metrics(work_dir).items() if not key.endswith('time')}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export_to_open_clip(folder, trained, run_tool):
     """tools/export_open_clip.py: the embeddings equal those of the checkpoint."""
@@ -115,6 +116,7 @@ def test_export_to_open_clip(folder, trained, run_tool):
 TEMPLATES = ['a {}', 'a photo of a {} on grass']
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_zero_shot_classification(folder, trained, run_tool):
     """tools/test.py gives the accuracy of open_clip's classifier in a loop over images."""
@@ -147,6 +149,7 @@ class WithNormalize:
         return self.model.encode_text(text)
 
 
+@pytest.mark.slow
 def test_refused_names_and_templates(folder, trained, run_tool):
     for change, message in (
         ({'test_cfg.class_names': ['cat', 'dog']}, 'names 2 classes and the data set has 10'),
@@ -181,6 +184,7 @@ def retrieval_changes(folder: Path) -> dict:
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_retrieval(folder, trained, run_tool):
     """tools/test.py gives the recall of sorting all similarities by hand."""

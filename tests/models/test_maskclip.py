@@ -151,6 +151,7 @@ def distributed_step(folder: str, maskclip_cfg: dict) -> None:
     torch.save(dict(losses=losses, gradients=gradients(model)), Path(folder, f'rank{rank}.pth'))
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_whole_batch(maskclip_cfg, tmp_path):
     run_group(distributed_step, str(tmp_path), maskclip_cfg)
     first, second = (torch.load(tmp_path / f'rank{rank}.pth') for rank in (0, 1))

@@ -21,9 +21,9 @@ FIGURES = {'images_per_s', 'ms', 'ms_by_part', 'gflops_per_image', 'mfu', 'peak_
             marks=pytest.mark.slow,
         ),
         ('teacher', [], set()),
-        ('decoder', [], {'forward', 'backward'}),
-        ('detection', [], {'forward', 'backward'}),
-        ('segmentation', [], {'forward', 'backward'}),
+        pytest.param('decoder', [], {'forward', 'backward'}, marks=pytest.mark.slow),
+        pytest.param('detection', [], {'forward', 'backward'}, marks=pytest.mark.slow),
+        pytest.param('segmentation', [], {'forward', 'backward'}, marks=pytest.mark.slow),
     ],
 )
 def test_benchmark(benchmark, tmp_path, command, options, parts):

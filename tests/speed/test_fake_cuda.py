@@ -15,7 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from fake_cuda import CUDA, Watch, backward, fake_cuda, to_fake, train_step
-from helpers import ROOT
+from helpers import ROOT, rest_slow
 from mmmilan.engine import DeferredRuntimeInfoHook, MeanTeacherHook, NonFiniteLossHook, StepSeedHook
 from mmmilan.registry import MODELS
 
@@ -72,6 +72,7 @@ def test_milan(milan_cfg):
     assert sum(operation.name == '_fused_adamw_' for operation in watch.operations) == 3  # groups of parameters
 
 
+@pytest.mark.slow
 def test_teacher_in_float16(milan_cfg):
     """On a GPU its weights stay in float16."""
     milan_cfg['head']['teacher']['weight_dtype'] = 'float16'
@@ -110,7 +111,7 @@ def test_maskclip():
     assert not run(MODELS.build(cfg.model), cfg.optim_wrapper, batch(text=text)).waits
 
 
-@pytest.mark.parametrize('augment', [0, 1], ids=['Mixup', 'CutMix'])
+@pytest.mark.parametrize('augment', rest_slow([0, 1], 1), ids=['Mixup', 'CutMix'])
 def test_fine_tuning(augment):
     cfg = read('milan/benchmarks/vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py')
     cfg.model.head.in_channels = 48
@@ -120,7 +121,7 @@ def test_fine_tuning(augment):
     assert sum(operation.name == '_fused_adamw_' for operation in watch.operations) <= 2 * (2 + 2)
 
 
-@pytest.mark.parametrize('semantic', ['', 'semantic-aware-'])
+@pytest.mark.parametrize('semantic', rest_slow(['', 'semantic-aware-'], ''))
 def test_probing(semantic, clip_file):
     cfg = read(f'milan/benchmarks/vit-base-p16_milan-pre_8xb2048-{semantic}linear-coslr-100e_in1k.py')
     cfg.model.backbone.frozen_stages = 2

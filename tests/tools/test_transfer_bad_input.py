@@ -7,7 +7,7 @@ import json
 import pytest
 from mmengine.config import Config
 
-from helpers import ROOT
+from helpers import ROOT, rest_slow
 
 TASKS = {
     'classification': ('vit-tiny-p8_finetune_scenes.py', 'model.head', 10),
@@ -50,7 +50,7 @@ def test_wrong_class_count(task, error_of_training):
     assert message == f'error: The training data has {count} classes, but {head}.num_classes=7; make them equal.'
 
 
-@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+@pytest.mark.parametrize('task', rest_slow(['detection', 'segmentation'], 'detection'))
 def test_missing_image(task, error_of_training, scenes):
     """Annotations that point at an image that is not there."""
     gone = next((scenes / 'train').rglob('*.jpg'))
