@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 import mmmilan
-from helpers import ROOT
+from helpers import ROOT, rest_slow
 from mmmilan.building import change_config, check_config, faults_of, step_errors, values_of
 from mmmilan.checkpoints.config import option_value, read_config_file
 from mmmilan.errors import InputError
@@ -315,19 +315,26 @@ def test_dicts_that_are_none():
 
 @pytest.mark.parametrize(
     'name',
-    [
-        'mmdet/detr/detr_r50_8xb2-150e_coco.py',  # the head takes a key out of its loss
-        'mmdet/vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py',  # super() of another class; the stage reads dcn
-        'mmdet/pascal_voc/ssd512_voc0712.py',  # priority of a hook
-        'mmseg/fcn/fcn_r50-d8_4xb2-80k_cityscapes-769x769.py',  # norms that are trained
+    rest_slow(
+        [
+            'mmdet/detr/detr_r50_8xb2-150e_coco.py',  # the head takes a key out of its loss
+            'mmdet/vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py',  # super() of another class; the stage reads dcn
+            'mmdet/pascal_voc/ssd512_voc0712.py',  # priority of a hook
+            'mmseg/fcn/fcn_r50-d8_4xb2-80k_cityscapes-769x769.py',  # norms that are trained
+            'mmpretrain/regnet/regnetx-8.0gf_8xb64_in1k.py',
+            'mmpretrain/minigpt4/minigpt-4_vicuna-7b_caption.py',  # `pretrained` of a part, read by the whole
+            'mmpretrain/flamingo/flamingo_zeroshot_caption.py',  # keys of a method
+            'mmdet/tood/tood_x101-64x4d-dconv-c4-c5_fpn_ms-2x_coco.py',  # an old name that a decorator of mmcv takes
+            'mmdet/pvt/retinanet_pvt-t_fpn_1x_coco.py',  # init_cfg without a type
+            'mmdet/grounding_dino/dod/grounding_dino_swin-t_pretrain_zeroshot_concat_dod.py',  # an evaluator of its own
+            'mmseg/ocrnet/ocrnet_hr18s_4xb4-40k_voc12aug-512x512.py',  # a list of heads, annotated as a dict
+        ],
+        'mmdet/detr/detr_r50_8xb2-150e_coco.py',
+        'mmdet/pascal_voc/ssd512_voc0712.py',
         'mmpretrain/regnet/regnetx-8.0gf_8xb64_in1k.py',
-        'mmpretrain/minigpt4/minigpt-4_vicuna-7b_caption.py',  # `pretrained` of a part, read by the whole
-        'mmpretrain/flamingo/flamingo_zeroshot_caption.py',  # keys of a method
-        'mmdet/tood/tood_x101-64x4d-dconv-c4-c5_fpn_ms-2x_coco.py',  # an old name that a decorator of mmcv takes
-        'mmdet/pvt/retinanet_pvt-t_fpn_1x_coco.py',  # init_cfg without a type
-        'mmdet/grounding_dino/dod/grounding_dino_swin-t_pretrain_zeroshot_concat_dod.py',  # an evaluator of its own
-        'mmseg/ocrnet/ocrnet_hr18s_4xb4-40k_voc12aug-512x512.py',  # a list of heads, annotated as a dict
-    ],
+        'mmpretrain/minigpt4/minigpt-4_vicuna-7b_caption.py',
+        'mmseg/ocrnet/ocrnet_hr18s_4xb4-40k_voc12aug-512x512.py',
+    ),
 )
 def test_configs_of_others_are_not_refused(name, caplog):
     package, _, path = name.partition('/')

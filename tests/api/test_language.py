@@ -142,7 +142,7 @@ def write_embedded(path: Path, **changes: np.ndarray) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('as_list', [False, True])
+@pytest.mark.parametrize('as_list', rest_slow([False, True], True))
 @pytest.mark.parametrize('ending', rest_slow(['npz', 'parquet'], 'parquet'))
 def test_search_in_a_file_of_features(checkpoint, tmp_path, ending, as_list):
     path = write_embedded(tmp_path / 'features.npz')

@@ -10,6 +10,7 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 import mmmilan
-from helpers import ROOT, TINY_ARCH, build_model
+from helpers import ROOT, TINY_ARCH, build_model, rest_slow
 from mmmilan.api.models import build_embedder
 from mmmilan.checkpoints.config import own_config, parse_config
 from mmmilan.checkpoints.foreign_config import SCOPES, check_foreign_config, is_allowed
@@ -111,7 +112,20 @@ PLACES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize(
+    'place',
+    rest_slow(
+        PLACES,
+        'model',
+        'model.backbone',
+        'model.head.teacher',
+        'test_dataloader.dataset.pipeline.+',
+        'test_dataloader.collate_fn',
+        'custom_hooks.+',
+        'optim_wrapper',
+        'anything',
+    ),
+)
 def test_every_position(tmp_path, proof, place):
     for payload in payloads(proof):
         with pytest.raises(InputError, match='and is refused') as error:
@@ -242,9 +256,22 @@ ENTRIES: dict[str, Callable[[Path, Callable, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize('kind', ['weights.pth', 'weights.safetensors', 'config.py beside'])
-@pytest.mark.parametrize('entry', ENTRIES)
-def test_every_entry(tmp_path, proof, run_tool, image_folder, monkeypatch, entry, kind):
+KINDS = ('weights.pth', 'weights.safetensors', 'config.py beside')
+QUICK = (
+    ('get_model', 'weights.pth'),
+    ('whole model', 'config.py beside'),
+    ('predict', 'weights.safetensors'),
+    ('embed', 'weights.pth'),
+    ('export_onnx', 'weights.pth'),
+    ('pretrain --resume', 'weights.pth'),
+    ('tools/test.py', 'config.py beside'),
+    ('tools/train.py', 'weights.safetensors'),
+)
+
+
+@pytest.mark.parametrize('case', rest_slow(product(ENTRIES, KINDS), *QUICK), ids='-'.join)
+def test_every_entry(tmp_path, proof, run_tool, image_folder, monkeypatch, case):
+    entry, kind = case
     if entry == 'export_onnx':
         monkeypatch.setattr('mmmilan.export.onnx.PACKAGES', ())
     if (entry, kind) in (('tools/publish_model.py', 'config.py beside'), ('pretrain --resume', 'weights.safetensors')):

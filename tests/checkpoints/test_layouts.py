@@ -11,7 +11,7 @@ from timm.models import VisionTransformer as TimmViT
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from helpers import assert_within, real_data, strip_prefix
+from helpers import assert_within, real_data, rest_slow, strip_prefix
 from mmmilan.checkpoints.layouts import convert, detect_layout
 from mmmilan.errors import InputError
 from mmmilan.models import MAEDecoder, MILANViT, PromptingDecoder
@@ -187,10 +187,10 @@ def layouts_to_convert() -> dict[str, dict[str, Tensor]]:
     return {name: randomised(module).state_dict() for name, module in modules.items()}
 
 
-@pytest.mark.parametrize('name', [
+@pytest.mark.parametrize('name', rest_slow([
     'mmmilan pretraining', 'mmmilan MAE pretraining', 'mmpretrain MILAN', 'mmpretrain MAE', 'mmpretrain fine-tuned',
     'mmpretrain class token', 'mmpretrain linear probe', 'timm mean', 'timm token', 'hf encoder', 'hf classifier',
-])  # fmt: skip
+], 'mmmilan pretraining', 'mmpretrain MAE', 'mmpretrain linear probe', 'timm token', 'hf classifier'))  # fmt: skip
 def test_round_trips_are_bit_identical(name):
     weights = layouts_to_convert()[name]
     home = detect_layout(weights).name
@@ -235,8 +235,17 @@ def test_encoder_only_drops_decoders_heads_and_detector_parts():
         convert(detector, 'timm')
 
 
-@pytest.mark.parametrize('name', ['mmpretrain MILAN', 'timm mean', 'hf encoder'])
-@pytest.mark.parametrize('key', ['blocks.0.other.gamma', 'extra.weight', 'backbone.layers.0.attn.gamma1.weight'])
+@pytest.mark.parametrize(
+    'name', rest_slow(['mmpretrain MILAN', 'timm mean', 'hf encoder'], 'mmpretrain MILAN', 'hf encoder')
+)
+@pytest.mark.parametrize(
+    'key',
+    rest_slow(
+        ['blocks.0.other.gamma', 'extra.weight', 'backbone.layers.0.attn.gamma1.weight'],
+        'blocks.0.other.gamma',
+        'backbone.layers.0.attn.gamma1.weight',
+    ),
+)
 def test_unknown_key_is_refused_by_name(name, key):
     weights = {**layouts_to_convert()[name], key: torch.zeros(1)}
     with pytest.raises(InputError, match=f"The key '{key}' is unknown"):

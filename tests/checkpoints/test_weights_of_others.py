@@ -11,7 +11,7 @@ from timm.models import VisionTransformer as TimmViT
 from torch import Tensor
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
-from helpers import assert_within, strip_prefix
+from helpers import assert_within, rest_slow, strip_prefix
 from mmmilan import convert as convert_file
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
@@ -87,7 +87,7 @@ def check_vit(path: str, weights: dict[str, Tensor]) -> None:
         assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize('name', ONE_MODEL)
+@pytest.mark.parametrize('name', rest_slow(ONE_MODEL, 'compiled blocks', 'Lightning', 'OpenMMLab', 'Hugging Face'))
 def test_one_model(name, tmp_path, capsys):
     path = tmp_path / 'theirs.pth'
     torch.save(ONE_MODEL[name](timm_weights()), path)
@@ -97,7 +97,7 @@ def test_one_model(name, tmp_path, capsys):
     assert ('to be left out: ' in capsys.readouterr().out) == (name in ('Lightning', 'DINO'))
 
 
-@pytest.mark.parametrize('name', SEVERAL)
+@pytest.mark.parametrize('name', rest_slow(SEVERAL, 'MoCo', 'in one another'))
 def test_one_of_several_by_name(name, tmp_path):
     make, chosen = SEVERAL[name]
     path = tmp_path / 'theirs.pth'

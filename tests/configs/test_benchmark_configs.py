@@ -74,9 +74,9 @@ def test_real_size(name, on_meta):
     ('name', 'blocks', 'decay', 'drop_path'),
     [
         (FINE_TUNING, 12, 0.65, 0.1),
-        ('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-384px', 12, 0.65, 0.1),
-        ('vit-large-p16_milan-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2),
-        ('vit-large-p14_clip-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2),
+        pytest.param('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-384px', 12, 0.65, 0.1, marks=pytest.mark.slow),
+        pytest.param('vit-large-p16_milan-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2, marks=pytest.mark.slow),
+        pytest.param('vit-large-p14_clip-pre_8xb128-coslr-100e_in1k', 24, 0.75, 0.2, marks=pytest.mark.slow),
         ('vit-large-p16_milan-pre_8xb128-coslr-100e_in1k-384px', 24, 0.75, 0.2),
     ],
 )
@@ -172,8 +172,10 @@ def test_other_distributions(name):
 
 
 @pytest.mark.usefixtures('safe_mmengine')
-@pytest.mark.parametrize('layout', ['official', 'timm', 'huggingface', 'openmmlab'])
-@pytest.mark.parametrize('name', [name for name in CONFIGS if '384px' in name])
+@pytest.mark.parametrize(
+    'layout', rest_slow(['official', 'timm', 'huggingface', 'openmmlab'], 'official', 'timm', 'huggingface')
+)
+@pytest.mark.parametrize('name', rest_slow([name for name in CONFIGS if '384px' in name], f'{FINE_TUNING}-384px'))
 def test_published_layouts_at_384(name, layout, milan_cfg, tmp_path):
     """Weights of pretraining at 224 pixels, in whatever layout, arrive whole, positions interpolated."""
     milan_cfg['backbone'].update(img_size=224)

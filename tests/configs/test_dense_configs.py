@@ -49,7 +49,16 @@ def test_config_states_only_its_difference(name):
         assert list(restated(own, parsed(CONFIGS[name].parent / base).to_dict())) == []
 
 
-@pytest.mark.parametrize('name', [name for name in zoo_models() if '_coco' in name or '_ade20k' in name])
+@pytest.mark.parametrize(
+    'name',
+    rest_slow(
+        [name for name in zoo_models() if '_coco' in name or '_ade20k' in name],
+        DETECTION,
+        SEGMENTATION,
+        'mask-rcnn_vit-large-p16_milan-pre_32xb2-amp-lsj-100e_coco',
+        'upernet_vit-base-p16_maskclip-pre_8xb2-amp-160k_ade20k-512x512',
+    ),
+)
 def test_name_states_what_the_config_does(name):
     """MODEL_ENCODER_START_GPUSxbIMAGES-amp-AUGMENTATION-SCHEDULE_DATA, as in MMDetection and MMSegmentation."""
     pattern = r'[\w-]+_vit-\w+-p16_\w+-pre_(\d+)xb(\d+)-amp-(lsj-)?(1x|\d+e|\d+k)_(coco|ade20k-512x512)'

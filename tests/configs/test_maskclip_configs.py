@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from helpers import ROOT, own_settings, restated
+from helpers import ROOT, own_settings, rest_slow, restated
 from mmmilan.models import CodewordTarget, FeatureTarget, MaskCLIP, OpenCLIPTeacher, PixelTarget
 from mmmilan.registry import MODELS
 
@@ -52,7 +52,7 @@ PARTS = {
 
 
 @pytest.mark.filterwarnings('ignore:for .* copying from a non-meta parameter')
-@pytest.mark.parametrize('name', PARTS)
+@pytest.mark.parametrize('name', rest_slow(PARTS, 'maskclip', 'clip-mae'))
 def test_ablation_at_its_real_size(name, on_meta):
     model = build(CONFIGS[f'{name}{SUFFIX}'])
     assert sum(p.numel() for p in model.backbone.parameters()) == 85_798_656

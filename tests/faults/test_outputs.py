@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import mmmilan
+from helpers import rest_slow
 from mmmilan import cli
 from mmmilan.api.embed import read_features
 from mmmilan.errors import InputError
@@ -88,7 +89,16 @@ def snapshot(folder: Path) -> dict[str, tuple]:
     return found
 
 
-@pytest.mark.parametrize('line', FILES)
+@pytest.mark.parametrize(
+    'line',
+    rest_slow(
+        FILES,
+        'mmmilan report images milan.pth --out OUT',
+        'mmmilan convert milan.pth OUT --encoder-only',
+        'test.py config.py milan.pth --out OUT',
+        'speed/benchmark.py step --json OUT',
+    ),
+)
 def test_files(line, refusal, folder):
     ending = FILES[line]
     image = next((folder / 'images').rglob('*.jpg'))
@@ -118,7 +128,16 @@ def test_files(line, refusal, folder):
         assert re.search(message, refusal(line, out, '--overwrite'))
 
 
-@pytest.mark.parametrize('line', FOLDERS)
+@pytest.mark.parametrize(
+    'line',
+    rest_slow(
+        FOLDERS,
+        'mmmilan figures images milan.pth OUT --config config.py',
+        'publish_model.py config.py milan.pth published --hub-dir OUT',
+        'mmmilan pretrain images --out OUT',
+        'train.py config.py --work-dir OUT',
+    ),
+)
 def test_folders(line, refusal, folder):
     for out, message in (
         ('milan.pth', 'Not a directory|exists'),
@@ -262,7 +281,16 @@ def test_odd_manifests(run_tool, folder):
             TargetCache('cache')
 
 
-@pytest.mark.parametrize('meta', [None, [], 3, 'text', {'dataset_meta': 3}, {'CLASSES': 5}, {'cfg': 3}, {'epoch': []}])
+@pytest.mark.parametrize(
+    'meta',
+    rest_slow(
+        [None, [], 3, 'text', {'dataset_meta': 3}, {'CLASSES': 5}, {'cfg': 3}, {'epoch': []}],
+        None,
+        'text',
+        {'CLASSES': 5},
+        {'cfg': 3},
+    ),
+)
 def test_odd_meta(meta, folder, log):
     import torch
 

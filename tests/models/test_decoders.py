@@ -33,6 +33,7 @@ def expected_flops(queries: int, keys: int) -> int:
     return 2 * (8 * block + 50 * 768 * width + tokens * width * 512)
 
 
+@pytest.mark.slow
 def test_prompting_saves_a_fifth_of_the_computation():
     """The paper says 20 % at 75 % masking (section 3.3)."""
     prompting, vanilla = count_flops('PromptingDecoder'), count_flops('MAEDecoder')

@@ -11,6 +11,7 @@ import torch
 from mmengine.dataset import Compose
 from mmpretrain.structures import DataSample
 
+from helpers import rest_slow
 from mmmilan.errors import InputError
 from mmmilan.models.masking import draw_mask
 from mmmilan.registry import MODELS, TRANSFORMS
@@ -42,7 +43,7 @@ def chi_square(observed: dict, expected: dict) -> float:
     return sum((observed.get(key, 0) - count) ** 2 / count for key, count in expected.items())
 
 
-@pytest.mark.parametrize('num_visible', [1, 2, 3])
+@pytest.mark.parametrize('num_visible', rest_slow([1, 2, 3], 2))
 def test_draw_is_exactly_sampling_without_replacement(num_visible):
     probabilities = exact_probabilities(WEIGHTS.tolist(), num_visible)
     assert math.isclose(sum(probabilities.values()), 1)
