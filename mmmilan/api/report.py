@@ -72,6 +72,7 @@ def report(
     from mmmilan.api.models import get_model, read_config, titles_of
     from mmmilan.api.recipe import about_recipe
     from mmmilan.datasets.image_folder import as_sources
+    from mmmilan.datasets.listing import listed_once
     from mmmilan.evaluation.features import choose_device, device_name
     from mmmilan.files import check_output
     from mmmilan.visualization import report_sections as sections
@@ -87,8 +88,9 @@ def report(
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
     device = choose_device(device)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        known = read_known(config, sources)
-        dataset = read_images(config, sources, known)
+        with listed_once():
+            known = read_known(config, sources)
+            dataset = read_images(config, sources, known)
         milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device, teacher=teacher)
         backbones = build_backbones(milan, config, device)
         images, features = encode_images(dataset, max_images, milan, backbones, known)

@@ -241,23 +241,24 @@ class ImageFolder(CustomDataset):
     def load_labelled_list(self) -> Records:
         """As :meth:`load_data_list`, labelled by the first folder of each path, and in the order of folders."""
         listing = list_folder(self.img_prefix)
+        names = listing.top_folders
         loose = sum('/' not in file for file in listing.files)
         files = Names(file for file in listing.files if '/' in file) if loose else listing.files
         log_left_out(self.img_prefix, {'images in no folder of a class': loose})
-        folders = first_folder_of(files, listing.folders)
+        folders = first_folder_of(files, names)
         if (np.diff(folders) < 0).any():  # `a-b/c` before `a/c`
             order = np.argsort(folders, kind='stable')
             files, folders = Names(map(list(files).__getitem__, order)), folders[order]
         images, file_of = expand_shards(self.img_prefix, files)
         if not images:
             raise InputError(f'{self.img_prefix} has no image in the folder of a class; they should end in {ENDINGS}.')
-        counts = np.bincount(folders[file_of], minlength=len(listing.folders))
-        label = self.label_folders(dict(zip(listing.folders, counts.tolist(), strict=True)))
-        empty = [listing.folders[i] for i in np.setdiff1d(np.arange(len(counts)), folders)]
+        counts = np.bincount(folders[file_of], minlength=len(names))
+        label = self.label_folders(dict(zip(names, counts.tolist(), strict=True)))
+        empty = [names[i] for i in np.setdiff1d(np.arange(len(counts)), folders)]
         if empty:
             message = printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.')
             print_log(message, logger='current', level=logging.WARNING)
-        labels = np.array([-1 if label[name] is None else label[name] for name in listing.folders])
+        labels = np.array([-1 if label[name] is None else label[name] for name in names])
         return Records(images, labels[folders[file_of]])
 
     def _find_samples(self) -> list:

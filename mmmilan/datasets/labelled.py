@@ -16,7 +16,7 @@ from mmmilan.datasets.classes import Names, absent, as_name, listed, match_names
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
-from mmmilan.datasets.listing import LABELS, extension, is_leaving, list_annotated, list_folder, listed_once
+from mmmilan.datasets.listing import LABELS, extension, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
 from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import IMAGES, look_into, splits_of
@@ -257,9 +257,8 @@ def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dic
             notes.append(f'{count(len(found) - len(kept), "label map")} of {base} left out.')
         for path, file in kept:
             images.setdefault(as_name(file.partition('/')[0]), []).append(path)
-        for entry in os.scandir(base):
-            if entry.is_dir() and not is_leaving(entry.name):
-                images.setdefault(as_name(entry.name), [])
+        for name in listing.top_folders:
+            images.setdefault(as_name(name), [])
     return images
 
 

@@ -80,13 +80,18 @@ class Listing(NamedTuple):
 
     Attributes:
         files: Paths of the files of the wanted kinds, relative to the folder, sorted.
-        folders: Names of the folders directly in it, empty ones too, sorted.
+        folders: Paths of the folders in it, empty ones too, relative to it, sorted.
         left_out: Number of other files by kind.
     """
 
     files: Names
     folders: list[str]
     left_out: Mapping[str, int]
+
+    @property
+    def top_folders(self) -> list[str]:
+        """Names of the folders directly in it."""
+        return [folder for folder in self.folders if '/' not in folder]
 
 
 @contextmanager
@@ -154,18 +159,16 @@ def part_of_known(folder: str, kinds: tuple[str, ...]) -> Listing | None:
     while _remembered and inner and outer and not any(map(is_leaving, inner.split('/'))):
         if whole := _remembered.get((outer, kinds)):
             prefix = f'{inner}/'
-            files = [file[len(prefix) :] for file in whole.files if file.startswith(prefix)]
-            return Listing(Names(files), first_folders(files), {}) if files else None
+            files, folders = (
+                [path[len(prefix) :] for path in paths if path.startswith(prefix)]
+                for paths in (whole.files, whole.folders)
+            )
+            return Listing(Names(files), folders, {}) if files else None
         outer, name = os.path.split(outer)
         if not name:
             break
         inner = f'{name}/{inner}'
     return None
-
-
-def first_folders(files: Iterable[str]) -> list[str]:
-    """The first folders of relative paths, sorted."""
-    return sorted({file.partition('/')[0] for file in files if '/' in file})
 
 
 def walk(top: str, kinds: frozenset[str]) -> Listing:
@@ -189,8 +192,7 @@ def walk(top: str, kinds: frozenset[str]) -> Listing:
                 left_out['hidden folders'] += 1
             else:
                 waiting.append((entry.path, f'{prefix}{name}/', (*parents, here)))
-                if not prefix:
-                    folders.append(name)
+                folders.append(prefix + name)
     del left_out['']
     files.sort()
     return Listing(Names(files), sorted(folders), left_out)

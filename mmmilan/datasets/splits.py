@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
-from mmmilan.datasets.listing import extension, list_folder, remember
+from mmmilan.datasets.listing import extension, list_folder, listed_once, remember
 from mmmilan.datasets.packed import load_index
 from mmmilan.errors import InputError
 
@@ -247,12 +247,13 @@ def evaluation_source(source: Source) -> Source:
 def class_folders(source: Source) -> tuple[Source, list[str]]:
     """The folder whose folders name classes, and their names: two or more, no image beside them, and no splits.
 
-    The folder is the source, or the one within it that holds all its images. Without classes: the source and [].
+    The folder is the source, or the one within it that holds all its images. A folder without images names a class,
+    too, as for :class:`ImageFolder`. Without classes: the source and [].
     """
     folder = look_into(source)
     if len(folder.counts) < 2 or folder.loose or folder.splits:
         return source, []
-    return folder.root, list(folder.counts)
+    return folder.root, list_folder(folder.root).top_folders
 
 
 def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, list[str]]:
@@ -263,12 +264,13 @@ def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, lis
     Raises:
         InputError: the source does not exist, or holds no image.
     """
-    root, classes = class_folders(source)
-    if not classes:
-        images = images_in(source)
-        return images, np.zeros(len(images), int), classes
-    files = list_folder(root).files
-    images, file_of = expand_shards(str(root), files)
+    with listed_once():
+        root, classes = class_folders(source)
+        if not classes:
+            images = images_in(source)
+            return images, np.zeros(len(images), int), classes
+        files = list_folder(root).files
+        images, file_of = expand_shards(str(root), files)
     return images, first_folder_of(files, classes)[file_of], classes
 
 

@@ -28,7 +28,7 @@ def test_what_other_tools_leave_is_skipped(tmp_path, log):
     make(root, 'film.MP4', 'b/film.mp4', 'README', 'x.tar.index.json')
     names = ['a.jpg', 'b/c.JPG', 'd e/ü.Png']
     assert list_folder(root).files == names
-    assert list_folder(root).folders == ['b', 'd e']
+    assert list_folder(root).folders == list_folder(root).top_folders == ['b', 'd e']
     assert list_images(root) == [str(root / name) for name in names]
     data = ImageFolder(str(root), pipeline=[])
     assert [data.get_data_info(i)['img_path'] for i in range(len(data))] == list_images(root)
@@ -54,17 +54,18 @@ def test_links_are_followed_and_loops_cut(tmp_path, log):
 
 def test_a_folder_is_listed_once(tmp_path, monkeypatch, log):
     root = make(tmp_path / 'photos', 'train/a/1.jpg', 'train/b/2.jpg', 'val/3.jpg', 'val/x.mp4', 'val/.hidden/4.jpg')
+    (root / 'train/empty').mkdir()
     seen, scandir = [], os.scandir
     monkeypatch.setattr(os, 'scandir', lambda path: seen.append(str(path)) or scandir(path))
     with listed_once():
         whole = list_folder(root)
         assert list_folder(f'{root}/train/').files == ['a/1.jpg', 'b/2.jpg']
-        assert list_folder(root / 'train').folders == ['a', 'b']
+        assert list_folder(root / 'train').folders == ['a', 'b', 'empty']
         assert list_folder(root / 'train/b').files == ['2.jpg']
         assert list_folder(root / 'val/.hidden').files == ['4.jpg']
         make(root, 'val/5.jpg')
         assert list_folder(root) == whole
-        assert len(seen) == len(set(seen)) == 6
+        assert len(seen) == len(set(seen)) == 7
     assert list_folder(root / 'val').files == ['3.jpg', '5.jpg']
     assert log.text.count('1 .mp4') == 2
 

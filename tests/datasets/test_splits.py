@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmmilan.datasets import ImageFolder
+from mmmilan.datasets.listing import listed_once
 from mmmilan.datasets.splits import (
     class_folders,
     describe,
@@ -174,3 +177,21 @@ def test_what_was_understood_is_said(tmp_path):
         and 'not used: ' in text
         and text.endswith('no folders that name classes.')
     )
+
+
+def test_an_empty_folder_names_a_class_for_all(tmp_path, monkeypatch):
+    """The data set, and every command that reads labels, have the same classes; the folder is walked once."""
+    root = make(tmp_path / 'photos', 'a/1.jpg c/2.jpg')
+    (root / 'b').mkdir()
+    assert class_folders(root)[1] == ['a', 'b', 'c']
+    data = ImageFolder(str(root), with_label=True, pipeline=[])
+    assert [data.get_data_info(i)['gt_label'] for i in range(2)] == [0, 2] and data.CLASSES == ('a', 'b', 'c')
+    with listed_once():
+        class_folders(tmp_path)
+        assert ImageFolder(str(root), with_label=True, pipeline=[]).CLASSES == ('a', 'b', 'c')
+    seen, scandir = [], os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda path: seen.append(str(path)) or scandir(path))
+    images, labels, classes = list_labelled_images(root)
+    assert [Path(path).name for path in images] == ['1.jpg', '2.jpg']
+    assert (labels.tolist(), classes) == ([0, 2], ['a', 'b', 'c'])
+    assert len(seen) == len(set(seen)) == 4
