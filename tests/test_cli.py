@@ -13,6 +13,7 @@ from docstring_parser import parse
 import mmmilan
 from helpers import ROOT
 from mmmilan import cli
+from mmmilan.checkpoints.zoo import zoo_models
 from mmmilan.errors import InputError
 
 NAMES = [name for names in cli.COMMANDS.values() for name in names]
@@ -98,6 +99,7 @@ def documented() -> list[str]:
     for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))):
         text = path.read_text().replace('\\\n', ' ')
         blocks = ''.join(re.findall(r'^```bash\n(.*?)^```', text, re.M | re.S))
+        assert not re.search(r'^    mmmilan ', text, re.M), f'{path}: an indented block is not tested; use ```bash'
         lines += re.findall(r'^(?:\w+=\S+ )*mmmilan ([^#\n]+)', blocks, re.M)
         lines += re.findall(r'^\|[^|]+\| `mmmilan ([^`]+)` \|', text, re.M)
     return [line.strip() for line in lines]
@@ -105,7 +107,16 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize('line', documented())
 def test_documented_commands_can_be_typed(line, called):
-    assert called(shlex.split(line))
+    """Each word is what its argument is: a checkpoint is a file of weights or in the zoo, and nothing else is."""
+    taken = called(shlex.split(line))
+    assert taken
+    for name, value in taken.items():
+        for word in value if isinstance(value, list) else [value]:
+            is_model = str(word).endswith(('.pth', '.safetensors')) or word in (*zoo_models(), 'CHECKPOINT', 'teacher')
+            if name in ('data', 'images', 'text'):
+                assert not is_model, (name, word)
+            elif name in ('checkpoint', 'checkpoints', 'start', 'compare') and word != 'scratch':
+                assert is_model, (name, word)
 
 
 @pytest.mark.parametrize(

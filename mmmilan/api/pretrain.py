@@ -98,9 +98,10 @@ def pretrain(
 
     for option in dotted(changes):  # before the teacher is downloaded
         check_top(base_config(), option, inspect.signature(pretrain).parameters)
-    if out is None or (data is None and not resume):
-        missing = 'folder to write (--out)' if out is None else 'folder of images'
-        raise InputError(f'pretrain lacks the {missing}; give it.')
+    if out is None:
+        raise InputError('pretrain lacks the folder to write; give it (--out).')
+    if data is None and not resume:
+        raise InputError(f'pretrain has one folder, {out}; give the images first and then the folder to write.')
     sources = None if data is None else as_sources(data)
     folder = Path(out)
     check_out(folder, resume, FILES)
