@@ -16,7 +16,7 @@ custom_hooks = [
     dict(type='mmmilan.CorruptImageHook'),
     dict(type='mmmilan.ThroughputHook'),
     dict(type='mmmilan.ScheduleCheckHook'),
-    # Every run has these, also of a config that does not name them (docs/architecture.md).
+    # Every run has these and CorruptImageHook, also of a config that does not name them (docs/architecture.md).
     dict(type='mmmilan.ExactLoadingHook'),
     dict(type='mmmilan.ImageSizeHook'),
     dict(type='mmmilan.ClassCountHook'),

@@ -46,7 +46,7 @@ from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_write, check_output, check_output_folder
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
-# The hooks of every run, in the order of docs/architecture.md.
+# The hooks of every run; docs/architecture.md says in which order they are called.
 EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'CorruptImageHook', 'StopHook', 'HeartbeatHook')
 LOADS_ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap)')
 # The model that averages the predictions of several views, by the scope of a config.
@@ -179,7 +179,7 @@ class SavedPredictions(DumpResults):
     def compute_metrics(self, results: list) -> dict:
         with atomic_write(Path(self.out_file_path)) as temporary, open(temporary, 'wb') as file:
             pickle.dump(results, file)
-        print_log(f'{self.out_file_path}: {len(results)} predictions.', logger='current')
+        print_log(f'{self.out_file_path}: {count(len(results), "prediction")}.', logger='current')
         return {}
 
 
