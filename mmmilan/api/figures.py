@@ -171,7 +171,10 @@ def add_attention(
         'Attention of the class token to each patch in the last block, averaged over heads; bright is high. Each map '
         'is scaled from its minimum to its maximum.',
     )
-    page.figure(save_figure(draw_pictures(columns), folder / f'figure{number}'), f'Attention of {", ".join(models)}')
+    page.figure(
+        save_figure(draw_pictures(columns, 'inferno', 'attention'), folder / f'figure{number}'),
+        f'Attention of {", ".join(models)}',
+    )
 
 
 def add_reconstruction(
@@ -213,7 +216,9 @@ def add_reconstruction(
             f'Figure 5: what {title} sees and misses',
             'The image; the patches that the encoder sees; and the loss of each patch: dark green is high.',
         )
-        page.figure(save_figure(draw_pictures(columns), folder / 'figure5'), f'Mask and loss of {title}')
+        page.figure(
+            save_figure(draw_pictures(columns, 'Greens', 'loss'), folder / 'figure5'), f'Mask and loss of {title}'
+        )
         return
     warn(page, f'Figure 5 is left out: no checkpoint has its decoder ({reasons[0]})')
 

@@ -235,8 +235,10 @@ def draw_maps(space: JointSpace, paths: Sequence[Path], pixels: Tensor, cosine: 
     images = to_images(pixels, space.model.data_preprocessor)
     for path, image, maps in zip(paths, images, cosine, strict=True):
         columns = {'image': [image]}
-        columns |= {text: [draw_heat(image, values, 'inferno')] for text, values in zip(texts, maps, strict=True)}
-        save_figure(draw_pictures(columns), path)
+        for text, values in zip(texts, maps, strict=True):
+            title = f'{text}\n{values.min():.3f} to {values.max():.3f}'
+            columns[title] = [draw_heat(image, values, 'inferno')]
+        save_figure(draw_pictures(columns, 'inferno', 'cosine'), path)
 
 
 @checked

@@ -26,7 +26,11 @@ from mmmilan.models.vit import last_attention
 from mmmilan.visualization.page import Page
 
 DPI = 150
-WIDTH, TITLE = 1.5, 0.25  # inches: width of an image, height of the titles
+WIDTH, LINE, SCALE = (
+    1.5,
+    0.25,
+    0.6,
+)  # inches: width of an image, height of a line of text, width of the scale of colours
 # names of models and classes, and texts of users, may hold $, which is no formula
 plain_text = matplotlib.rc_context({'text.parse_math': False})
 
@@ -45,9 +49,10 @@ def add_predictions(
     """
     page.heading(
         'What MILAN sees and predicts',
-        'From left to right: the image; the importance that the teacher gives each patch (bright is high); the patches '
-        'drawn by importance, which are all that the encoder sees; the loss of each patch (dark is high); and the '
-        'attention of the class token in the last block of each encoder.',
+        'From left to right: the image; the importance that the teacher gives each patch; the patches drawn by '
+        'importance, which are all that the encoder sees; the loss of each patch; and the attention of the class token '
+        'in the last block of each encoder. Each map has a scale of its own, from its lowest value to its highest: '
+        'bright is high, and of the loss dark green.',
     )
     header = ['image', 'importance', 'visible', 'loss', *(f'attention: {name}' for name in backbones)]
     page.gallery(header, draw_predictions(milan, backbones, images), names)
@@ -337,11 +342,13 @@ def draw_tsne(features: dict[str, np.ndarray], labels: np.ndarray, classes: Sequ
 
 
 @plain_text
-def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
-    """A grid of images: one row per image, one column per view of it (paper, figures 3 to 5).
+def draw_pictures(columns: dict[str, Sequence[np.ndarray]], colormap: str, quantity: str) -> Figure:
+    """A grid of images over the scale of their heat maps: a row per image, a column per view (paper, figures 3 to 5).
 
     Args:
-        columns: Title -> RGB uint8 images [H, W, 3], as many in each column.
+        columns: Title, of one line or more -> RGB uint8 images [H, W, 3], as many in each column.
+        colormap: Of the heat maps, each of which :func:`draw_heat` scales by its own values.
+        quantity: What they show, in a word.
     """
     gap = 4
     tiles = [
@@ -349,12 +356,21 @@ def draw_pictures(columns: dict[str, Sequence[np.ndarray]]) -> Figure:
     ]
     canvas = np.concatenate([np.concatenate(column) for column in tiles], axis=1)
     height, width = canvas.shape[0] / tiles[0][0].shape[1], len(tiles)  # in widths of an image
-    figure = Figure(figsize=(WIDTH * width, WIDTH * height + TITLE))
-    axes = figure.add_axes((0, 0, 1, WIDTH * height / (WIDTH * height + TITLE)))
+    titles = LINE * (1 + max(title.count('\n') for title in columns))
+    total = LINE + WIDTH * height + titles
+    figure = Figure(figsize=(WIDTH * width, total))
+    axes = figure.add_axes((0, LINE / total, 1, WIDTH * height / total))
     axes.imshow(canvas, interpolation='nearest', aspect='auto')
     axes.set_axis_off()
     for i, title in enumerate(columns):
         axes.annotate(title, ((i + 0.5) / width, 1), (0, 4), 'axes fraction', 'offset points', fontsize=8, ha='center')
+    side = SCALE / (WIDTH * width)
+    scale = figure.add_axes(((1 - side) / 2, 0.3 * LINE / total, side, 0.4 * LINE / total))
+    scale.imshow(np.linspace(0, 1, 256)[None], cmap=colormap, aspect='auto')
+    scale.set_axis_off()
+    for text, x, offset, align in ((f'lowest {quantity}', 0, -4, 'right'), ('highest of each map', 1, 4, 'left')):
+        place = dict(xycoords='axes fraction', textcoords='offset points', va='center', ha=align)
+        scale.annotate(text, (x, 0.5), (offset, 0), fontsize=7, **place)
     return figure
 
 

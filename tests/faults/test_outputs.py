@@ -319,5 +319,5 @@ def test_texts_are_no_formulas():
         assert 'svg' in draw_curve([0, 1], [0, 1], text)
     features, labels = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) % 6
     names = dict.fromkeys(texts[:2], features)
-    for figure in (draw_pictures(dict.fromkeys(texts, [image])), draw_tsne(names, labels, texts)):
+    for figure in (draw_pictures(dict.fromkeys(texts, [image]), 'inferno', '$'), draw_tsne(names, labels, texts)):
         figure.savefig(os.devnull, format='png')

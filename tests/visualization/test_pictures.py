@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Annotation
 
-from mmmilan.visualization.pictures import class_colours, read_scalars
+from mmmilan.visualization.pictures import class_colours, draw_pictures, read_scalars
 
 
 def test_a_resumed_run_continues_the_curve(tmp_path):
@@ -16,6 +18,23 @@ def test_a_resumed_run_continues_the_curve(tmp_path):
     assert [(row['step'], row['run']) for row in read_scalars(tmp_path)] == [
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 2),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(('columns', 'quantity'), [(2, 'cosine'), (5, 'attention')])
+def test_heat_maps_stand_over_the_scale_of_their_colours(columns, quantity):
+    """Its ends say what they mean, beside the colours and within the figure, below the pictures."""
+    pictures = {f'text {i}\n0.1 to 0.2': [np.zeros((32, 32, 3), np.uint8)] for i in range(columns)}
+    figure = draw_pictures(pictures, 'Greens', quantity)
+    FigureCanvasAgg(figure).draw()
+    images, scale = figure.axes
+    words = {text.get_text(): text.get_window_extent() for text in figure.findobj(Annotation)}
+    low, high = words[f'lowest {quantity}'], words['highest of each map']
+    bar = scale.get_window_extent()
+    assert scale.images[0].get_cmap().name == 'Greens' and np.all(np.diff(scale.images[0].get_array()[0]) > 0)
+    assert 0 < low.x0 < low.x1 < bar.x0 < bar.x1 < high.x0 < high.x1 < figure.bbox.x1
+    assert low.y0 >= 0 and max(low.y1, bar.y1) < images.get_window_extent().y0
+    titles = [box for text, box in words.items() if text in pictures]
+    assert len(titles) == columns and all(images.get_window_extent().y1 < t.y0 < t.y1 < figure.bbox.y1 for t in titles)
 
 
 @pytest.mark.parametrize('number', [1, 2, 10, 150, 256])
