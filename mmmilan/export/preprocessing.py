@@ -120,13 +120,13 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
     """The preprocessing by the test pipeline of a config and the data preprocessor of a model.
 
     Raises:
-        InputError: the pipeline does something that other libraries cannot express, or its output is not of the
-            encoder's input size.
+        InputError: the pipeline does something for which other libraries have no setting, or its output is not of
+            the encoder's input size.
     """
     if not takes_rgb(model):
         raise InputError(
-            'The model takes BGR images (data_preprocessor.to_rgb=False), which cannot be told to other libraries; '
-            'publish one that takes RGB.'
+            'The model takes BGR images (data_preprocessor.to_rgb=False), and other libraries give it RGB; publish one '
+            'that takes RGB.'
         )
     steps = {step['type'].rpartition('.')[2]: step for step in test_dataset(config)['pipeline']}
     resizing = {name: step for name, step in steps.items() if name not in READING}
@@ -139,8 +139,8 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
         size = size[::-1] if isinstance(size, (tuple, list)) else size  # OpenMMLab's is width, height
     else:
         raise InputError(
-            f'The test pipeline ({", ".join(steps)}) cannot be told to other libraries; use ResizeEdge (short edge) '
-            'and CenterCrop, or Resize.'
+            f'Other libraries cannot prepare images as the test pipeline does ({", ".join(steps)}); use ResizeEdge '
+            '(short edge) and CenterCrop, or Resize.'
         )
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if size != tuple(model.backbone.img_size):
@@ -150,8 +150,8 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
     interpolation = step.get('interpolation', 'bilinear')
     if interpolation not in _INTERPOLATION:
         raise InputError(
-            f'The interpolation {interpolation!r} of the test pipeline cannot be told to other libraries; choose one '
-            f'of {", ".join(_INTERPOLATION)}.'
+            f'Other libraries do not have the interpolation {interpolation!r} of the test pipeline; choose one of '
+            f'{", ".join(_INTERPOLATION)}.'
         )
     return Preprocessing(resize, size, interpolation, *normalisation(model), step.get('backend') or 'cv2')
 
