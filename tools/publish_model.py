@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint of MMEngine')
     parser.add_argument('out_dir', type=Path, help='folder to write to')
-    parser.add_argument('--name', help='name of the model, by default that of the config')
+    parser.add_argument('--name', help='name of the model, by default that of the config, or of its folder')
     parser.add_argument('--url', default='', help='address of the folder where the files will be, for the metafile')
     parser.add_argument('--training-data', help='name of the training data, if the config does not name a public one')
     parser.add_argument('--dataset', help='data set of the metrics, e.g. ImageNet-1k')
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_name(args.name or args.config.stem)
+    args.name = check_name(args.name or default_name(args.config))
     inputs = [args.config, args.checkpoint]
     check_output_folder(args.out_dir)
     if args.hub_dir:
@@ -100,6 +100,11 @@ def main() -> None:
         print(f'{args.hub_dir}: can be loaded by {" and ".join(libraries)}')
 
 
+def default_name(config: Path) -> str:
+    """The name of the config, or of its folder if it is the ``config.py`` of a run."""
+    return config.resolve().parent.name if config.name == 'config.py' else config.stem
+
+
 def gather_facts(args: argparse.Namespace, config: Config, checkpoint: dict[str, Any], weights: dict) -> Facts:
     """Collect the facts from arguments, config and checkpoint, whose own config names the training data."""
     meta = checkpoint.get('meta') or {}
@@ -112,7 +117,7 @@ def gather_facts(args: argparse.Namespace, config: Config, checkpoint: dict[str,
     if config.model.get('head') and 'masking' not in config.model:
         kind = 'classifier'
     return Facts(
-        name=args.name or args.config.stem,
+        name=args.name,
         layout=layout,
         method=pretraining_method(config),
         training_data=args.training_data or data,

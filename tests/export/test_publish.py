@@ -85,6 +85,19 @@ def test_files_and_metadata_of_an_encoder(encoder, tmp_path):
     }
 
 
+def test_a_run_is_published_under_the_name_of_its_folder(run_tool, trained, tmp_path):
+    """``pretrain`` writes config.py, which names nothing."""
+    config, checkpoint = trained('milan')
+    run = tmp_path / 'runs/photos'
+    run.mkdir(parents=True)
+    config.rename(run / 'config.py')
+    run_tool('publish_model.py', run / 'config.py', checkpoint, tmp_path / 'out', '--hub-dir', tmp_path / 'hub')
+    (path,) = (tmp_path / 'out').glob('*.pth')
+    (entry,) = yaml.safe_load(path.with_suffix('.yml').read_text())['Models']
+    assert path.name.startswith('photos-') and entry['Name'] == 'photos'
+    assert '# photos' in (tmp_path / 'hub/README.md').read_text().splitlines()
+
+
 def test_snippet_of_the_card_works_in_the_folder_of_the_files(encoder, tmp_path, images):
     """It gives the features of the trained model, as timm and transformers do. No file names a folder of its origin."""
     values = dict(__name__='snippet')
