@@ -30,7 +30,7 @@ from mmmilan.checkpoints.config import read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.engine.config_check import check_is_not_read
-from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.errors import InputError, count, exit_on_input_error
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
 from mmmilan.teachers import teacher_config
@@ -148,7 +148,7 @@ def main() -> None:
         write_manifest(args.folder, manifest, epoch + 1)
         print(f'Epoch {epoch}: rounding to 8 bits alone causes a loss of {loss:.2e} (2 - 2 cos).')
     size = (args.folder / 'epoch_0.bin').stat().st_size
-    print(f'{args.folder}: {args.epochs} epochs, {size / len(dataset) / 1e3:.1f} KB per image and epoch.')
+    print(f'{args.folder}: {count(args.epochs, "epoch")}, {size / len(dataset) / 1e3:.1f} KB per image and epoch.')
 
 
 if __name__ == '__main__':

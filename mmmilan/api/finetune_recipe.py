@@ -333,7 +333,7 @@ def say(labelled: Labelled) -> None:
 
     from mmmilan.datasets.classes import listed
 
-    sizes = f'{num_records(labelled.train)} images to train on and {num_records(labelled.val)} to validate on'
+    sizes = f'{count(num_records(labelled.train), "image")} to train on and {num_records(labelled.val)} to validate on'
     names = f'{count(len(labelled.classes), "class")} ({listed(labelled.classes)})'
     for line in (f'{labelled.root}: {labelled.task}, {names}, {sizes}.', *labelled.notes):
         print_log(line, logger='current')
@@ -557,7 +557,7 @@ def set_loaders(config: Config, batches: Batches, num_val: int, datasets: Mappin
             f'batch of {batches.size}' if batches.of_a_step == batches.size else f'step of {batches.of_a_step} images'
         )
         remedy = 'batch_size' if batches.accumulate == 1 else 'batch_size or accumulate'
-        raise InputError(f'The {batches.images} images do not fill one {size}; lower {remedy}.')
+        raise InputError(f'{count(batches.images, "image")} cannot fill one {size}; lower {remedy}.')
     train, val = config.train_dataloader, config.val_dataloader
     for loader, name, images in ((train, 'train', batches.images), (val, 'val', num_val)):
         loader.dataset = dict(datasets[name], pipeline=loader.dataset.pipeline)

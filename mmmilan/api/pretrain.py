@@ -215,7 +215,7 @@ def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:
 
     with trained_anyway():
         page = report(sources, weights, weights.with_name('report.html'), overwrite=True)
-        print_log(f'Was it worth it? {page} says what can be said.', logger='current')
+        print_log(f'The report on the encoder is {page}.', logger='current')
 
 
 @contextmanager

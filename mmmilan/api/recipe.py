@@ -213,7 +213,7 @@ def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -
 
     num_images = len(list_images(sources))
     if batch_size is not None and batch_size > num_images:
-        raise InputError(f'The {num_images} images do not fill one batch of {batch_size}; lower batch_size.')
+        raise InputError(f'{count(num_images, "image")} cannot fill one batch of {batch_size}; lower batch_size.')
     return num_images
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
@@ -179,7 +179,7 @@ def encode_images(
 
     names = ', '.join(map(os.fspath, getattr(dataset, 'sources', [dataset.data_root])))
     if len(dataset) < 2 * QUERIES:
-        raise InputError(f'{names} holds {len(dataset)} images; give at least {2 * QUERIES}.')
+        raise InputError(f'{names} holds {count(len(dataset), "image")}; give at least {2 * QUERIES}.')
     chosen = np.array(evenly_spaced(len(dataset), max_images))
     features = extract_features(dataset, chosen, milan, backbones, 'Encoding images')
     chosen, labels, classes = chosen[features.pop('position')], features.pop('label', None), list(class_names(dataset))

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
 from mmmilan.checkpoints.unpickling import ForbiddenName, check_archive, read_archive, read_meta
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_write, first_line
 
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
@@ -309,8 +309,8 @@ def find_newest(folder: Path) -> Path | None:
             _say_skipped(path, error)
     if paths:
         raise InputError(
-            f'None of the {len(paths)} checkpoints in {folder} is complete; copy one there, or start anew in another '
-            '--work-dir.'
+            f'Of {count(len(paths), "checkpoint")} in {folder} none is complete; copy one there, or start anew in '
+            'another --work-dir.'
         )
     return None
 

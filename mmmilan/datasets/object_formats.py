@@ -33,7 +33,7 @@ from mmmilan.datasets.classes import Names, as_name, listed, positions, read_nam
 from mmmilan.datasets.decoding import read_size
 from mmmilan.datasets.listing import extension, list_annotated, list_folder, remember
 from mmmilan.datasets.splits import ANNOTATIONS, role_of
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
 
 COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
@@ -425,8 +425,8 @@ def read_yolo(images: list[str], names: list[str], where: str) -> dict[str, Any]
             rows[image] = yolo_rows(text, names, where)
     if not texts:
         raise InputError(
-            f'None of the {len(images)} images of {where} has a text file, as {label_paths(images[0])[0]}; put the '
-            'folder labels beside images.'
+            f'Of {count(len(images), "image")} of {where} none has a text file, as {label_paths(images[0])[0]}; put '
+            'the folder labels beside images.'
         )
     with_masks = has_polygons({text: rows[image] for text, image in texts.items()})
     base = YOLOv8InstanceSegmentationInput if with_masks else YOLOv8ObjectDetectionInput

@@ -15,7 +15,7 @@ import numpy as np
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
 from mmmilan.datasets.listing import extension, list_folder, listed_once, remember
 from mmmilan.datasets.packed import load_index
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
 VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'holdout'}
@@ -277,7 +277,7 @@ def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, lis
 def describe(sources: Sequence[Source]) -> str:
     """What was understood of the folders, for the log before a training."""
     training = training_sources(sources)
-    parts = [f'{len(list_images(training))} images to train on, from {named(training)}']
+    parts = [f'{count(len(list_images(training)), "image")} to train on, from {named(training)}']
     held_out = [evaluation_source(source) for source in sources]
     if set(map(os.fspath, held_out)) <= set(map(os.fspath, training)):
         parts.append('none are kept for evaluation, which uses the same images')

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mmmilan.datasets.annotations import check_label_maps, has_masks
 from mmmilan.datasets.classes import chain, class_names, locate, read_class_names, use_classes
 from mmmilan.datasets.listing import IMAGES, walk
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
 
 LOADERS = dict(
@@ -165,8 +165,8 @@ def check_batches(runner: Runner) -> None:
     size, images = getattr(batches, 'batch_size', None), len(loader.sampler)
     if len(loader) == 0:
         raise InputError(
-            f'The {len(loader.dataset)} training images do not fill one batch of {size} on each of '
-            f'{runner.world_size} processes; lower train_dataloader.batch_size.'
+            f'{count(len(loader.dataset), "training image")} cannot fill one batch of {size} on each of '
+            f'{count(runner.world_size, "process")}; lower train_dataloader.batch_size.'
         )
     last = size and not getattr(batches, 'drop_last', False) and images % size == 1
     last = last and not isinstance(loader.sampler, InfiniteSampler) and runner.max_iters >= len(loader)

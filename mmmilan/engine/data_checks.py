@@ -23,7 +23,7 @@ from mmmilan.checkpoints.io import get_dataset_meta
 from mmmilan.datasets.annotations import category_ids
 from mmmilan.datasets.classes import class_names, positions, use_classes, warn, wordnet_ids
 from mmmilan.datasets.image_folder import is_replaced, num_corrupt
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
@@ -89,12 +89,13 @@ class ClassCountHook(Hook):
         """Refuse data of another number of classes than the model's."""
         classes = getattr(loader.dataset, 'metainfo', {}).get('classes')
         wrong = [
-            '.'.join(['model', *filter(None, [part]), f'num_classes={count}'])
-            for part, count in class_counts(runner).items()
-            if classes and count != len(classes)
+            '.'.join(['model', *filter(None, [part]), f'num_classes={number}'])
+            for part, number in class_counts(runner).items()
+            if classes and number != len(classes)
         ]
         if wrong:
-            raise InputError(f'The {name} data has {len(classes)} classes, but {", ".join(wrong)}; make them equal.')
+            found = count(len(classes), 'class')
+            raise InputError(f'The {name} data has {found}, but {", ".join(wrong)}; make them equal.')
 
 
 def check_top(loop: BaseLoop, name: str) -> None:
@@ -154,10 +155,10 @@ class CorruptImageHook(Hook):
 
     def warn(self, runner: Runner, loader: DataLoader, consequence: str) -> None:
         """Say how often an image did not decode."""
-        count = torch.tensor(num_corrupt(loader.dataset), device=get_device())
-        all_reduce(count)
-        if count:
-            runner.logger.warning(f'{int(count)} times so far an image did not decode, and {consequence}.')
+        corrupt = torch.tensor(num_corrupt(loader.dataset), device=get_device())
+        all_reduce(corrupt)
+        if corrupt:
+            runner.logger.warning(f'{count(int(corrupt), "time")} so far an image did not decode, and {consequence}.')
 
 
 class LeftOut:

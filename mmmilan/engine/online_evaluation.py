@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from mmmilan.engine.throughput import evaluations_left
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.evaluation.features import class_and_mean, evenly_spaced, extract, join
 from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
 from mmmilan.models.wrapping import unwrap
@@ -122,8 +122,8 @@ def check_labels(labels: np.ndarray) -> None:
     counts = np.bincount(labels)
     if len(counts) < 2 or len(labels) < 5 * len(counts):
         raise InputError(
-            f'{len(labels)} images of {len(counts)} classes are too few for an evaluation; give a labelled folder with '
-            'at least two classes and five images a class.'
+            f'{count(len(labels), "image")} of {count(len(counts), "class")} are too few for an evaluation; give a '
+            'labelled folder with at least two classes and five images a class.'
         )
 
 

@@ -328,7 +328,7 @@ def resume_schedules(runner: Runner, checkpoint: dict[str, Any], source: str) ->
                 'other schedules or rates; resume with those that it was trained with.'
             )
     if not continued:
-        print_log(f'The rates of the first {meta["iter"]} steps are computed for the changed schedules.', 'current')
+        print_log(f'The rates of the steps until {meta["iter"]} are computed for the changed schedules.', 'current')
         replay(schedulers, runner, meta['epoch'], meta['iter'])
     states = [scheduler.state_dict() for scheduler in schedulers]
     if continued:

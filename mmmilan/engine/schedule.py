@@ -11,6 +11,7 @@ from mmengine.optim import LinearParamScheduler, _ParamScheduler
 from mmengine.runner import Runner
 from mmpretrain.models import VisionTransformer
 
+from mmmilan.errors import count
 from mmmilan.registry import HOOKS
 
 RECIPE_RATE, RECIPE_BATCH, RECIPE_WIDTH = 2.4e-3, 4096, 768  # of the paper: 1.5e-4 x 4096 / 256, for a ViT-B
@@ -125,8 +126,8 @@ class ScheduleCheckHook(Hook):
         steps = runner.max_iters
         if steps < FEW_STEPS:
             runner.logger.warning(
-                f'The run has {steps} steps, too few to learn much; train for more epochs, on more images or with '
-                'smaller batches.'
+                f'The run has {count(steps, "step")}, too few to learn much; train for more epochs, on more images or '
+                'with smaller batches.'
             )
         schedulers = runner.param_schedulers
         schedulers = (

@@ -23,7 +23,7 @@ from mmmilan.checkpoints.io import checkpoints_in, find_newest
 from mmmilan.checkpoints.unpickling import read_meta
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import check_output, contains, is_same, make_folder, write_text
 
 FILES, FOLDERS = ('pretrained', 'checkpoint', 'load_from'), ('data_root', 'cache', 'db_path')  # keys in a config
@@ -167,7 +167,8 @@ def set_aside(paths: list[Path], folder: Path) -> None:
     for path in paths:
         path.rename(target / path.name)
     print_log(
-        f'{folder} holds an earlier run: its {len(paths)} checkpoints are now in {target} (--resume continues a run).',
+        f'{folder} holds an earlier run: {count(len(paths), "checkpoint")} moved to {target} (--resume continues a '
+        'run).',
         logger='current',
         level=logging.WARNING,
     )

@@ -121,7 +121,7 @@ def each_batch(
             yield {name: rows[order] for name, rows in arrays.items()}
     if faults and len(faults) == len(chosen):
         cause = next(iter(faults.values())).partition(';')[0]
-        raise InputError(f'None of the {len(chosen)} images can be used ({cause}); give images.')
+        raise InputError(f'Of {count(len(chosen), "image")} none can be used ({cause}); give images.')
     if faults:
         text = f'{len(faults)} of {len(chosen)} images were left out, see above.'
         print_log(text, logger='current', level=logging.WARNING)

@@ -70,7 +70,7 @@ class ImageNetSubsetAccuracy(Accuracy):
         num_classes = len(data_samples[0]['pred_score'])
         if num_classes != 1000:
             raise InputError(
-                f'The model has {num_classes} classes; ImageNetSubsetAccuracy needs the 1000 of ImageNet-1k '
+                f'The model has {count(num_classes, "class")}; ImageNetSubsetAccuracy needs the 1000 of ImageNet-1k '
                 '(model.head.num_classes).'
             )
         scores = [sample['pred_score'][self.columns] for sample in data_samples]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmmilan.datasets.classes import class_names, listed
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.evaluation.features import extract, join
 from mmmilan.models.milan import MILAN
 from mmmilan.models.wrapping import unwrap
@@ -140,9 +140,9 @@ class KNNLoop(TestLoop):
         classes, test_classes = (class_names(each.dataset) for each in (self.bank_dataloader, self.dataloader))
         if not classes or classes != test_classes:
             raise InputError(
-                f'The labelled images of test_cfg.bank_dataloader have {len(classes)} classes ({listed(classes)}) and '
-                f'the test images {len(test_classes)} ({listed(test_classes)}); give data sets of the same classes, '
-                'with_label=True.'
+                f'The labelled images of test_cfg.bank_dataloader have {count(len(classes), "class")} '
+                f'({listed(classes)}) and the test images {len(test_classes)} ({listed(test_classes)}); give data sets '
+                'of the same classes, with_label=True.'
             )
         return len(classes)
 

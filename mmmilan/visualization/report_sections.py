@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.errors import count
 from mmmilan.evaluation.comparison import PROBES, comparison, hold_out, most_frequent, score_encoders, verdict
 from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.evaluation.probes import rankme
@@ -140,7 +141,7 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config, reci
     folder = Path(checkpoint).parent
     teacher = config.model.head.get('teacher') or {}
     text = (
-        f'{meta.get("epoch", config.train_cfg.get("max_epochs"))} epochs in batches of '
+        f'{count(meta.get("epoch", config.train_cfg.get("max_epochs")), "epoch")} in batches of '
         f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}; the teacher is '
         f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}. {recipe}'
     )

@@ -354,7 +354,7 @@ def add_training(page: Page, weights: Path, config: Config) -> None:
         curves[name] = tuple(map(list, zip(*points, strict=True))) if points else ([], [])
     curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
     length = config.get('train_cfg') or {}
-    amount = f'{length.get("max_iters")} steps'
+    amount = count(length.get('max_iters'), 'step')
     if planned := length.get('max_epochs'):
         done = max((row['epoch'] for row in rows if 'epoch' in row), default=planned)
         amount = count(planned, 'epoch') if done >= planned else f'{done} of {count(planned, "epoch")}'

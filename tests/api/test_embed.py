@@ -153,7 +153,7 @@ def test_what_cannot_be_embedded(images, checkpoint, tmp_path):
     for source, out, message in (
         (images, 'f.csv', 'does not end in .npz or .parquet'),
         (images / 'none.jpg', 'f.npz', 'none.jpg does not exist'),
-        (images / 'c/broken.jpg', 'f.npz', 'None of the 1 images can be used'),
+        (images / 'c/broken.jpg', 'f.npz', 'Of 1 image none can be used'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.embed(source, checkpoint, tmp_path / out)

@@ -252,7 +252,7 @@ def test_refused_outputs(photos, checkpoints, tmp_path):
         (photos, tmp_path / 'out', r'out/drawn exists; choose another folder, or add --overwrite'),
         (photos, image, 'Not a directory'),
         (photos / 'none', tmp_path / 'new', 'none does not exist'),
-        (photos / 'b/x.jpg', tmp_path / 'new', 'None of the 1 images can be used'),
+        (photos / 'b/x.jpg', tmp_path / 'new', 'Of 1 image none can be used'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.predict(images, checkpoint, out)

@@ -618,7 +618,7 @@ NAMES = 'train: images\nnames: [cat, dog]'
         (BOX, 'train: images\nval: [images, more]\nnames: [cat]', 'has val: more, which does not exist'),
         (BOX, 'val: images\nnames: [cat]', 'has no train; name the folder'),
         (BOX, 'train: images\nnames: [cat', r'data.yaml cannot be read as YAML \('),
-        (None, NAMES, 'None of the 2 images of .*data.yaml has a text file, as .*labels/'),
+        (None, NAMES, 'Of 2 images of .*data.yaml none has a text file, as .*labels/'),
         ('', NAMES, 'has no objects of cat, dog; annotate some'),
         (BOX, None, 'has rows of boxes in text files, but no names of their classes; write data.yaml'),
     ],

@@ -73,7 +73,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
 
 def test_nothing_whole_is_not_a_new_run(tmp_path):
     (tmp_path / 'epoch_1.pth').write_bytes(b'PK\x03\x04')
-    with pytest.raises(InputError, match='None of the 1 checkpoints in .* is complete'):
+    with pytest.raises(InputError, match='Of 1 checkpoint in .* none is complete'):
         prepare(Config(dict(resume=True, work_dir=str(tmp_path))), main=True)
 
 

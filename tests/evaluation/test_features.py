@@ -63,7 +63,7 @@ def test_some_images_in_an_order_of_their_own(dataset):
 def test_what_cannot_be_used(dataset):
     with pytest.raises(InputError, match=r'class0/2\.png does not decode'):
         list(extract(dataset, Halved(), encode, skip=False))
-    with pytest.raises(InputError, match=r'None of the 2 images can be used \(.*2\.png does not decode .*\); give'):
+    with pytest.raises(InputError, match=r'Of 2 images none can be used \(.*2\.png does not decode .*\); give'):
         list(extract(dataset, Halved(), encode, indices=[2, 7]))
 
 

@@ -106,7 +106,7 @@ def test_nothing_but_corrupt_images(tiny_config, error_of, tmp_path):
 
 def test_fewer_images_than_a_batch(tiny_config, error_of):
     assert error_of('train.py', tiny_config({'train_dataloader.batch_size': 25})) == (
-        'The 24 training images do not fill one batch of 25 on each of 1 processes; lower train_dataloader.batch_size.'
+        '24 training images cannot fill one batch of 25 on each of 1 process; lower train_dataloader.batch_size.'
     )
 
 
