@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,12 +163,13 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
     from mmmilan.evaluation.features import Embedder
+    from mmmilan.models.milan import joins_texts
     from mmmilan.registry import MODELS
 
     whole, neck = read_config(checkpoint), None
     config = whole.model
-    of_clip = (config.get('head') or {}).get('type') == 'mmmilan.CLIPTarget'
-    if of_clip and hasattr(MODELS.get(config.neck.type), 'project'):
+    parts = [MODELS.get((config.get(part) or {}).get('type') or '') for part in ('neck', 'head')]
+    if all(map(inspect.isclass, parts)) and joins_texts(*parts):
         path = resolve_checkpoint(checkpoint)
         content = load_checkpoint_file(path)
         if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):

@@ -74,6 +74,7 @@ class MaskCLIP(BaseModel):
     """
 
     compiled_parts = ('encode_image', 'encode_text', 'distil', 'language.decode')  # by CompileHook
+    has_joint_space = True  # texts can be compared with images
 
     def __init__(
         self,

@@ -172,8 +172,8 @@ class MILAN(BaseModel):
 
     @property
     def has_joint_space(self) -> bool:
-        """Whether tokens are predictions of a CLIP's features without passing the blocks of a decoder."""
-        return isinstance(self.head, CLIPTarget) and hasattr(self.neck, 'project')
+        """Whether texts can be compared with images, see :func:`joins_texts`."""
+        return joins_texts(type(self.neck), type(self.head))
 
     def embed_joint(self, images: Tensor) -> Tensor:
         """The prediction of the teacher's features with nothing masked: images and texts share this space.
@@ -217,3 +217,8 @@ class MILAN(BaseModel):
         if self.head.teacher is None:
             raise InputError('This model has no teacher, and so no text tower; train it with an OpenCLIPTeacher.')
         return self.head.teacher.text_tower()
+
+
+def joins_texts(decoder: type, target: type) -> bool:
+    """Whether tokens are predictions of a CLIP's features without passing the blocks of a decoder, by their classes."""
+    return issubclass(target, CLIPTarget) and hasattr(decoder, 'project')

@@ -47,7 +47,6 @@ from mmmilan.evaluation.features import extract, join
 from mmmilan.evaluation.probes import Split, knn_accuracy, linear_probe_accuracy
 from mmmilan.evaluation.zero_shot import embed_classes, read_templates
 from mmmilan.files import write_text
-from mmmilan.models import CLIPTarget, LinearProjection, MaskCLIP, PromptingDecoder
 
 Features = tuple[dict[str, np.ndarray], np.ndarray]  # by name, and labels
 
@@ -151,14 +150,6 @@ def features_of(
     options = dict(indices=indices, batch_size=128, num_workers=0)
     found = join(extract(images, model.data_preprocessor, encode, 'Features', **options))
     return found, found['label']
-
-
-def has_joint_space(model: nn.Module, arm: str) -> bool:
-    """Whether unmasked images are projected to the joint space of image and text without the blocks of a decoder."""
-    if isinstance(model, MaskCLIP):
-        return True
-    decoder = isinstance(model.neck, (LinearProjection, PromptingDecoder)) and isinstance(model.head, CLIPTarget)
-    return decoder and arm != LIGHTLY
 
 
 def split(train: Features, test: Features, name: str, step: int = 1) -> tuple[Split, Split]:
@@ -300,7 +291,7 @@ def run(arm: str, seed: int, budget: str, data: Path, work_dir: Path, python: st
 
     def measure_frozen() -> dict:
         """The probes of the trained encoder, and the curve."""
-        options = dict(semantic=arm == 'MILAN', joint=has_joint_space(model, arm))
+        options = dict(semantic=arm == 'MILAN', joint=model.has_joint_space and arm != LIGHTLY)
         features = tuple(features_of(model.eval(), images, **options) for images in (train_images, test_images))
         points = [dict(epoch=result['epochs']) | curve_point(*features)]
         for epoch in reversed([epoch for epoch in CURVE_EPOCHS if epoch < result['epochs'] and arm != 'teacher']):
