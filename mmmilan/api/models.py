@@ -168,8 +168,9 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
 
     whole, neck = read_config(checkpoint), None
     config = whole.model
-    parts = [MODELS.get((config.get(part) or {}).get('type') or '') for part in ('neck', 'head')]
-    if all(map(inspect.isclass, parts)) and joins_texts(*parts):
+    parts = [config.get(name) or {} for name in ('neck', 'head')]
+    classes = [MODELS.get(part.type) for part in parts if 'type' in part]
+    if len(classes) == 2 and all(map(inspect.isclass, classes)) and joins_texts(*classes):
         path = resolve_checkpoint(checkpoint)
         content = load_checkpoint_file(path)
         if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):

@@ -82,7 +82,6 @@ def test_the_embedding_is_the_decoders_own_prediction(checkpoint):
 @pytest.mark.parametrize(('neck', 'has_embedding'), [('MAEDecoder', False), ('LinearProjection', True)])
 def test_only_decoders_that_leave_tokens_apart_embed(neck, has_embedding, milan_cfg, tmp_path):
     """MAE's decoder mixes the tokens in its blocks, so the class token alone is no input for it."""
-    milan_cfg['head']['type'] = 'CLIPTarget'  # found without its scope, too
     milan_cfg['neck']['type'] = f'mmmilan.{neck}'
     if neck == 'LinearProjection':
         milan_cfg['neck'] = dict(type='mmmilan.LinearProjection', embed_dim=48, predict_feature_dim=24)
