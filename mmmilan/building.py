@@ -159,6 +159,7 @@ def change_config(cfg: Config, changes: Mapping[str, Any], arguments: Iterable[s
     for option in options:
         check_top(cfg, option, arguments)
         check_inside(cfg, option)
+        open_parts(cfg, option)
     for key, value in changes.items():
         try:
             cfg.merge_from_dict({key: copy.deepcopy(value)})  # MMEngine removes `_delete_` from its argument
@@ -166,6 +167,17 @@ def change_config(cfg: Config, changes: Mapping[str, Any], arguments: Iterable[s
             reason = ' '.join(first_line(error).split())[:200]
             raise InputError(f'{key} cannot be set ({reason}); correct it, or set the part above it.') from error
     check_config(cfg, options)
+
+
+def open_parts(cfg: Config, option: str) -> None:
+    """Make a dict of each None on the way to an option, which MMEngine would refuse to merge with one."""
+    part = cfg
+    for name in option.split('.')[:-1]:
+        if not isinstance(part, (Config, dict)) or name not in part:
+            return
+        if part[name] is None:
+            part[name] = {}
+        part = part[name]
 
 
 def dotted(changes: Mapping[str, Any], prefix: str = '') -> Iterator[str]:

@@ -198,6 +198,13 @@ def test_values_that_are_taken(config, option, value):
     assert value_at(changed, option) == value
 
 
+def test_a_part_that_is_none_takes_keys(config):
+    changed = Config(config.to_dict())
+    changed.optim_wrapper.clip_grad = None
+    change_config(changed, {'optim_wrapper.clip_grad.max_norm': 3.0})
+    assert changed.optim_wrapper.clip_grad == dict(max_norm=3.0)
+
+
 @pytest.mark.parametrize(
     ('option', 'values', 'rule'),
     [
