@@ -8,8 +8,9 @@ import io
 import itertools
 import json
 import os
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
@@ -233,9 +234,9 @@ def predict(
 
     with joined():
         on_main(lambda: check_folder(out, checkpoint, images, overwrite))
-        folder, items = Path(out), list_items(images)
+        folder, items = Path(out), Items(images)
         predictor = Predictor(checkpoint, device)
-        work, files = Work(predictor, folder, items, draw), Pictured([item.path for item in items], predictor)
+        work, files = Work(predictor, folder, items, draw), Pictured(items.paths, predictor)
         journal = on_main(lambda: Journal(folder / JOURNAL, run_of(items, checkpoint, draw), overwrite))
         with journal or nullcontext():
             begin = [journal.begin if journal else 0]
@@ -256,34 +257,62 @@ class Item(NamedTuple):
     name: str
 
 
-def list_items(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Item]:
+class Items(Sequence[Item]):
     """The images of some sources, each with a name of its own: its path in its source, of several below the source's.
 
-    Where two would share a name without extension, they keep their extensions, and then they are numbered.
+    Where two would share a name without extension, they keep their extensions, and then they are numbered. Names are
+    made when they are asked for: kept are the paths, as one text, and whether the extension is kept.
+
+    Args:
+        sources: Images, folders and tar shards.
 
     Raises:
         InputError: a source does not exist or holds no image.
     """
-    from mmmilan.datasets.image_folder import as_sources, images_in
 
-    sources, paths, names = as_sources(sources), [], []
-    for source in sources:
-        top = os.path.join(os.path.expanduser(os.fspath(source)), '')
-        for path in images_in(source):
-            inner = path.removeprefix('tar://').rpartition('@')[0] if path.startswith('tar://') else path
-            name = inner.removeprefix(top) if inner.startswith(top) else os.path.basename(inner)
-            if len(sources) > 1 and inner.startswith(top):
-                name = os.path.join(os.path.basename(os.path.normpath(source)), name)
-            paths.append(path)
-            names.append('/'.join(part for part in name.split('/') if part not in ('', '.', '..')))
-    short = [os.path.splitext(name)[0] for name in names]
-    shared = {name for name, number in Counter(short).items() if number > 1}
-    items, used = [], Counter()
-    for path, name, without in zip(paths, names, short, strict=True):
-        chosen = name if without in shared else without
-        used[chosen] += 1
-        items.append(Item(path, f'{chosen}-{used[chosen]}' if used[chosen] > 1 else chosen))
-    return items
+    def __init__(self, sources: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        import numpy as np
+
+        from mmmilan.datasets.image_folder import as_sources, images_in
+        from mmmilan.datasets.listing import Names
+
+        sources = as_sources(sources)
+        parts = [images_in(source) for source in sources]
+        self.paths = parts[0] if len(parts) == 1 else Names(content=b''.join(part.content for part in parts))
+        self.ends = list(itertools.accumulate(map(len, parts)))  # of the sources
+        self.folders = [os.path.join(os.path.expanduser(os.fspath(source)), '') for source in sources]
+        self.before = [os.path.basename(os.path.normpath(each)) + '/' for each in sources if len(sources) > 1] or ['']
+        self.with_extension, self.numbers = np.zeros(len(self.paths), bool), {}
+        self.with_extension = repeated(item.name for item in self)
+        used: Counter[str] = Counter()
+        again = repeated(item.name for item in self) if self.with_extension.any() else self.with_extension
+        for place in np.flatnonzero(again).tolist():
+            name = self[place].name
+            used[name] += 1
+            if used[name] > 1:
+                self.numbers[place] = used[name]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Item:
+        path, source = self.paths[index], bisect_right(self.ends, index)
+        file = path.removeprefix('tar://').rpartition('@')[0] if path.startswith('tar://') else path
+        inside = file.startswith(self.folders[source])
+        name = self.before[source] + file[len(self.folders[source]) :] if inside else os.path.basename(file)
+        name = '/'.join(part for part in name.split('/') if part not in ('', '.', '..'))
+        name = name if self.with_extension[index] else os.path.splitext(name)[0]
+        return Item(path, f'{name}-{self.numbers[index]}' if index in self.numbers else name)
+
+
+def repeated(names: Iterable[str]) -> np.ndarray:
+    """Whether another name is the same: [M], bool. Names are told apart by 64 bits of a hash, so that none is kept."""
+    import numpy as np
+
+    hashes = (hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).digest() for name in names)
+    numbers = np.fromiter((int.from_bytes(each, 'little') for each in hashes), np.uint64)
+    _, which, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return counts[which] > 1
 
 
 def check_folder(
@@ -312,14 +341,13 @@ def check_folder(
             )
 
 
-def run_of(items: Sequence[Item], checkpoint: str | os.PathLike, draw: bool) -> dict:
+def run_of(items: Items, checkpoint: str | os.PathLike, draw: bool) -> dict:
     """What tells a run from others: one that was stopped goes on only as the same."""
     from mmmilan.checkpoints.download import file_sha256
     from mmmilan.checkpoints.zoo import resolve_checkpoint
 
     weights = file_sha256(Path(resolve_checkpoint(checkpoint)))
-    paths = '\n'.join(item.path for item in items)
-    images = hashlib.sha256(os.fsencode(paths)).hexdigest()
+    images = hashlib.sha256(items.paths.content).hexdigest()
     return dict(of='mmmilan predict', checkpoint=weights, images=images, number=len(items), draw=draw)
 
 
@@ -344,7 +372,7 @@ class Work:
         draw: Whether pictures are drawn.
     """
 
-    def __init__(self, predictor: Predictor, folder: Path, items: Sequence[Item], draw: bool) -> None:
+    def __init__(self, predictor: Predictor, folder: Path, items: Items, draw: bool) -> None:
         self.predictor, self.folder, self.items, self.draw = predictor, folder, items, draw
         self.task, self.classes, self.colours = predictor.task, predictor.classes, predictor.colours
         if self.task == 'segmentation' and len(self.classes) > MAX_CLASSES:
@@ -466,7 +494,7 @@ def objects(result: Result, classes: Sequence[str]) -> str:
     return ', '.join(f'{number} {classes[label]}' for label, number in labels.most_common()) or 'nothing'
 
 
-def write_csv(file: TextIO, journal: Journal, items: Sequence[Item], classes: Sequence[str]) -> None:
+def write_csv(file: TextIO, journal: Journal, items: Items, classes: Sequence[str]) -> None:
     """Write a row for each image, with empty cells for those that could not be read."""
     best = min(TOP, len(classes))
     writer = csv.writer(file, lineterminator='\n')
@@ -483,13 +511,13 @@ def write_csv(file: TextIO, journal: Journal, items: Sequence[Item], classes: Se
         writer.writerow([item.path, *cells])
 
 
-def write_coco(file: TextIO, journal: Journal, items: Sequence[Item], classes: Sequence[str]) -> None:
+def write_coco(file: TextIO, journal: Journal, items: Items, classes: Sequence[str]) -> None:
     """Write images, those that could not be read, categories and results; image ids are places among all, from 1."""
 
     def images() -> Iterator[dict]:
         for position, row in journal:
             height, width = row['size']
-            yield dict(id=position + 1, file_name=items[position].path, width=width, height=height)
+            yield dict(id=position + 1, file_name=items.paths[position], width=width, height=height)
 
     def results() -> Iterator[dict]:
         number = itertools.count(1)
@@ -497,10 +525,14 @@ def write_coco(file: TextIO, journal: Journal, items: Sequence[Item], classes: S
             for each in row['results']:
                 yield dict(id=next(number), image_id=position + 1, iscrowd=0) | each
 
-    categories = (dict(id=label + 1, name=name) for label, name in enumerate(classes))
-    done, begin = {position for position, _ in journal}, '{'
-    left_out = (item.path for position, item in enumerate(items) if position not in done)
-    parts = dict(images=images(), left_out=left_out, categories=categories, annotations=results())
+    def left_out() -> Iterator[str]:
+        begin = 0
+        for end in itertools.chain((position for position, _ in journal), [len(items)]):
+            yield from (items.paths[place] for place in range(begin, end))
+            begin = end + 1
+
+    categories, begin = (dict(id=label + 1, name=name) for label, name in enumerate(classes)), '{'
+    parts = dict(images=images(), left_out=left_out(), categories=categories, annotations=results())
     for name, rows in parts.items():
         file.write(f'{begin}"{name}": [')
         for i, row in enumerate(rows):

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -19,8 +20,9 @@ from PIL import Image
 import mmmilan
 from helpers import demo_config, rest_slow, save_trained
 from mmmilan import cli
-from mmmilan.api.predict import list_items
+from mmmilan.api.predict import Items
 from mmmilan.checkpoints.config import own_config
+from mmmilan.datasets.listing import Names
 from mmmilan.errors import InputError
 from processes import exit_codes, start_ranks
 
@@ -83,6 +85,16 @@ def test_classes(photos, checkpoints, tmp_path, log):
         assert (np.diff(result['scores']) <= 0).all()
     drawn = sorted(str(path.relative_to(tmp_path / 'out/drawn')) for path in (tmp_path / 'out/drawn').rglob('*.*'))
     assert drawn == ['a/0.jpg', 'a/1.jpg', 'b/0.jpg', 'c.jpg', 'd.jpg']
+    with tarfile.open(tmp_path / 'shard.tar', 'w') as shard:
+        for name in READ:
+            shard.add(photos / name, name)
+    path = mmmilan.predict(tmp_path / 'shard.tar', checkpoints['classification'], tmp_path / 'packed')
+    _, *packed = csv.reader(path.open())
+    assert [row[1:] for row in packed] == [row[1:] for row in rows if row[1]]
+    assert all(row[0].startswith('tar://') and Path(drawn[i]).stem in row[0] for i, row in enumerate(packed))
+    assert {str(path.relative_to(tmp_path / 'packed/drawn')) for path in tmp_path.glob('packed/drawn/**/*.*')} == {
+        *drawn
+    }
     page = (tmp_path / 'out/index.html').read_text()
     assert all(f'src="drawn/{name}"' in page for name in drawn) and f'{rows[0][1]} ' in page
 
@@ -284,8 +296,24 @@ def test_names_of_what_is_written(tmp_path):
         path.write_bytes(b'')
     with tarfile.open(tmp_path / 'p/s.tar', 'w') as tar:
         tar.add(tmp_path / 'one.jpg', '../../up.jpg')
-    assert [item.name for item in list_items(tmp_path / 'p')] == ['a.jpg', 'a.png', 'b/c', 's.tar/up']
+    assert [item.name for item in Items(tmp_path / 'p')] == ['a.jpg', 'a.png', 'b/c', 's.tar/up']
     several = [tmp_path / name for name in ('p', 'q', 'one.jpg', 'x/one.jpg', 'p/s.tar')]
-    names = [item.name for item in list_items(several)]
+    names = [item.name for item in Items(several)]
     assert names == ['p/a.jpg', 'p/a.png', 'p/b/c', 'p/s.tar/up', 'q/a', 'one.jpg', 'one.jpg-2', 's.tar/up']
-    assert [item.name for item in list_items(tmp_path / 'p/s.tar')] == ['up']
+    assert [item.name for item in Items(tmp_path / 'p/s.tar')] == ['up']
+
+
+def test_many_names_take_little_memory(monkeypatch):
+    """What is kept for an image is a byte beside its path."""
+    number = 5_000
+    paths = Names(f'/photos/2024-01/holiday/IMG_{i:08d}.jpg' for i in range(number))
+    monkeypatch.setattr('mmmilan.datasets.image_folder.images_in', lambda source: paths)
+    Items('/photos')  # imports
+    tracemalloc.start()
+    try:
+        items = Items('/photos')
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 2 * number and peak < 100 * number
+    assert len(items) == number and items[7] == (paths[7], '2024-01/holiday/IMG_00000007')
