@@ -143,16 +143,24 @@ def is_truncated_jpeg(content: bytes) -> bool:
 
 
 @contextmanager
-def open_header(content: bytes | str) -> Iterator[Image.Image]:
-    """Open an image, the content or the path of a file, without decoding it and without Pillow's limit on its size."""
+def images_of_any_size() -> Iterator[None]:
+    """Within this context Pillow has no limit on the size of an image; threads that open images need it around them."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            yield image
-    except UnidentifiedImageError as error:  # its message has the address of the BytesIO
-        raise UnidentifiedImageError('no image that Pillow knows') from error
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def open_header(content: bytes | str) -> Iterator[Image.Image]:
+    """Open an image, the content or the path of a file, without decoding it and without Pillow's limit on its size."""
+    with images_of_any_size():
+        try:
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                yield image
+        except UnidentifiedImageError as error:  # its message has the address of the BytesIO
+            raise UnidentifiedImageError('no image that Pillow knows') from error
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -103,15 +103,11 @@ def read_labelled(
 
 
 def absent_classes(labelled: Labelled, present: Present) -> list[str]:
-    """A line about the classes that a split has no image of, unless there are label maps that were not looked at."""
+    """A line about the classes that a split has no image of."""
     lines = []
     for split in SPLITS:
-        paths = image_paths(getattr(labelled, split))
-        if all(path in present for path in paths):
-            images = Counter(label for path in paths for label in present[path])
-            lines += absent(
-                labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split
-            )
+        images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
+        lines += absent(labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split)
     return lines
 
 

@@ -6,18 +6,20 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
 
-from mmmilan.datasets.annotations import LOOKED_AT, as_code, check_palette, read_values, show_code, unclear_pair
+from mmmilan.datasets.annotations import as_code, check_palette, read_values, show_code, unclear_pair
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
-from mmmilan.datasets.decoding import open_header, read_bytes
-from mmmilan.datasets.object_formats import list_images_of, size_of
+from mmmilan.datasets.decoding import images_of_any_size, open_header, read_bytes
+from mmmilan.datasets.object_formats import image_sets, list_images_of, size_of
 from mmmilan.datasets.splits import WORD, role_of
 from mmmilan.errors import InputError, count
 
@@ -136,8 +138,8 @@ def find_maps(root: Path) -> Pairs | None:
 
 def by_lists(root: Path, splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
     """The splits, or those of Pascal VOC's ``ImageSets/Segmentation/{train,val}.txt`` where folders name none."""
-    lists = {path.stem: set(path.read_text().split()) for path in root.glob('**/ImageSets/Segmentation/*.txt')}
-    if set(splits) != {''} or 'train' not in lists:
+    lists = image_sets(root, 'Segmentation') if set(splits) == {''} else {}
+    if 'train' not in lists:
         return splits
     pairs = {Path(image).stem: (image, own) for image, own in splits['']}
     return {
@@ -169,26 +171,35 @@ def look_at(pairs: Sequence[tuple[str, str]], colours: bool) -> Seen:
             than that of an earlier one.
     """
     seen, palettes = Seen(Counter(), {}, {}), {}
-    for image, path in track(pairs, 'Looking at label maps', transient=True):
-        content = read_bytes(path)
-        values = read_values(content, path, colours)
-        size = size_of(image)
-        if size and tuple(size) != values.shape[::-1]:
-            sizes = ' x '.join(map(str, values.shape[::-1])), ' x '.join(map(str, size))
-            raise InputError(f'{path} is {sizes[0]}, but its image {sizes[1]} (width x height); make them equal.')
-        own, numbers = np.unique(values, return_counts=True) if colours else count_values(values)
-        seen.pixels.update(dict(zip(own.tolist(), numbers.tolist(), strict=True)))
-        seen.present[path] = set(own.tolist())
-        if not colours:
-            check_palette(path, content, own.tolist(), palettes)
-        for value in own.tolist():
-            seen.first.setdefault(value, path)
+    # decoding leaves Python to other threads
+    with images_of_any_size(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = (pool.map(partial(look_at_one, colours), pairs[i : i + 64]) for i in range(0, len(pairs), 64))
+        found = track(chain.from_iterable(parts), 'Looking at label maps', len(pairs), transient=True)
+        for (_, path), (content, numbers) in zip(pairs, found, strict=True):
+            seen.pixels.update(numbers)
+            seen.present[path] = set(numbers)
+            if not colours:
+                check_palette(path, content, numbers, palettes)
+            for value in numbers:
+                seen.first.setdefault(value, path)
     return seen
+
+
+def look_at_one(colours: bool, pair: tuple[str, str]) -> tuple[bytes, dict[int, int]]:
+    """The content of a label map, and the number of pixels of each value or colour in it."""
+    image, path = pair
+    content = read_bytes(path)
+    values = read_values(content, path, colours)
+    size = size_of(image)
+    if size and tuple(size) != values.shape[::-1]:
+        sizes = ' x '.join(map(str, values.shape[::-1])), ' x '.join(map(str, size))
+        raise InputError(f'{path} is {sizes[0]}, but its image {sizes[1]} (width x height); make them equal.')
+    return content, count_values(values)
 
 
 def has_coloured_maps(paths: Sequence[str], given: Names) -> bool:
     """Whether the colours of a table are those of the pixels: of RGB images; of palettes if names have no numbers."""
-    for path in paths[:LOOKED_AT] if given.colours else ():
+    for path in paths if given.colours else ():
         with (
             suppress(Exception),
             open_header(read_bytes(path)) as picture,
@@ -199,11 +210,13 @@ def has_coloured_maps(paths: Sequence[str], given: Names) -> bool:
     return False
 
 
-def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values that occur in uint8 [H, W], and how often; faster than sorting them."""
-    numbers = np.bincount(values.ravel())
-    own = np.flatnonzero(numbers)
-    return own, numbers[own]
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """The values that occur in [H, W] and how often; of maps, whose runs are long, faster than sorting all pixels."""
+    flat = values.ravel()
+    begins = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    own, which = np.unique(flat[begins], return_inverse=True)
+    numbers = np.bincount(which, np.diff(begins, append=len(flat)))
+    return dict(zip(own.tolist(), numbers.astype(int).tolist(), strict=True))
 
 
 def read_maps(
@@ -212,8 +225,8 @@ def read_maps(
     """The two splits of images with label maps.
 
     Returns:
-        Names of the classes; records to train and to validate on; the labels in the map of each image, as far as it
-        was looked at; the table of values or colours; and lines about what was counted.
+        Names of the classes; records to train and to validate on; the labels in the map of each image; the table of
+        values or colours; and lines about what was counted.
 
     Raises:
         InputError: see :mod:`mmmilan.datasets.labelled`.
@@ -232,13 +245,12 @@ def read_maps(
     if given and not has_coloured_maps([path for _, path in every], given):
         given = given._replace(colours={})
     colours = bool(given and given.colours)
-    order = sorted(np.random.default_rng(0).permutation(len(every))[:LOOKED_AT].tolist())
-    seen = look_at([every[i] for i in order], colours)
+    seen = look_at(every, colours)
     known = given.names if given else []
     ignored = [each if each in known or not str(each).isdigit() else int(each) for each in ignored]  # '0' of a shell
     names, table = make_table(seen, given, ignored, str(root), notes)
     label = {as_code(value): number for value, number in table if number != IGNORE}
-    present = {image: {label[value] for value in seen.present.get(path, ()) if value in label} for image, path in every}
+    present = {image: {label[value] for value in seen.present[path] if value in label} for image, path in every}
     records = [[dict(img_path=image, map_path=path) for image, path in part] for part in (train, val)]
     return names, *records, present, table, notes
 

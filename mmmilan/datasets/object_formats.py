@@ -30,8 +30,8 @@ from rich.progress import track
 
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
-from mmmilan.datasets.decoding import read_size
-from mmmilan.datasets.listing import extension, list_annotated, list_folder, remember
+from mmmilan.datasets.decoding import EXTENSIONS, read_size
+from mmmilan.datasets.listing import extension, list_annotated, remember
 from mmmilan.datasets.splits import ANNOTATIONS, role_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
@@ -57,12 +57,22 @@ class Part(NamedTuple):
 
 def list_images_of(root: Path) -> list[str]:
     """The images of a folder, relative to it; shards are none that annotations could name."""
-    return [file for file in list_folder(root).files if not file.lower().endswith('.tar')]
+    return files_in(root, *EXTENSIONS)
 
 
 def files_in(root: Path, *kinds: str) -> list[str]:
-    """The files of annotations in a folder, relative to it."""
+    """The files of some extensions in a folder, of images or of annotations, relative to it."""
     return [file for file in list_annotated(root).files if extension(file) in kinds]
+
+
+def image_sets(root: Path, kind: str) -> dict[str, set[str]]:
+    """Split -> what stands in Pascal VOC's lists of it, ``ImageSets/KIND/{train,val,test}.txt`` below a folder."""
+    lists: dict[str, set[str]] = {}
+    for file in files_in(root, '.txt'):
+        *folders, name = file.split('/')
+        if folders[-2:] == ['ImageSets', kind] and (role := name[:-4]) in ('train', 'val', 'test'):
+            lists.setdefault(role, set()).update((root / file).read_text(encoding='utf-8').split())
+    return lists
 
 
 class Images:
@@ -550,8 +560,7 @@ def head_of(path: Path) -> bytes:
 def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     """The splits of Pascal VOC: by the lists in ``ImageSets/Main``, or else by folders."""
     images = Images(root)
-    lists = {path.stem: path for path in sorted(root.rglob('ImageSets/Main/*.txt'))}
-    stems = {role: set(lists[role].read_text().split()) for role in ('train', 'val', 'test') if role in lists}
+    stems = image_sets(root, 'Main')
     roles: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if 'train' in stems:

@@ -436,6 +436,8 @@ def test_pascal_voc(tmp_path):
     (data / 'ImageSets/Main').mkdir(parents=True)
     for split, names in dict(train='a c', val='b', trainval='a b c').items():
         (data / f'ImageSets/Main/{split}.txt').write_text('\n'.join(names.split()))
+    (data / '.old/ImageSets/Main').mkdir(parents=True)  # hidden, as what a tool has put aside
+    (data / '.old/ImageSets/Main/train.txt').write_text('b')
     labelled = read_labelled(data)
     assert labelled.classes == ('cat', 'dog, big') and not labelled.has_masks
     train, val = built(labelled, tmp_path / 'out', DETECTION)
@@ -629,6 +631,20 @@ def test_yolo_that_is_wrong(tmp_path, row, content, message):
     if row is not None and '0 0 0' in row:
         rows['images/0.png'] = None
     refused(yolo(tmp_path / 'data', rows, content), message)
+
+
+def test_yolo_boxes_of_no_width(tmp_path):
+    """They are counted and named, and an image that has no other box is a negative."""
+    pytest.importorskip('labelformat')
+    row = '0 0.5 0.5 0 0.5'
+    rows = {'images/0.png': f'{BOX}\n{row}\n{row}', 'images/1.png': row, 'images/2.png': BOX}
+    labelled = read_labelled(yolo(tmp_path / 'data', rows, NAMES))
+    first = f'; the first is {tmp_path}/data/images'
+    assert labelled.notes[:2] == [
+        f'train: 3 objects left out (box of less than a pixel){first}/0.png.',
+        f'train: 1 image without objects, kept as a negative{first}/1.png.',
+    ]
+    assert sum(len(part['annotations']) for part in (labelled.train, labelled.val)) == 2
 
 
 def test_yolo_names_that_yaml_takes_for_something_else(tmp_path):
@@ -830,6 +846,36 @@ def test_label_maps_of_other_sizes_and_formats(tmp_path):
         each.unlink()
     cv2.imwrite(str(data / 'masks/a.jpg'), np.random.default_rng(0).integers(0, 255, (32, 48), np.uint8))
     refused(data, r'JPG changes values, so save label maps as PNG')
+
+
+def test_every_label_map_is_looked_at(tmp_path):
+    """Also beyond a thousand: a wrong map would stop the training, and a class may be nowhere else."""
+    data = tmp_path / 'data'
+    maps(data, 'images', 'masks', {'0': [0, 1], 'last': [0, 2]})
+    for folder, ending in (('images', '.jpg'), ('masks', '.png')):
+        for number in range(1, 1001):
+            (data / folder / f'{number}{ending}').hardlink_to(data / folder / f'0{ending}')
+    (data / 'classes.txt').write_text('a\nb\nc\n')
+    labelled = read_labelled(data)
+    assert labelled.classes == ('a', 'b', 'c') and len(labelled.train) + len(labelled.val) == 1002
+    assert labelled.notes[-1] == 'Classes that cannot be measured, without images in val: c.'
+    label_map(data / 'masks/last.png', [0, 7])
+    refused(data, 'masks/last.png has values that .*classes.txt does not name: 7 in 512 pixels of all maps')
+
+
+def test_label_maps_of_the_splits_of_pascal_voc(tmp_path):
+    """Its lists divide them; a hidden copy beside does not."""
+    data = tmp_path / 'data'
+    maps(data, 'JPEGImages', 'SegmentationClass', {'a': [0, 1], 'b': [0, 1], 'c': [1, 1]})
+    for folder, lists in {
+        '': dict(train='a', val='b\nc', trainval='a\nb\nc'),
+        '.old': dict(train='b', val='a'),
+    }.items():
+        (data / folder / 'ImageSets/Segmentation').mkdir(parents=True)
+        for split, names in lists.items():
+            (data / folder / f'ImageSets/Segmentation/{split}.txt').write_text(names)
+    labelled = read_labelled(data)
+    assert [files(part) for part in (labelled.train, labelled.val)] == [['a.jpg'], ['b.jpg', 'c.jpg']]
 
 
 def test_names_of_values_from_1_on(tmp_path):
