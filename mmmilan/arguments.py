@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import numbers
 import os
+import shlex
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from mmmilan.errors import InputError, shown
@@ -235,6 +237,34 @@ def checked(function: Function) -> Function:
             raise InputError(sentence) from error
 
     return call
+
+
+def typed(command: str, words: Iterable[Any], options: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
+    """The call of a function as the line that a shell takes.
+
+    Args:
+        command: Name of the function.
+        words: Arguments that are given without their names.
+        options: Arguments by name; those that are None or False are left out.
+        changes: Of the config, nested or with dotted keys.
+    """
+    from mmmilan.building import dotted, values_of
+
+    line = ['mmmilan', command, *map(as_word, words)]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            line += [f'--{name.replace("_", "-")}', *map(as_word, values)]
+    values = dict(values_of(changes))
+    pairs = [(key, as_word(values[key])) for key in dotted(changes)]
+    line += [word for key, value in pairs if '.' in key for word in (f'--{key}', value)]
+    whole = [f'{key}={value}' for key, value in pairs if '.' not in key]
+    return shlex.join([*line, *(['--cfg-options', *whole] if whole else [])])
+
+
+def as_word(value: Any) -> str:
+    """A value as the command line reads it."""
+    return json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else str(value)
 
 
 def misfit(title: str, signature: inspect.Signature, error: TypeError, given: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from docstring_parser import parse
@@ -13,6 +14,7 @@ from docstring_parser import parse
 import mmmilan
 from helpers import ROOT
 from mmmilan import cli
+from mmmilan.arguments import typed
 from mmmilan.checkpoints.zoo import zoo_models
 from mmmilan.errors import InputError
 
@@ -147,6 +149,22 @@ def test_documented_commands_can_be_typed(line, called):
 def test_a_line_and_the_arguments_of_its_function(called, line, expected):
     taken = called(line)
     assert {key: taken[key] for key in expected} == expected
+
+
+def test_a_call_is_typed_so_that_it_is_taken_as_it_was(called):
+    """With names that a shell would divide, lists, dicts, and changes nested or dotted."""
+    arch, backends = dict(embed_dims=48, num_layers=2), [dict(type='LocalVisBackend')]
+    options = dict(
+        arch=arch, freeze=True, resume=False, lr=1e-05, classes=['a b', "it's"], compare='scratch', seed=None
+    )
+    changes = {'visualizer': dict(vis_backends=backends), 'val_dataloader.num_workers': 0, 'param_scheduler': None}
+    line = typed('finetune', ['my photos', Path('runs/x')], options, changes)
+    assert line.startswith("mmmilan finetune 'my photos' runs/x --arch '{")
+    taken = called(shlex.split(line)[1:])
+    flat = {'visualizer.vis_backends': backends, 'val_dataloader.num_workers': 0, 'param_scheduler': None}
+    expected = dict(data='my photos', out='runs/x', arch=arch, freeze=True, lr=1e-05, classes=['a b', "it's"])
+    assert {key: taken.get(key) for key in (*expected, 'compare')} == expected | dict(compare='scratch')
+    assert taken['changes'] == flat and not {'resume', 'seed'} & taken.keys()
 
 
 @pytest.mark.parametrize(
