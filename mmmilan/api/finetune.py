@@ -71,13 +71,14 @@ def finetune(
         lr: learning rate of the head; that of the encoder falls from block to block.
         freeze: train the head alone. Of a classifier it is a linear probe.
         compare: train a second time from this start, or from random weights ('scratch'), with the same images in the
-            same order, and say which is better.
+            same order, and say which is better. A resumed run is compared as it was to be.
         classes: names of the classes in the order of their labels, or a file of them.
         ignore: classes that are left out.
         patience: stop after as many epochs without a better validation.
         gpus: number of processes on this machine, one for each GPU; by default this process alone.
         seed: seed of all random numbers, by default 0; of the split, too.
-        resume: continue the run in ``out`` from its newest complete checkpoint, with its own config.
+        resume: continue the run in ``out`` from its newest complete checkpoint, with its own config; a run without
+            checkpoints begins anew with it.
         changes: anything else in the config, e.g. ``--optim_wrapper.optimizer.weight_decay 0.1``.
 
     Returns:
@@ -90,11 +91,13 @@ def finetune(
     Examples:
         >>> mmmilan.finetune('flowers', 'runs/flowers', start='runs/photos/milan.pth', compare='scratch')
     """
+    from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.finetune_probe import begin_as_probe, is_probed
-    from mmmilan.api.finetune_recipe import compared_config, new_config, resumed_config
+    from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
     from mmmilan.api.pretrain import check_out
+    from mmmilan.api.recipe import keep_call
     from mmmilan.building import change_config, step_errors
     from mmmilan.datasets.labelled import write_labelled
     from mmmilan.visualization.results_page import validate
@@ -114,7 +117,11 @@ def finetune(
         compose = resumed_config if resume else new_config
         config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
         change_config(config, changes, inspect.signature(finetune).parameters)
+        typed = of_data | given | dict(compare=compare, gpus=gpus)
+        typed = {name: typed[name] for name in inspect.signature(finetune).parameters if typed.get(name) is not None}
+        compare = compared_with(config, folder, compare)
         second = None if compare is None else compared_config(config, compare)
+        keep_call(config, 'finetune', typed | dict(out=out, resume=resume), changes, compare=compare)
     with no_file_if_refused(folder), step_errors(changes):
         if labelled is not None:  # of a resumed run, it must be what split.json says
             write_labelled(labelled, folder)
@@ -124,9 +131,11 @@ def finetune(
         weights = run(config, folder, resume, gpus)
     found = validate(weights)
     if frozen:
-        say_probes(frozen, found.scores)
+        say_probes(frozen, found.scores, config.model.backbone.get('frozen_stages', -1) > 0)
     comparison = None if second is None else compare_runs(second, weights, found.scores, compare, gpus)
     write_page(found, weights, comparison)
+    if comparison is not None:
+        print_log(comparison['sentence'], logger='current')
     return weights
 
 
@@ -174,13 +183,14 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     """
     from mmengine.logging import print_log
 
-    from mmmilan.api.pretrain import save_weights, train
+    from mmmilan.api.pretrain import goes_on, save_weights, train
     from mmmilan.checkpoints.config import config_text
     from mmmilan.checkpoints.io import find_newest, load_checkpoint_file
     from mmmilan.engine.launch import start_processes
     from mmmilan.files import write_text
 
     config.work_dir, meta = str(folder.absolute()), {}
+    resume = goes_on(config, resume)
     if gpus is None:
         meta = train(config, folder, resume)
     else:
@@ -198,12 +208,13 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     return weights
 
 
-def say_probes(frozen: dict[str, float], scores: dict[str, float]) -> None:
+def say_probes(frozen: dict[str, float], scores: dict[str, float], freeze: bool) -> None:
     """Log whether a classifier is better than what its frozen start gives, for nothing: probe and neighbours.
 
     Args:
         frozen: See :func:`mmmilan.api.finetune_probe.begin_as_probe`.
         scores: Whether each validation image is right, by its path.
+        freeze: Whether the head was trained alone.
     """
     from mmengine.logging import print_log
 
@@ -211,14 +222,21 @@ def say_probes(frozen: dict[str, float], scores: dict[str, float]) -> None:
     accuracy = sum(scores.values()) / len(scores)
     figures = f'{100 * accuracy:.1f} % of {len(scores)} validation images right'
     others = ', '.join(f'{name} {100 * value:.1f} %' for name, value in frozen.items())
-    print_log(f'Fine-tuning gets {figures}; the frozen start gets: {others}.', logger='current')
-    if frozen[best] > accuracy:
-        print_log(
-            f'The {best} of the frozen encoder is the better model here; train the head alone with --freeze, or '
-            'fine-tune with more images.',
-            logger='current',
-            level=logging.WARNING,
-        )
+    trained = 'The head trained alone' if freeze else 'Fine-tuning'
+    print_log(f'{trained} gets {figures}; the frozen start gets: {others}.', logger='current')
+    if frozen[best] <= accuracy:
+        return
+    if best.startswith('k-NN'):
+        remedy = 'look up neighbours of features (mmmilan embed), or train with more images'
+    elif freeze:
+        remedy = 'training on from it made it no better: lower lr, or train with more images'
+    else:
+        remedy = 'train the head alone with --freeze, or fine-tune with more images'
+    print_log(
+        f'The {best} of the frozen encoder is the better model here; {remedy}.',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 def compare_runs(
@@ -246,7 +264,6 @@ def compare_runs(
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
     comparison = compare_models(scores, validate(other).scores, config_task(config), name)
     write_text(weights.parent / 'comparison.json', json.dumps(comparison))
-    print_log(comparison['sentence'], logger='current')
     return comparison
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,9 +73,18 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
     if not is_probed(config):
         return {}
     path = folder / FILE
-    known = accuracies_in(path)
-    if checkpoints_in(folder):
-        return known or {}
+    known = meta_of(path)
+    if not checkpoints_in(folder):
+        known = save_probe(config, path)
+    if known:
+        out_type = known['out_type']
+        config.model.backbone.update(out_type=out_type, final_norm=out_type == 'cls_token')
+        config.model.head.init_cfg = dict(type='Pretrained', checkpoint=str(path.absolute()), prefix='head.')
+    return known.get('accuracies', {})
+
+
+def save_probe(config: Config, path: Path) -> dict[str, Any]:
+    """Fit a probe of the start and write it; returns what is said of it, ``accuracies`` and its token."""
     train, val = frozen_features(config)
     labels = train['label'], val['label']
     probe = max((fit_probe(out_type, (train[out_type], labels[0])) for out_type in TOKENS), key=lambda each: each.score)
@@ -83,10 +92,9 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
     for out_type, name in TOKENS.items():
         accuracies[f'k-NN by the {name}'] = knn_accuracy(*zip((train[out_type], val[out_type]), labels, strict=True))
     layer = {f'head.fc.{name}': torch.from_numpy(getattr(probe, name)).float() for name in ('weight', 'bias')}
-    save_checkpoint_file(dict(meta=dict(accuracies=accuracies), state_dict=layer), path)
-    config.model.backbone.update(out_type=probe.out_type, final_norm=probe.out_type == 'cls_token')
-    config.model.head.init_cfg = dict(type='Pretrained', checkpoint=str(path.absolute()), prefix='head.')
-    return accuracies
+    meta = dict(accuracies=accuracies, out_type=probe.out_type)
+    save_checkpoint_file(dict(meta=meta, state_dict=layer), path)
+    return meta
 
 
 def is_probed(config: Config) -> bool:
@@ -94,18 +102,18 @@ def is_probed(config: Config) -> bool:
     return config_task(config) == 'classification' and bool(config.model.backbone.get('init_cfg'))
 
 
-def accuracies_in(path: Path) -> dict[str, float] | None:
-    """The accuracies that were measured when a probe was written; None if there is no file.
+def meta_of(path: Path) -> dict[str, Any]:
+    """What was said of a probe when it was written; {} if there is no file.
 
     Raises:
         InputError: the file is something else.
     """
     if not path.exists():
-        return None
+        return {}
     meta = load_checkpoint_file(path).get('meta') or {}
-    if 'accuracies' not in meta:
+    if not {'accuracies', 'out_type'} <= meta.keys():
         raise InputError(f'{path} is not a probe of mmmilan, and would be replaced by one; choose another folder.')
-    return meta['accuracies']
+    return meta
 
 
 def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -286,6 +286,21 @@ def resumed_config(
     return config, labelled
 
 
+def compared_with(config: Config, folder: Path, given: str | os.PathLike | None) -> str | None:
+    """The start that a run is compared with: what is given, or what a resumed run kept; None for no comparison.
+
+    Raises:
+        InputError: the run in ``folder`` is compared with another.
+    """
+    from mmmilan.api.recipe import keep_own
+    from mmmilan.checkpoints.config import call_of
+
+    own, asked = call_of(config).get('compare'), given if given in (None, 'scratch') else absolute(given)
+    if own is not None and asked is not None:
+        keep_own(dict(compare=own), dict(compare=asked), folder)
+    return own or asked
+
+
 def compared_config(config: Config, start: str) -> Config:
     """The config of the same training from another start, or from random weights ('scratch').
 
@@ -297,7 +312,10 @@ def compared_config(config: Config, start: str) -> Config:
     """
     import copy
 
+    from mmmilan.checkpoints.config import CALL
+
     second = copy.deepcopy(config)
+    second.pop(CALL, None)  # it is not called by itself
     backbone, task, random = second.model.backbone, config_task(config), start == 'scratch'
     if random and not backbone.init_cfg:
         raise InputError("compare='scratch' compares random weights with themselves; give a start, or another compare.")

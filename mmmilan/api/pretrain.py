@@ -89,7 +89,7 @@ def pretrain(
     """
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import base_config, new_config, resumed_config
+    from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted, step_errors
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
@@ -113,8 +113,9 @@ def pretrain(
             config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
         config.work_dir = str(folder.absolute())
+        keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         with step_errors(changes):
-            meta = train(config, folder, resume)
+            meta = train(config, folder, goes_on(config, resume))
         weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)
         if sources is None:
             sources = reported_images(config)
@@ -125,7 +126,7 @@ def pretrain(
 def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
     """Refuse to overwrite a run or other files, or to resume where there is no run.
 
-    The config of a run that was stopped before its first checkpoint may be replaced.
+    A run that was stopped before its first checkpoint, which has its config alone, may be resumed, or replaced.
 
     Args:
         folder: Where the run writes.
@@ -144,13 +145,30 @@ def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
     has_run = bool(checkpoints_in(folder))
     if has_run and not resume:
         raise InputError(f'{folder} holds a run already; choose another folder, or resume the run (--resume).')
-    if resume and not has_run:
-        raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
     found = [name for name in files if os.path.lexists(folder / name)]
-    if found == ['config.py'] and contains(folder / 'config.py', WRITTEN):
-        found = []
-    if found and not resume:
+    has_begun = found == ['config.py'] and contains(folder / 'config.py', WRITTEN)
+    if resume and not (has_run or has_begun):
+        raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
+    if found and not (has_begun or resume):
         raise InputError(f'{folder} holds {", ".join(found)} already, which would be replaced; choose another folder.')
+
+
+def goes_on(config: Config, resume: bool) -> bool:
+    """Whether a run is resumed from a checkpoint; one that was stopped before its first begins anew, and says so."""
+    from mmengine.logging import print_log
+
+    from mmmilan.checkpoints.io import checkpoints_in
+    from mmmilan.engine.work_dir import checkpoint_folder
+
+    folder = checkpoint_folder(config)
+    if resume and not checkpoints_in(folder):
+        print_log(
+            f'{folder} holds no checkpoint: the run was stopped before its first, and begins anew with its config.',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return False
+    return resume
 
 
 def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:

@@ -105,6 +105,31 @@ def resumed_config(
     return config
 
 
+def keep_call(
+    config: Config, command: str, given: Mapping[str, Any], changes: Mapping[str, Any], **others: Any
+) -> None:
+    """Keep in a config how its run was called, for its page; ``others`` are what a resumed run needs besides.
+
+    A line that resumes a run is kept if it says more than that.
+
+    Args:
+        config: The config, changed in place.
+        command: Name of the function.
+        given: Its arguments that are given; ``data``, one or more, and ``out`` are typed without their names.
+        changes: Of the config.
+    """
+    from mmmilan.arguments import typed
+    from mmmilan.checkpoints.config import CALL, call_of
+
+    options, commands = dict(given), call_of(config)['commands']
+    resume, data = options.pop('resume', False), options.pop('data', [])
+    words = [*(data if isinstance(data, list) else [data]), *([options.pop('out')] if data else [])]
+    line = typed(command, words, options, changes)
+    if not commands or ((options.keys() - {'out'} or changes or words) and line not in commands):
+        commands.append(f'{line} --resume' if resume else line)
+    config[CALL] = dict(commands=commands, **others)
+
+
 def run_config(folder: Path) -> Config:
     """The config of the run in a folder: of its ``config.py``, or else of its newest checkpoint.
 

@@ -71,6 +71,8 @@ def report(
 
     from mmmilan.api.models import get_model, read_config, titles_of
     from mmmilan.api.recipe import about_recipe
+    from mmmilan.arguments import typed
+    from mmmilan.checkpoints.config import call_of
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
     from mmmilan.evaluation.features import choose_device, device_name
@@ -103,8 +105,9 @@ def report(
     sections.add_training(page, checkpoint, config, about_recipe(config))
     sections.add_neighbours(page, features, images)
     sections.add_pictures(page, milan, backbones, images)
-    compared = f' --compare {" ".join(runs[1:])}' if others else ''
-    page.paragraph(f'mmmilan report {" ".join(map(os.fspath, sources))} {checkpoint} --out {out}{compared}', 'code')
+    compared = dict(out=out, compare=runs[1:] or None)
+    for line in (*call_of(config)['commands'], typed('report', [*sources, checkpoint], compared, {})):
+        page.paragraph(line, 'code')
     minutes = (time.monotonic() - begin) / 60
     page.write(path, f'Made in {minutes:.1f} minutes on {device_name(device)}, PyTorch {torch.__version__}.')
     return path

@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmmilan.building import TOP
-from mmmilan.checkpoints.foreign_config import check_foreign_config, mark_foreign
+from mmmilan.checkpoints.foreign_config import CALL, check_foreign_config, mark_foreign
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.components import arguments_of
 from mmmilan.errors import InputError
@@ -65,11 +65,19 @@ def own_config(checkpoint: str | os.PathLike, with_data: bool = False) -> Config
     config = parse_config(text, source)
     if not isinstance(config.get('model'), dict):
         raise NoConfig(f'There is no model in {source}; give a config file as well.')
-    for name in set(config) - {*arguments_of(Runner)[0]} - TOP:
+    for name in set(config) - {*arguments_of(Runner)[0], CALL} - TOP:
         config.pop(name)
     check_foreign_config(config.to_dict(), source, with_data)
     mark_foreign(config, source, get_state_dict(content, str(path)))
     return config
+
+
+def call_of(config: Config) -> dict[str, Any]:
+    """How the run of a config was called: ``commands``, the lines that were typed, and what else the command kept."""
+    call = config.get(CALL)
+    call = dict(call) if isinstance(call, dict) else {}
+    commands = call.get('commands')
+    return call | dict(commands=list(map(str, commands)) if isinstance(commands, list) else [])
 
 
 def keep_encoder(config: Config) -> None:

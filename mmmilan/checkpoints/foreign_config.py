@@ -56,6 +56,7 @@ _OUTPUT = re.compile(
     r'|file_path|json_trace_path|(img|config|scalar)_save_(dir|file)|tmpdir|format_dir|tracking_uri|base_url|artifact_location|repo|eval_result_file|submission_prefix'
 )
 _CODE = ('py', 'pkl', 'pickle', 'yml', 'yaml')  # files that MMEngine reads as code
+CALL = 'call'  # key of what is only said of a run: ``commands``, the lines that made it
 AS_CODE = 'a kind of file that MMEngine runs as code'
 _KEY = re.compile(r'[^\'"\\\n\r]*')  # what MMEngine writes to a config and reads back as it was
 # Upper bounds of numbers. Beyond them a list of that length takes the memory, or as many processes are started.
@@ -103,7 +104,8 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if scope not in SCOPES:
         yield 'default_scope', f'is {scope!r}, which would be imported'
     else:
-        yield from _faults_in(values, '', ('mmengine', 'mmpretrain', scope))
+        built = {key: value for key, value in values.items() if key != CALL}
+        yield from _faults_in(built, '', ('mmengine', 'mmpretrain', scope))
 
 
 def _packages(custom_imports: Any) -> list[str]:

@@ -33,7 +33,7 @@ from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
 # Keys that belong to one call and not to a run.
-OF_A_CALL = re.compile(r'(work_dir|resume|load_from|launcher|experiment_name|env_variables|model_wrapper_cfg)\b')
+OF_A_CALL = re.compile(r'(work_dir|resume|load_from|launcher|experiment_name|env_variables|model_wrapper_cfg|call)\b')
 # A change of these would give the same weights, or moments, another meaning.
 OF_THE_MODEL = re.compile(
     r'model\.type|model\.backbone\.(type|arch\b.*|patch_size)|model\.neck\.type|model\.(.+\.)?\w*num_heads|'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmmilan.building import in_scope
-from mmmilan.checkpoints.config import own_config
+from mmmilan.checkpoints.config import call_of, own_config
 from mmmilan.datasets.classes import class_names
 from mmmilan.datasets.decoding import LoadImage
 from mmmilan.engine.launch import launched
@@ -58,7 +59,8 @@ CURVES = {
     'coco/segm_mAP': 'mask AP',
     'mIoU': 'mean IoU, %',
 }
-SEGMENTORS = dict(UPerHead='UperNet', FCNHead='FCN')  # by their heads
+# Names of models, by type; of segmentors by that of their head.
+KINDS = dict(UPerHead='UperNet', FCNHead='FCN', MaskRCNN='Mask R-CNN', FasterRCNN='Faster R-CNN')
 METRICS = dict(classification='top-1 accuracy', detection='AP', segmentation='mean IoU')
 
 
@@ -180,10 +182,12 @@ def write_results(
     add_figures(html, found, comparison)
     add_training(html, Path(weights), config)
     add_pictures(html, found)
-    if (Path(weights).parent / 'config.py').is_file():
-        html.paragraph(f'mmmilan train {Path(weights).parent / "config.py"}', 'code')
-    html.paragraph(f'mmmilan predict IMAGES {weights} predictions', 'code')
-    html.paragraph(f'mmmilan test {weights} --show-dir pictures', 'code')
+    made, written = call_of(config)['commands'], Path(weights).parent / 'config.py'
+    if not made and written.is_file():
+        made = [shlex.join(['mmmilan', 'train', str(written)])]
+    used = (['predict', 'IMAGES', str(weights), 'predictions'], ['test', str(weights), '--show-dir', 'pictures'])
+    for line in (*made, *(shlex.join(['mmmilan', *words]) for words in used)):
+        html.paragraph(line, 'code')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     html.write(path, f'Made on {device_name(device)}, PyTorch {torch.__version__}.')
     return path
@@ -196,11 +200,14 @@ def introduction(config: Config, found: Validation) -> str:
     size = arch if isinstance(arch, str) else f'{arch.embed_dims} dimensions and {arch.num_layers} layers'
     trained, kind = trained_on(config), config.model.type.rpartition('.')[2]
     if kind == 'EncoderDecoder':  # which says nothing
-        kind = SEGMENTORS.get(config.model.decode_head.type.rpartition('.')[2], kind)
+        kind = config.model.decode_head.type.rpartition('.')[2]
+    elif kind == 'MaskRCNN' and not found.has_masks:
+        kind = 'FasterRCNN'
+    kind = KINDS.get(kind, kind)
     return (
         f'{kind} on a ViT of {size}, from {Path(str(start)).name if start else "random weights"}. It was '
         f'trained on {count(trained, "image") if trained else "images"} and is evaluated here on '
-        f'{count(len(found.images), "validation image")} of {len(found.classes)} classes.'
+        f'{count(len(found.images), "validation image")} of {count(len(found.classes), "class")}.'
     )
 
 

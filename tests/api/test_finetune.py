@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import html
 import json
+import os
+import re
+import shlex
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -16,10 +23,12 @@ from mmpretrain.models import VisionTransformer
 import mmmilan
 from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
+from mmmilan.api.finetune import say_probes
 from mmmilan.api.finetune_recipe import compared_config, encoder_in, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
+from mmmilan.files import ENDING
 from mmmilan.registry import roots
 
 ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
@@ -59,10 +68,10 @@ def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
     assert weights == tmp_path / 'run/model.pth'
     config = own_config(weights)
     assert config.model.backbone.arch == ARCH and config.model.backbone.img_size == 32
-    image = str(colours / 'ro t/0.png')
     for model in (mmmilan.get_model(weights), str(weights)):
         inferencer = mmmilan.ImageClassificationInferencer if isinstance(model, str) else ImageClassificationInferencer
-        assert inferencer(model)(image)[0]['pred_class'] in ('Blau', 'grün', 'ro t')
+        for name in ('Blau', 'grün', 'ro t'):
+            assert inferencer(model)(str(colours / name / '0.png'))[0]['pred_class'] == name
     assert mmmilan.get_model(weights)._dataset_meta['classes'] == ('Blau', 'grün', 'ro t')
 
     records = read_scalars(tmp_path / 'run')
@@ -122,6 +131,70 @@ def stop_in(patch: pytest.MonkeyPatch, moment: str) -> None:
         patch.setattr(ValLoop, 'run', lambda loop: 1 / 0 if loop.runner.epoch == 2 else run(loop))
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Until the end of the context, the file of a name is not written, as the disk is full."""
+
+    @contextmanager
+    def full(name: str) -> Iterator[None]:
+        def refuse(source: str, target: Path) -> None:
+            if Path(target).name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr('mmmilan.files.os.replace', refuse)
+            with pytest.raises(InputError, match=rf'{name} was not written \(.*No space left on device\); free space'):
+                yield
+
+    return full
+
+
+@pytest.mark.slow
+def test_stopped_at_many_places(colours, start, tmp_path, monkeypatch, full_disk, capfd):
+    """Without space or killed, in the run and in the one that it is compared with: a bare --resume ends what began."""
+    torch.manual_seed(2)
+    other, run = tmp_path / 'other.pth', tmp_path / 'run'
+    vit = VisionTransformer(ARCH, img_size=32, patch_size=8)
+    torch.save({f'backbone.{key}': value for key, value in vit.state_dict().items()}, other)
+    begun, options = [], dict(start=start, compare=str(other)) | options_of(2, **AT_ONCE)
+    run_epoch = EpochLoop.run_epoch
+
+    def epoch(loop: EpochLoop, killed: str = '') -> None:
+        begun.append(f'{Path(loop.runner.work_dir).name} {loop.epoch + 1}')
+        run_epoch(loop) if begun[-1] != killed else 1 / 0
+
+    def resume(killed: str = '') -> None:
+        begun.clear()
+        monkeypatch.setattr(EpochLoop, 'run_epoch', lambda loop: epoch(loop, killed))
+        mmmilan.finetune(out=run, resume=True)
+
+    monkeypatch.setattr(EpochLoop, 'run_epoch', lambda loop: epoch(loop))
+    for name in ('split.json', 'probe.pth'):
+        with full_disk(name):
+            mmmilan.finetune(colours, run, **options)
+        assert not run.exists()
+    with full_disk('epoch_1.pth'):
+        mmmilan.finetune(colours, run, **options)
+    with pytest.raises(InputError, match='has compare=.*other.pth.*, which a resumed run keeps; leave compare out'):
+        mmmilan.finetune(out=run, resume=True, compare='scratch')
+    with full_disk('model.pth'):
+        resume()
+    assert begun == ['run 1', 'run 2'] and capfd.readouterr().out.count('begins anew with its config') == 1
+    with pytest.raises(ZeroDivisionError):
+        resume(killed='compare 2')
+    assert begun == ['compare 1', 'compare 2'] and not (run / 'report.html').exists()
+    with full_disk('comparison.json'):
+        resume()
+    assert begun == ['compare 2']
+    resume()
+    assert not begun and not list(run.rglob(f'.*{ENDING}'))
+    sentence = json.loads((run / 'comparison.json').read_text())['sentence']
+    assert sentence in (run / 'report.html').read_text() and capfd.readouterr().out.endswith(f'{sentence}\n')
+    whole = mmmilan.finetune(colours, tmp_path / 'whole', start=str(other), **options_of(2, **AT_ONCE))
+    assert_same_weights(*(load_trusted(path)['state_dict'] for path in (run / 'compare/model.pth', whole)))
+
+
 @pytest.mark.slow
 def test_what_a_resumed_run_may_be_given(colours, start, tmp_path):
     mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(1))
@@ -140,18 +213,11 @@ def test_what_a_resumed_run_may_be_given(colours, start, tmp_path):
 
 
 def test_compared_with_random_weights(colours, start, tmp_path, capfd):
-    options = ['--epochs', 1, '--batch-size', 4, *(word for key, value in HERE.items() for word in (f'--{key}', value))]
-    line = [
-        'finetune',
-        str(colours),
-        str(tmp_path / 'run'),
-        '--start',
-        start,
-        '--compare',
-        'scratch',
-        *map(str, options),
-    ]
+    options = ['--start', start, '--epochs', 1, '--batch-size', 4, '--compare', 'scratch']
+    options += [word for key, value in HERE.items() for word in (f'--{key}', value)]
+    line = ['finetune', *map(str, (colours, tmp_path / 'run', *options))]
     cli.main(line)
+    printed = capfd.readouterr().out.strip().splitlines()
     result = json.loads((tmp_path / 'run/comparison.json').read_text())
     validated = len(json.loads((tmp_path / 'run/split.json').read_text())['val'])
     assert len(result['images']) == len(result['scores'][0]) == len(result['scores'][1]) == validated
@@ -161,7 +227,9 @@ def test_compared_with_random_weights(colours, start, tmp_path, capfd):
     assert validated < 20 and result['sentence'].startswith(
         'Pretraining cannot be judged by fewer than 20 images: top-1'
     )
-    assert result['sentence'] in capfd.readouterr().out
+    assert printed[-2].endswith(result['sentence']) and printed[-1] == str(tmp_path / 'run/model.pth')
+    page = html.unescape((tmp_path / 'run/report.html').read_text())
+    assert f'<code>{shlex.join(["mmmilan", *line])}' in page and result['sentence'] in page
     first, second = (own_config(tmp_path / 'run' / name) for name in ('model.pth', 'compare/model.pth'))
     assert first.model.backbone.pop('init_cfg').checkpoint == start and second.model.backbone.pop('init_cfg') is None
     assert first.model.head.pop('init_cfg').checkpoint == str(tmp_path / 'run/probe.pth')
@@ -172,6 +240,28 @@ def test_compared_with_random_weights(colours, start, tmp_path, capfd):
         del config.model.backbone.out_type, config.model.backbone.final_norm
     keys = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'randomness')
     assert all(first[key] == second[key] for key in keys)
+
+
+@pytest.mark.parametrize(
+    ('best', 'freeze', 'remedy'),
+    [
+        ('linear probe', False, 'train the head alone with --freeze, or fine-tune'),
+        ('linear probe', True, 'training on from it made it no better: lower lr'),
+        ('k-NN', False, r'look up neighbours of features \(mmmilan embed\)'),
+        ('k-NN', True, 'look up neighbours'),
+        ('none', True, None),
+    ],
+)
+def test_what_is_said_of_the_frozen_start(best, freeze, remedy, log):
+    frozen = {'linear probe on the class token': 0.5, 'k-NN by the mean token': 0.5}
+    frozen |= {name: 0.75 for name in frozen if name.startswith(best)}
+    say_probes(frozen, {'a.png': 1.0, 'b.png': 0.0, 'c.png': 0.0, 'd.png': 1.0}, freeze)
+    trained = 'The head trained alone' if freeze else 'Fine-tuning'
+    assert f'{trained} gets 50.0 % of 4 validation images right' in log.text
+    assert ('is the better model here' in log.text) == (remedy is not None)
+    if remedy:
+        assert re.search(f'The {best} .* is the better model here; {remedy}', log.text)
+        assert ('--freeze' in log.text) == (best == 'linear probe' and not freeze)
 
 
 def test_the_head_alone(colours, start, tmp_path):
@@ -270,9 +360,11 @@ def test_accumulated_batches_are_one_large_one(colours, start, tmp_path):
 
 @pytest.mark.slow
 def test_patience(colours, start, tmp_path):
-    """A run that learns nothing stops after three epochs of nine."""
+    """A run that learns nothing stops after three epochs of nine, and has no more to do when it is resumed."""
     mmmilan.finetune(colours, tmp_path / 'run', start=start, **options_of(9, patience=2, lr=1e-12))
     assert (tmp_path / 'run/epoch_3.pth').exists() and len(list((tmp_path / 'run').glob('epoch_*.pth'))) == 1
+    mmmilan.finetune(out=tmp_path / 'run', resume=True)
+    assert [path.name for path in (tmp_path / 'run').glob('epoch_*.pth')] == ['epoch_3.pth']
 
 
 def test_encoders_of_checkpoints(start, tmp_path):

@@ -51,6 +51,8 @@ def test_from_a_folder_to_an_encoder(image_folder, quick, tmp_path, run_tool):
     assert mmmilan.FeatureExtractor(weights)(sorted(map(str, image_folder.glob('*/*/*.jpg')))[:2]).shape == (2, 48)
     page = (tmp_path / 'a/report.html').read_text()
     assert re.search('class="verdict">Pretraining .*random weights', page) and 'weighs as 8 patches in the loss' in page
+    assert f'<code>mmmilan pretrain {image_folder} {tmp_path}/a --arch ' in page
+    assert f'<code>mmmilan report {image_folder} {weights} --out {tmp_path}/a/report.html</code>' in page
 
     config = own_config(weights)
     assert config.model.neck.embed_dim == config.model.neck.decoder_embed_dim == 48
@@ -140,6 +142,22 @@ def test_a_bare_resume_continues_the_run(interrupted, tmp_path, monkeypatch, cap
     assert mmmilan.get_model('../run/milan.pth', encoder_only=False).head.teacher is not None
 
 
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_its_first_checkpoint(interrupted, no_report, log):
+    """It begins anew with its config; a folder from which only the checkpoints are gone is left as it is."""
+    (interrupted / 'epoch_1.pth').unlink()
+    (interrupted / 'milan.pth').touch()
+    with pytest.raises(InputError, match='holds no checkpoint to resume from'):
+        mmmilan.pretrain(out=interrupted, resume=True)
+    (interrupted / 'milan.pth').unlink()
+    cli.main(['pretrain', '--out', str(interrupted), '--resume'])
+    assert log.text.count('stopped before its first, and begins anew with its config') == 1
+    content = load_checkpoint_file(interrupted / 'milan.pth')
+    assert content['meta']['epoch'] == 2 and content['meta']['training_seconds'] > 0
+    config = own_config(interrupted / 'milan.pth')
+    assert config.model.masking.mask_ratio == 0.5 and len(config.call.commands) == 1
+
+
 def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, no_report, tmp_path, capfd):
     shutil.rmtree(tmp_path / 'photos/class2')  # 16 images remain
     arguments = ['--epochs', 3, '--batch-size', 4, '--seed', 5, '--model.masking.mask_ratio', 0.75]
@@ -158,6 +176,9 @@ def test_what_a_resumed_run_is_given_is_applied_and_said(interrupted, no_report,
     assert list(map(dict, config.param_scheduler)) == schedule.param_scheduler()
     assert load_checkpoint_file(interrupted / 'milan.pth')['meta']['iter'] == 12
     assert Config.fromfile(interrupted / 'config.py').train_cfg.max_epochs == 3
+    first, second = config.call.commands
+    assert first.startswith('mmmilan pretrain photos run --arch') and ' --model.masking.mask_ratio 0.5' in first
+    assert second.endswith('--epochs 3 --batch-size 4 --seed 5 --model.masking.mask_ratio 0.75 --resume')
 
 
 def test_a_resumed_run_reports_on_all_splits(tmp_path):

@@ -31,7 +31,7 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     text = page.read_text()
     assert 'Pretraining helped: &lt;so much&gt; &amp; more.' in text and 'training loss' in text
     assert re.search('3 of (20|8) epochs in batches of 5', text)
-    kind = dict(classification='ImageClassifier', detection='MaskRCNN', segmentation='UperNet')[task]
+    kind = dict(classification='ImageClassifier', detection='Mask R-CNN', segmentation='UperNet')[task]
     assert f'{kind} on a ViT of 32 dimensions and 2 layers' in text
     assert '10 validation images' in text and 'trained on 10 images' in text and 'The worst mistakes' in text
     run_test(weights, work_dir=tmp_path / 'tested')
