@@ -48,8 +48,19 @@ td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums;
 .curves { display: flex; flex-wrap: wrap; gap: .5rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style: none; font-size: .9rem }
 .legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .4em }
-@media (max-width: 640px) { th, td { padding: .3rem .5rem } }
+@media (max-width: 640px) {
+  th, td { padding: .3rem .5rem } td { white-space: normal } td:first-child { overflow-wrap: anywhere }
+  .stack, .stack tbody { display: block } .stack thead { display: none }
+  .stack tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); align-items: start;
+    padding: .6rem 0 }
+  .stack [data-column]::before { content: attr(data-column); display: block;
+    color: var(--soft); font-size: .8rem; line-height: 1.25 }
+  .stack td, .stack td:first-child { padding: 2px; text-align: left }
+  .wide td:first-child { grid-column: 1 / -1; font-weight: 600 }
+  .gallery { --side: 100% } .gallery tr { grid-template-columns: repeat(auto-fit, minmax(104px, 1fr)) }
+  .gallery td { display: flex; flex-direction: column } .gallery td::before { order: 1 } .gallery small { order: 2 } }
 """
+WIDE = 5  # columns; a table of so many is stacked on a narrow screen
 SMALL = 96  # pixels; images up to this side are stored without loss, as PNG
 
 
@@ -79,7 +90,7 @@ class Page:
         self.parts.append(f'<p><code>{text}</code></p>' if kind == 'code' else f'<p class="{kind}">{text}</p>')
 
     def table(self, header: list[str], rows: list[list[str]], values: list[list[float | None]] | None = None) -> None:
-        """Add a table of texts.
+        """Add a table of texts. On a narrow screen its cells wrap, or stand below the name of their row.
 
         Args:
             header: Names of the columns; the first column names the rows.
@@ -87,19 +98,20 @@ class Page:
             values: The numbers of the cells after the first of each row, None for cells that do not compete. The
                 maximum of a column is set in bold, in every row that reaches it.
         """
-        best = best_cells(values or [])
+        best, stack = best_cells(values or []), len(header) >= WIDE
         head = ''.join(f'<th>{html.escape(cell)}</th>' for cell in header)
         body = ''
         for i, row in enumerate(rows):
-            body += f'<tr>{"".join(table_cell(cell, (i, j) in best) for j, cell in enumerate(row))}</tr>'
-        self.parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
+            cells = (table_cell(cell, (i, j) in best, header[j] if j and stack else '') for j, cell in enumerate(row))
+            body += f'<tr>{"".join(cells)}</tr>'
+        kind = ' class="stack wide"' if stack else ''
+        table = f'<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        self.parts.append(f'<div class="scroll">{table}</div>')
 
     def gallery(
         self, header: list[str], rows: list[list[np.ndarray]], names: list[str], notes: list[list[str]] | None = None
     ) -> None:
-        """Add a table of pictures, which scrolls sideways on a narrow screen.
+        """Add a table of pictures. On a narrow screen a row is a grid of pictures over the names of their columns.
 
         Args:
             header: What each column shows.
@@ -114,10 +126,11 @@ class Page:
             for j, image in enumerate(row):
                 note = notes[i][j] if notes else ''
                 alt = f'{header[j]}: {names[i]}' + (f', {note}' if note else '')
-                cells += f'<td>{_img(image, alt)}{f"<small>{html.escape(note)}</small>" if note else ""}</td>'
+                below = f'<small>{html.escape(note)}</small>' if note else ''
+                cells += f'<td data-column="{html.escape(header[j])}">{_img(image, alt)}{below}</td>'
             body += f'<tr>{cells}</tr>'
         style = f'style="--columns: {len(header)}"'
-        table = f'<table class="gallery" {style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        table = f'<table class="gallery stack" {style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         self.parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
 
     def pictures(self, pictures: Iterable[tuple[str, str, str]]) -> None:
@@ -167,11 +180,12 @@ class Page:
         write_text(path, document)
 
 
-def table_cell(text: str, best: bool) -> str:
-    """A table cell: its first line, in bold if it is the best, then the other lines, small."""
+def table_cell(text: str, best: bool, column: str) -> str:
+    """A cell: its first line, in bold if it is the best, then the others, small; its column, if rows are stacked."""
     first, *others = html.escape(text).split('\n')
     first = f'<b>{first}</b>' if best else first
-    return f'<td>{first}{"".join(f"<small>{line}</small>" for line in others)}</td>'
+    column = f' data-column="{html.escape(column)}"' if column else ''
+    return f'<td{column}>{first}{"".join(f"<small>{line}</small>" for line in others)}</td>'
 
 
 def best_cells(values: list[list[float | None]]) -> set[tuple[int, int]]:
