@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, master_only
@@ -15,25 +16,34 @@ from torch import Tensor
 from mmmilan.registry import HOOKS, RUNNERS
 
 MAX_LINES = 5
+# How messages begin that no user can act on: MMEngine's options of single parameters, and its words on itself.
+LEFT_OUT = (
+    'paramwise_options',
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+    'Distributed training is not used, all SyncBatchNorm',
+)
 
 
 @RUNNERS.register_module()
 class ConsoleRunner(Runner):
-    """MMEngine's runner; environment, config, hooks and per-parameter options go to the log file only."""
+    """MMEngine's runner; environment, config, hooks and what :data:`LEFT_OUT` names go to the log file only."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(is_short)
+                handler.addFilter(is_for_console)
+        # The configs pin memory for GPUs; PyTorch does not on a CPU, and says so.
+        warnings.filterwarnings('ignore', "'pin_memory' argument is set as true but no accelerator is found")
         return logger
 
 
-def is_short(record: logging.LogRecord) -> bool:
-    """Whether a record is a warning, or a message of few lines that is not about a single parameter's options."""
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Whether a record is a warning or a message of few lines, and none of those that are left out."""
     message = record.getMessage()
-    short = message.count('\n') < MAX_LINES and not message.startswith('paramwise_options')
-    return short or record.levelno > logging.INFO
+    short = message.count('\n') < MAX_LINES or record.levelno > logging.INFO
+    return short and not message.startswith(LEFT_OUT)
 
 
 def log_is_due(runner: Runner, batch_idx: int) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mmengine.config import Config
 
 from mmmilan.engine import MainLoggerHook
-from mmmilan.engine.log import is_short
+from mmmilan.engine.log import LEFT_OUT, ConsoleRunner, is_for_console
 
 
 def test_only_the_main_process_writes_the_figures(monkeypatch):
@@ -26,11 +29,28 @@ def test_only_the_main_process_writes_the_figures(monkeypatch):
         ('paramwise_options -- backbone.cls_token:lr=0.1', logging.INFO, False),
         ('Config:\nmodel = dict(\n' + '    a=1,\n' * 5, logging.INFO, False),
         ('One\nlong\nwarning\nof\nsix\nlines', logging.WARNING, True),
+        ('FileClient is a word that a warning may have', logging.WARNING, True),
     ],
 )
 def test_the_console_has_short_messages_and_warnings(message, level, on_the_console):
     record = logging.LogRecord('mmengine', level, __file__, 1, message, None, None)
-    assert is_short(record) is on_the_console
+    assert is_for_console(record) is on_the_console
+
+
+def test_words_of_libraries_on_themselves_stand_in_the_file_alone(tiny_config, capfd):
+    """A run on a CPU by a config that pins memory for GPUs and saves a checkpoint."""
+    cfg = Config.fromfile(tiny_config())
+    cfg.train_dataloader.pin_memory = True
+    cfg.default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('always')
+        ConsoleRunner.from_cfg(cfg).train()
+    printed, written = capfd.readouterr(), next(Path(cfg.work_dir).glob('*/*.log')).read_text()
+    printed = printed.out + printed.err
+    assert 'Epoch(train)' in printed and 'Epoch(train)' in written
+    for words in LEFT_OUT[1:]:
+        assert words in written and words not in printed
+    assert 'pin_memory' not in printed
 
 
 def test_a_line_every_few_seconds(monkeypatch):
