@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.registry import VISBACKENDS
 
-from helpers import ROOT
+import mmmilan
+from helpers import ROOT, real_data
 from mmmilan import cli
 from mmmilan.checkpoints.io import load_checkpoint_file
+from mmmilan.errors import InputError
 
 GUIDE = (ROOT / 'docs/own_images.md').read_text(encoding='utf-8')
 HERE = ['num_workers 0', 'persistent_workers False']
@@ -26,6 +29,7 @@ SMALLER = {
     '--model.neck.decoder_depth 1 --train_dataloader.num_workers 0 --test_dataloader.num_workers 0 '
     '--train_dataloader.persistent_workers False',
     'mmmilan embed': '--num-workers 0',
+    'mmmilan predict': '--num-workers 0',
     'mmmilan finetune': '--epochs 1 --batch-size 8 '
     + ' '.join(f'--{name}_dataloader.{option}' for name in ('train', 'val', 'test') for option in HERE),
 }
@@ -70,7 +74,8 @@ def test_every_command(reader, monkeypatch):
     assert 'class="verdict">Pretraining' in (reader / 'report.html').read_text()
     with np.load('photos.npz') as file:
         assert file['class_token'].shape == (24, 192) and file['ok'].all()
-    assert (reader / 'photos.onnx').is_file()
+    assert (reader / 'photos.onnx').is_file() and (reader / 'mine.onnx').is_file()
+    assert len((reader / 'predictions/predictions.csv').read_text().splitlines()) == 1 + 24
     vit = timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)
     vit.load_state_dict(load_checkpoint_file('photos.safetensors')['state_dict'])
     assert 'Pretraining ' in json.loads(Path('runs/mine/comparison.json').read_text())['sentence']
@@ -80,3 +85,39 @@ def test_every_command(reader, monkeypatch):
     for code in blocks('python'):
         exec(code, values)
     assert values['features'].shape == (2, 192)
+
+
+def test_backends_of_the_guide():
+    """The line for Weights & Biases is read as two backends that MMEngine has, and so is that for MLflow."""
+    words = shlex.split(re.search(r'`(--visualizer.vis_backends .*?)`', GUIDE)[1])
+    others, given, changes = cli.split_tokens(['my_images', 'runs/mine', *words], mmmilan.finetune)
+    assert others == ['my_images', 'runs/mine'] and not given
+    assert changes == {'visualizer.vis_backends': [dict(type='LocalVisBackend'), dict(type='WandbVisBackend')]}
+    assert '`MLflowVisBackend`' in GUIDE
+    assert all(VISBACKENDS.get(name) for name in ('LocalVisBackend', 'WandbVisBackend', 'MLflowVisBackend'))
+
+
+@pytest.mark.data
+def test_real_folders(tmp_path, monkeypatch):
+    """Task and classes are read off COCO's and ADE20K's images, and a short training ends with a page."""
+    from mmseg.datasets import ADE20KDataset
+
+    coco, ade20k = real_data('coco128'), real_data('ade20k_sample')
+    monkeypatch.chdir(tmp_path)
+    small = ['--epochs', '1', '--img-size', '32', '--batch-size', '4', '--arch']
+    small += ['dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)']
+    with pytest.raises(InputError, match="has labels for detection and segmentation; choose with task='detection'"):
+        mmmilan.finetune(coco, 'none')
+    Path('objects').mkdir()
+    for name in ('annotations', 'train2017', 'val2017'):
+        Path('objects', name).symlink_to(coco / name)
+    Path('names.txt').write_text('\n'.join(ADE20KDataset.METAINFO['classes']))
+    cases = dict(
+        objects=('detection', 80, []), scenes=('segmentation', 150, ['--classes', 'names.txt', '--ignore', '0'])
+    )
+    for name, (task, number, options) in cases.items():
+        data = ade20k if name == 'scenes' else name
+        cli.main(['finetune', str(data), f'runs/{name}', *small, *options])
+        predictor = mmmilan.Predictor(f'runs/{name}/model.pth')
+        assert predictor.task == task and len(predictor.classes) == number
+        assert 'class="verdict">' in Path(f'runs/{name}/report.html').read_text()

@@ -46,6 +46,14 @@ def test_page(task, scenes, tmp_path, monkeypatch):
     if task == 'detection':
         assert shown[1] == pytest.approx(100 * figures['coco/segm_mAP'], abs=0.06)
     assert text.count('<img') >= 2 * 10
+    headings = dict(classification=['By class', 'Confusion matrix'], segmentation=['By class'])
+    headings |= dict(detection=['By size and overlap', 'By class'])
+    common = ['How it was trained', 'Images', 'The worst mistakes']
+    assert [each for each in re.findall('<h2>(.*?)</h2>', text) if each in {*headings[task], *common}] == [
+        *headings[task], *common
+    ]  # fmt: skip
+    if task == 'detection':
+        assert all(f'<th>{name}</th>' in text for name in ('AP', 'AP50', 'AP75', 'mask AP')) and '>mask<' in text
     for name in ('gingham', 'tiger'):
         assert f'<td>{name}</td>' in text
 
