@@ -219,6 +219,7 @@ def new_config(
         InputError: an argument is wrong, or two do not fit.
     """
     from mmmilan.datasets.labelled import labelled_datasets, read_labelled
+    from mmmilan.visualization.pictures import class_colours
 
     if freeze and start is None:
         raise InputError('freeze trains the head of random weights; give a start, or leave out freeze.')
@@ -239,7 +240,11 @@ def new_config(
     if not freeze:
         config.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(labelled.task, start is not None)
     set_hooks(config, METRICS[labelled.task], patience)
-    set_loaders(config, batches, num_records(labelled.val), labelled_datasets(labelled, folder))
+    datasets = labelled_datasets(labelled, folder)
+    if labelled.task != 'classification':  # the inferencers of mmdet and mmseg draw in the colours of the checkpoint
+        for each in datasets.values():
+            each['metainfo'] |= dict(palette=[list(colour) for colour in class_colours(len(labelled.classes))])
+    set_loaders(config, batches, num_records(labelled.val), datasets)
     return config, labelled
 
 

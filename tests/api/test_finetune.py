@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 from mmmilan.files import ENDING
 from mmmilan.registry import roots
+from processes import exit_codes, free_port, start_ranks
 
 ARCH = dict(embed_dims=64, num_layers=2, num_heads=1, feedforward_channels=96)
 AT_ONCE = {'default_hooks.checkpoint.asynchronous': False}  # so that a test knows which checkpoint is there
@@ -81,6 +83,7 @@ def test_a_classifier_that_all_take(colours, start, tmp_path, run_tool):
     assert len(validated) == 2
     run_tool('test.py', weights, weights, '--work-dir', tmp_path / 'test')
     assert read_metrics(tmp_path / 'test')['accuracy/top1'] == max(validated)
+    assert mmmilan.export_onnx(weights, tmp_path / 'model.onnx').stat().st_size > 0
     names = sorted(
         path.name for path in (tmp_path / 'run').iterdir() if not path.name.startswith(('.', '20', 'report'))
     )
@@ -410,6 +413,14 @@ def test_a_model_that_can_be_built_but_not_run_leaves_no_file(colours, start, tm
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_dense_tasks_without_the_operators_of_mmcv(scenes, start, task, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmmilan.building.find_spec', lambda name: None)
+    with pytest.raises(InputError, match='Detection and segmentation need mmcv with its operators'):
+        mmmilan.finetune(scenes, tmp_path / 'run', task=task, start=start)
+    assert not (tmp_path / 'run').exists()
+
+
 def test_what_cannot_be(colours, start, tmp_path):
     for options, message in (
         (dict(start='nowhere.pth'), 'nowhere.pth is neither a file nor'),
@@ -439,7 +450,10 @@ def test_what_cannot_be(colours, start, tmp_path):
 def test_detectors_and_segmentors(scenes, task, tmp_path, run_tool):
     """Their sizes follow from encoder and images; the model is tested as any other."""
     arch = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64)
-    options = dict(arch=arch, patch_size=8, epochs=1, batch_size=5) | HERE
+    options = dict(arch=arch, patch_size=8, epochs=2, batch_size=5) | HERE | AT_ONCE
+    options['default_hooks.checkpoint.max_keep_ckpts'] = 2
+    if task == 'detection':
+        options['model.test_cfg.rcnn'] = dict(score_thr=0.0, max_per_img=10)  # something is found, and not much
     weights = mmmilan.finetune(scenes, tmp_path / 'run', task=task, **options)
     config = own_config(weights)
     backbone, classes = config.model.backbone, mmmilan.get_model(weights)._dataset_meta['classes']
@@ -453,8 +467,110 @@ def test_detectors_and_segmentors(scenes, task, tmp_path, run_tool):
         assert config.model.test_cfg.crop_size == (48, 48)
         validated = [record['mIoU'] for record in read_scalars(tmp_path / 'run') if 'mIoU' in record]
         run_tool('test.py', weights, weights, '--work-dir', tmp_path / 'test')
-        assert read_metrics(tmp_path / 'test')['mIoU'] == validated[0]
+        assert read_metrics(tmp_path / 'test')['mIoU'] == max(validated)
+        assert mmmilan.export_onnx(weights, tmp_path / 'model.onnx').stat().st_size > 0
     assert 'SyncBN' not in config.pretty_text and config.optim_wrapper.type == 'OptimWrapper'
+    check_inferencer(task, weights, str(next((scenes / 'val').glob('*/*'))), tmp_path)
+
+    # as if it had been killed in its second epoch
+    left = {'epoch_2.pth', 'model.pth', 'report.html', 'last_checkpoint'}
+    shutil.copytree(tmp_path / 'run', tmp_path / 'killed', ignore=lambda folder, names: left)
+    mmmilan.finetune(out=tmp_path / 'killed', resume=True)
+    assert_identical(*(load_trusted(tmp_path / name / 'epoch_2.pth') for name in ('killed', 'run')))
+
+
+def check_inferencer(task: str, weights: Path, photo: str, folder: Path) -> None:
+    """What ``finetune`` wrote is taken by the inferencers of mmdet and mmseg, who give what a Predictor gives."""
+    mmdet, mmseg = pytest.importorskip('mmdet.apis'), pytest.importorskip('mmseg.apis')
+    expected = mmmilan.Predictor(weights)(photo)[0]
+    if task == 'detection':
+        found = mmdet.DetInferencer(weights=str(weights), device='cpu')(photo, pred_score_thr=0)['predictions'][0]
+        assert len(found['scores']) > 0 and np.allclose(found['scores'], expected['scores'], atol=1e-4)
+        assert np.allclose(found['bboxes'], expected['boxes'], atol=1e-2)
+        assert found['labels'] == expected['labels'].tolist()
+    else:
+        inferencer = mmseg.MMSegInferencer(str(weights.with_name('config.py')), str(weights), device='cpu')
+        assert np.array_equal(inferencer(photo, out_dir=str(folder / 'seg'))['predictions'], expected['map'])
+
+
+@pytest.mark.slow
+def test_several_processes(colours, start, tmp_path, monkeypatch, capfd):
+    """Two on a CPU; a run that was stopped before its first checkpoint, and one that was stopped after it, go on."""
+    monkeypatch.setenv('PORT', str(free_port()))
+    options = options_of(2, gpus=2, batch_size=2, start=start, compare='scratch', **AT_ONCE)
+    with monkeypatch.context() as patch:  # its config is written, and no process is started
+        patch.setattr('mmmilan.torchrun.main', lambda words: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mmmilan.finetune(colours, tmp_path / 'run', **options)
+    monkeypatch.setattr('mmmilan.torchrun.main', run_ranks)
+    cli.main(['finetune', '--out', str(tmp_path / 'run'), '--resume', '--gpus', '2'])
+    assert 'begins anew with its config' in capfd.readouterr().out
+    for folder in (tmp_path / 'run', tmp_path / 'run/compare'):
+        last = load_trusted(folder / 'epoch_2.pth')
+        assert last['meta']['iter'] == 2 * (18 // 4) and last['meta']['epoch'] == 2
+        assert len(load_trusted(folder / 'model.pth')['meta']['dataset_meta']['classes']) == 3
+    mmmilan.finetune(out=tmp_path / 'run', resume=True, gpus=2, epochs=3)
+    for folder in (tmp_path / 'run', tmp_path / 'run/compare'):
+        assert load_trusted(folder / 'epoch_3.pth')['meta']['iter'] == 3 * (18 // 4)
+
+
+def run_ranks(words: list[str]) -> None:
+    """Be torchrun with forks of this process, which have everything imported."""
+    assert '--nproc_per_node=2' in words
+    command = words[words.index('mmmilan.cli') + 1 :]
+    assert exit_codes(start_ranks(cli.main, command)) == [0, 0]
+
+
+def rectangles(root: Path, kind: str) -> dict[str, tuple]:
+    """Ten images of a rectangle each, in the format of YOLO or of Pascal VOC; returns class and corners by image."""
+    rng, found = np.random.default_rng(0), {}
+    for folder in ('images', 'labels') if kind == 'yolo' else ('JPEGImages', 'Annotations'):
+        (root / folder).mkdir(parents=True)
+    for number in range(10):
+        name = ('zebra', 'big dog')[number % 2]
+        left, top, width, height = rng.integers((0, 0, 10, 10), (16, 8, 30, 20)).tolist()
+        image = rng.integers(0, 60, (32, 48, 3), dtype=np.uint8)
+        image[top : top + height, left : left + width, 2 * (number % 2)] = 220
+        found[f'{number}.png'] = (name, left, top, width, height)
+        cv2.imwrite(str(root / ('images' if kind == 'yolo' else 'JPEGImages') / f'{number}.png'), image)
+        if kind == 'yolo':
+            row = [number % 2, (left + width / 2) / 48, (top + height / 2) / 32, width / 48, height / 32]
+            (root / f'labels/{number}.txt').write_text(' '.join(map(str, row)))
+        else:
+            sides = dict(xmin=left, ymin=top, xmax=left + width, ymax=top + height)
+            box = ''.join(f'<{side}>{value}</{side}>' for side, value in sides.items())
+            (root / f'Annotations/{number}.xml').write_text(
+                f'<annotation><filename>{number}.png</filename><size><width>48</width><height>32</height><depth>3</depth>'
+                f'</size><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>'
+            )
+    if kind == 'yolo':
+        (root / 'data.yaml').write_text('path: .\ntrain: images\nnames: [zebra, big dog]\n')
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['yolo', 'voc'])
+def test_boxes_alone(kind, tmp_path):
+    """They give a Faster R-CNN, from the folder to the predictions."""
+    pytest.importorskip('labelformat')
+    known = rectangles(tmp_path / 'data', kind)
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    options = dict(arch=arch, patch_size=8, epochs=1, batch_size=4) | HERE | {'model.test_cfg.rcnn.score_thr': 0.0}
+    weights = mmmilan.finetune(tmp_path / 'data', tmp_path / 'run', **options)
+    assert own_config(weights).model.roi_head.mask_head is None
+    assert 'Faster R-CNN on a ViT of 32 dimensions and 2 layers' in (tmp_path / 'run/report.html').read_text()
+    classes = mmmilan.get_model(weights)._dataset_meta['classes']
+    assert classes == (('zebra', 'big dog') if kind == 'yolo' else ('big dog', 'zebra'))
+    read = {}
+    for split in ('train', 'val'):
+        content = json.loads((tmp_path / f'run/annotations/{split}.json').read_text())
+        names = {image['id']: Path(image['file_name']).name for image in content['images']}
+        for each in content['annotations']:
+            read[names[each['image_id']]] = (classes[each['category_id'] - 1], *np.round(each['bbox'], 3).tolist())
+    assert read == known
+    path = mmmilan.predict(tmp_path / 'data', weights, tmp_path / 'predictions', draw=False)
+    content = json.loads(path.read_text())
+    assert [each['name'] for each in content['categories']] == list(classes) and content['annotations']
 
 
 # -- CIFAR-10

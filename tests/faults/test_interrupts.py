@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import random
 import runpy
 import shutil
@@ -33,6 +34,7 @@ COMMANDS = {
     'figures': 'mmmilan figures images milan.pth figures --config config.py',
     'convert': 'mmmilan convert milan.pth vit.safetensors --to timm --encoder-only',
     'export-onnx': 'mmmilan export-onnx milan.pth vit.onnx',
+    'finetune': 'mmmilan finetune images finetuned --start milan.pth --epochs 1 --batch-size 4 --compare scratch',
     'train': 'tools/train.py config.py',
     'test': 'tools/test.py config.py milan.pth --out predictions.pkl',
     'cache': 'tools/cache_targets.py config.py cache --epochs 20',
@@ -116,6 +118,50 @@ def test_every_command(folder, name, seed):
     rng = random.Random(f'{name} {seed}')
     code, output = press(folder, rng.uniform(0, 3), rng.random() < 0.5, run_command, COMMANDS[name])
     check(folder, code, output)
+
+
+# Functions of finetune at whose beginning Ctrl-C comes, how often they have been called by then, and the folder of the
+# run that is then left without its model.
+MOMENTS = {
+    'mmmilan.api.finetune_probe.frozen_features': (1, 'finetuned'),
+    'mmmilan.api.pretrain.save_weights': (1, 'finetuned'),
+    'mmmilan.engine.loops.EpochLoop.run_epoch': (2, 'finetuned/compare'),
+}
+
+
+def run_until(name: str, count: int, line: str) -> None:
+    """Run a command that presses Ctrl-C itself when a function is called for this time."""
+    place, _, attribute = name.rpartition('.')
+    owner, left = pkgutil.resolve_name(place), count
+    function = getattr(owner, attribute)
+
+    def pressed(*args: object) -> object:
+        nonlocal left
+        left -= 1
+        if not left:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    setattr(owner, attribute, pressed)
+    run_command(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MOMENTS)
+def test_finetune_goes_on(folder, name):
+    """Wherever it was interrupted, it ends when it is typed again, with --resume if it had begun to train."""
+    count, unfinished = MOMENTS[name]
+    workers = ' '.join(f'--{each}_dataloader.num_workers 0' for each in ('train', 'val', 'test'))
+    line = f'{COMMANDS["finetune"]} {workers}'
+    process = fork(run_in_fork, folder, run_until, name, count, line)
+    [code] = exit_codes([process], 120)
+    check(folder, code, (folder / 'output').read_text())
+    assert code in (INTERRUPTED, RESUMABLE) and not (folder / unfinished / 'model.pth').exists()
+    line = 'mmmilan finetune --out finetuned --resume' if (folder / 'finetuned/config.py').exists() else line
+    [code] = exit_codes([fork(run_in_fork, folder, run_command, line)], 120)
+    output = (folder / 'output').read_text()
+    assert code == 0 and 'Pretraining ' in output.splitlines()[-2], output
+    assert (folder / 'finetuned/comparison.json').exists()
 
 
 def draw(folder: Path) -> None:
