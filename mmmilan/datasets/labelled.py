@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.datasets.classes import Names, absent, as_name, listed, match_names, names_of, order_of
+from mmmilan.datasets.classes import IGNORE, Names, absent, as_name, listed, match_names, names_of, order_of
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
@@ -478,13 +478,19 @@ class LabelledImages(ImageFolder):
     def load_data_list(self) -> list[dict]:
         content = read_split(Path(self.ann_file))
         root = self.moved_to or content['data']
-        self._metainfo.setdefault('classes', tuple(content['classes']))
+        own, table = content['classes'], content['table']
+        classes = self._metainfo.setdefault('classes', tuple(own))
+        label = range(len(own))
+        if list(classes) != own:  # those of a model that was trained on other data
+            count_of = (lambda: Counter(label for _, label in content[self.split])) if table is None else lambda: None
+            label = match_names(own, classes, self.ann_file, 'the config', count_of)
         if content['task'] == 'classification':
             return [
-                dict(img_path=file if '://' in file else os.path.join(root, file), gt_label=label)
-                for file, label in content[self.split]
+                dict(img_path=file if '://' in file else os.path.join(root, file), gt_label=label[number])
+                for file, number in content[self.split]
             ]
-        common = dict(label_table=content['table'], label_map=None, reduce_zero_label=False)
+        table = [[value, number if number == IGNORE else label[number]] for value, number in table]
+        common = dict(label_table=table, label_map=None, reduce_zero_label=False)
         return [
             dict(img_path=os.path.join(root, image), seg_map_path=os.path.join(root, own), seg_fields=[], **common)
             for image, own in content[self.split]

@@ -7,7 +7,7 @@ import shutil
 import tarfile
 from collections import Counter
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -17,10 +17,17 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmmilan.datasets.labelled import Labelled, labelled_datasets, read_labelled, stratify, write_labelled
+from helpers import ROOT
+from mmmilan.datasets.labelled import (
+    Labelled,
+    LabelledImages,
+    labelled_datasets,
+    read_labelled,
+    stratify,
+    write_labelled,
+)
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
-from tests.helpers import ROOT
 
 DETECTION = 'detection/mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco.py'
 SEGMENTATION = 'segmentation/upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512.py'
@@ -932,3 +939,20 @@ def test_splits_that_share_images_and_lists_of_pascal_voc(tmp_path):
     coco(tmp_path, 'val.json', 'images', {'1.png': [DOG]}, {3: 'dog'})
     notes = read_labelled(tmp_path).notes
     assert len(notes) == 1 and notes[0].startswith('1 image of val are in train too, which flatters the result: ')
+
+
+def test_a_split_of_other_data_keeps_its_names(tmp_path):
+    """A model's classes number the labels and label maps of a split whose classes stand in another order."""
+    images = [['1.jpg', 0], ['2.jpg', 1]]
+    content = dict(data=str(tmp_path), task='classification', classes=['ant', 'bee'], table=None, train=[], val=images)
+    (tmp_path / 'split.json').write_text(json.dumps(content))
+    read = partial(LabelledImages, str(tmp_path / 'split.json'), 'val', pipeline=[])
+    data = read(metainfo=dict(classes=('bee', 'cow', 'ant')))
+    assert [data.get_data_info(i)['gt_label'] for i in range(2)] == [2, 0]
+    with pytest.raises(InputError, match=r'has 1 of its 2 classes, bee \(1 samples\), where the config has ant, cow'):
+        read(metainfo=dict(classes=('ant', 'cow'))).load_data_list()
+    maps = dict(task='segmentation', table=[[4, 0], [7, 1], [9, 255]], val=[['1.jpg', '1.png']])
+    (tmp_path / 'split.json').write_text(json.dumps(content | maps))
+    data = read(metainfo=dict(classes=('bee', 'cow', 'ant')))
+    assert data.get_data_info(0)['label_table'] == [[4, 2], [7, 0], [9, 255]]
+    assert read().get_data_info(0)['label_table'] == maps['table']
