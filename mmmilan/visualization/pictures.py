@@ -26,11 +26,7 @@ from mmmilan.models.vit import last_attention
 from mmmilan.visualization.page import Page
 
 DPI = 150
-WIDTH, LINE, SCALE = (
-    1.5,
-    0.25,
-    0.6,
-)  # inches: width of an image, height of a line of text, width of the scale of colours
+WIDTH, LINE, SCALE = 1.5, 0.25, 0.6  # inches: width of an image, height of a line, width of the scale of colours
 # names of models and classes, and texts of users, may hold $, which is no formula
 plain_text = matplotlib.rc_context({'text.parse_math': False})
 
