@@ -461,7 +461,7 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     """Fit Mask R-CNN to encoder, size and classes: Faster R-CNN where objects have no masks.
 
     The published sizes are those of ViT-B at 1024 pixels with patches of 16; a narrower encoder has narrower heads, a
-    smaller grid fewer proposals. Norms are ViTDet's, over channels, which take any batch on any device.
+    smaller grid fewer proposals.
     """
     model, patch, width = config.model, encoder.patch_size, encoder.arch['embed_dims']
     classes, grid, channels = len(labelled.classes), side // patch, head_width(width)
@@ -469,12 +469,12 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     share = min(1.0, (grid / 64) ** 2)  # of the places
     proposals = dict(nms_pre=max(200, round(2000 * share)), max_per_img=max(100, round(1000 * share)))
     rois = dict(out_channels=channels, featmap_strides=strides[:4], finest_scale=56 * patch / 16)
-    head = dict(in_channels=channels, conv_out_channels=channels, num_classes=classes, norm_cfg=NORM)
+    head = dict(in_channels=channels, conv_out_channels=channels, num_classes=classes, norm_cfg=norm_of(channels))
     fit_dense_encoder(config, encoder, quarters(encoder.arch['num_layers']))
     model.backbone.update(global_indices=model.backbone.out_indices, window_size=16 if grid > 16 else 0)
     model.data_preprocessor.pad_size_divisor = side
     changes = dict(
-        neck=dict(in_channels=[width] * 4, out_channels=channels, norm_cfg=NORM),
+        neck=dict(in_channels=[width] * 4, out_channels=channels, norm_cfg=norm_of(channels)),
         rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(strides=strides)),
         roi_head=dict(
             bbox_roi_extractor=rois,
@@ -517,12 +517,12 @@ def fit_segmentor(config: Config, labelled: Labelled, encoder: Encoder, side: in
     model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
     depth = encoder.arch['num_layers']
     fit_dense_encoder(config, encoder, [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)])
-    model.backbone.scale_norm_cfg = NORM
+    model.backbone.scale_norm_cfg = norm_of(width)
     model.data_preprocessor.size = (side, side)
-    head = dict(num_classes=classes, norm_cfg=NORM)
     channels = width if width >= 768 else head_width(width)
-    model.decode_head.update(head, in_channels=[width] * 4, channels=channels)
-    model.auxiliary_head.update(head, in_channels=width, channels=min(256, channels))
+    for head, number in ((model.decode_head, channels), (model.auxiliary_head, min(256, channels))):
+        head.update(num_classes=classes, channels=number, norm_cfg=norm_of(number))
+    model.decode_head.in_channels, model.auxiliary_head.in_channels = [width] * 4, width
     model.test_cfg = dict(mode='slide', crop_size=(side, side), stride=(max(1, side * 2 // 3),) * 2)
     for loader in (config.train_dataloader, config.val_dataloader):
         for step in loader.dataset.pipeline:
@@ -549,7 +549,7 @@ def fit_dense_encoder(config: Config, encoder: Encoder, out_indices: Sequence[in
     backbone = config.model.backbone
     backbone.out_indices = list(out_indices)
     if backbone.get('scale_norm_cfg') and encoder.arch['embed_dims'] % 32:
-        backbone.scale_norm_cfg = NORM
+        backbone.scale_norm_cfg = norm_of(encoder.arch['embed_dims'])
 
 
 def quarters(depth: int) -> list[int]:
@@ -557,12 +557,16 @@ def quarters(depth: int) -> list[int]:
     return [max(0, depth * number // 4 - 1) for number in (1, 2, 3, 4)]
 
 
+def norm_of(channels: int) -> dict[str, Any]:
+    """GroupNorm, which takes any batch on any device; why not another norm: docs/own_images.md."""
+    return dict(type='GN', num_groups=math.gcd(channels, 8))
+
+
 def head_width(width: int) -> int:
     """Channels of the heads: those published, 256, for ViT-B, and half an encoder's width for narrower ones."""
     return min(256, max(32, width // 2))
 
 
-NORM = dict(type='mmpretrain.LN2d', eps=1e-6)
 LARGEST = dict(detection=1024, segmentation=512)  # pixels, of the published recipes
 SMALL = 64  # pixels; of smaller images a border is no margin
 FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=fit_segmentor)
