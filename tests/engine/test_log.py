@@ -37,8 +37,9 @@ def test_the_console_has_short_messages_and_warnings(message, level, on_the_cons
     assert is_for_console(record) is on_the_console
 
 
-def test_words_of_libraries_on_themselves_stand_in_the_file_alone(tiny_config, capfd):
+def test_words_of_libraries_on_themselves_stand_in_the_file_alone(tiny_config, monkeypatch, capfd):
     """A run on a CPU by a config that pins memory for GPUs and saves a checkpoint."""
+    monkeypatch.setattr('mmengine.fileio.FileClient._instances', {})  # which speak once in a process
     cfg = Config.fromfile(tiny_config())
     cfg.train_dataloader.pin_memory = True
     cfg.default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
