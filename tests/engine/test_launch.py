@@ -114,6 +114,17 @@ atexit.register(print, 'registered for the exit')
 """
 
 
+def test_a_job_that_is_always_resumed_starts_from_its_weights(tiny_config, run_tool, tmp_path):
+    """As on a cluster that stops jobs: the first start has no checkpoint, the second one has."""
+    once = {'train_cfg.max_epochs': 1, 'param_scheduler': None, 'train_dataloader.num_workers': 0}
+    run_tool('train.py', tiny_config(once))
+    again = once | {'work_dir': str(tmp_path / 'job'), 'load_from': str(tmp_path / 'work/epoch_1.pth')}
+    for epochs in (1, 2):
+        run_tool('train.py', tiny_config(again | {'train_cfg.max_epochs': epochs}), '--resume')
+        logs = ''.join(path.read_text() for path in (tmp_path / 'job').glob('*/*.log'))
+        assert logs.count('Load checkpoint from') == epochs and logs.count('resumed epoch: 1') == epochs - 1
+
+
 @pytest.mark.slow
 def test_a_launched_process_ends_without_freeing_its_modules(tiny_config, tmp_path, monkeypatch):
     """Threads of gloo may still use them. Functions registered with atexit are called."""
