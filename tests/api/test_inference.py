@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -287,54 +286,33 @@ def snippets() -> list[tuple[str, str]]:
     return re.findall(r'^```(\w+)\n(.*?)^```', section[1], re.M | re.S)
 
 
-# Options added to the README's training command, to make it small enough for a test.
-TINY = (
-    'train_dataloader.batch_size=3 train_dataloader.num_workers=0 '
-    'optim_wrapper.type=OptimWrapper train_cfg.max_epochs=1 val_cfg=None val_dataloader=None val_evaluator=None '
-    f'default_hooks.checkpoint.save_optimizer=False model.backbone.arch={ARCH} model.head.in_channels={WIDTH}'
-)
-
-
-def run_commands(code: str, run_tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the lines ``NAME=VALUE ... mmmilan COMMAND ARGUMENTS`` of a snippet."""
-    for line in code.replace('\\\n', ' ').strip().splitlines():
-        settings, _, call = line.partition('mmmilan ')
-        for setting in settings.split():
-            monkeypatch.setenv(*setting.split('='))
-        command, *arguments = call.split()
-        if command == 'train':
-            run_tool('train.py', *arguments, '--cfg-options', *TINY.split())
-        else:
-            cli.main([command, *arguments, *(['--epochs', '1'] if command == 'finetune' else [])])
-
-
 @pytest.mark.slow
-def test_the_snippets_of_the_readme_work(published, image_files, run_tool, tmp_path, monkeypatch):
+def test_the_snippets_of_the_readme_work(published, image_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in image_files:
         Image.open(path).save(f'{Path(path).stem}.jpg')
-    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
-    (tmp_path / 'my_images').mkdir()
-    for split, label in itertools.product(('train', 'val'), range(3)):
-        (tmp_path / 'my_images' / split / str(label)).mkdir(parents=True)
-        Image.open('cat.jpg').rotate(90 * label).save(tmp_path / 'my_images' / split / str(label) / 'cat.jpg')
-    blocks = snippets()
-    assert [language for language, _ in blocks] == ['python', 'python', 'bash', 'bash']
-    values = {}
-    for _, code in blocks[:2]:
+    blocks, values = snippets(), {}
+    assert [language for language, _ in blocks] == ['python', 'python']
+    for _, code in blocks:
         exec(code, values)
     assert values['features'].shape == (2, WIDTH)
     assert values['results'][0]['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes']
-    for _, code in blocks[2:]:
-        run_commands(code, run_tool, monkeypatch)
-    (trained,) = tmp_path.glob('runs/mine/epoch_1.pth')
+
+
+@pytest.mark.slow
+def test_commands_on_a_model_of_the_zoo(published, image_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, label in itertools.product(('train', 'val'), range(3)):
+        (tmp_path / 'my_images' / split / str(label)).mkdir(parents=True)
+        Image.open(image_files[0]).rotate(90 * label).save(tmp_path / 'my_images' / split / str(label) / 'cat.jpg')
+    model = 'milan_vit-base-p16_16xb256-amp-coslr-400e_in1k'
+    cli.main(['finetune', 'my_images', 'runs/mine', '--start', model, '--epochs', '1'])
+    cli.main(['convert', model, 'vit.safetensors', '--to', 'timm', '--encoder-only'])
     before = published['vit'].state_dict()['layers.11.attn.proj.weight']
-    after = load_checkpoint_file(trained)['state_dict']['backbone.layers.11.attn.proj.weight']
+    after = load_checkpoint_file('runs/mine/epoch_1.pth')['state_dict']['backbone.layers.11.attn.proj.weight']
     assert 0 < (after - before).abs().max() < 0.01  # one step from the weights of the zoo
     vit = timm.create_model('vit_tiny_patch16_224', num_classes=0)
-    (file,) = tmp_path.glob('*.safetensors')
-    weights = load_checkpoint_file(file)['state_dict']
+    weights = load_checkpoint_file('vit.safetensors')['state_dict']
     vit.load_state_dict(weights, strict=True)
     assert torch.equal(weights['norm.bias'], published['vit'].ln1.bias)
     shutil.rmtree(tmp_path / 'runs')
-    file.unlink()

@@ -159,8 +159,7 @@ def test_finetune_goes_on(folder, name):
     assert code in (INTERRUPTED, RESUMABLE) and not (folder / unfinished / 'model.pth').exists()
     line = 'mmmilan finetune --out finetuned --resume' if (folder / 'finetuned/config.py').exists() else line
     [code] = exit_codes([fork(run_in_fork, folder, run_command, line)], 120)
-    output = (folder / 'output').read_text()
-    assert code == 0 and 'Pretraining ' in output.splitlines()[-2], output
+    assert code == 0, (folder / 'output').read_text()
     assert (folder / 'finetuned/comparison.json').exists()
 
 
