@@ -270,7 +270,8 @@ def as_word(value: Any) -> str:
 def misfit(title: str, signature: inspect.Signature, error: TypeError, given: dict[str, Any]) -> str:
     """Why a call does not fit a signature."""
     known = [name for name in signature.parameters if name != 'self']
-    for name in given:
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    for name in () if takes_all else given:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             rule = f'the nearest name is {nearest[0]}' if nearest else f'it takes {", ".join(known)}'

@@ -67,6 +67,11 @@ def test_what_is_refused(hint, value, message):
 
 
 @checked
+def build(data: arguments.Path, **changes: object) -> None:
+    pass
+
+
+@checked
 def save(data: arguments.Paths, out: arguments.Path, *, batch_size: arguments.Count = 64) -> tuple:
     return data, out, batch_size
 
@@ -76,6 +81,7 @@ def test_a_call_is_checked_where_it_enters():
     for call, message in [
         (lambda: save('a', 'o', batchsize=3), 'save takes no batchsize; the nearest name is batch_size.'),
         (lambda: save('a'), "save: missing a required argument: 'out'; it takes data, out, batch_size."),
+        (lambda: build('a', 'o', **{'b.c': 1}), 'build: too many positional arguments; it takes data, changes.'),
         (lambda: save('a', 'o', batch_size=0), 'batch_size=0 is out of range; give a whole number from 1 to 1000000.'),
     ]:
         with pytest.raises(InputError) as error:
