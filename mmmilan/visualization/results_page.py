@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import io
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmmilan.arguments import typed
 from mmmilan.building import in_scope
 from mmmilan.checkpoints.config import call_of, own_config
 from mmmilan.datasets.classes import class_names
@@ -184,9 +184,9 @@ def write_results(
     add_pictures(html, found)
     made, written = call_of(config)['commands'], Path(weights).parent / 'config.py'
     if not made and written.is_file():
-        made = [shlex.join(['mmmilan', 'train', str(written)])]
-    used = (['predict', 'IMAGES', str(weights), 'predictions'], ['test', str(weights), '--show-dir', 'pictures'])
-    for line in (*made, *(shlex.join(['mmmilan', *words]) for words in used)):
+        made = [typed('train', [written], {}, {})]
+    used = typed('predict', ['IMAGES', weights, 'predictions'], {}, {})
+    for line in (*made, used, typed('test', [weights], dict(show_dir='pictures'), {})):
         html.paragraph(line, 'code')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     html.write(path, f'Made on {device_name(device)}, PyTorch {torch.__version__}.')
