@@ -278,7 +278,7 @@ class Items(Sequence[Item]):
 
         sources = as_sources(sources)
         parts = [images_in(source) for source in sources]
-        self.paths = parts[0] if len(parts) == 1 else Names(content=b''.join(part.content for part in parts))
+        self.paths = Names.joined(parts)
         self.ends = list(itertools.accumulate(map(len, parts)))  # of the sources
         self.folders = [os.path.join(os.path.expanduser(os.fspath(source)), '') for source in sources]
         self.before = [os.path.basename(os.path.normpath(each)) + '/' for each in sources if len(sources) > 1] or ['']

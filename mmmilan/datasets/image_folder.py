@@ -46,8 +46,7 @@ def list_images(sources: Source | Sequence[Source]) -> Names:
     Raises:
         InputError: a source does not exist, or holds no image.
     """
-    parts = [images_in(source) for source in as_sources(sources)]
-    return parts[0] if len(parts) == 1 else Names(content=b''.join(part.content for part in parts))
+    return Names.joined([images_in(source) for source in as_sources(sources)])
 
 
 def as_sources(sources: Source | Sequence[Source]) -> list[Source]:

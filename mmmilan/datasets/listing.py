@@ -44,6 +44,11 @@ class Names(Sequence[str]):
         self.content = content
         self.ends = np.flatnonzero(np.frombuffer(content, np.uint8) == 0) + 1
 
+    @classmethod
+    def joined(cls, parts: Sequence[Names]) -> Names:
+        """The names of several, one after the other."""
+        return parts[0] if len(parts) == 1 else cls(content=b''.join(part.content for part in parts))
+
     def within(self, folder: str) -> Names:
         """The names with that of a folder before each."""
         before = os.path.join(folder, '').encode('utf-8', 'surrogatepass')
