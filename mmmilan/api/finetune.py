@@ -183,14 +183,15 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     """
     from mmengine.logging import print_log
 
-    from mmmilan.api.pretrain import goes_on, save_weights, train
+    from mmmilan.api.pretrain import save_weights, train
     from mmmilan.checkpoints.config import config_text
     from mmmilan.checkpoints.io import find_newest, load_checkpoint_file
     from mmmilan.engine.launch import start_processes
+    from mmmilan.engine.work_dir import can_resume
     from mmmilan.files import write_text
 
     config.work_dir, meta = str(folder.absolute()), {}
-    resume = goes_on(config, resume)
+    resume = resume and can_resume(config)
     if gpus is None:
         meta = train(config, folder, resume)
     else:

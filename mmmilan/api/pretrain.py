@@ -94,7 +94,7 @@ def pretrain(
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
-    from mmmilan.engine.work_dir import checkpoint_folder
+    from mmmilan.engine.work_dir import can_resume, checkpoint_folder
 
     for option in dotted(changes):  # before the teacher is downloaded
         check_top(base_config(), option, inspect.signature(pretrain).parameters)
@@ -115,7 +115,7 @@ def pretrain(
         config.work_dir = str(folder.absolute())
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         with step_errors(changes):
-            meta = train(config, folder, goes_on(config, resume))
+            meta = train(config, folder, resume and can_resume(config))
         weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)
         if sources is None:
             sources = reported_images(config)
@@ -151,24 +151,6 @@ def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
         raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
     if found and not (has_begun or resume):
         raise InputError(f'{folder} holds {", ".join(found)} already, which would be replaced; choose another folder.')
-
-
-def goes_on(config: Config, resume: bool) -> bool:
-    """Whether a run is resumed from a checkpoint; one that was stopped before its first begins anew, and says so."""
-    from mmengine.logging import print_log
-
-    from mmmilan.checkpoints.io import checkpoints_in
-    from mmmilan.engine.work_dir import checkpoint_folder
-
-    folder = checkpoint_folder(config)
-    if resume and not checkpoints_in(folder):
-        print_log(
-            f'{folder} holds no checkpoint: the run was stopped before its first, and begins anew with its config.',
-            logger='current',
-            level=logging.WARNING,
-        )
-        return False
-    return resume
 
 
 def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:

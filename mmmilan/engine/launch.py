@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import re
@@ -26,7 +25,6 @@ from mmmilan.arguments import checked
 from mmmilan.building import build_errors, change_config, check_operators, step_errors
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
-from mmmilan.checkpoints.io import checkpoints_in
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.zoo import find_config
 from mmmilan.engine.config_check import (
@@ -43,7 +41,7 @@ from mmmilan.engine.distributed import processes
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
-from mmmilan.engine.work_dir import checkpoint_folder, is_main, training_in, write_config
+from mmmilan.engine.work_dir import can_resume, is_main, training_in, write_config
 from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_write, check_output, check_output_folder
 
@@ -105,8 +103,10 @@ def train(
     if auto_scale_lr or (cfg.get('auto_scale_lr') or {}).get('enable'):
         enable_auto_scale_lr(cfg)
     fit_processes(cfg)
-    if resume:
-        set_resume(cfg, None if resume in (True, 'auto') else os.fspath(resume))
+    if resume not in (False, True, 'auto'):
+        cfg.resume, cfg.load_from = True, os.fspath(resume)
+    elif resume and can_resume(cfg):
+        cfg.resume, cfg.load_from = True, None  # the newest, whatever the config begins with
     with launched(cfg, 'train') as runner, step_errors(changes):
         scale_by_accumulation(runner)
         check_batches(runner)
@@ -331,16 +331,6 @@ def fit_processes(cfg: Config) -> None:
         f'{after.warmup} for warm-up, learning rate {cfg.optim_wrapper.optimizer.lr:g}.',
         logger='current',
     )
-
-
-def set_resume(cfg: Config, checkpoint: str | None) -> None:
-    """Resume from a checkpoint, or from the newest in the work dir; the first start of a run is from ``load_from``."""
-    if checkpoint is None and cfg.get('load_from') and not checkpoints_in(checkpoint_folder(cfg)):
-        start = f'a new run starts from {cfg.load_from}'
-        print_log(f'{cfg.work_dir} holds no checkpoint; {start}.', logger='current', level=logging.WARNING)
-        cfg.resume = False
-    else:
-        cfg.resume, cfg.load_from = True, checkpoint
 
 
 @contextmanager

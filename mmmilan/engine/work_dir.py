@@ -90,6 +90,16 @@ def checkpoint_folder(cfg: Config) -> Path:
     return Path(out_dir, Path(cfg.work_dir).name) if out_dir else Path(cfg.work_dir)
 
 
+def can_resume(cfg: Config) -> bool:
+    """Whether the run's folder has a checkpoint; without one a run that is to be resumed begins anew, and says so."""
+    folder = checkpoint_folder(cfg)
+    if not (found := checkpoints_in(folder)):
+        start = f', from {cfg.load_from}' if cfg.get('load_from') else ''
+        message = f'{folder} holds no checkpoint to resume from: the run begins anew with its config{start}.'
+        print_log(message, logger='current', level=logging.WARNING)
+    return bool(found)
+
+
 @master_only
 def write_config(runner: Runner) -> None:
     """Write the config of a runner into its work dir, or beside its log if it would replace another file there.
@@ -111,15 +121,12 @@ def prepare(cfg: Config, main: bool) -> None:
         main: Whether this is the main process, which moves the files.
     """
     folder = checkpoint_folder(cfg)
-    if cfg.get('resume'):
-        if not cfg.get('load_from'):
-            cfg.load_from = str(find_newest(folder) or '') or None
-        if not cfg.load_from:
-            cfg.resume = False
-            print_log(f'{folder} holds no checkpoint; a new run starts.', logger='current', level=logging.WARNING)
-        elif Path(cfg.load_from).is_file():
+    if cfg.get('resume') and (cfg.get('load_from') or can_resume(cfg)):
+        cfg.load_from = cfg.get('load_from') or str(find_newest(folder))
+        if Path(cfg.load_from).is_file():
             refuse_other_config(Path(cfg.load_from), cfg)
         return
+    cfg.resume = False
     earlier = [*checkpoints_in(folder), *folder.glob('best_*.pth'), *folder.glob('last_checkpoint')]
     if cfg.get('load_from') and Path(cfg.load_from).absolute() in [path.absolute() for path in earlier]:
         raise InputError(

@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(interrupted, no_repo
         mmmilan.pretrain(out=interrupted, resume=True)
     (interrupted / 'milan.pth').unlink()
     cli.main(['pretrain', '--out', str(interrupted), '--resume'])
-    assert log.text.count('stopped before its first, and begins anew with its config') == 1
+    assert log.text.count('the run begins anew with its config') == 1
     content = load_checkpoint_file(interrupted / 'milan.pth')
     assert content['meta']['epoch'] == 2 and content['meta']['training_seconds'] > 0
     config = own_config(interrupted / 'milan.pth')
