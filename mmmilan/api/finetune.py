@@ -252,8 +252,8 @@ def compare_runs(
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_probe import begin_as_probe
-    from mmmilan.api.finetune_recipe import config_task
     from mmmilan.checkpoints.io import checkpoints_in
+    from mmmilan.engine.labelled_images import config_task
     from mmmilan.evaluation.comparison import compare_models
     from mmmilan.files import write_text
     from mmmilan.visualization.results_page import validate

@@ -14,9 +14,9 @@ from mmpretrain.registry import DATASETS, MODELS
 from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
-from mmmilan.api.finetune_recipe import config_task
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.engine.labelled_images import config_task
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import choose_device, extract, join
 from mmmilan.evaluation.probes import Split, knn_accuracy, linear_probe

@@ -318,6 +318,7 @@ def compared_config(config: Config, start: str) -> Config:
     import copy
 
     from mmmilan.checkpoints.config import CALL
+    from mmmilan.engine.labelled_images import config_task
 
     second = copy.deepcopy(config)
     second.pop(CALL, None)  # it is not called by itself
@@ -342,12 +343,6 @@ def compared_config(config: Config, start: str) -> Config:
         encoder_of(start, dict(backbone.arch), backbone.patch_size)
         backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
     return second
-
-
-def config_task(config: Config) -> str:
-    """The task of a config of :func:`new_config`."""
-    scopes = dict(mmdet='detection', mmseg='segmentation')
-    return scopes.get(config.default_scope, 'classification')
 
 
 def say(labelled: Labelled) -> None:

@@ -26,6 +26,7 @@ from mmmilan.registry import DATASETS
 
 TASKS = ('classification', 'detection', 'segmentation')
 SPLITS = ('train', 'val')
+VAL_FRACTION = 0.2  # of each class, where the data have no split to validate on
 
 
 Present = dict[str, set[int]]  # image -> labels in it
@@ -67,8 +68,8 @@ def read_labelled(
     task: str | None = None,
     classes: Sequence[str] | str | os.PathLike | None = None,
     ignore: str | int | Sequence[str | int] | None = None,
-    val_fraction: float = 0.2,
     seed: int = 0,
+    divide: bool = True,
 ) -> Labelled:
     """Find out what a folder of labelled images holds, check it, and divide it where it is not divided.
 
@@ -78,8 +79,8 @@ def read_labelled(
         classes: Names of the classes, or a file of them; by default ``classes.txt`` or ``classes.json`` of the folder,
             or what the annotations name, or else the folders.
         ignore: Classes whose images, objects or pixels are left out.
-        val_fraction: How much of each class is kept to validate on, where the data have no split for it.
-        seed: Of that split.
+        seed: Of the division, which keeps a fifth of each class to validate on.
+        divide: Whether to divide; else ``val`` has all images of a folder that is not divided.
 
     Raises:
         InputError: the folder is none of the formats, its task is not clear, or its labels are wrong.
@@ -90,22 +91,23 @@ def read_labelled(
     refuse_archive(root)
     if task not in (None, *TASKS):
         raise InputError(f'task={task!r} is unknown; choose {", ".join(TASKS)}.')
-    if not 0 < val_fraction < 1:
-        raise InputError(f'val_fraction={val_fraction} is not between 0 and 1; give 0.2 to validate on a fifth.')
     ignored = [ignore] if isinstance(ignore, (str, int)) else list(ignore or ())
     with listed_once():
         readers = find_tasks(root, task)
         read = readers.get(choose_task(root, readers, task), read_class_folders)
         labelled, present = read(root, classes, ignored)
+    if labelled.task == 'classification':
+        check_several(labelled, 2 if divide else 1)
     if not image_paths(labelled.val):
-        labelled = divided(labelled, present, val_fraction, seed)
-    return labelled._replace(source=str(root), notes=labelled.notes + absent_classes(labelled, present))
+        labelled = divided(labelled, present, seed) if divide else labelled._replace(val=labelled.train)
+    splits = SPLITS if divide else ('val',)
+    return labelled._replace(source=str(root), notes=labelled.notes + absent_classes(labelled, present, splits))
 
 
-def absent_classes(labelled: Labelled, present: Present) -> list[str]:
+def absent_classes(labelled: Labelled, present: Present, splits: Sequence[str]) -> list[str]:
     """A line about the classes that a split has no image of."""
     lines = []
-    for split in SPLITS:
+    for split in splits:
         images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
         lines += absent(labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split)
     return lines
@@ -223,17 +225,22 @@ def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -
         amounts = Counter({number: len(paths) for number, paths in enumerate(images.values())})
         if not set(images) <= set(names):
             match_names(list(images), names, place, given.where if given else where, lambda amounts=amounts: amounts)
-    if len(kinds := [name for name in names if train.get(name)]) < 2:
-        raise InputError(
-            f'{where} has images of {f"the class {kinds[0]} alone" if kinds else "no class"}: there is nothing to '
-            'tell apart; give each class a folder of its own.'
-        )
     records = [
         [dict(img_path=path, label=label) for label, name in enumerate(names) for path in images.get(name, [])]
         for images in (train, val)
     ]
     labelled = Labelled('classification', tuple(names), *records, False, notes, str(root))
     return labelled, {record['img_path']: {record['label']} for part in records for record in part}
+
+
+def check_several(labelled: Labelled, least: int) -> None:
+    """Raise an :class:`InputError` for images of fewer classes than there must be to train or to evaluate on."""
+    kinds = sorted({labelled.classes[record['label']] for record in labelled.train})
+    if len(kinds) < least:
+        raise InputError(
+            f'{labelled.root} has images of {f"the class {kinds[0]} alone" if kinds else "no class"}: there is nothing '
+            'to tell apart; give each class a folder of its own.'
+        )
 
 
 def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dict[str, list[str]]:
@@ -261,18 +268,17 @@ def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dic
 # -- the split
 
 
-def divided(labelled: Labelled, present: Present, val_fraction: float, seed: int) -> Labelled:
+def divided(labelled: Labelled, present: Present, seed: int) -> Labelled:
     """The data set with a part of its training images moved to ``val``, stratified by class.
 
     Args:
         labelled: The data set.
         present: The labels in each image.
-        val_fraction: Share of the part.
         seed: Of the draw.
     """
     paths = image_paths(labelled.train)
     keys = [relative(path, labelled.root) for path in paths]
-    held_out = {paths[i] for i in stratify(keys, [present.get(path, set()) for path in paths], val_fraction, seed)}
+    held_out = {paths[i] for i in stratify(keys, [present.get(path, set()) for path in paths], VAL_FRACTION, seed)}
     if not held_out:
         raise InputError(
             f'No class of {labelled.root} has two images, so none can be kept to validate on; give more images, or a '

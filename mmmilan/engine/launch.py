@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import subprocess
 import types
 from collections.abc import Iterator, Mapping
@@ -38,6 +37,7 @@ from mmmilan.engine.config_check import (
 )
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
+from mmmilan.engine.labelled_images import LOADS_ANNOTATIONS, tested_on
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
@@ -48,7 +48,6 @@ from mmmilan.files import atomic_write, check_output, check_output_folder
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 # The hooks of every run; docs/architecture.md says in which order they are called.
 EVERY_RUN = ('ExactLoadingHook', 'ImageSizeHook', 'ClassCountHook', 'CorruptImageHook', 'StopHook', 'HeartbeatHook')
-LOADS_ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap)')
 # The model that averages the predictions of several views, by the scope of a config.
 AVERAGES = dict(
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
@@ -118,6 +117,9 @@ def test(
     config: arguments.Path,
     checkpoint: arguments.Path | None = None,
     *,
+    data: arguments.Path | None = None,
+    classes: arguments.Texts | arguments.Path | None = None,
+    ignore: arguments.Texts | arguments.Text | None = None,
     out: arguments.Path | None = None,
     show_dir: arguments.Path | None = None,
     tta: bool = False,
@@ -133,6 +135,10 @@ def test(
     Args:
         config: config file, a name of the zoo, or a checkpoint that holds its config.
         checkpoint: file, URL or name of a model of the zoo; by default ``config``, if that is a checkpoint.
+        data: folder of labelled images to test on in place of the config's test set: folders of classes, COCO, YOLO or
+            Pascal VOC, or images with label maps. If it is divided, ``val`` is taken, or else ``test``.
+        classes: names of the classes of ``data``, or a file of them, if it does not name them itself.
+        ignore: classes of ``data`` that are left out.
         out: write all predictions to this .pkl file.
         show_dir: draw what is annotated beside what is predicted for each image, into this folder.
         tta: test-time augmentation: by ``tta_model`` and ``tta_pipeline`` of the config, else the mean over the image
@@ -149,11 +155,14 @@ def test(
     """
     if gpus is not None and launcher == 'none':
         words = [config] if checkpoint is None else [config, checkpoint]
-        options = dict(work_dir=work_dir, out=out, show_dir=show_dir, tta=tta, overwrite=overwrite)
+        options = dict(data=data, classes=classes, ignore=ignore, work_dir=work_dir, out=out, show_dir=show_dir)
+        options |= dict(tta=tta, overwrite=overwrite)
         start_processes('test', words, gpus, options, changes)
         return
     if checkpoint is None and os.fspath(config).endswith('.py'):
         raise InputError(f'{config} is a config without weights; give a checkpoint after it.')
+    if data is None and (classes is not None or ignore is not None):
+        raise InputError('classes and ignore are about the images of data; give --data, or leave them out.')
     if out is not None:
         check_output(out, [config, checkpoint or config], endings=('.pkl', '.pickle'), overwrite=overwrite)
     cfg = read_config(config, work_dir, launcher, local_rank, changes)
@@ -161,17 +170,18 @@ def test(
         keep_encoder(cfg)  # it needs no teacher, which may not be here
     cfg.load_from = os.fspath(checkpoint or config)
     cfg.resume = False
-    if tta:
-        use_several_views(cfg)
     if show_dir is not None:
         if is_main(cfg) and os.path.exists(show_dir) and not overwrite:
             raise InputError(f'{show_dir} exists; choose another folder, or add --overwrite to replace its pictures.')
         hook = dict(type='mmmilan.ShowHook', out_dir=os.fspath(show_dir))
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
-    with launched(cfg, 'test') as runner, step_errors(changes):
-        if out:
-            runner.test_evaluator.metrics.append(SavedPredictions(os.fspath(out)))
-        runner.test()
+    with nullcontext() if data is None else tested_on(cfg, data, classes, ignore):
+        if tta:
+            use_several_views(cfg)
+        with launched(cfg, 'test') as runner, step_errors(changes):
+            if out:
+                runner.test_evaluator.metrics.append(SavedPredictions(os.fspath(out)))
+            runner.test()
 
 
 class SavedPredictions(DumpResults):
@@ -202,7 +212,8 @@ def start_processes(
     words = ['--module', 'mmmilan.cli', command, *map(os.fspath, words), '--launcher', 'pytorch']
     for name, value in options.items():
         if value:
-            words += [f'--{name.replace("_", "-")}'] + ([] if value is True else [os.fspath(value)])
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += [f'--{name.replace("_", "-")}', *map(os.fspath, values)]
     words += ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())] if changes else []
     torchrun.main(launch + words)
 

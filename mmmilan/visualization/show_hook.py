@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.data import Dataset
 
 from mmmilan.evaluation.predictions import annotated, predicted, predicted_task
 from mmmilan.files import check_output_folder, write_part
@@ -22,7 +23,7 @@ class ShowHook(Hook):
     the log's folder alone, and that of mmdet below it.
 
     Args:
-        out_dir: The folder; a picture has the path that its image has in the data set.
+        out_dir: The folder; a picture has the path that its image has in the folder of the data set.
 
     Raises:
         InputError: in use, if the model predicts no classes, or the folder is that of the images.
@@ -38,7 +39,7 @@ class ShowHook(Hook):
         model, dataset = runner.model, runner.test_dataloader.dataset
         while hasattr(model, 'module'):  # of several processes, or of several views of an image
             model = model.module
-        self.task, self.root = predicted_task(model), os.path.abspath(getattr(dataset, 'data_root', None) or '.')
+        self.task, self.root = predicted_task(model), folder_of(dataset)
         check_output_folder(self.folder, (), [self.root], pictures=True)
         self.classes = tuple(map(str, class_names(dataset)))
         self.colours = class_colours(len(self.classes))
@@ -61,6 +62,19 @@ class ShowHook(Hook):
 
     def name(self, path: str) -> str:
         """The path of an image's picture: that in the data set, in another folder the whole."""
-        path = os.path.abspath(path.removeprefix('tar://'))
+        path = plain_path(path)
         inner = os.path.relpath(path, self.root) if path.startswith(os.path.join(self.root, '')) else path.lstrip('/')
         return inner if inner.endswith('.jpg') else f'{inner}.jpg'
+
+
+def plain_path(path: str) -> str:
+    """The absolute path of an image, of one in a tar shard as if the shard were a folder."""
+    return os.path.abspath(path.removeprefix('tar://'))
+
+
+def folder_of(dataset: Dataset) -> str:
+    """The root of a data set; without one, the deepest folder that holds all its images."""
+    if root := getattr(dataset, 'data_root', None):
+        return os.path.abspath(root)
+    paths = (plain_path(dataset.get_data_info(index)['img_path']) for index in range(len(dataset)))
+    return os.path.commonpath({os.path.dirname(path) for path in paths})

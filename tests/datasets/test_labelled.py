@@ -240,7 +240,6 @@ def test_splits_within_classes(tmp_path):
         (dict(train=dict(ant=2, bee=2)), dict(ignore='cow'), r'ignore names cow, which is no class of .* \(ant, bee\)'),
         (dict(train=dict(ant=2, bee=2)), dict(ignore='bee'), 'has images of the class ant alone'),
         (dict(train=dict(ant=2, bee=2)), dict(task='detect'), "task='detect' is unknown; choose classification,"),
-        (dict(train=dict(ant=2, bee=2)), dict(val_fraction=1), 'val_fraction=1 is not between 0 and 1'),
         (dict(train=dict(ant=2, bee=2)), dict(classes='none.txt'), "classes='none.txt' is no file"),
         (dict(train=dict(ant=2, bee=2)), dict(classes=['ant', 'ant']), 'classes names the class ant twice'),
     ],
