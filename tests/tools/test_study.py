@@ -92,11 +92,12 @@ def test_rates_are_compared_within_a_cell(study):
     import rates
 
     def run(cell: str, rate: float, accuracy: float) -> dict:
-        return dict(cell=cell, start=None, rate=rate, seed=0, measures=dict.fromkeys(rates.SHOWN, accuracy))
+        options = dict(recipe='milan', img_size=32, cls_token=None, start=None, seed=0)
+        return dict(cell=cell, rate=rate, measures=dict.fromkeys(rates.SHOWN, accuracy)) | options
 
     lines = [run('4-96/16/500', 1e-3, 44), run('4-96/16/500', 1.5e-4, 41.5), run('4-96/64/500', 1e-3, 40)]
     rows = rates.table(lines).splitlines()[2:]
-    assert [row.split(' | ')[2] for row in rows] == ['0.00015', '0.001', '0.001']
+    assert [row.split(' | ')[5] for row in rows] == ['0.00015', '0.001', '0.001']
     assert [row.split(' | ')[-1] for row in rows] == ['-2.5 |', '0.0 |', '0.0 |']
 
 

@@ -1,7 +1,8 @@
-"""What the default learning rate of `mmmilan pretrain` costs: other rates, at other sizes of encoder, batch and folder.
+"""What the defaults of `mmmilan pretrain` cost: other rates and weights, at other sizes of encoder, batch and folder.
 
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study           # run it again to go on
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study --cells 4-96/64/4167 --rates 5e-4 1e-3
+python tools/study/rates.py ... --cells 4-96/16/4167 --rates 1e-3 --img-size 48 --cls-token 72
 
 The study's teacher must have been trained (tools/study/study.py). A cell is ENCODER/BATCH/IMAGES, an encoder
 BLOCKS-WIDTH. Every run is a line of rates.jsonl in the work dir; the table of all of them is printed at the end.
@@ -48,6 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
     parser.add_argument('--cells', nargs='+', default=CELLS, help='ENCODER/BATCH/IMAGES')
     parser.add_argument('--rates', nargs='+', type=float, default=RATES)
+    parser.add_argument('--recipe', choices=('milan', 'few-images'), default='few-images')
+    parser.add_argument('--img-size', type=int, default=32, help='side of the images; patches have 4 pixels')
+    parser.add_argument('--cls-token', type=float, help="weight of the class token, in patches; default: the recipe's")
     parser.add_argument('--start', help='initial weights of the encoder; default: random')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
@@ -78,10 +82,10 @@ def configure(cell: str, args: argparse.Namespace) -> Config:
     teacher = dict(type='mmmilan.OpenCLIPTeacher', pretrained=newest_teacher(args.work_dir), head_width=32)
     folder = link_images(args.data, images, args.work_dir / f'images-{images}')
     epochs = math.ceil(max(VIEWS, STEPS * batch) / images)
-    sizes = dict(
-        arch=arch, teacher=teacher, start=args.start, epochs=epochs, batch_size=batch, img_size=32, patch_size=4
-    )
-    cfg = new_config([str(folder)], seed=args.seed, **sizes)
+    sizes = dict(arch=arch, epochs=epochs, batch_size=batch, img_size=args.img_size, patch_size=4)
+    cfg = new_config([str(folder)], teacher=teacher, start=args.start, seed=args.seed, recipe=args.recipe, **sizes)
+    if args.cls_token is not None:
+        cfg.model.head.cls_token = args.cls_token
     cfg.runner_type = 'Runner'
     cfg.custom_hooks = read_arm('MILAN').custom_hooks
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
@@ -94,35 +98,45 @@ def run(cell: str, rate: float, args: argparse.Namespace) -> dict:
     cfg = configure(cell, args)
     cfg.optim_wrapper.optimizer.lr = rate
     cfg.default_hooks.checkpoint.interval = cfg.train_cfg.max_epochs
-    cfg = in_folder(cfg, args.work_dir / 'rates' / f'{cell.replace("/", "-")}-{rate:g}-{args.seed}')
+    of_run = {'cell': cell.replace('/', '-'), 'rate': f'{rate:g}'} | options_of(args)
+    cfg = in_folder(cfg, args.work_dir / 'rates' / '-'.join(map(str, of_run.values())).replace('/', '-'))
     with launched_again(cfg) as runner:
         start = time.process_time()
         runner.train()
         seconds, steps = time.process_time() - start, runner.max_iters
     probed = read_arm('MILAN')
+    resize = dict(type='Resize', scale=(args.img_size, args.img_size), interpolation='bicubic')
+    probed.test_dataloader.dataset.pipeline.insert(1, resize)
     images = [
         labelled_images(probed, args.data / name, part)
         for name, part in (('train', BUDGETS['short'].images), ('test', TEST_IMAGES))
     ]
     features = (features_of(runner.model.eval(), part, joint=True) for part in images)
     measures = probe(*features, torch.load(args.work_dir / 'teacher' / 'classes.pt'))
-    line = dict(cell=cell, rate=rate, seed=args.seed, start=args.start, steps=steps, seconds=round(seconds, 1))
+    line = dict(cell=cell, rate=rate, steps=steps, seconds=round(seconds, 1)) | options_of(args)
     return line | dict(measures=measures)
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What tells the runs of a cell and a rate apart."""
+    return {name: getattr(args, name) for name in ('recipe', 'img_size', 'cls_token', 'start', 'seed')}
 
 
 def table(lines: list[dict]) -> str:
     """Markdown: one row per cell and rate; the last column is the mean of the measures less the cell's best."""
-    rows = [['cell', 'start', 'rate', *SHOWN, 'behind the best']]
+    rows = [['cell', 'recipe', 'pixels', 'start', 'class token', 'rate', *SHOWN, 'behind the best']]
     rows.append(['---'] * len(rows[0]))
+    alike = ('cell', 'recipe', 'img_size', 'start', 'seed')
 
     def mean(line: dict) -> float:
         return sum(line['measures'][name] for name in SHOWN) / len(SHOWN)
 
-    for line in sorted(lines, key=lambda line: (line['cell'], str(line['start']), line['rate'], line['seed'])):
-        rivals = [other for other in lines if all(other[key] == line[key] for key in ('cell', 'start', 'seed'))]
+    for line in sorted(lines, key=lambda line: [str(line[key]) for key in alike] + [line['rate']]):
+        rivals = [other for other in lines if all(other[key] == line[key] for key in alike)]
         behind = mean(line) - max(map(mean, rivals))
+        of_run = [line[key] for key in ('cell', 'recipe', 'img_size', 'start', 'cls_token')]
         shown = [f'{line["measures"][name]:.1f}' for name in SHOWN]
-        rows.append([line['cell'], line['start'] or '', f'{line["rate"]:g}', *shown, f'{behind:.1f}'])
+        rows.append([*(str(each or '') for each in of_run), f'{line["rate"]:g}', *shown, f'{behind:.1f}'])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
@@ -134,7 +148,7 @@ def main() -> None:
     for cell in args.cells:
         default = configure(cell, args).optim_wrapper.optimizer.lr
         for rate in sorted({default, *args.rates}):
-            key = dict(cell=cell, rate=rate, seed=args.seed, start=args.start)
+            key = dict(cell=cell, rate=rate) | options_of(args)
             if not any(key.items() <= line.items() for line in lines):
                 lines.append(run(cell, rate, args) | dict(default=rate == default))
                 write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
