@@ -42,8 +42,8 @@ def embed(
 
     The columns of the file, with one row per image in the order given, are ``paths``; ``ok`` (whether the image could
     be read); ``model``, 16 digits that tell the encoder from others; ``class_token`` and ``mean_token`` [M, D]; and, if
-    the checkpoint has a decoder that predicts CLIP features, ``embedding`` [M, C], of length 1 in the joint space of
-    image and text. Features are float32; those of an image that cannot be used are NaN. The file is written batch by
+    the checkpoint compares images with texts (MILAN with its decoder, MaskCLIP), ``embedding`` [M, C], of length 1 in
+    their space. Features are float32; those of an image that cannot be used are NaN. The file is written batch by
     batch. In Parquet, whose texts are UTF-8, ``paths`` are bytes if a name is not. Under ``python -m mmmilan.torchrun``
     each process takes a part of the images.
 

@@ -18,7 +18,7 @@ from mmmilan.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
     from mmengine.model import BaseModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mmmilan.evaluation.features import Embedder
 
@@ -148,7 +148,7 @@ def read_config(name: str | os.PathLike) -> Config:
 
 
 def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
-    """Build the encoder of a model, with its decoder if the checkpoint has one that projects tokens to CLIP features.
+    """Build the encoder of a model, with what projects its tokens to the joint space of image and text, if it has that.
 
     Args:
         model: what ``get_model(checkpoint)`` returns; its backbone is used, not copied.
@@ -157,28 +157,47 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     Returns:
         The embedder, in evaluation mode and on the model's device.
     """
+    from mmmilan.evaluation.features import Embedder
+
+    device = next(model.parameters()).device
+    return Embedder(model.backbone, build_joint(checkpoint)).to(device).eval()
+
+
+def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
+    """The part of a checkpoint that projects the encoder's tokens to the joint space of image and text.
+
+    That is MaskCLIP's projection, or the decoder of a MILAN that predicts CLIP features, if the file has it.
+    """
     from mmengine.registry import DefaultScope
+    from torch import nn
 
     from mmmilan.checkpoints.foreign_config import within_weights
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
-    from mmmilan.evaluation.features import Embedder
     from mmmilan.models.milan import joins_texts
     from mmmilan.registry import MODELS
 
-    whole, neck = read_config(checkpoint), None
+    whole = read_config(checkpoint)
     config = whole.model
-    parts = [config.get(name) or {} for name in ('neck', 'head')]
-    classes = [MODELS.get(part.type) for part in parts if 'type' in part]
-    if len(classes) == 2 and all(map(inspect.isclass, classes)) and joins_texts(*classes):
+    if config.type in ('MaskCLIP', 'mmmilan.MaskCLIP'):
         path = resolve_checkpoint(checkpoint)
         content = load_checkpoint_file(path)
-        if 'neck.decoder_pred.weight' in as_mmmilan(get_state_dict(content)):
-            with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
-                neck = MODELS.build(config.neck)
-            load_weights(neck, content, str(path), 'neck')
-    device = next(model.parameters()).device
-    return Embedder(model.backbone, neck).to(device).eval()
+        width, dim = reversed(get_state_dict(content, str(path))['image_projection.weight'].shape)
+        projection = nn.Linear(width, dim, bias=False)
+        load_weights(projection, content, str(path), 'image_projection')
+        return projection
+    parts = [config.get(name) or {} for name in ('neck', 'head')]
+    classes = [MODELS.get(part.type) for part in parts if 'type' in part]
+    if len(classes) < 2 or not all(map(inspect.isclass, classes)) or not joins_texts(*classes):
+        return None
+    path = resolve_checkpoint(checkpoint)
+    content = load_checkpoint_file(path)
+    if 'neck.decoder_pred.weight' not in as_mmmilan(get_state_dict(content)):
+        return None
+    with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
+        neck = MODELS.build(config.neck)
+    load_weights(neck, content, str(path), 'neck')
+    return neck
 
 
 def _dataset_meta(config: Config) -> dict:

@@ -207,31 +207,32 @@ class Embedder(nn.Module):
 
     Args:
         backbone: A ViT of mmpretrain's kind with a class token, such as :class:`MILANViT`.
-        neck: The decoder that it was pretrained with, if it projects tokens to a CLIP's features; else None.
+        joint: What projects its tokens [B, T, D] to the joint space of image and text [B, T, C]: a linear layer, or a
+            decoder, by its ``project``; None if nothing does.
 
     Raises:
         InputError: the backbone gives feature maps and no tokens, as those of detectors and segmentors.
     """
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module | None = None) -> None:
+    def __init__(self, backbone: nn.Module, joint: nn.Module | None = None) -> None:
         super().__init__()
         check_tokens(backbone)
         self.backbone = backbone
         self.backbone.out_type = 'raw'
-        self.neck = neck
+        self.joint = joint
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images [B, 3, H, W] -> features by name.
 
         Returns:
-            ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D], and with a decoder ``embedding``
-            [B, C]: its prediction of the teacher's class token, which is of length 1 in the joint space of image and
-            text.
+            ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D], and with a joint space ``embedding``
+            [B, C], that of the class token, of length 1.
         """
         tokens = self.backbone(images)[-1]
         features = split_tokens(self.backbone, tokens)
-        if self.neck is not None:
-            features['embedding'] = F.normalize(self.neck.project(tokens[:, :1])[:, 0].float(), dim=-1)
+        if self.joint is not None:
+            project = getattr(self.joint, 'project', self.joint)
+            features['embedding'] = F.normalize(project(tokens[:, :1])[:, 0].float(), dim=-1)
         return features
 
 

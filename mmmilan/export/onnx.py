@@ -47,8 +47,8 @@ def export_onnx(
 
     The input ``images`` is float32 [B, 3, H, W], RGB from 0 to 1, for any B; the model includes the normalisation. The
     outputs are float32. Of a classifier: ``probabilities`` [B, classes]. Of a segmentor: ``logits`` [B, classes, H, W].
-    Of an encoder: ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, if the checkpoint has a
-    decoder that predicts CLIP features, ``embedding`` [B, C], of length 1 in the joint space of image and text.
+    Of an encoder: ``class_token`` and ``mean_token`` [B, D], ``patch_tokens`` [B, N, D] and, if the checkpoint
+    compares images with texts (MILAN with its decoder, MaskCLIP), ``embedding`` [B, C], of length 1 in their space.
 
     The file's metadata says the ``task``, the names of the ``classes`` (JSON), and under ``preprocessing`` (JSON) how a
     photo becomes the input: the ``short_edge`` or ``size`` (height, width) that it is resized to, or the long and short

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 import mmmilan
-from helpers import ROOT, build_model, relative_error, rest_slow
+from helpers import ROOT, build_model, load_trusted, relative_error, rest_slow
 from mmmilan.api.embed import read_features
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
@@ -77,6 +77,16 @@ def test_the_embedding_is_the_decoders_own_prediction(checkpoint):
     with torch.no_grad():
         expected = whole.embed_joint(images)[:, 0]
         assert relative_error(embedder(images)['embedding'], expected) < 1e-6
+
+
+def test_the_embedding_of_maskclip(maskclip_file):
+    content = load_trusted(maskclip_file)
+    whole = MODELS.build(content['meta']['model']).eval()
+    whole.load_state_dict(content['state_dict'])
+    embedder = build_embedder(whole, maskclip_file)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(embedder(images)['embedding'], whole.encode_image(images)) < 1e-6
 
 
 @pytest.mark.parametrize(('neck', 'has_embedding'), [('MAEDecoder', False), ('LinearProjection', True)])
