@@ -33,7 +33,7 @@ tbody tr { border-bottom: 1px solid var(--line) }
 td { white-space: nowrap } td small { color: var(--soft); display: block }
 td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums; text-align: right }
 .gallery td, .gallery th { padding: 2px; text-align: center } .gallery td { vertical-align: top }
-.gallery { --side: clamp(104px, calc((min(100vw, 1080px) - 3rem) / var(--columns)), 240px) }
+.gallery { --side: clamp(104px, calc((min(100vw, 1080px) - 3rem) / var(--columns) - 4px), 240px) }
 .gallery th { font-size: .8rem; line-height: 1.25; vertical-align: bottom; max-width: var(--side) }
 .gallery td:first-child, .gallery th:first-child { text-align: center } .gallery tbody tr { border: 0 }
 .gallery img { width: var(--side); display: block; margin: 0 auto }
