@@ -87,9 +87,10 @@ def pretrain(
     Examples:
         >>> mmmilan.pretrain('photos', 'runs/photos', start='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')
     """
+    from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
+    from mmmilan.api.recipe import about_recipe, base_config, keep_call, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted, step_errors
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
@@ -110,10 +111,15 @@ def pretrain(
     given = {name: value for name, value in arguments.items() if value is not None}
     with listed_once():
         with DefaultScope.overwrite_default_scope('mmpretrain'):
-            config = resumed_config(folder, sources, changes, **given) if resume else new_config(sources, **given)
+            if resume:
+                config = resumed_config(folder, sources, changes, **given)
+            else:
+                config = new_config(sources, changes=changes, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
         config.work_dir = str(folder.absolute())
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
+        if not resume:
+            print_log(about_recipe(config), logger='current')
         with step_errors(changes):
             meta = train(config, folder, resume and can_resume(config))
         weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,9 @@ def new_config(
     labelled: str | os.PathLike | None = None,
     seed: int = 0,
     recipe: str | None = None,
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Config:
-    """The config of a new run; arguments of ``mmmilan.pretrain``.
+    """The config of a new run; arguments of ``mmmilan.pretrain``. The caller makes the changes.
 
     Raises:
         InputError: an argument is wrong, or two do not fit.
@@ -64,7 +66,7 @@ def new_config(
     config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=images))
     set_start(config, start)
     set_model(config, arch, teacher, img_size, patch_size)
-    set_recipe(config, recipe or ('few-images' if num_images <= FEW_IMAGES else 'milan'))
+    set_recipe(config, recipe, num_images, changes)
     set_schedule(config, num_images, epochs)
     return config
 
@@ -127,7 +129,7 @@ def keep_call(
     line = typed(command, words, options, changes)
     if not commands or ((options.keys() - {'out'} or changes or words) and line not in commands):
         commands.append(f'{line} --resume' if resume else line)
-    config[CALL] = dict(commands=commands, **others)
+    config[CALL] = call_of(config) | dict(commands=commands, **others)
 
 
 def run_config(folder: Path) -> Config:
@@ -150,6 +152,7 @@ def run_config(folder: Path) -> Config:
 
 def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
     """Raise an :class:`InputError` if an argument names another encoder or start than that of a run."""
+    from mmmilan.checkpoints.config import call_of
     from mmmilan.teachers.base import pair
 
     backbone = config.model.backbone
@@ -158,8 +161,9 @@ def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
         img_size=pair(backbone.img_size),
         patch_size=backbone.patch_size,
         start=(backbone.get('init_cfg') or {}).get('checkpoint'),
-        recipe=recipe_of(config),
     )
+    if recipe := call_of(config).get('recipe'):
+        own['recipe'] = recipe['name']
     asked = dict(given)
     if isinstance(asked.get('arch'), str):
         asked['arch'] = ARCHS.get(asked['arch'], asked['arch'])
@@ -405,33 +409,47 @@ def encoder_width(arch: str | dict[str, Any]) -> int:
     return VisionTransformer.arch_zoo[arch]['embed_dims']
 
 
-def set_recipe(config: Config, recipe: str) -> None:
-    """Keep the published method ('milan'), or change what was better on folders of few images (docs/own_images.md)."""
-    from mmengine.logging import print_log
+def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Mapping[str, Any]) -> None:
+    """Keep the published method ('milan'), or change what was better on folders of few images (docs/own_images.md).
 
-    model = config.model
-    if recipe == 'few-images':
-        model.masking.type = 'mmmilan.RandomMasking'
-        model.head.cls_token = float(f'{np.prod(model.neck.num_patches) * CLASS_SHARE / (1 - CLASS_SHARE):.3g}')
-    print_log(f'Recipe {recipe}: {about_recipe(config)}', logger='current')
+    Args:
+        config: The config, changed in place.
+        recipe: Its name; None for the one of so many images.
+        num_images: How many are trained on.
+        changes: What the user changes, which no recipe sets.
+    """
+    from mmmilan.building import dotted
+    from mmmilan.checkpoints.config import CALL
 
-
-def recipe_of(config: Config) -> str:
-    """The recipe of a run of ``mmmilan.pretrain``."""
-    return 'few-images' if config.model.masking.type.endswith('RandomMasking') else 'milan'
+    name, own = recipe or ('few-images' if num_images <= FEW_IMAGES else 'milan'), list(dotted(changes))
+    patches = float(np.prod(config.model.neck.num_patches))
+    weight = float(f'{patches * CLASS_SHARE / (1 - CLASS_SHARE):.3g}')
+    few = {'model.masking.type': 'mmmilan.RandomMasking', 'model.head.cls_token': weight}
+    for key, value in few.items() if name == 'few-images' else ():
+        part = key.rpartition('.')[0]
+        if not any(f'{key}.'.startswith(f'{each}.') or each == f'{part}.type' for each in own):
+            config.merge_from_dict({key: value})
+    config[CALL] = dict(commands=[], recipe=dict(name=name, asked=recipe is not None, images=num_images))
 
 
 def about_recipe(config: Config) -> str:
-    """A sentence on what the recipe of a run is, and why it was used; '' if it is another one."""
-    weight = (config.model.head or {}).get('cls_token', True)
-    if recipe_of(config) == 'milan':
-        return 'The masks are semantic-aware, as published.'
-    if weight is True or weight <= 1:
-        return ''
-    return (
-        f'The masks are random and the class token weighs as {weight:g} patches in the loss, which was better than the '
-        'published method on small folders.'
-    )
+    """A sentence or two on what a run trains with, and by which recipe and why if ``mmmilan.pretrain`` chose it."""
+    from mmmilan.checkpoints.config import call_of
+
+    masking, head = config.model.masking.type.rpartition('.')[2], config.model.head or {}
+    weight = float(head.get('cls_token', head.get('type', '').endswith('CLIPTarget')))
+    random = masking == 'RandomMasking'
+    masks = {'RandomMasking': 'random masks', 'SemanticAwareMasking': 'semantic-aware masks'}.get(masking, masking)
+    what = masks + f'; the class token weighs in the loss as {weight:g} patch{"es" * (weight != 1)}' * (weight > 0)
+    if not (recipe := call_of(config).get('recipe')):
+        return f'{what[0].upper()}{what[1:]}.'
+    side = 'up to' if recipe['name'] == 'few-images' else 'above'
+    why = 'as asked for' if recipe['asked'] else f'the default {side} {FEW_IMAGES:,} images, here {recipe["images"]:,}'
+    if random and weight > 1:
+        reason = ' On CIFAR-10 this was better than the published method.'
+    else:
+        reason = ' This is the published method.' * (masking == 'SemanticAwareMasking' and weight == 1)
+    return f'Recipe {recipe["name"]}, {why}: {what}.{reason}'
 
 
 def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
