@@ -1,7 +1,7 @@
 """Decoders: from the encoder's tokens to predictions for all patches (paper, section 2.3 and figure 1b, c).
 
-Every decoder takes the latent tokens with the indices of the visible patches and of the masked patches to predict
-(those that its ``sample`` chose), and returns predictions in the order [class token, visible patches, masked patches].
+Every decoder takes the latent tokens with the indices of the visible and of the masked patches, and returns predictions
+in the order [class token, visible patches, masked patches].
 Attention does not depend on the order of its keys, so nothing is put back into image order in between.
 """
 

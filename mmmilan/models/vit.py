@@ -21,13 +21,9 @@ from mmmilan.teachers.importance import class_attention
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens [B, N, C] at index [B·K, T] -> [B·K, T, C].
-
-    K rows of the index, one after the other, belong to the same image, whose tokens are not copied; a batch of one
-    serves all rows.
-    """
-    rows = index.reshape(len(tokens), -1, 1).expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, rows).view(*index.shape, tokens.shape[-1])
+    """Tokens [B, N, C] at index [B, T] -> [B, T, C]; a batch of one serves all rows of the index."""
+    batch, channels = len(index), tokens.shape[-1]
+    return tokens.expand(batch, -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, channels))
 
 
 def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:
@@ -114,12 +110,12 @@ class MILANViT(VisionTransformer):
 
         Args:
             images: Normalised images [B, 3, H, W].
-            visible: Indices [B·K, V] of the patches to see, int64, K rows for each image; None for all patches.
+            visible: Indices [B, V] of the patches to see, int64; None for all patches.
 
         Returns:
-            With ``visible``, tokens [B·K, 1 + V, D] after the final norm: class token, then patches in the
-            order given; with several ``out_indices``, those of each of these blocks [L, B·K, 1 + V, D]. Without,
-            mmpretrain's tuple of features as ``out_type`` asks.
+            With ``visible``, tokens [B, 1 + V, D] after the final norm: class token, then patches in the order given;
+            with several ``out_indices``, those of each of these blocks [L, B, 1 + V, D]. Without, mmpretrain's tuple
+            of features as ``out_type`` asks.
         """
         if visible is None:
             return super().forward(images)
@@ -135,7 +131,7 @@ class MILANViT(VisionTransformer):
         return self.ln1(x)
 
     def embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Patch embedding of the visible patches alone: [B, 3, H, W], [B·K, V] -> [B·K, V, D]."""
+        """Patch embedding of the visible patches alone: [B, 3, H, W], [B, V] -> [B, V, D]."""
         if tuple(images.shape[-2:]) != self.img_size:
             raise InputError(
                 f'The images are {tuple(images.shape[-2:])} but img_size={self.img_size}; make the '
@@ -143,8 +139,7 @@ class MILANViT(VisionTransformer):
             )
         rows, columns = self.patch_resolution
         patches = images.unflatten(2, (rows, -1)).unflatten(4, (columns, -1)).permute(0, 2, 4, 1, 3, 5)
-        rows_per_image = len(visible) // len(images)
-        image = torch.arange(len(images), device=images.device).repeat_interleave(rows_per_image)[:, None]
+        image = torch.arange(len(images), device=images.device)[:, None]
         patches = patches[image, visible // columns, visible % columns]
         projection = self.patch_embed.projection
         return F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)
