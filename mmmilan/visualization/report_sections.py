@@ -119,9 +119,13 @@ def add_scores(page: Page, features: dict[str, np.ndarray], images: Images, bank
         f'{images.classes[label]}, is right for {alone.value:.1f} %.',
         'verdict',
     )
-    for name in scores:
-        if name.startswith(f'{OURS}: ') and not name.endswith(MEAN):
-            page.paragraph(comparison(scores[OURS]['k-NN'], scores[name]['k-NN'], name, 'k-NN')[0])
+    others = [name for name in scores if name.startswith(f'{OURS}: ') and not name.endswith(MEAN)]
+    for name in (before, *others):
+        pairs = [(scores[f'{each}{token}']['k-NN'] for each in (OURS, name)) for token in ('', MEAN)]
+        by_class, by_mean = (comparison(*pair, name, 'k-NN')[0] for pair in pairs)
+        if name in others:
+            page.paragraph(by_class)
+        page.paragraph(f'By the mean of the patch tokens, {by_mean}')
     page.heading(
         'What the frozen encoders know',
         f'Top-1 accuracy in percent on {len(labels)} images, with 95 % confidence intervals: of the 20 nearest '

@@ -27,6 +27,8 @@ def test_from_a_run_to_a_page(image_folder, quick, tmp_path):
     for name in ('pretrained', 'pretrained: a/milan', 'starting point', 'random weights', 'teacher'):
         for row in (name, f'{name}, mean token'):
             assert re.search(rf'<td>{row}</td><td[^>]*>(<b>)?[\d.]+(</b>)?<small>[\d.]+ to [\d.]+</small>', page), row
+    by_mean = re.findall(r'By the mean of the patch tokens, k-NN gets [^<]+ with ([^<]+) \(difference', page)
+    assert by_mean == ['starting point', 'pretrained: a/milan']
     assert 'The encoder called pretrained is that of b/milan.' in page
     assert re.search(
         r'<p class="note">k-NN gets [\d.]+ % of 8 images right against [\d.]+ % with pretrained: a/milan', page
