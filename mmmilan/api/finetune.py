@@ -253,7 +253,7 @@ def compare_runs(
 
     from mmmilan.api.finetune_probe import begin_as_probe
     from mmmilan.checkpoints.io import checkpoints_in
-    from mmmilan.engine.labelled_images import config_task
+    from mmmilan.checkpoints.task_config import config_task
     from mmmilan.evaluation.comparison import compare_models
     from mmmilan.files import write_text
     from mmmilan.visualization.results_page import validate

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
-from mmmilan.engine.labelled_images import config_task
+from mmmilan.checkpoints.task_config import config_task
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import choose_device, extract, join
 from mmmilan.evaluation.probes import Split, knn_accuracy, linear_probe

@@ -283,7 +283,7 @@ def resumed_config(
     keep_own(own, asked, folder)
     labelled = None
     if of_data:
-        labelled = read_labelled(**dict(data=split['data']) | dict(of_data), seed=own['seed'])
+        labelled = read_labelled(**dict(data=split['data'], task=split['task']) | dict(of_data), seed=own['seed'])
     if epochs is not None and epochs != config.train_cfg.max_epochs:
         batches = Batches(len(split['train']), loader.batch_size, own['accumulate'], processes)
         config.train_cfg.max_epochs = epochs
@@ -318,7 +318,7 @@ def compared_config(config: Config, start: str) -> Config:
     import copy
 
     from mmmilan.checkpoints.config import CALL
-    from mmmilan.engine.labelled_images import config_task
+    from mmmilan.checkpoints.task_config import config_task
 
     second = copy.deepcopy(config)
     second.pop(CALL, None)  # it is not called by itself

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmmilan import arguments
-from mmmilan.api.models import get_model, test_dataset
+from mmmilan.api.models import get_model
 from mmmilan.arguments import check_path, checked
 from mmmilan.errors import InputError, shown
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from torch import Tensor
 
     from mmmilan.evaluation.features import Arrays
-
-ANNOTATIONS = re.compile(r'Load\w*(Annotation|LabelMap|Proposal)')  # steps of a pipeline that load them
 
 
 def check_model(name: str, value: Any) -> Any:
@@ -120,9 +117,9 @@ class Inferencer:
 
 def test_steps(config: Config) -> list[dict]:
     """The steps that read an image in evaluation, by our own decoding, without those that load annotations."""
-    steps = [
-        copy.deepcopy(step) for step in test_dataset(config)['pipeline'] if not ANNOTATIONS.search(str(step['type']))
-    ]
+    from mmmilan.checkpoints.task_config import loads_annotations, test_dataset
+
+    steps = [copy.deepcopy(step) for step in test_dataset(config)['pipeline'] if not loads_annotations(step)]
     if str(steps[0]['type']).rpartition('.')[2] == 'LoadImageFromFile':
         steps[0] = dict(type='mmmilan.LoadImage', backend_args=steps[0].get('backend_args'))
     return steps

@@ -64,6 +64,7 @@ def get_model(
     from mmmilan.building import change_config, check_operators, in_scope
     from mmmilan.checkpoints.config import keep_encoder
     from mmmilan.checkpoints.foreign_config import within_weights
+    from mmmilan.checkpoints.task_config import dataset_meta
 
     own = is_checkpoint(name)
     config = read_config(name)
@@ -83,7 +84,7 @@ def get_model(
     with in_scope(config):
         with within_weights(config):
             model = MODELS.build(config.model)
-        model._dataset_meta = _dataset_meta(config)
+        model._dataset_meta = dataset_meta(config)
     model._config, model._metainfo = config, None
     if weights is not None:
         model._dataset_meta = _load_weights(model, weights) or model._dataset_meta
@@ -198,34 +199,6 @@ def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
         neck = MODELS.build(config.neck)
     load_weights(neck, content, str(path), 'neck')
     return neck
-
-
-def _dataset_meta(config: Config) -> dict:
-    """The metainfo of the config's data set, such as the names of its classes."""
-    from mmengine.registry import DATASETS
-
-    dataset = test_dataset(config)
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        kind = registry.get(dataset.type) if isinstance(dataset.get('type'), str) else dataset.get('type')
-        own = getattr(kind, 'METAINFO', {})
-    return own | dict(dataset.get('metainfo') or {})
-
-
-def test_dataset(config: Config) -> dict:
-    """The part of a config that says how images are read in evaluation: within wrappers, the first one's.
-
-    Raises:
-        InputError: there is none.
-    """
-    for name in ('test_dataloader', 'val_dataloader'):
-        part = (config.get(name) or {}).get('dataset')
-        while isinstance(part, Mapping) and 'pipeline' not in part:
-            part = part.get('dataset') or (part.get('datasets') or [None])[0]
-        if part:
-            return part
-    raise InputError(
-        'The config has no test_dataloader with a pipeline, which says how images are read; give one that has.'
-    )
 
 
 def _load_weights(model: BaseModel, path: Path) -> dict:

@@ -19,7 +19,7 @@ from mmmilan.datasets.labelled_objects import Coco, read_objects
 from mmmilan.datasets.listing import LABELS, extension, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
 from mmmilan.datasets.packed import refuse_archive
-from mmmilan.datasets.splits import IMAGES, look_into, splits_of
+from mmmilan.datasets.splits import IMAGES, Splits, look_into, splits_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line, write_text
 from mmmilan.registry import DATASETS
@@ -69,18 +69,19 @@ def read_labelled(
     classes: Sequence[str] | str | os.PathLike | None = None,
     ignore: str | int | Sequence[str | int] | None = None,
     seed: int = 0,
-    divide: bool = True,
+    evaluate: bool = False,
 ) -> Labelled:
     """Find out what a folder of labelled images holds, check it, and divide it where it is not divided.
 
     Args:
-        data: Folders of classes, divided (``train/``, ``val/``) or not.
+        data: Folders of classes, annotated objects, or images with label maps; divided (``train/``, ``val/``) or not.
         task: One of ``TASKS``; by default the one that the data have.
         classes: Names of the classes, or a file of them; by default ``classes.txt`` or ``classes.json`` of the folder,
             or what the annotations name, or else the folders.
         ignore: Classes whose images, objects or pixels are left out.
         seed: Of the division, which keeps a fifth of each class to validate on.
-        divide: Whether to divide; else ``val`` has all images of a folder that is not divided.
+        evaluate: Whether a model is only evaluated on the data. Then ``val`` has all images; of a folder that is
+            divided, those of ``val`` or else ``test``, and no other is read.
 
     Raises:
         InputError: the folder is none of the formats, its task is not clear, or its labels are wrong.
@@ -95,21 +96,23 @@ def read_labelled(
     with listed_once():
         readers = find_tasks(root, task)
         read = readers.get(choose_task(root, readers, task), read_class_folders)
-        labelled, present = read(root, classes, ignored)
+        labelled, present = read(root, classes, ignored, evaluate)
     if labelled.task == 'classification':
-        check_several(labelled, 2 if divide else 1)
-    if not image_paths(labelled.val):
-        labelled = divided(labelled, present, seed) if divide else labelled._replace(val=labelled.train)
-    splits = SPLITS if divide else ('val',)
+        check_several(labelled, 1 if evaluate else 2)
+    if evaluate:
+        labelled = labelled._replace(train=select(labelled.train, []), val=labelled.train)
+    elif not image_paths(labelled.val):
+        labelled = divided(labelled, present, seed)
+    splits = dict(test='val') if evaluate else dict(train='train', val='val')
     return labelled._replace(source=str(root), notes=labelled.notes + absent_classes(labelled, present, splits))
 
 
-def absent_classes(labelled: Labelled, present: Present, splits: Sequence[str]) -> list[str]:
-    """A line about the classes that a split has no image of."""
+def absent_classes(labelled: Labelled, present: Present, splits: Mapping[str, str]) -> list[str]:
+    """A line about the classes that a split has no image of; ``splits`` are called by their keys."""
     lines = []
-    for split in splits:
+    for name, split in splits.items():
         images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
-        lines += absent(labelled.classes, {name: images[label] for label, name in enumerate(labelled.classes)}, split)
+        lines += absent(labelled.classes, {each: images[label] for label, each in enumerate(labelled.classes)}, name)
     return lines
 
 
@@ -176,7 +179,11 @@ def what_is_in(root: Path) -> str:
 
 
 def read_annotations(
-    formats: dict[str, Callable[[Names | None], list[Part]]], root: Path, classes: Any, ignored: Sequence[str | int]
+    formats: dict[str, Callable[[Names | None], list[Part]]],
+    root: Path,
+    classes: Any,
+    ignored: Sequence[str | int],
+    evaluate: bool,
 ) -> tuple[Labelled, Present]:
     """A data set of annotated objects, and the labels in each image."""
     if len(formats) > 1:
@@ -187,7 +194,7 @@ def read_annotations(
     folder = root if root.is_dir() else root.parent
     given = names_of([folder], classes)
     parts = next(iter(formats.values()))(given)
-    names, train, val, has_masks, notes = read_objects(parts, given, ignored)
+    names, train, val, has_masks, notes = read_objects(parts, given, ignored, evaluate)
     present: Present = {}
     for split in (train, val):
         own = {image['id']: present.setdefault(image['file_name'], set()) for image in split['images']}
@@ -196,21 +203,26 @@ def read_annotations(
     return Labelled('detection', tuple(names), train, val, has_masks, notes, str(folder)), present
 
 
-def read_label_maps(pairs: Pairs, root: Path, classes: Any, ignored: Sequence[str | int]) -> tuple[Labelled, Present]:
+def read_label_maps(
+    pairs: Pairs, root: Path, classes: Any, ignored: Sequence[str | int], evaluate: bool
+) -> tuple[Labelled, Present]:
     """A data set of images with label maps, and the labels in each image."""
-    names, train, val, present, table, notes = read_maps(root, pairs, classes, ignored)
+    names, train, val, present, table, notes = read_maps(root, pairs, classes, ignored, evaluate)
     return Labelled('segmentation', tuple(names), train, val, False, notes, str(root), table=table), present
 
 
 # -- classification
 
 
-def read_class_folders(root: Path, classes: Any, ignored: Sequence[str | int]) -> tuple[Labelled, Present]:
+def read_class_folders(
+    root: Path, classes: Any, ignored: Sequence[str | int], evaluate: bool
+) -> tuple[Labelled, Present]:
     """A data set whose folders are named after its classes, and the label of each image."""
     given = names_of([root], classes)
-    splits = splits_of(root)
-    train_roots, val_roots = (splits.train or [root], splits.held_out[:1]) if splits else ([root], [])
-    unused = [*splits.held_out[1:], *splits.unused] if splits else []
+    splits = splits_of(root) or Splits([str(root)], [], [])
+    train_roots, val_roots, unused = splits.train, splits.held_out[:1], [*splits.held_out[1:], *splits.unused]
+    if not train_roots or (evaluate and val_roots):
+        train_roots, val_roots = val_roots, []
     notes = [f'Not used: {listed(unused)}.'] * bool(unused)
     pairs = find_maps(root)
     train, val = (gather(roots, pairs.maps if pairs else set(), notes) for roots in (train_roots, val_roots))
@@ -398,7 +410,7 @@ def write_labelled(labelled: Labelled, folder: str | os.PathLike) -> None:
     folder = Path(os.path.abspath(folder))
     path = folder / 'split.json'
     if path.exists():
-        labelled = divided_as(labelled, read_split(path), path)
+        labelled = divided_as(labelled, read_split(path, 'remove it to divide the data again'), path)
     content = dict(data=labelled.source, task=labelled.task, classes=labelled.classes, seed=labelled.seed)
     content['table'] = labelled.table
     content |= {split: [entry_of(record, labelled.root) for record in records(labelled, split)] for split in SPLITS}
@@ -503,18 +515,16 @@ class LabelledImages(ImageFolder):
         ]
 
 
-def read_split(path: Path) -> dict[str, Any]:
+def read_split(path: Path, remedy: str = 'restore it, or fine-tune anew') -> dict[str, Any]:
     """What a ``split.json`` says.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it is missing or cannot be read; ends with the remedy.
     """
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-        if not all(key in content for key in ('data', 'task', 'classes', 'train', 'val')):
-            raise ValueError('it is not one that finetune wrote')
+        if lacking := {'data', 'task', 'classes', 'seed', 'table', *SPLITS}.difference(content):
+            raise ValueError(f'it has no {listed(sorted(lacking))}')
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f'{path} cannot be read as a split ({first_line(error)}); remove it to divide the data again.'
-        ) from error
+        raise InputError(f'{path} cannot be read as a split of finetune ({first_line(error)}); {remedy}.') from error
     return content

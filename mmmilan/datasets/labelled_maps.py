@@ -220,9 +220,13 @@ def count_values(values: np.ndarray) -> dict[int, int]:
 
 
 def read_maps(
-    root: Path, pairs: Pairs, classes: Sequence[str] | str | os.PathLike | None, ignored: Sequence[str | int]
+    root: Path,
+    pairs: Pairs,
+    classes: Sequence[str] | str | os.PathLike | None,
+    ignored: Sequence[str | int],
+    evaluate: bool,
 ) -> tuple[list[str], list, list, dict[str, set[int]], list[tuple[int | list[int], int]], list[str]]:
-    """The two splits of images with label maps.
+    """The two splits of images with label maps; to ``evaluate``, that to validate on in place of that to train on.
 
     Returns:
         Names of the classes; records to train and to validate on; the labels in the map of each image; the table of
@@ -236,6 +240,8 @@ def read_maps(
     notes = list(pairs.notes)
     train = pairs.splits.get('train') or pairs.splits.get('') or pairs.splits.get('val') or pairs.splits['test']
     val = next((own for own in (pairs.splits.get('val'), pairs.splits.get('test')) if own and own is not train), [])
+    if evaluate:
+        train, val = val or train, []
     given = names_of([root, *pairs.folders], classes)
     readable = [[pair for pair in part if size_of(pair[0])] for part in (train, val)]
     if lost := len(train) + len(val) - sum(map(len, readable)):

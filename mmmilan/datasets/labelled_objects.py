@@ -39,7 +39,7 @@ class Counts(dict):
 
 
 def read_objects(
-    parts: Sequence[Part], given: Names | None, ignored: Sequence[str | int]
+    parts: Sequence[Part], given: Names | None, ignored: Sequence[str | int], evaluate: bool
 ) -> tuple[list[str], Coco, Coco, bool, list[str]]:
     """The two splits of annotated images.
 
@@ -47,6 +47,7 @@ def read_objects(
         parts: What the data have.
         given: Names of classes that were given.
         ignored: Classes whose objects are left out.
+        evaluate: Whether only the split to validate on is read, in place of that to train on.
 
     Returns:
         Names of the classes; training and validation in COCO's format, where category ``label + 1`` is
@@ -58,16 +59,19 @@ def read_objects(
     """
     notes: list[str] = []
     train_parts, val_parts = choose_parts(parts, notes)
+    if evaluate:
+        train_parts, val_parts = val_parts or train_parts, []
     contents = dict(train=[each.read() for each in train_parts], val=[each.read() for each in val_parts])
     where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
     classes = choose_classes(contents, where, given, ignored, notes)
-    splits = {name: clean(each, classes, name, where[name], notes) for name, each in contents.items() if each}
+    called = dict(train='test' if evaluate else 'train', val='val')
+    splits = {name: clean(each, classes, called[name], where[name], notes) for name, each in contents.items() if each}
     note_files(splits, {image['file_name'] for part in chain(*contents.values()) for image in part['images']}, notes)
     masks = [bool(each['segmentation']) for split in splits.values() for each in split['annotations']]
     if not masks:
         raise InputError(f'{where["train"]} has no objects of {listed(classes)}; annotate some.')
     if any(masks) and not all(masks):
-        notes.append(f'{masks.count(False)} of {len(masks)} objects have no mask: a detector of boxes is trained.')
+        notes.append(f'{masks.count(False)} of {len(masks)} objects have no mask: boxes alone are used.')
     for annotation in chain(*(split['annotations'] for split in splits.values())) if not all(masks) else ():
         del annotation['segmentation']
     return classes, splits['train'], splits.get('val', dict(images=[], annotations=[])), all(masks), notes

@@ -39,6 +39,9 @@ class ClassCountHook(Hook):
 
     COCO's metrics get the ids of the file's categories in the order of the classes.
 
+    Args:
+        classes: The model's, if the checkpoint names none; () warns of labels that are then taken as they are.
+
     Raises:
         InputError: data and model have different numbers of classes, or the data have a class that the checkpoint
             lacks.
@@ -46,11 +49,16 @@ class ClassCountHook(Hook):
 
     priority = 'VERY_LOW'  # after the weights have been loaded
 
+    def __init__(self, classes: Sequence[str] | None = None) -> None:
+        self.classes = classes
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        names = wordnet_ids(get_dataset_meta(checkpoint).get('classes') or ())
+        source = str(runner._load_from or f'the last checkpoint in {runner.work_dir}')
+        names = wordnet_ids(get_dataset_meta(checkpoint).get('classes') or self.classes or ())
+        if not names and self.classes is not None:
+            warn(f'{source} names no classes: the first label of the data is taken for its first class, and so on.')
         if not names or len(names) not in class_counts(runner).values():
             return
-        source = str(runner._load_from or f'the last checkpoint in {runner.work_dir}')
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
             evaluator = getattr(loop, 'evaluator', None)
             if not isinstance(loop, BaseLoop) or has_own_classes(evaluator):

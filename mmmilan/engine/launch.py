@@ -25,6 +25,7 @@ from mmmilan.building import build_errors, change_config, check_operators, step_
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.checkpoints.task_config import loads_annotations
 from mmmilan.checkpoints.zoo import find_config
 from mmmilan.engine.config_check import (
     check_batches,
@@ -37,7 +38,7 @@ from mmmilan.engine.config_check import (
 )
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
-from mmmilan.engine.labelled_images import LOADS_ANNOTATIONS, tested_on
+from mmmilan.engine.labelled_images import tested_on
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
@@ -423,7 +424,7 @@ def use_several_views(cfg: Config) -> None:
     dataset = cfg.test_dataloader.dataset
     if cfg.get('tta_pipeline') is None:
         *steps, pack = dataset.pipeline
-        annotations = [step for step in steps if LOADS_ANNOTATIONS.search(str(step.type))]
+        annotations = [step for step in steps if loads_annotations(step)]
         flips = [dict(type=f'{scope}.RandomFlip', prob=prob) for prob in (1.0, 0.0)]
         if 'meta_keys' in pack:
             pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')

@@ -148,7 +148,7 @@ def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing
     Raises:
         InputError: a segmentor takes whole images of any size.
     """
-    from mmmilan.api.models import test_dataset
+    from mmmilan.checkpoints.task_config import test_dataset
     from mmmilan.export.preprocessing import normalisation, read_preprocessing
 
     preparation, steps = None, test_dataset(model._config)['pipeline']
@@ -295,7 +295,7 @@ def prepare(model: nn.Module, photo: np.ndarray) -> Tensor:
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import TRANSFORMS
 
-    from mmmilan.api.models import test_dataset
+    from mmmilan.checkpoints.task_config import test_dataset
     from mmmilan.export.preprocessing import READING
 
     results = dict(img=photo[..., ::-1].copy(), img_shape=photo.shape[:2])

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmmilan.api.models import test_dataset
+from mmmilan.checkpoints.task_config import test_dataset
 from mmmilan.errors import InputError
 
 # Pillow's numbers. Only OpenCV has 'area'; the antialiased bilinear filter of the others averages pixels too.

@@ -218,6 +218,22 @@ def test_names_of_folders_from_a_file(tmp_path):
         read_labelled(data, classes=['ant', 'bea'])
 
 
+def test_only_what_is_held_out(tmp_path):
+    """A folder with a single split is divided, or evaluated as it is."""
+    class_folders(tmp_path / 'test', dict(ant=5, bee=5))
+    labelled = read_labelled(tmp_path)
+    assert labelled.classes == ('ant', 'bee') and (len(labelled.train), len(labelled.val)) == (8, 2)
+    assert (labelled := read_labelled(tmp_path, evaluate=True)).train == [] and len(labelled.val) == 10
+    assert labelled.notes == []
+
+
+def test_to_evaluate_no_other_split_is_read(tmp_path):
+    class_folders(tmp_path / 'train', dict(ant=2))
+    class_folders(tmp_path / 'val', dict(ant=1, bee=3))
+    labelled = read_labelled(tmp_path, task='classification', evaluate=True)
+    assert labelled.classes == ('ant', 'bee') and len(labelled.val) == 4 and labelled.train == []
+
+
 def test_splits_within_classes(tmp_path):
     for name in ('ant', 'bee'):
         class_folders(tmp_path / name, dict(train=2, val=1))
@@ -749,7 +765,7 @@ def test_objects_without_masks_make_a_detector_of_boxes(tmp_path):
     content['annotations'][0]['segmentation'] = []
     (tmp_path / 'a.json').write_text(json.dumps(content))
     labelled = read_labelled(tmp_path)
-    assert not labelled.has_masks and '1 of 8 objects have no mask: a detector of boxes is trained.' in labelled.notes
+    assert not labelled.has_masks and '1 of 8 objects have no mask: boxes alone are used.' in labelled.notes
     assert not any('segmentation' in each for each in labelled.train['annotations'] + labelled.val['annotations'])
 
 
@@ -929,7 +945,7 @@ def test_a_split_that_cannot_be_read(tmp_path):
     labelled = read_labelled(class_folders(tmp_path / 'data', dict(ant=2, bee=2)))
     for text in ('', '[]', '{"train": []}'):
         (tmp_path / 'split.json').write_text(text)
-        with pytest.raises(InputError, match=r'split.json cannot be read as a split \(.*\); remove it'):
+        with pytest.raises(InputError, match=r'split.json cannot be read as a split of finetune \(.*\); remove it'):
             write_labelled(labelled, tmp_path)
 
 
@@ -943,7 +959,8 @@ def test_splits_that_share_images_and_lists_of_pascal_voc(tmp_path):
 def test_a_split_of_other_data_keeps_its_names(tmp_path):
     """A model's classes number the labels and label maps of a split whose classes stand in another order."""
     images = [['1.jpg', 0], ['2.jpg', 1]]
-    content = dict(data=str(tmp_path), task='classification', classes=['ant', 'bee'], table=None, train=[], val=images)
+    content = dict(data=str(tmp_path), task='classification', classes=['ant', 'bee'], seed=None, table=None)
+    content |= dict(train=[], val=images)
     (tmp_path / 'split.json').write_text(json.dumps(content))
     read = partial(LabelledImages, str(tmp_path / 'split.json'), 'val', pipeline=[])
     data = read(metainfo=dict(classes=('bee', 'cow', 'ant')))

@@ -9,9 +9,12 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
 
-from helpers import read_metrics, rest_slow, save_untrained
+from helpers import load_trusted, read_metrics, rest_slow, save_untrained
 from mmmilan.datasets.classes import read_class_names
+from mmmilan.engine.labelled_images import use_dataset
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
 
@@ -48,6 +51,42 @@ def test_a_single_class(scenes, tmp_path, caplog):
     with pytest.raises(InputError, match=r'unknown \(1 samples\), where .*classification.pth has'):
         run_test(weights, data=tmp_path / 'other')
     run_test(weights, data=tmp_path / 'other', ignore='unknown')
+
+
+def test_a_checkpoint_without_names(scenes, tmp_path, capfd):
+    """Its classes are those of its config; if that has none, the labels are taken as they are, and a line says so."""
+    weights = save_untrained('classification', scenes, tmp_path)
+    content = load_trusted(weights)
+    classes = list(content['meta'].pop('dataset_meta')['classes'])
+    shutil.copytree(scenes / 'val' / classes[-1], tmp_path / 'other' / classes[-1])
+    torch.save(content, weights)
+    run_test(weights, data=scenes / 'val')
+    assert 'names no classes: the first label of the data is taken' in capfd.readouterr().out
+    config = Config.fromstring(content['meta']['cfg'], '.py')
+    config.test_dataloader.dataset.metainfo = dict(classes=classes)
+    torch.save(content | dict(meta=dict(cfg=config.pretty_text)), weights)
+    run_test(weights, data=tmp_path / 'other', out=tmp_path / 'found.pkl')
+    labels = {sample['gt_label'].item() for sample in pickle.loads((tmp_path / 'found.pkl').read_bytes())}
+    assert labels == {len(classes) - 1} and 'names no classes' not in capfd.readouterr().out
+
+
+def test_wrappers_evaluators_and_views():
+    """Whatever the config has around data set, metrics and steps."""
+    load, other = dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)
+    views = dict(type='TestTimeAug', transforms=[[dict(type='Resize')], [other], [dict(type='PackSegInputs')]])
+    inner = dict(type='BaseSegDataset', pipeline=[load, other])
+    config = Config(
+        dict(
+            test_dataloader=dict(dataset=dict(type='ConcatDataset', datasets=[inner])),
+            test_evaluator=[dict(type='CocoMetric', ann_file='old.json'), dict(type='IoUMetric')],
+            tta_pipeline=[load, views],
+        )
+    )
+    use_dataset(config, dict(type='Own', ann_file='new.json', metainfo=dict(classes=['a', 'b'])), 'segmentation')
+    own = dict(type='mmmilan.LoadLabelMap', num_classes=2)
+    assert config.test_dataloader.dataset.pipeline == [load, own] and config.test_dataloader.dataset.type == 'Own'
+    assert config.tta_pipeline[1].transforms == [[dict(type='Resize')], [own], [dict(type='PackSegInputs')]]
+    assert config.test_evaluator[0].ann_file == 'new.json'
 
 
 @pytest.mark.slow
