@@ -166,7 +166,7 @@ def mark_replaced(sample: Any) -> None:
             record.set_metainfo(dict(replaced=True))
 
 
-def is_replaced(record: Mapping[str, Any]) -> bool:
+def is_replaced(record: Mapping[str, Any] | BaseDataElement) -> bool:
     """Whether a sample stands in for one that does not decode, so that no score counts it."""
     return bool(record.get('replaced'))
 

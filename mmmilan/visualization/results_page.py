@@ -23,6 +23,7 @@ from mmmilan.building import in_scope
 from mmmilan.checkpoints.config import call_of, own_config
 from mmmilan.datasets.classes import class_names
 from mmmilan.datasets.decoding import LoadImage
+from mmmilan.datasets.image_folder import is_replaced
 from mmmilan.engine.launch import launched
 from mmmilan.errors import count
 from mmmilan.evaluation.comparison import Accuracy
@@ -153,7 +154,8 @@ def validate(weights: str | os.PathLike) -> Validation:
         runner.model.eval()
         for batch in progress(runner.test_dataloader, 'Results on the validation images'):
             for sample in runner.model.test_step(batch):
-                found.add(sample)
+                if not is_replaced(sample):
+                    found.add(sample)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +57,13 @@ def test_page(task, scenes, tmp_path, monkeypatch):
         assert all(f'<th>{name}</th>' in text for name in ('AP', 'AP50', 'AP75', 'mask AP')) and '>mask<' in text
     for name in ('gingham', 'tiger'):
         assert f'<td>{name}</td>' in text
+
+
+def test_an_image_that_does_not_decode_is_left_out(scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / 'data')
+    min((data / 'val').rglob('*.jpg')).write_bytes(b'no image')
+    weights = save_untrained('classification', data, tmp_path)
+    assert len(validate(weights).labels) == 9
 
 
 @pytest.mark.slow
