@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,11 +144,11 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config, reci
     """Add length, time and curves of the training, from the folder of the checkpoint; ``recipe`` is a sentence."""
     meta = load_checkpoint_file(checkpoint).get('meta') or {}
     folder = Path(checkpoint).parent
-    teacher = config.model.head.get('teacher') or {}
+    teachers = teacher_names(config)
+    taught = f'; the {"teachers are" if teachers[1:] else "teacher is"} {" and ".join(teachers)}' if teachers else ''
     text = (
         f'{count(meta.get("epoch", config.train_cfg.get("max_epochs")), "epoch")} in batches of '
-        f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}; the teacher is '
-        f'{" ".join(Path(str(teacher.get(key))).name for key in ("model", "pretrained") if teacher.get(key))}. {recipe}'
+        f'{config.train_dataloader.batch_size}, learning rate {config.optim_wrapper.optimizer.lr:g}{taught}. {recipe}'
     )
     if isinstance(meta.get('training_seconds'), float):
         text += f' It took {meta["training_seconds"] / 60:.1f} minutes on {meta.get("training_device")}.'
@@ -156,6 +157,16 @@ def add_training(page: Page, checkpoint: str | os.PathLike, config: Config, reci
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if curves:
         page.curves(curves)
+
+
+def teacher_names(config: Config) -> list[str]:
+    """The teachers of a config, of several targets too, without the folders of their files."""
+    names = []
+    for part in (config.model.head, *config.model.head.get('targets', [])):
+        teacher = part.get('teacher') or {}
+        words = [teacher] if isinstance(teacher, str) else [teacher.get('model'), teacher.get('pretrained')]
+        names.append(' '.join(re.sub('(^|:)/(?!/).*/', r'\1', str(word)) for word in words if word))
+    return list(filter(None, names))
 
 
 def add_neighbours(page: Page, features: dict[str, np.ndarray], images: Images) -> None:
