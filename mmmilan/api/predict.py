@@ -11,7 +11,7 @@ import os
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
@@ -214,7 +214,7 @@ def predict(
         batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation.
         num_workers: number of processes that read images, by default one per core and at most 8.
         device: where to run, by default on the GPU if there is one.
-        overwrite: replace the predictions that are in ``out``.
+        overwrite: replace the predictions that are in ``out``; all files of an earlier run are removed, and no others.
 
     Returns:
         ``predictions.csv``, ``predictions.json`` or the folder of the maps.
@@ -230,14 +230,13 @@ def predict(
     from mmengine.dist import broadcast_object_list
 
     from mmmilan.engine.distributed import joined, on_main
-    from mmmilan.files import Journal
 
     with joined():
         on_main(lambda: check_folder(out, checkpoint, images, overwrite))
         folder, items = Path(out), Items(images)
         predictor = Predictor(checkpoint, device)
         work, files = Work(predictor, folder, items, draw), Pictured(items.paths, predictor)
-        journal = on_main(lambda: Journal(folder / JOURNAL, run_of(items, checkpoint, draw), overwrite))
+        journal = on_main(lambda: begin_journal(folder, run_of(items, checkpoint, draw), overwrite))
         with journal or nullcontext():
             begin = [journal.begin if journal else 0]
             broadcast_object_list(begin)
@@ -349,6 +348,31 @@ def run_of(items: Items, checkpoint: str | os.PathLike, draw: bool) -> dict:
     weights = file_sha256(Path(resolve_checkpoint(checkpoint)))
     images = hashlib.sha256(items.paths.content).hexdigest()
     return dict(of='mmmilan predict', checkpoint=weights, images=images, number=len(items), draw=draw)
+
+
+def begin_journal(folder: Path, run: dict, overwrite: bool) -> Journal:
+    """The journal of a run. With ``overwrite``, what an earlier run wrote is removed before anything is done.
+
+    Removed are files of the names that :func:`predict` writes, and the folders of pictures that are empty then.
+    """
+    from mmmilan.files import Journal
+
+    journal = Journal(folder / JOURNAL, run, overwrite)
+    if not overwrite or journal.begin:
+        return journal
+    for name in (*RESULTS.values(), 'index.html'):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob('index-*.html'):
+        if path.stem.removeprefix('index-').isdecimal():
+            path.unlink()
+    for name, ending in ((MAPS, '.png'), (DRAWN, '.jpg')):
+        for inner, _, files in os.walk(folder / name, topdown=False):
+            for file in files:
+                if file.endswith(ending):
+                    os.unlink(os.path.join(inner, file))
+            with suppress(OSError):  # not empty
+                os.rmdir(inner)
+    return journal
 
 
 class Pictured(Images):

@@ -251,6 +251,21 @@ def test_many_pictures_have_several_pages(photos, checkpoints, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / 'plain').iterdir()] == ['predictions.csv']
 
 
+def test_overwrite_leaves_nothing_of_an_earlier_run(photos, checkpoints, tmp_path, monkeypatch):
+    """The folder is as if it were new, but for files of other names."""
+    monkeypatch.setattr('mmmilan.api.predict.ON_A_PAGE', 2)
+    out, checkpoint = tmp_path / 'out', checkpoints['classification']
+    mmmilan.predict(photos, checkpoints['segmentation'], out)
+    others = {'notes.txt', 'index-new.html', 'drawn/a/notes.txt', 'maps.png'}
+    for name in others:
+        (out / name).write_text('mine')
+    mmmilan.predict(photos / 'c.jpg', checkpoint, out, overwrite=True)
+    mmmilan.predict(photos / 'c.jpg', checkpoint, tmp_path / 'new')
+    found = contents(out)
+    assert {name for name in others if found.pop(name) == b'mine'} == others
+    assert found.keys() == contents(tmp_path / 'new').keys() and not (out / 'maps').exists()
+
+
 def test_refused_outputs(photos, checkpoints, tmp_path):
     """A picture never replaces an image that is read."""
     checkpoint = checkpoints['classification']
