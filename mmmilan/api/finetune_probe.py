@@ -86,8 +86,9 @@ def begin_as_probe(config: Config, folder: Path) -> dict[str, float]:
 def save_probe(config: Config, path: Path) -> dict[str, Any]:
     """Fit a probe of the start and write it; returns what is said of it, ``accuracies`` and its token."""
     train, val = frozen_features(config)
-    labels = train['label'], val['label']
-    probe = max((fit_probe(out_type, (train[out_type], labels[0])) for out_type in TOKENS), key=lambda each: each.score)
+    labels, classes = (train['label'], val['label']), config.model.head.num_classes
+    probes = [fit_probe(out_type, (train[out_type], labels[0]), classes) for out_type in TOKENS]
+    probe = max(probes, key=lambda each: each.score)
     accuracies = {f'linear probe on the {TOKENS[probe.out_type]}': probe.accuracy((val[probe.out_type], labels[1]))}
     for out_type, name in TOKENS.items():
         accuracies[f'k-NN by the {name}'] = knn_accuracy(*zip((train[out_type], val[out_type]), labels, strict=True))
@@ -143,8 +144,11 @@ def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np
     )
 
 
-def fit_probe(out_type: str, train: Split) -> Probe:
-    """Logistic regression on standardised features, its penalty chosen by cross-validation."""
+def fit_probe(out_type: str, train: Split, num_classes: int) -> Probe:
+    """Logistic regression on standardised features, its penalty chosen by cross-validation.
+
+    A class without images is as likely as one image in all, or less.
+    """
     penalty = PENALTIES[1]
     folds, score = min(FOLDS, np.bincount(train[1]).max()), 0.0
     if folds > 1:
@@ -158,5 +162,8 @@ def fit_probe(out_type: str, train: Split) -> Probe:
     coefficients, intercept = classifier.coef_, classifier.intercept_
     if len(coefficients) == 1:  # of two classes scikit-learn has the logit of the second
         coefficients, intercept = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercept / 2
-    weight = coefficients / scaler.scale_
-    return Probe(out_type, weight, intercept - weight @ scaler.mean_, float(score))
+    seen = coefficients / scaler.scale_
+    weight = np.zeros((num_classes, seen.shape[1]))
+    bias = np.full(num_classes, -np.log(len(train[1])))  # scikit-learn's logits sum to 0, so the highest is above it
+    weight[classifier.classes_], bias[classifier.classes_] = seen, intercept - seen @ scaler.mean_
+    return Probe(out_type, weight, bias, float(score))

@@ -74,7 +74,7 @@ def test_the_folded_probe_is_that_of_scikit_learn(classes):
     rng = np.random.default_rng(0)
     labels = np.arange(120) % classes
     features = rng.normal(5 + labels[:, None] * rng.random(6), 3, (120, 6)) * np.logspace(-1, 2, 6)
-    probe = fit_probe('cls_token', (features, labels))
+    probe = fit_probe('cls_token', (features, labels), classes)
     logits = features @ probe.weight.T + probe.bias
     assert logits.shape == (120, classes)
     scaler = StandardScaler().fit(features)
@@ -90,7 +90,29 @@ def test_the_folded_probe_is_that_of_scikit_learn(classes):
 def test_classes_of_one_image(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
     features = np.eye(len(counts))[labels] + np.random.default_rng(0).normal(0, 0.01, (len(labels), len(counts)))
-    assert fit_probe('cls_token', (features, labels)).accuracy((features, labels)) >= max(counts) / sum(counts)
+    probe = fit_probe('cls_token', (features, labels), len(counts))
+    assert probe.accuracy((features, labels)) >= max(counts) / sum(counts)
+
+
+@pytest.mark.parametrize('seen', [(0, 2), (1, 2, 4)])
+def test_classes_without_images(seen):
+    """They have their place in the head, and are predicted nowhere."""
+    rng, labels = np.random.default_rng(0), np.repeat(seen, 10)
+    features = np.eye(5)[labels] + rng.normal(0, 0.01, (len(labels), 5))
+    probe = fit_probe('cls_token', (features, labels), 6)
+    assert probe.weight.shape == (6, 5) and probe.accuracy((features, labels)) == 1
+    logits = (features + rng.normal(0, 9, features.shape)) @ probe.weight.T + probe.bias
+    assert set(logits.argmax(1)) == set(seen)
+    shares = torch.tensor(logits).softmax(1)[:, sorted(set(range(6)) - set(seen))]
+    assert 0 < shares.max() < 1 / len(labels)
+
+
+def test_an_empty_folder_of_a_class(noisy, start, tmp_path):
+    (noisy / 'arm').mkdir()
+    config, _ = begun(noisy, tmp_path / 'run', start)
+    assert config.model.head.num_classes == 4
+    weight = torch.load(tmp_path / 'run/probe.pth', weights_only=False)['state_dict']['head.fc.weight']
+    assert weight.any(1).tolist() == [True, False, True, True]
 
 
 def test_random_weights_and_files_of_others(noisy, start, tmp_path):
