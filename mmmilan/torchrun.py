@@ -13,6 +13,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import psutil
@@ -20,6 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 from mmmilan.errors import InputError, exit_on_input_error
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def check_port(address: str, port: int) -> None:
@@ -38,6 +42,21 @@ def check_port(address: str, port: int) -> None:
             ) from error
 
 
+@contextmanager
+def forwarding() -> Iterator[None]:
+    """Within this context, signals are forwarded to the processes; afterwards they mean what they meant before."""
+    # torchrun has handlers of its own for the last two, and leaves them behind
+    numbers = (*FORWARDED, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in FORWARDED:
+        signal.signal(number, forward_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def forward_signal(number: int, frame: FrameType | None) -> None:
     """Forward a signal to the processes."""
     for process in psutil.Process().children():
@@ -50,12 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.nnodes == '1':
         check_port(args.master_addr, args.master_port)
     args.signals_to_handle = 'SIGHUP,SIGQUIT'  # torchrun kills the processes on these; the others are forwarded
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward_signal)
     # torchrun logs an error for each process that it ends
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     try:
-        run(args)
+        with forwarding():
+            run(args)
     except ChildFailedError as error:
         failures = error.failures.values()
         # a process that torchrun ends because another one failed may save and exit with the same status

@@ -91,6 +91,20 @@ def test_a_signal_is_passed_on(launched, tmp_path, number):
     assert 'Traceback' not in (tmp_path / 'output').read_text()
 
 
+def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
+    """As while ``finetune --gpus`` validates the model that the processes trained."""
+    assert exit_code(end_of_a_launch, tmp_path) == 0, (tmp_path / 'output').read_text()
+
+
+def end_of_a_launch(folder: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+    with exit_on_input_error():  # as a command
+        before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(SystemExit):
+        launch(folder, 'bug')
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @pytest.mark.parametrize('launched', ['ends at a signal', 'saves at a signal'], indirect=True)
 def test_a_killed_process_is_named(launched, tmp_path):
     launcher, pids = launched
