@@ -96,7 +96,7 @@ def finetune(
 
     from mmmilan.api.finetune_probe import begin_as_probe, is_probed
     from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
-    from mmmilan.api.pretrain import check_out
+    from mmmilan.api.pretrain import check_out, write_into
     from mmmilan.api.recipe import keep_call
     from mmmilan.building import change_config, step_errors
     from mmmilan.datasets.labelled import write_labelled
@@ -117,6 +117,7 @@ def finetune(
         compose = resumed_config if resume else new_config
         config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
         change_config(config, changes, inspect.signature(finetune).parameters)
+        write_into(folder, config)
         typed = of_data | given | dict(compare=compare, gpus=gpus)
         typed = {name: typed[name] for name in inspect.signature(finetune).parameters if typed.get(name) is not None}
         compare = compared_with(config, folder, compare)
@@ -190,8 +191,7 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     from mmmilan.engine.work_dir import can_resume
     from mmmilan.files import write_text
 
-    config.work_dir, meta = str(folder.absolute()), {}
-    resume = resume and can_resume(config)
+    resume, meta = resume and can_resume(config), {}
     if gpus is None:
         meta = train(config, folder, resume)
     else:
@@ -252,6 +252,7 @@ def compare_runs(
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_probe import begin_as_probe
+    from mmmilan.api.pretrain import write_into
     from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.checkpoints.task_config import config_task
     from mmmilan.evaluation.comparison import compare_models
@@ -261,6 +262,7 @@ def compare_runs(
     folder = weights.parent / COMPARED
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
+    write_into(folder, config)
     begin_as_probe(config, folder)
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
     comparison = compare_models(scores, validate(other).scores, config_task(config), name)

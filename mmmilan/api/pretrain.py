@@ -95,7 +95,7 @@ def pretrain(
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
-    from mmmilan.engine.work_dir import can_resume, checkpoint_folder
+    from mmmilan.engine.work_dir import can_resume
 
     for option in dotted(changes):  # before the teacher is downloaded
         check_top(base_config(), option, inspect.signature(pretrain).parameters)
@@ -116,13 +116,13 @@ def pretrain(
             else:
                 config = new_config(sources, changes=changes, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
-        config.work_dir = str(folder.absolute())
+        write_into(folder, config)
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         if not resume:
             print_log(about_recipe(config), logger='current')
         with step_errors(changes):
             meta = train(config, folder, resume and can_resume(config))
-        weights = save_weights(find_newest(checkpoint_folder(config)), folder / 'milan.pth', meta)
+        weights = save_weights(find_newest(folder), folder / 'milan.pth', meta)
         if sources is None:
             sources = reported_images(config)
         write_report(weights, sources if labelled is None else [labelled])
@@ -157,6 +157,19 @@ def check_out(folder: Path, resume: bool, files: Sequence[str]) -> None:
         raise InputError(f'{folder} holds no checkpoint to resume from; leave out resume, or correct the folder.')
     if found and not (has_begun or resume):
         raise InputError(f'{folder} holds {", ".join(found)} already, which would be replaced; choose another folder.')
+
+
+def write_into(folder: Path, config: Config) -> None:
+    """Let a run write into its folder.
+
+    Raises:
+        InputError: its checkpoints, of which its model is made, would not be there.
+    """
+    checkpoint = config.default_hooks.get('checkpoint')
+    if not checkpoint or checkpoint.get('out_dir'):
+        key = 'default_hooks.checkpoint' + ('.out_dir' if checkpoint else '')
+        raise InputError(f'A run makes its model of the checkpoints in {folder}; leave {key} out.')
+    config.work_dir = str(folder.absolute())
 
 
 def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:

@@ -434,6 +434,8 @@ def test_what_cannot_be(colours, start, tmp_path):
         (dict(start=start, **{'model.head.nonsense': 1}), 'nonsense'),
         (dict(start=start, epoch=3), 'Nothing reads epoch; the nearest name is epochs.'),
         (dict(start=start, batchsize=3), 'Nothing reads batchsize; the nearest name is batch_size.'),
+        (dict(start=start, **{'default_hooks.checkpoint.out_dir': 'x'}), 'leave default_hooks.checkpoint.out_dir'),
+        (dict(start=start, **{'default_hooks.checkpoint': None}), 'leave default_hooks.checkpoint out'),
         (dict(arch=ARCH, compare='scratch'), 'compares random weights with themselves'),
     ):
         with pytest.raises(InputError, match=message):

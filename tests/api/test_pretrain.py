@@ -294,6 +294,7 @@ def test_rectangles(image_folder, quick, no_report, tmp_path):
         ({'model.backbone.arch': dict(SMALL, embed_dims=30)}, r'model.backbone.arch.embed_dims=30 is not a mult'),
         (dict(work_dir='x'), r'work_dir is set by the command by its folder \(--out\); leave it out'),
         (dict(launcher='pytorch'), 'launcher is set by the command itself; leave it out'),
+        ({'default_hooks.checkpoint.out_dir': 'x'}, 'in .*out; leave default_hooks.checkpoint.out_dir out'),
         (dict(img_size=100), 'not a multiple of patch_size=16'),
         (dict(img_size=(64, 100)), 'img_size=.64, 100. is not a multiple of patch_size=16'),
         (dict(batch_size=25), 'cannot fill one batch of 25'),
