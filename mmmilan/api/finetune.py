@@ -94,7 +94,7 @@ def finetune(
     from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.finetune_probe import begin_as_probe, is_probed
+    from mmmilan.api.finetune_probe import begin_as_probe, is_probed, refuse_what_it_sets
     from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
     from mmmilan.api.pretrain import check_out, write_into
     from mmmilan.api.recipe import keep_call
@@ -122,6 +122,8 @@ def finetune(
         typed = {name: typed[name] for name in inspect.signature(finetune).parameters if typed.get(name) is not None}
         compare = compared_with(config, folder, compare)
         second = None if compare is None else compared_config(config, compare)
+        for each in (config, second) if second else (config,):
+            refuse_what_it_sets(each, changes)
         keep_call(config, 'finetune', typed | dict(out=out, resume=resume), changes, compare=compare)
     with no_file_if_refused(folder), step_errors(changes):
         if labelled is not None:  # of a resumed run, it must be what split.json says

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mmpretrain.registry import DATASETS, MODELS
 from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
+from mmmilan.building import dotted
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.task_config import config_task
@@ -30,6 +32,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the probe's L2 penal
 FOLDS = 5
 SEARCHED = 5000  # images at most that choose token and penalty
 FILE = 'probe.pth'
+SET = ('model.backbone.out_type', 'model.backbone.final_norm', 'model.head.init_cfg')  # by begin_as_probe
 
 
 class Probe(NamedTuple):
@@ -101,6 +104,16 @@ def save_probe(config: Config, path: Path) -> dict[str, Any]:
 def is_probed(config: Config) -> bool:
     """Whether a run begins as a probe: of a classifier with a start."""
     return config_task(config) == 'classification' and bool(config.model.backbone.get('init_cfg'))
+
+
+def refuse_what_it_sets(config: Config, changes: Mapping[str, Any]) -> None:
+    """Raise an :class:`InputError` if a run begins as a probe and the user changes what that sets."""
+    if is_probed(config):
+        for option in dotted(changes):
+            if option.startswith(SET):
+                raise InputError(
+                    f'A classifier with a start begins as the linear probe of it, which sets {option}; leave it out.'
+                )
 
 
 def meta_of(path: Path) -> dict[str, Any]:

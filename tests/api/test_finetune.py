@@ -386,7 +386,6 @@ def test_encoders_of_checkpoints(start, tmp_path):
 @pytest.mark.parametrize(
     'change',
     [
-        {'model.backbone.out_type': 'nothing'},
         {'model.head.loss.type': 'CocoMetric'},
         {'optim_wrapper.optimizer.betas': 0.9},
         {'param_scheduler.0.end': 'soon'},
@@ -445,6 +444,17 @@ def test_what_cannot_be(colours, start, tmp_path):
         mmmilan.finetune(colours, colours / 'runs', start=start)
     with pytest.raises(InputError, match='lacks the folder of labelled images'):
         mmmilan.finetune(out=tmp_path / 'run')
+
+
+@pytest.mark.parametrize('compare', [False, True])
+@pytest.mark.parametrize(
+    ('key', 'value'), [('backbone.out_type', 'avg_featmap'), ('backbone.final_norm', True), ('head.init_cfg', None)]
+)
+def test_what_a_probe_sets_is_not_given(colours, start, tmp_path, key, value, compare):
+    """It would be overwritten, in the run or in the one that it is compared with."""
+    starts = dict(arch=ARCH, patch_size=8, img_size=32, compare=start) if compare else dict(start=start)
+    with pytest.raises(InputError, match=f'begins as the linear probe of it, which sets model.{key}; leave it out'):
+        mmmilan.finetune(colours, tmp_path / 'run', **starts, **options_of(), **{f'model.{key}': value})
 
 
 @pytest.mark.slow
