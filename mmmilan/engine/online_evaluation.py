@@ -66,7 +66,7 @@ class OnlineEvaluationHook(Hook):
             among = of_some_classes(labels, max(2, self.max_images // PER_CLASS))
         self.chosen = among[evenly_spaced(len(among), self.max_images)]
         self.start = time.monotonic()
-        if runner.epoch == 0:
+        if runner.iter == 0:  # not a run that is resumed within its first epoch
             self.evaluate(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:

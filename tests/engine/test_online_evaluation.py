@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mmmilan.engine.online_evaluation import check_labels, evaluating, label_scores
+from mmmilan.engine.online_evaluation import OnlineEvaluationHook, check_labels, evaluating, label_scores
 from mmmilan.errors import InputError
 
 
@@ -27,6 +28,15 @@ def test_too_few_labels():
     for labels, message in (([0, 1, 2], '^3 images of 3 classes are too few for an evaluation; give'), ([0] * 9, '^9')):
         with pytest.raises(InputError, match=message):
             check_labels(np.array(labels))
+
+
+@pytest.mark.parametrize(('steps', 'evaluations'), [(0, 1), (3, 0)])
+def test_a_run_that_goes_on_within_its_first_epoch(steps, evaluations, image_folder, monkeypatch):
+    """It was evaluated before it was trained, and is not then what it was."""
+    hook, evaluated = OnlineEvaluationHook(dict(type='mmmilan.ImageFolder', data_root=str(image_folder))), []
+    monkeypatch.setattr(hook, 'evaluate', evaluated.append)
+    hook.before_train(SimpleNamespace(epoch=0, iter=steps))
+    assert len(evaluated) == evaluations
 
 
 def test_training_goes_on_as_if_nothing_had_been_evaluated():
