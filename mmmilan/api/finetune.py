@@ -135,9 +135,10 @@ def finetune(
     found = validate(weights)
     if frozen:
         say_probes(frozen, found.scores, config.model.backbone.get('frozen_stages', -1) > 0)
-    comparison = None if second is None else compare_runs(second, weights, found.scores, compare, gpus)
-    write_page(found, weights, comparison)
-    if comparison is not None:
+    write_page(found, weights)
+    if second is not None:
+        comparison = compare_runs(second, weights, found.scores, compare, gpus)
+        write_page(found, weights, comparison)
         print_log(comparison['sentence'], logger='current')
     return weights
 
@@ -272,7 +273,7 @@ def compare_runs(
     return comparison
 
 
-def write_page(found: Validation, weights: Path, comparison: dict[str, Any] | None) -> None:
+def write_page(found: Validation, weights: Path, comparison: dict[str, Any] | None = None) -> None:
     """Write the page beside the weights."""
     from mmengine.logging import print_log
 
