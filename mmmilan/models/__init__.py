@@ -10,8 +10,9 @@ from mmmilan.models.preprocessors import (
     ClassificationDataPreprocessor,
     PretrainingDataPreprocessor,
 )
+from mmmilan.models.semantic_aware_vit import SemanticAwareClassifier, SemanticAwareViT
 from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
-from mmmilan.models.vit import MILANViT, SemanticAwareViT
+from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
 
@@ -37,6 +38,7 @@ __all__ = [
     'PixelTarget',
     'PretrainingDataPreprocessor',
     'PromptingDecoder',
+    'SemanticAwareClassifier',
     'SemanticAwareViT',
     'SumTarget',
     'Target',

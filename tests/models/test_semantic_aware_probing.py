@@ -85,6 +85,20 @@ def sorted_rows(tokens: Tensor) -> Tensor:
     return tokens[tokens[:, 0].argsort()]
 
 
+def test_the_teacher_sees_its_own_pixels(probing_config):
+    """However the images of the encoder are normalised."""
+    images, importance = torch.randint(0, 256, (2, 3, 64, 64)).float(), []
+    for mean, std in (([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([127.5] * 3, [127.5] * 3)):
+        cfg = Config.fromfile(probing_config).model
+        cfg.backbone.init_cfg = None
+        cfg.backbone.teacher.teacher_mean_std = 'own'
+        cfg.data_preprocessor.update(mean=mean, std=std)
+        model = MODELS.build(cfg)
+        inputs = model.data_preprocessor(dict(inputs=images))['inputs']
+        importance.append(model.backbone.teacher(inputs)[1])
+    torch.testing.assert_close(*importance, atol=1e-5, rtol=1e-4)
+
+
 def test_probing_trains_the_linear_layer_alone(probe):
     samples = [DataSample().set_gt_label(i % 5) for i in range(6)]
     probe.train()

@@ -5,6 +5,7 @@
 _base_ = './vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k.py'
 
 model = dict(
+    type='mmmilan.SemanticAwareClassifier',
     backbone=dict(
         type='mmmilan.SemanticAwareViT',
         keep_ratio=0.5,
@@ -14,5 +15,5 @@ model = dict(
             pretrained='openai',
             teacher_mean_std=None,  # published code: CLIP sees the student's pixels, by ImageNet's statistics
         ),
-    )
+    ),
 )
