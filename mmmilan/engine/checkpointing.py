@@ -17,6 +17,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import EarlyStoppingHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor
@@ -36,9 +37,10 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     Each file, ``last_checkpoint`` too, is written to a temporary file, flushed to disk and then renamed. Only then are
     older checkpoints, or the previous best one, deleted. A run that is resumed at the end of an epoch repeats its
-    validation, which may have been interrupted, so that the best checkpoint is that of an uninterrupted run; of several
-    with the best score it is the last one. MMEngine's arguments; ``out_dir`` must be a folder. A
-    checkpoint holds the step of the epoch at which it was saved, and :class:`EpochLoop` continues from that step.
+    validation, which may have been interrupted, so that the best checkpoint is that of an uninterrupted run, and early
+    stopping comes when it would have; of several with the best score it is the last one. MMEngine's arguments;
+    ``out_dir`` must be a folder. A checkpoint holds the step of the epoch at which it was saved, and :class:`EpochLoop`
+    continues from that step.
 
     Args:
         asynchronous: Write a copy of the state while training continues; the next checkpoint waits until the copy is
@@ -60,7 +62,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         if is_main_process():  # leftovers of a run that was killed while it wrote or deleted
             remove(self._paths(runner.message_hub.runtime_info.get('outdated_ckpt_ids', [])))
             remove_leftovers(Path(self.out_dir))
-        if self.save_best and runner._resume and validation_is_due(runner):
+        counts = self.save_best or any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks)
+        if counts and runner._resume and validation_is_due(runner):
             runner.val_loop.run()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

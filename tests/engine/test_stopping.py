@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from mmengine.dist import get_rank
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
+from mmengine.runner import ValLoop
 
 from helpers import assert_identical, load_trusted, rest_slow
 from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import PrefetchHook
-from mmmilan.engine.stopping import RESUMABLE, StopHook
+from mmmilan.engine.stopping import RESUMABLE, EarlyStoppingHook, StopHook
 from mmmilan.errors import InputError
 from processes import exit_code, exit_codes
-from small_runs import runner, start_run
+from small_runs import Model, Numbers, runner, start_run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
@@ -93,6 +96,42 @@ def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):
 
 
 # -- several processes
+
+
+class Level(BaseMetric):
+    """A score that never changes."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return dict(score=1.0)
+
+
+class Predicting(Model):
+    def forward(self, *inputs, mode):
+        return super().forward(*inputs, mode=mode) if mode == 'loss' else [0]
+
+
+@pytest.mark.parametrize('checkpoint', [{}, dict(save_best='score', rule='greater')], ids=['', 'the best too'])
+def test_patience_of_a_run_that_is_killed_while_it_validates(tmp_path, safe_mmengine, monkeypatch, checkpoint):
+    """The interrupted validation counts, whether or not it chooses the best checkpoint, too."""
+    validation = dict(val_dataloader=dict(dataset=Numbers(2), batch_size=2, sampler=dict(type='DefaultSampler')))
+    validation |= dict(val_cfg={}, val_evaluator=Evaluator(Level()))
+
+    def train(**kwargs) -> None:
+        parts = copy.deepcopy(validation) | dict(model=Predicting(), checkpoint=dict(checkpoint))
+        built = runner(tmp_path, epochs=6, **parts, **kwargs)
+        built.register_hook(EarlyStoppingHook(monitor='score', rule='greater', patience=2))
+        built.train()
+
+    with monkeypatch.context() as patch:
+        validate = ValLoop.run
+        patch.setattr(ValLoop, 'run', lambda loop: 1 / 0 if loop.runner.epoch == 2 else validate(loop))
+        with pytest.raises(ZeroDivisionError):
+            train()
+    train(resume=True, load_from=str(tmp_path / 'epoch_2.pth'))
+    assert find_newest(tmp_path).name == 'epoch_3.pth'
 
 
 def run_rank(work_dir: Path, sender: int | None = None, number: int = 0, step: int = 0, **kwargs) -> None:
