@@ -61,12 +61,11 @@ class Predictor(Inferencer):
 
     @checked
     def __init__(self, checkpoint: Model, device: arguments.Device | None = None) -> None:
-        from mmmilan.evaluation.predictions import all_names, num_classes, predicted_task
+        from mmmilan.evaluation.predictions import all_names, predicted_task
 
         super().__init__(checkpoint, True, device)
         self.task = predicted_task(self.model)
-        names = self.model._dataset_meta.get('classes') or ()
-        self.classes = all_names(names, num_classes(self.model, self.task))
+        self.classes = all_names(self.model, self.task)
 
     @property
     def batch_size(self) -> int:

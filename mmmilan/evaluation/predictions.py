@@ -97,16 +97,17 @@ def instances(found: Any, sample: BaseDataElement) -> Result:
     return result
 
 
-def all_names(classes: Sequence[str], count: int | None) -> tuple[str, ...]:
-    """The names of the classes of a model; their numbers if it has none.
+def all_names(model: nn.Module, task: str) -> tuple[str, ...]:
+    """The names of the classes of a model of ``mmmilan.get_model``, in the order of its labels; numbers if it has none.
 
     Raises:
         InputError: there are more or fewer names than classes.
     """
-    classes = tuple(map(str, classes)) or tuple(map(str, range(count or 0)))
-    if count is not None and len(classes) != count:
+    number = num_classes(model, task)
+    classes = tuple(map(str, model._dataset_meta.get('classes') or range(number or 0)))
+    if number is not None and len(classes) != number:
         raise InputError(
-            f'The checkpoint names {len(classes)} classes, but its head has {count}; give a checkpoint whose metainfo '
+            f'The checkpoint names {len(classes)} classes, but its head has {number}; give a checkpoint whose metainfo '
             'and head agree.'
         )
     return classes

@@ -90,7 +90,7 @@ def export_onnx(
     says, preparation = describe(model, task)
     exported = build_exported(model, task, checkpoint).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 3, *input_size(model), generator=generator)
+    images = torch.rand(3, 3, *says['input_size'], generator=generator)
     with atomic_write(path) as temporary:
         write(exported, images[:2], temporary, checkpoint)
         for batch in (images[:1], images):
@@ -136,19 +136,32 @@ def exported_task(model: nn.Module, checkpoint: str | os.PathLike) -> str:
     return task
 
 
-def input_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images, or of the windows of a segmentor."""
+def input_size(model: nn.Module, preparation: Preprocessing | None) -> list[int]:
+    """Height and width of the images, or of the windows of a segmentor.
+
+    Raises:
+        InputError: neither the encoder nor the test pipeline has a size of images.
+    """
     test_cfg = getattr(model, 'test_cfg', None) or {}
-    return tuple(test_cfg['crop_size'] if test_cfg.get('mode') == 'slide' else model.backbone.img_size)
+    if test_cfg.get('mode') == 'slide':
+        return list(test_cfg['crop_size'])
+    size = preparation.size if preparation else getattr(model.backbone, 'img_size', None)
+    if size is None:
+        raise InputError(
+            f'This {type(model.backbone).__name__} takes images of any size, and an ONNX file images of one; give the '
+            'test pipeline ResizeEdge (short edge) and CenterCrop, or Resize.'
+        )
+    return list(size)
 
 
 def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing | None]:
     """What the file says of itself, and its preprocessing if it is one of those that other libraries have too.
 
     Raises:
-        InputError: a segmentor takes whole images of any size.
+        InputError: the model takes images of any size, or the names of its classes are not as many as the classes.
     """
     from mmmilan.checkpoints.task_config import test_dataset
+    from mmmilan.evaluation.predictions import all_names
     from mmmilan.export.preprocessing import normalisation, read_preprocessing
 
     preparation, steps = None, test_dataset(model._config)['pipeline']
@@ -173,9 +186,9 @@ def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing
             values['pipeline'] = [dict(step) for step in steps]
     if task == 'segmentation' and model.test_cfg.mode == 'slide':
         values['windows'] = dict(size=list(model.test_cfg.crop_size), stride=list(model.test_cfg.stride))
-    says = dict(task=task, input_size=list(input_size(model)), preprocessing=values)
+    says = dict(task=task, input_size=input_size(model, preparation), preprocessing=values)
     if task != 'features':
-        says['classes'] = list(model._dataset_meta.get('classes') or ())
+        says['classes'] = all_names(model, task)
     return says, preparation
 
 

@@ -143,10 +143,9 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
             '(short edge) and CenterCrop, or Resize.'
         )
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if size != tuple(model.backbone.img_size):
-        raise InputError(
-            f'The test pipeline gives images of {size} but img_size={tuple(model.backbone.img_size)}; make them equal.'
-        )
+    img_size = tuple(getattr(model.backbone, 'img_size', size))  # of a ViT; other encoders take any
+    if size != img_size:
+        raise InputError(f'The test pipeline gives images of {size} but img_size={img_size}; make them equal.')
     interpolation = step.get('interpolation', 'bilinear')
     if interpolation not in _INTERPOLATION:
         raise InputError(

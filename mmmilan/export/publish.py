@@ -17,6 +17,7 @@ from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.layouts import NORM_EPS, Layout, convert, detect_layout, to_open_clip
 from mmmilan.checkpoints.zoo import zoo_models
+from mmmilan.evaluation.predictions import all_names
 from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
 from mmmilan.files import check_output_folder, write_text
 
@@ -42,13 +43,14 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str, *, overwrite:
 
     Raises:
         InputError: timm lacks a part of the model, such as the batch norm of a linear probe, or the preprocessing
-            cannot be expressed in timm or transformers, or the files must not or cannot be written.
+            cannot be expressed in timm or transformers, or the names of the classes are not as many as the classes, or
+            the files must not or cannot be written.
     """
     check_output_folder(folder, FILES, overwrite=overwrite)
     preprocessing = read_preprocessing(model._config, model)
+    config, libraries = _timm_config(model, name, preprocessing), ['timm']
     weights = model.state_dict()
     save_checkpoint_file(convert(weights, 'timm'), folder / 'model.safetensors')
-    config, libraries = _timm_config(model, name, preprocessing), ['timm']
     if detect_layout(weights).content != 'classifier on the mean token':
         save_checkpoint_file(convert(weights, 'huggingface'), folder / 'transformers.safetensors')
         # transformers reads the preprocessing from config.json if the folder is local and timm can load it too, and
@@ -63,7 +65,7 @@ def write_hub_dir(folder: Path, model: ImageClassifier, name: str, *, overwrite:
 def _timm_config(model: ImageClassifier, name: str, preprocessing: Preprocessing) -> dict[str, Any]:
     vit = model.backbone
     classes = model.head.num_classes if model.with_head else 0
-    labels = {'label_names': class_names(model)} if model.with_head else {}
+    labels = {'label_names': list(all_names(model, 'classification'))} if model.with_head else {}
     return labels | {
         'architecture': 'vit_base_patch16_224',  # for all sizes, which ``model_args`` sets
         'num_classes': classes,
@@ -106,17 +108,10 @@ def _transformers_config(model: ImageClassifier) -> dict[str, Any]:
         'qkv_bias': True,
     }
     if model.with_head:
-        names = class_names(model)
+        names = all_names(model, 'classification')
         config['id2label'] = {str(i): label for i, label in enumerate(names)}
         config['label2id'] = {label: i for i, label in enumerate(names)}
     return config
-
-
-def class_names(model: ImageClassifier) -> list[str]:
-    """The names of a classifier's classes, or numbered labels if they have no names."""
-    names = list(model._dataset_meta.get('classes') or ())
-    count = model.head.num_classes
-    return names if len(names) == count else [f'LABEL_{i}' for i in range(count)]
 
 
 def _patch_size(vit: VisionTransformer) -> int:
@@ -150,7 +145,7 @@ def open_clip_config(model: MaskCLIP) -> dict[str, Any]:
     height, width = model.backbone.img_size
     vision = dict(
         image_size=height if height == width else [height, width],
-        patch_size=model.backbone.patch_embed.projection.kernel_size[0],
+        patch_size=_patch_size(model.backbone),
         width=arch['embed_dims'],
         layers=arch['num_layers'],
         head_width=arch['embed_dims'] // arch['num_heads'],

@@ -108,6 +108,22 @@ def test_classifier(trained, tmp_path, monkeypatch, written_once):
     assert not Path('other.onnx').exists()
 
 
+def residual(cfg: Config) -> None:
+    """A classifier of three classes whose encoder is no ViT."""
+    cfg.model.backbone = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
+    cfg.model.neck = dict(type='GlobalAveragePooling')
+    cfg.model.head = dict(type='LinearClsHead', num_classes=3, in_channels=64)
+
+
+@pytest.mark.slow
+def test_an_encoder_that_is_no_vit(tmp_path):
+    """Its images have the size that the test pipeline gives them."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    checkpoint = save_model('demo/vit-tiny-p8_finetune_scenes.py', residual, tmp_path / 'a.pth')
+    session = onnxruntime.InferenceSession(mmmilan.export_onnx(checkpoint, tmp_path / 'a.onnx'))
+    assert session.get_inputs()[0].shape[1:] == [3, 64, 64] and session.get_outputs()[0].shape[1:] == [3]
+
+
 @pytest.mark.slow
 def test_encoder(trained, tmp_path, monkeypatch):
     """It takes the image that the guide's lines make for a classifier, and gives the features of the photo."""
@@ -212,13 +228,23 @@ def test_what_is_not_exported(tmp_path, trained, monkeypatch):
         cfg.model.auxiliary_head.in_channels = 32
         cfg.test_dataloader.dataset.pipeline[1]['keep_ratio'] = True
 
+    def any_size(cfg: Config) -> None:
+        residual(cfg)
+        cfg.test_dataloader.dataset.pipeline = [dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]
+
+    def another_head(cfg: Config) -> None:
+        cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+        cfg.model.head.in_channels = 32
+
     cases = (
         ('mask-rcnn_vit-tiny-p8_scenes.py', detector, 'is a detector, whose number of boxes .* use mmmilan predict'),
         ('vit-tiny-p8_finetune_scenes.py', several_labels, 'ends in a MultiLabelLinearClsHead, which is not exported'),
         ('upernet_vit-tiny-p8_scenes.py', whole_images, "takes whole images of any shape, .* dict.mode='slide'"),
+        ('vit-tiny-p8_finetune_scenes.py', any_size, 'This ResNet takes images of any size, .* give the test pipeline'),
+        ('vit-tiny-p8_finetune_scenes.py', another_head, 'names 3 classes, but its head has 10'),
     )
     for config, change, message in cases:
-        checkpoint = save_model(f'demo/{config}', change, tmp_path / f'{change.__name__}.pth', ())
+        checkpoint = save_model(f'demo/{config}', change, tmp_path / f'{change.__name__}.pth')
         with pytest.raises(InputError, match=message):
             mmmilan.export_onnx(checkpoint, tmp_path / 'a.onnx')
     assert not (tmp_path / 'a.onnx').exists()

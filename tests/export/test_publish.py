@@ -141,6 +141,17 @@ def test_classifier_of_own_data(run_tool, trained, tmp_path, images):
     assert tuple(theirs.pretrained_cfg['label_names']) == CLASSES
 
 
+def test_names_that_are_not_those_of_the_head(run_tool, trained, tmp_path):
+    """They are refused, as by the commands, and nothing is written for the Hub."""
+    config, checkpoint = trained('class-token', CLASSES)
+    content = load_checkpoint_file(checkpoint)
+    content['meta']['dataset_meta']['classes'] = CLASSES[:2]
+    torch.save(content, checkpoint)
+    with pytest.raises(SystemExit, match='names 2 classes, but its head has 3'):
+        run_tool('publish_model.py', config, checkpoint, tmp_path / 'out', '--hub-dir', tmp_path / 'hub')
+    assert not (tmp_path / 'hub').exists()
+
+
 @torch.no_grad()
 def test_classifier_that_sees_the_whole_short_side(run_tool, trained, tmp_path, images):
     """No border is cut off, as at 384 pixels. Transformers has no place for the mean token."""
