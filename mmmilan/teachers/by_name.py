@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import timm
 from torch import nn
 
 from mmmilan.building import build_errors
@@ -89,14 +91,10 @@ def names_teacher(name: str) -> bool:
 
 
 def is_open_clip(model: str) -> bool:
-    import open_clip
-
     return model.replace('/', '-') in open_clip.list_models()
 
 
 def is_timm(model: str) -> bool:
-    import timm
-
     return '/' not in model and timm.is_model(model.partition('.')[0])
 
 
@@ -139,8 +137,6 @@ def existing(weights: str, name: str) -> str:
 
 def choose_tag(model: str) -> str:
     """Always raises an :class:`InputError` with the tags of a model of open_clip, of which one must be named."""
-    import open_clip
-
     tags = open_clip.list_pretrained_tags_by_model(model.replace('/', '-'))
     tags = ', '.join(f'{model}:{tag}' for tag in tags) or f'{model}:FILE, as open_clip has no weights of it'
     raise InputError(f'The teacher {model} names no weights; choose {tags}.')
@@ -148,8 +144,5 @@ def choose_tag(model: str) -> str:
 
 def nearest(model: str) -> str:
     """The known names that are most like one, in words."""
-    import open_clip
-    import timm
-
     near = difflib.get_close_matches(model, [*open_clip.list_models(), *timm.list_models('vit*', pretrained=True)], 3)
     return f' (near it: {", ".join(near)})' if near else ''

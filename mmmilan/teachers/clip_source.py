@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
+from open_clip.model import _build_vision_tower  # the public way makes the text tower as well
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.config import NoConfig, own_config
@@ -88,8 +90,6 @@ def find_source(model: str | None, pretrained: str | None, head_width: int = 64)
 
 def of_name(model: str, pretrained: str | None) -> CLIPSource:
     """A model of open_clip with a tag, a file or random weights."""
-    import open_clip
-
     config, quick_gelu, statistics, read = find_config(model, pretrained), None, common_statistics(model), None
     if pretrained in open_clip.list_pretrained_tags_by_model(model):
         published = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
@@ -119,8 +119,6 @@ def find_config(model: str, pretrained: str | None) -> dict[str, Any]:
     Raises:
         InputError: it has no such model or tag.
     """
-    import open_clip
-
     if model not in open_clip.list_models():
         raise InputError(f'open_clip has no model {model!r}; open_clip.list_models() gives its names.')
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -141,8 +139,6 @@ def read_published(published: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
 
 def common_statistics(model: str) -> Statistics:
     """How the images of a model were normalised whose weights have no tag: as those of most of its tags."""
-    import open_clip
-
     tags = [
         open_clip.pretrained.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
     ]
@@ -152,8 +148,6 @@ def common_statistics(model: str) -> Statistics:
 
 def openai_statistics() -> Statistics:
     """Those of OpenAI's CLIP, which are open_clip's default."""
-    import open_clip
-
     return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
@@ -251,8 +245,6 @@ def of_file(path: str, head_width: int) -> CLIPSource:
 
 def models_like(sizes: dict[str, Any]) -> list[str]:
     """Two models of open_clip for an example, of these sizes if there are such: with GELU and with QuickGELU."""
-    import open_clip
-
     wanted = {key: sizes['vision_cfg'][key] for key in ('width', 'layers', 'patch_size', 'image_size')}
     like: dict[bool, list[str]] = {False: [], True: []}
     for model in open_clip.list_models():
@@ -390,7 +382,5 @@ def shape(weights: dict[str, Tensor], key: str) -> list[int] | None:
 
 def new_visual(config: dict[str, Any]) -> nn.Module:
     """The visual tower alone, with random weights."""
-    from open_clip.model import _build_vision_tower  # open_clip's public way makes the text tower as well
-
     vision = config['vision_cfg'] | dict(timm_model_pretrained=False)
     return _build_vision_tower(config['embed_dim'], vision, config.get('quick_gelu', False))

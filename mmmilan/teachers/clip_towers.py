@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.model import _build_text_tower
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -222,15 +224,11 @@ def text_part(weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor],
 
 def build_text(source: CLIPSource, sizes: dict, path: str) -> tuple[nn.Module, object]:
     """A text tower with random weights, and its tokenizer."""
-    import open_clip
-    from open_clip.model import _build_text_tower
-    from open_clip.tokenizer import SimpleTokenizer
-
     settings = sizes | (dict(hf_model_pretrained=False) if sizes.get('hf_model_name') else {})
     try:
         encoder = _build_text_tower(source.config['embed_dim'], settings, source.config.get('quick_gelu', False))
         if source.tokenizer is None:
-            return encoder, SimpleTokenizer(context_length=encoder.context_length)
+            return encoder, open_clip.tokenizer.SimpleTokenizer(context_length=encoder.context_length)
         return encoder, open_clip.get_tokenizer(source.tokenizer)
     except (*MISFITS, OSError, ImportError) as error:  # a tokenizer may be a file of the hub
         raise InputError(

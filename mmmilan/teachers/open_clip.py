@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import check_values
@@ -15,7 +16,8 @@ from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import Teacher, Tower, check_input_size, pair
 from mmmilan.teachers.clip_source import CLIPSource, find_source, new_visual
-from mmmilan.teachers.clip_towers import load_text_tower
+from mmmilan.teachers.clip_towers import CLIPTower, check_clip_tower, load_text_tower, resize_positions
+from mmmilan.teachers.timm import TimmTower, check_timm_vit, own_input_size, patch_size
 from mmmilan.teachers.weights import load_weights, warn_random_weights
 
 
@@ -73,11 +75,6 @@ class OpenCLIPTeacher(Teacher):
 
 def build_tower(visual: nn.Module, size: tuple[int, int] | None, *options: Any) -> Tower:
     """What runs open_clip's own towers, or those of timm in it."""
-    from open_clip.timm_model import TimmModel
-
-    from mmmilan.teachers.clip_towers import CLIPTower
-    from mmmilan.teachers.timm import TimmTower, own_input_size
-
     if isinstance(visual, TimmModel):
         return TimmTower(visual.trunk, visual.head, size or own_input_size(visual.trunk), *options)
     return CLIPTower(visual, size, *options)
@@ -104,11 +101,6 @@ def build_visual(source: CLIPSource, size: tuple[int, int] | None) -> nn.Module:
 
 def check_visual(visual: nn.Module, model: str, size: tuple[int, int] | None) -> None:
     """Raise an :class:`InputError` for a tower that cannot teach, or an image that its patches do not fill."""
-    from open_clip.timm_model import TimmModel
-
-    from mmmilan.teachers.clip_towers import check_clip_tower
-    from mmmilan.teachers.timm import check_timm_vit, patch_size
-
     if isinstance(visual, TimmModel):
         check_timm_vit(visual.trunk, f'The image tower of {model}')
     else:
@@ -123,8 +115,6 @@ def load_visual(visual: nn.Module, weights: dict[str, Tensor], path: str) -> Non
     Raises:
         InputError: the file holds no such tower.
     """
-    from mmmilan.teachers.clip_towers import resize_positions
-
     own = visual.state_dict()
     first = next(iter(own))
     prefixes = [key.removesuffix(first) for key in weights if key == first or key.endswith(f'.{first}')]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
@@ -70,8 +71,6 @@ class TimmTeacher(Teacher):
         register_neurons: Sequence[tuple[int, int]] = (),
         **options: Any,
     ) -> None:
-        from mmmilan.teachers.timm import TimmTower  # timm takes seconds to import
-
         if model.startswith(HUB):
             model = f'{LOCAL}{Path(hub_file(repo := model.removeprefix(HUB), [CONFIG])).parent}'
             pretrained = hub_file(repo, HUB_FILES) if pretrained is True else pretrained
@@ -100,10 +99,6 @@ def check_model(model: str, input_size: tuple[int, int] | None) -> tuple[int, in
     Raises:
         InputError: timm has no such model or tag, it is not a plain ViT, or patches do not fill the image.
     """
-    import timm
-
-    from mmmilan.teachers.timm import check_timm_vit, own_input_size, patch_size
-
     if model.startswith(LOCAL):
         local_folder(model)
     else:
@@ -125,8 +120,6 @@ def check_model(model: str, input_size: tuple[int, int] | None) -> tuple[int, in
 
 def published_file(model: str) -> str:
     """The file of timm's own weights, downloaded if it is not here, or that of a folder."""
-    import timm
-
     if model.startswith(LOCAL):
         return weights_in(local_folder(model), HUB_FILES)
     config = timm.get_pretrained_cfg(model)
@@ -165,8 +158,6 @@ def build_vit(
     Raises:
         InputError: the weights do not fit.
     """
-    import timm
-
     if weights is None:
         return timm.create_model(model, num_classes=0, img_size=size)
     weights = {key: value for key, value in weights.items() if not key.startswith(('head.', 'head_dist.'))}
