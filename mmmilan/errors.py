@@ -72,16 +72,13 @@ def exit_on_input_error() -> Iterator[None]:
         sys.exit(1 if send_to_torchrun(message) else message)
 
 
-def from_system(error: OSError, doing: str = '') -> InputError:
-    """An error of the operating system as one that a user can fix.
-
-    Args:
-        error: names the file, or else ``doing`` does.
-        doing: what cannot be done, such as 'photos cannot be read'.
-    """
-    where = f' ({os.fsdecode(error.filename)})' if error.filename and not doing else ''
-    doing = doing or 'The system refused an access to a file'
-    return InputError(f'{doing}: {error.strerror}{where}; check the path, its permissions and the free space.')
+def from_system(error: OSError) -> InputError:
+    """An error of the operating system as one that a user can fix."""
+    where = f' ({os.fsdecode(error.filename)})' if error.filename else ''
+    return InputError(
+        f'The system refused an access to a file: {error.strerror}{where}; check the path, its permissions and the '
+        'free space.'
+    )
 
 
 def send_to_torchrun(message: str) -> bool:

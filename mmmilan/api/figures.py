@@ -32,7 +32,7 @@ from mmmilan.evaluation.features import check_tokens, choose_device, join
 from mmmilan.files import check_output_folder
 from mmmilan.models.vit import record_attention
 from mmmilan.teachers import Teacher, build_teacher
-from mmmilan.teachers.base import statistics_of
+from mmmilan.teachers.base import Renormalise, statistics_of
 from mmmilan.teachers.by_name import names_teacher
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import draw_heat, draw_masked, draw_pictures, draw_tsne, save_figure, to_images
@@ -319,16 +319,14 @@ class ComparedEncoder:
     def __init__(self, backbone: nn.Module, given: Statistics, own: Statistics) -> None:
         check_tokens(backbone)
         self.backbone = backbone
-        self.given, self.own = given, own
         self.mean = backbone.out_type == 'avg_featmap'
         backbone.out_type = 'raw'
+        self.renormalise = nn.Identity() if given == own else Renormalise(*given, *own)
+        self.renormalise.to(next(backbone.parameters()).device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if self.given != self.own:
-            (mean, std), (own_mean, own_std) = (map(images.new_tensor, each) for each in (self.given, self.own))
-            images = images * (std / own_std).view(3, 1, 1) + ((mean - own_mean) / own_std).view(3, 1, 1)
         with record_attention(self.backbone) as attention:
-            tokens = self.backbone(images)[-1]
+            tokens = self.backbone(self.renormalise(images))[-1]
         features = self.backbone.ln2(tokens[:, 1:].mean(1)) if self.mean else tokens[:, 0]
         return features, attention[0]

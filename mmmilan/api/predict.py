@@ -500,12 +500,12 @@ def as_column(values: Sequence) -> np.ndarray:
     return column
 
 
-def shares(labels: np.ndarray, classes: Sequence[str], number: int = 3) -> str:
-    """The largest classes of a label map in words."""
+def shares(labels: np.ndarray, classes: Sequence[str]) -> str:
+    """The three largest classes of a label map in words."""
     import numpy as np
 
     pixels = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
-    largest = [label for label in np.argsort(-pixels, kind='stable')[:number] if pixels[label]]
+    largest = [label for label in np.argsort(-pixels, kind='stable')[:3] if pixels[label]]
     return ', '.join(f'{classes[label]} {100 * pixels[label] / labels.size:.0f} %' for label in largest)
 
 

@@ -36,9 +36,9 @@ def as_name(name: Any) -> str:
     return unicodedata.normalize('NFC', str(name))
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str | os.PathLike]) -> str:
     """Some names for a message, with the number of the others."""
-    names = list(names)
+    names = list(map(os.fspath, names))
     rest = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
     return ', '.join(names[:SHOWN]) + rest
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmmilan.datasets.classes import listed
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
 from mmmilan.datasets.listing import extension, list_folder, listed_once, remember
 from mmmilan.datasets.packed import load_index
@@ -189,8 +190,8 @@ def unnamed_splits(root: str, files: Sequence[str]) -> str:
         alike = [other for other in inner if len(inner[other] & folders) > 1 and not role_of(other)]
         if role and not role[1] and alike:
             return (
-                f'{root} has {name} beside {named(alike)}, with folders of the same names in them '
-                f'({named(sorted(folders & inner[alike[0]]))}); call splits train, val and test, or give the folders '
+                f'{root} has {name} beside {listed(alike)}, with folders of the same names in them '
+                f'({listed(sorted(folders & inner[alike[0]]))}); call splits train, val and test, or give the folders '
                 'to use one by one.'
             )
     return ''
@@ -277,27 +278,21 @@ def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, lis
 def describe(sources: Sequence[Source]) -> str:
     """What was understood of the folders, for the log before a training."""
     training = training_sources(sources)
-    parts = [f'{count(len(list_images(training)), "image")} to train on, from {named(training)}']
+    parts = [f'{count(len(list_images(training)), "image")} to train on, from {listed(training)}']
     held_out = [evaluation_source(source) for source in sources]
     if set(map(os.fspath, held_out)) <= set(map(os.fspath, training)):
         parts.append('none are kept for evaluation, which uses the same images')
     else:
-        parts.append(f'{len(list_images(held_out))} kept for evaluation, in {named(held_out)}')
+        parts.append(f'{len(list_images(held_out))} kept for evaluation, in {listed(held_out)}')
     for source in sources:
         splits = splits_of(source)
         unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
         other = splits.held_out[1:] if splits else []
         if unused or other:
-            parts.append(f'not used: {named(unused + other)}')
+            parts.append(f'not used: {listed(unused + other)}')
     _, classes = class_folders(held_out[0])
     if len(held_out) == 1 and classes:
-        parts.append(f'classes of the evaluation, named by folders: {len(classes)} ({named(classes)})')
+        parts.append(f'classes of the evaluation, named by folders: {len(classes)} ({listed(classes)})')
     else:
         parts.append('no folders that name classes')
     return '; '.join(parts) + '.'
-
-
-def named(names: Sequence[Source]) -> str:
-    """A few names, and how many more there are."""
-    names = list(map(os.fspath, names))
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from mmmilan.building import values_of
 from mmmilan.datasets.annotations import check_label_maps, has_masks
 from mmmilan.datasets.classes import chain, class_names, locate, read_class_names, use_classes
 from mmmilan.datasets.listing import IMAGES, walk
@@ -130,14 +131,8 @@ def check_is_not_read(folder: str | os.PathLike, cfg: Config) -> None:
 
 
 def _parts(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every dict in a part of a config with its dotted name."""
-    if isinstance(value, Mapping):
-        yield name, value
-        for key, inner in value.items():
-            yield from _parts(inner, f'{name}.{key}')
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            yield from _parts(inner, f'{name}.{i}')
+    """Every dict in a part of a config with its dotted name."""
+    return (pair for pair in values_of(value, name) if isinstance(pair[1], Mapping))
 
 
 def check_packages(cfg: Config) -> None:
@@ -217,19 +212,19 @@ def use_boxes_alone(cfg: Config, task: str) -> str:
     head = cfg.model.get('roi_head')
     files = [
         Path(part.get('data_root') or '', part['ann_file'])
-        for _, part in _parts(cfg.get(f'{task}_dataloader'), '')
-        if part.get('ann_file') and any(step.get('with_mask') for _, step in _parts(part.get('pipeline'), ''))
+        for _, part in _parts(cfg.get(f'{task}_dataloader'), 'loader')
+        if part.get('ann_file') and any(step.get('with_mask') for _, step in _parts(part.get('pipeline'), 'step'))
     ]
     files = [file for file in files if file.is_file()]
     if not isinstance(head, Mapping) or not head.get('mask_head') or not files or any(map(has_masks, files)):
         return ''
     head.update(mask_head=None, mask_roi_extractor=None)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for _, part in _parts(cfg.get(loader), ''):
+        for _, part in _parts(cfg.get(loader), loader):
             if part.get('with_mask'):
                 part['with_mask'] = False
     for evaluator in ('val_evaluator', 'test_evaluator'):
-        for _, part in _parts(cfg.get(evaluator), ''):
+        for _, part in _parts(cfg.get(evaluator), evaluator):
             if isinstance(part.get('metric'), (list, tuple)):
                 part['metric'] = [name for name in part['metric'] if name != 'segm']
     return f'{files[0]} has boxes alone, no segmentation: the detector is trained and scored without its mask head.'
@@ -268,7 +263,7 @@ def prepare(dataset: Any) -> None:
 
     Data sets that are joined may differ in their classes, which are matched by name later.
     """
-    for _, part in _parts(dataset, ''):
+    for _, part in _parts(dataset, 'dataset'):
         if str(part.get('type')).rpartition('.')[2] == 'ConcatDataset':
             ignored = part.get('ignore_keys') or []
             part['ignore_keys'] = list({*([ignored] if isinstance(ignored, str) else ignored), 'classes'})
@@ -302,7 +297,7 @@ def data_set_errors(dataset: Any) -> Iterator[None]:
 
 def _describe(dataset: Any) -> str:
     """The type of a data set and the options that locate its files; for a wrapper, those of the wrapped data set."""
-    parts = [part for _, part in _parts(dataset, '') if 'data_root' in part or 'ann_file' in part]
+    parts = [part for _, part in _parts(dataset, 'dataset') if 'data_root' in part or 'ann_file' in part]
     if not parts:
         return 'of the config'
     options = {name: parts[0].get(name) for name in ('data_root', 'ann_file', 'data_prefix', 'split', 'filter_cfg')}

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from mmmilan.checkpoints.config import parse_config
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.loops import EpochLoop
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, shown
 from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
@@ -43,7 +43,6 @@ OF_SCHEDULES = {'initial_lr', 'initial_momentum', 'momentum'}  # settings that s
 # What changes in the state of a schedule.
 PROGRESS = {'_global_step', 'last_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter'}
 NAMES = 1000  # that stand for all images of a data set
-MAX_WIDTH = 60  # of a value in the log
 
 
 def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> None:
@@ -70,8 +69,8 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
     changes = changed_settings(meta, runner.cfg, source)
     changes |= changed_data(runner, meta, source)
     if changes:
-        lines = [f'\n    {key}: {shown(old)} -> {shown(new)}' for key, (old, new) in changes.items()]
-        print_log(f'Resuming {source} with changes:{"".join(lines)}', logger='current', level=logging.WARNING)
+        text = '\n    '.join(['with changes:', *in_words(changes)])
+        print_log(f'Resuming {source} {text}', logger='current', level=logging.WARNING)
     set_position(runner, meta)
     warn_if_finished(runner, meta, source)
     checkpoint['message_hub'] = clean_message_hub(hub, Path(runner.work_dir))
@@ -140,10 +139,10 @@ def settings_of(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:
         yield from settings_of(part, f'{name}.{key}' if name else str(key))
 
 
-def shown(value: Any) -> str:
-    """A value as a line of the log shows it."""
-    text = 'not set' if value is None else repr(value)
-    return text if len(text) <= MAX_WIDTH else f'{text[: MAX_WIDTH - 3]}...'
+def in_words(changes: Mapping[str, tuple]) -> list[str]:
+    """Changes, {name: (old, new)}, as lines of the log show them."""
+    words = {key: ['not set' if each is None else shown(each) for each in both] for key, both in changes.items()}
+    return [f'{key}: {old} -> {new}' for key, (old, new) in words.items()]
 
 
 def describe_data(loader: DataLoader) -> dict[str, int]:
@@ -185,10 +184,10 @@ def changed_data(runner: Runner, meta: dict[str, Any], source: str) -> dict[str,
         changes['randomness.seed'] = (seed, chosen)
         meta['seed'] = chosen  # or MMEngine would set it
     if changes and meta.get('steps_of_epoch') and isinstance(runner.train_loop, EpochLoop):
-        text = ', '.join(f'{key}: {shown(was)} -> {shown(now)}' for key, (was, now) in changes.items())
         raise InputError(
             f'{source} was saved at step {meta["steps_of_epoch"]} of an epoch whose other steps would now have other '
-            f'images ({text}); resume with the data, batch size and seed of the run, or from the end of an epoch.'
+            f'images ({", ".join(in_words(changes))}); resume with the data, batch size and seed of the run, or from '
+            'the end of an epoch.'
         )
     return changes
 

@@ -224,9 +224,9 @@ def enlarged(image: np.ndarray, side: int) -> np.ndarray:
     return image if zoom <= 1 else cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
 
 
-def class_lines(result: Mapping[str, np.ndarray], classes: Sequence[str], count: int = 3) -> list[str]:
-    """The first classes of a prediction in words, or those of an annotation."""
-    names = [classes[label] for label in result['labels'][:count]]
+def class_lines(result: Mapping[str, np.ndarray], classes: Sequence[str]) -> list[str]:
+    """The first three classes of a prediction in words, or those of an annotation."""
+    names = [classes[label] for label in result['labels'][:3]]
     if 'scores' not in result:
         return names
     return [f'{name} {100 * score:.0f} %' for name, score in zip(names, result['scores'], strict=False)]
