@@ -367,6 +367,26 @@ def check_arch(arch: Mapping[str, Any], name: str = 'arch', divisor: int = 4) ->
         raise InputError(f'{name}.embed_dims={width} is not a multiple of {divisor}; choose one that is.')
 
 
+def arch_sizes(arch: str | Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a ViT of mmpretrain by their name, or as they are.
+
+    Raises:
+        InputError: mmpretrain has no ViT of this name, or a size is missing or wrong.
+    """
+    from mmpretrain.models import VisionTransformer
+
+    if isinstance(arch, str):
+        if arch not in VisionTransformer.arch_zoo:
+            raise InputError(
+                f'The arch {arch!r} is unknown; choose one of deit-tiny, deit-small, base, large, huge, or give a dict.'
+            )
+        return dict(VisionTransformer.arch_zoo[arch])
+    if missing := {'embed_dims', 'num_layers', 'num_heads', 'feedforward_channels'} - set(arch):
+        raise InputError(f'The arch lacks {", ".join(sorted(missing))}; give them all.')
+    check_arch(arch)
+    return dict(arch)
+
+
 def _wrong_values(values: Mapping[str, Any], prefix: str, reader: Reader) -> Iterator[Fault]:
     for name, value in values.items():
         kinds = reader.known.get(name, frozenset())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.api.recipe import ARCHS, absolute, check_size, default_batch_size, part
+from mmmilan.api.recipe import absolute, check_size, default_batch_size, named_arch, part
 from mmmilan.errors import InputError, count
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
@@ -87,7 +87,9 @@ def encoder_of(start: str | None, arch: str | dict[str, Any] | None, patch_size:
     Raises:
         InputError: the checkpoint is missing or of another kind, or ``arch`` or ``patch_size`` are not its own.
     """
-    asked = None if arch is None else arch_sizes(arch)
+    from mmmilan.building import arch_sizes
+
+    asked = None if arch is None else arch_sizes(named_arch(arch))
     if start is None:
         return Encoder(asked or arch_sizes('base'), patch_size or 16, 224, {})
     found = encoder_in(start)
@@ -102,21 +104,6 @@ def encoder_of(start: str | None, arch: str | dict[str, Any] | None, patch_size:
     return found
 
 
-def arch_sizes(arch: str | dict[str, Any]) -> dict[str, int]:
-    """The sizes of a ViT by name, or as they are.
-
-    Raises:
-        InputError: the name is unknown, or a size is missing.
-    """
-    from mmpretrain.models import VisionTransformer
-
-    from mmmilan.api.recipe import encoder_width
-
-    name = ARCHS.get(arch, arch) if isinstance(arch, str) else arch
-    encoder_width(name)
-    return dict(VisionTransformer.arch_zoo[name] if isinstance(name, str) else name)
-
-
 def in_words(arch: Mapping[str, int]) -> str:
     """The sizes of a ViT for a message."""
     blocks, heads = count(arch['num_layers'], 'block'), count(arch['num_heads'], 'head')
@@ -129,6 +116,7 @@ def encoder_in(start: str) -> Encoder:
     Raises:
         InputError: there is no such checkpoint, or it holds no plain ViT.
     """
+    from mmmilan.building import arch_sizes
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan
     from mmmilan.checkpoints.zoo import resolve_checkpoint
@@ -259,6 +247,7 @@ def resumed_config(
         InputError: there is no config, an argument is not that of the run, or its images have changed.
     """
     from mmmilan.api.recipe import keep_own, run_config
+    from mmmilan.building import arch_sizes
     from mmmilan.datasets.labelled import read_labelled, read_split
 
     config, split = run_config(folder), read_split(folder / 'split.json')
@@ -277,7 +266,7 @@ def resumed_config(
     )
     asked = dict(given)
     if 'arch' in asked:
-        asked['arch'] = arch_sizes(asked['arch'])
+        asked['arch'] = arch_sizes(named_arch(asked['arch']))
     if 'start' in asked:
         asked['start'] = absolute(asked['start'])
     keep_own(own, asked, folder)

@@ -152,6 +152,7 @@ def run_config(folder: Path) -> Config:
 
 def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
     """Raise an :class:`InputError` if an argument names another encoder or start than that of a run."""
+    from mmmilan.building import arch_sizes
     from mmmilan.checkpoints.config import call_of
     from mmmilan.teachers.base import pair
 
@@ -165,8 +166,8 @@ def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
     if recipe := call_of(config).get('recipe'):
         own['recipe'] = recipe['name']
     asked = dict(given)
-    if isinstance(asked.get('arch'), str):
-        asked['arch'] = ARCHS.get(asked['arch'], asked['arch'])
+    if 'arch' in asked and arch_sizes(named_arch(asked['arch'])) == arch_sizes(backbone.arch):
+        asked['arch'] = backbone.arch  # the same encoder by another name
     if 'img_size' in asked:
         asked['img_size'] = pair(asked['img_size'])
     if 'start' in asked:
@@ -334,14 +335,15 @@ def set_model(
     Raises:
         InputError: the image is not a whole number of patches, or the encoder or the teacher is unknown.
     """
+    from mmmilan.building import arch_sizes
     from mmmilan.models.fitting import as_num_patches
     from mmmilan.teachers.base import pair
 
     check_size(img_size, patch_size)
     model, grid = config.model, tuple(side // patch_size for side in pair(img_size))
-    arch = ARCHS.get(arch, arch) if isinstance(arch, str) else dict(arch)
+    arch = named_arch(arch)
     model.backbone.update(arch=arch, img_size=img_size, patch_size=patch_size)
-    width = encoder_width(arch)
+    width = arch_sizes(arch)['embed_dims']
     model.neck.update(num_patches=as_num_patches(grid), embed_dim=width)
     if width < model.neck.decoder_embed_dim:
         heads = max(heads for heads in range(1, max(1, width // 32) + 1) if width % heads == 0)
@@ -387,26 +389,9 @@ def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, 
     return built.feature_dim
 
 
-def encoder_width(arch: str | dict[str, Any]) -> int:
-    """The width D of a ViT.
-
-    Raises:
-        InputError: mmpretrain has no ViT of this name, or a dict lacks a size or has wrong ones.
-    """
-    from mmpretrain.models import VisionTransformer
-
-    from mmmilan.building import check_arch
-
-    if isinstance(arch, dict):
-        missing = {'embed_dims', 'num_layers', 'num_heads', 'feedforward_channels'} - set(arch)
-        if missing:
-            raise InputError(f'The arch lacks {", ".join(sorted(missing))}; give them all.')
-        check_arch(arch)
-        return arch['embed_dims']
-    if arch not in VisionTransformer.arch_zoo:
-        names = ', '.join([*ARCHS, 'base', 'large', 'huge'])
-        raise InputError(f'The arch {arch!r} is unknown; choose one of {names}, or give a dict.')
-    return VisionTransformer.arch_zoo[arch]['embed_dims']
+def named_arch(arch: str | dict[str, Any]) -> str | dict[str, Any]:
+    """What mmpretrain calls an arch that a user names; sizes as they are."""
+    return ARCHS.get(arch, arch) if isinstance(arch, str) else dict(arch)
 
 
 def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Mapping[str, Any]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import LinearParamScheduler, _ParamScheduler
 from mmengine.runner import Runner
-from mmpretrain.models import VisionTransformer
 
-from mmmilan.errors import count
+from mmmilan.building import arch_sizes
+from mmmilan.errors import InputError, count
 from mmmilan.registry import HOOKS
 
 RECIPE_RATE, RECIPE_BATCH, RECIPE_WIDTH = 2.4e-3, 4096, 768  # of the paper: 1.5e-4 x 4096 / 256, for a ViT-B
@@ -89,8 +90,9 @@ def fit_schedule(num_images: int, batch_size: int, epochs: int | None, width: in
 def width_of(config: Config) -> int | None:
     """The width D of the ViT of a config; None if it has none."""
     arch = ((config.get('model') or {}).get('backbone') or {}).get('arch')
-    arch = VisionTransformer.arch_zoo.get(arch) if isinstance(arch, str) else arch
-    return arch.get('embed_dims') if isinstance(arch, dict) else None
+    with suppress(InputError):  # another encoder's
+        return arch_sizes(arch or '')['embed_dims']
+    return None
 
 
 def own_schedule(config: Config) -> Schedule | None:

@@ -25,6 +25,7 @@ from mmengine.logging import print_log
 from open_clip.model import _build_vision_tower  # the public way makes the text tower as well
 from torch import Tensor, nn
 
+from mmmilan.building import arch_sizes
 from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.layouts import NORM_EPS, is_maskclip, to_open_clip
@@ -278,9 +279,7 @@ def of_maskclip(path: str, weights: dict[str, Tensor], head_width: int) -> CLIPS
 
 def of_backbone(backbone: ConfigDict) -> dict[str, Any]:
     """What the config of an encoder tells of open_clip's: width of the attention heads, image size."""
-    from mmpretrain.models import VisionTransformer
-
-    arch = VisionTransformer.arch_zoo[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
+    arch = arch_sizes(backbone.arch)
     return dict(head_width=arch['embed_dims'] // arch['num_heads'], image_size=backbone.get('img_size', 224))
 
 

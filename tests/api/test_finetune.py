@@ -370,7 +370,7 @@ def test_patience(colours, start, tmp_path):
     assert [path.name for path in (tmp_path / 'run').glob('epoch_*.pth')] == ['epoch_3.pth']
 
 
-def test_encoders_of_checkpoints(start, tmp_path):
+def test_encoders_of_checkpoints(start, tmp_path, monkeypatch):
     assert encoder_in(start)[:3] == (ARCH, 8, 32)
     vit = VisionTransformer(ARCH | dict(num_heads=2), img_size=(32, 64), patch_size=16)
     content = dict(state_dict={f'backbone.{key}': value for key, value in vit.state_dict().items()})
@@ -381,6 +381,10 @@ def test_encoders_of_checkpoints(start, tmp_path):
     torch.save(content, tmp_path / 'own.pth')
     found = encoder_in(str(tmp_path / 'own.pth'))
     assert found.arch['num_heads'] == 2 and found.img_size == (32, 64) and found.normalisation['std'] == [127.5] * 3
+    monkeypatch.setitem(VisionTransformer.arch_zoo, 'small', ARCH | dict(num_heads=4))
+    content['meta']['cfg'] = content['meta']['cfg'].replace(arch, "'small'")  # mmpretrain's, not that of finetune
+    torch.save(content, tmp_path / 'own.pth')
+    assert encoder_in(str(tmp_path / 'own.pth')).arch['num_heads'] == 4
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmpretrain.models import VisionTransformer
 from PIL import Image
 
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
 from mmmilan.api.pretrain import reported_images
-from mmmilan.api.recipe import about_recipe, new_config
+from mmmilan.api.recipe import about_recipe, new_config, refuse_changes
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import OnlineEvaluationHook
@@ -220,6 +221,16 @@ def test_a_refused_resume_writes_nothing(interrupted):
         with pytest.raises(InputError, match=message):
             mmmilan.pretrain(out=interrupted, resume=True, **change)
         assert before == {path: path.read_bytes() for path in interrupted.rglob('*') if path.is_file()}, change
+
+
+@pytest.mark.parametrize('own', ['deit-small', 'deit-s', VisionTransformer.arch_zoo['deit-small']])
+def test_a_resumed_encoder_has_several_names(own, tmp_path):
+    config = Config(dict(model=dict(backbone=dict(arch=own, img_size=224, patch_size=16))))
+    for arch in ('small', 'deit-s', 'dinov2-small', VisionTransformer.arch_zoo['deit-small']):
+        refuse_changes(config, tmp_path, dict(arch=arch))
+    for arch in ('tiny', 's', VisionTransformer.arch_zoo['deit-small'] | dict(num_heads=12)):
+        with pytest.raises(InputError, match='has arch=.*; leave arch out'):
+            refuse_changes(config, tmp_path, dict(arch=arch))
 
 
 @pytest.mark.slow
