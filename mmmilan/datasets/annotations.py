@@ -164,8 +164,9 @@ class LoadLabelMap(BaseTransform):
     """Read ``results['seg_map_path']`` into ``results['gt_seg_map']``, uint8 [H, W]: a strict ``LoadAnnotations``.
 
     mmseg's ``LoadAnnotations`` lets 16-bit labels wrap around, and with colour images, maps of another size or labels
-    out of range the loss fails later or is silently wrong. With ``results['label_table']`` of
-    :class:`mmmilan.datasets.LabelledImages` the file may have any values, or colours, that the table names.
+    out of range the loss fails later or is silently wrong. An RGB image of grey pixels is read as their values. With
+    ``results['label_table']`` of :class:`mmmilan.datasets.LabelledImages` the file may have any values, or colours,
+    that the table names.
 
     Args:
         num_classes: Labels are 0 to ``num_classes - 1``; 255 marks unlabelled pixels. With the data set's
@@ -173,7 +174,7 @@ class LoadLabelMap(BaseTransform):
         backend_args: MMEngine's file backend that holds the maps.
 
     Raises:
-        InputError: the map is missing, does not decode, is not an 8-bit image of one channel, differs from its image in
+        InputError: the map is missing, does not decode, has more than 8 bits or colours, differs from its image in
             size, or has a label out of range.
     """
 
@@ -188,10 +189,7 @@ class LoadLabelMap(BaseTransform):
             labels = apply_table(read_values(content, path, has_colours(table)), table, path)
         else:
             labels = read_label_map(content, path, results['reduce_zero_label'])
-        shape = tuple(results['ori_shape'][:2])
-        if labels.shape != shape:
-            sizes = ' x '.join(map(str, labels.shape[::-1])), ' x '.join(map(str, shape[::-1]))
-            raise InputError(f'{path} is {sizes[0]}, but its image {sizes[1]} (width x height); make them equal.')
+        check_size(labels, results['ori_shape'][:2], path)
         check_labels(np.bincount(labels.ravel(), minlength=256), self.num_classes, path, results['reduce_zero_label'])
         table = np.arange(IGNORE + 1, dtype=np.uint8)
         for old, new in (results.get('label_map') or {}).items():
@@ -223,10 +221,17 @@ def read_values(content: bytes, path: str, colours: bool) -> np.ndarray:
         return pixels @ np.array([1 << 16, 1 << 8, 1], np.int32)
     if (pixels != pixels[..., :1]).any():
         raise InputError(
-            f'{path} is an RGB image in colours; give label maps with one 8-bit channel, or a table of the colours in '
-            'classes.json: {"NAME": [R, G, B], ...}.'
+            f'{path} is an RGB image in colours; give label maps with one 8-bit channel, or to finetune a table of the '
+            'colours in classes.json: {"NAME": [R, G, B], ...}.'
         )
     return pixels[..., 0].astype(np.uint8)
+
+
+def check_size(values: np.ndarray, size: Sequence[int], path: str) -> None:
+    """Raise an :class:`InputError` if a map [H, W] has not the height and width of its image."""
+    if values.shape != tuple(size):
+        own, other = (' x '.join(map(str, each[::-1])) for each in (values.shape, size))
+        raise InputError(f'{path} is {own}, but its image {other} (width x height); make them equal.')
 
 
 def apply_table(values: np.ndarray, table: Sequence[tuple[int | list[int], int]], path: str) -> np.ndarray:
@@ -295,21 +300,8 @@ def check_labels(pixels: np.ndarray, num_classes: int, path: str, reduced: bool)
 
 
 def read_label_map(content: bytes, path: str, reduce_zero_label: bool = False) -> np.ndarray:
-    """Decode an 8-bit image of one channel or with a palette -> uint8 [H, W].
-
-    With ``reduce_zero_label``, 0 becomes 255 and of the other labels 1 is subtracted.
-
-    Raises:
-        InputError: the file does not decode, or holds another kind of image.
-    """
-    try:
-        with open_header(content) as image:
-            mode, labels = image.mode, np.array(image)
-    except Exception as error:  # of any type, as the file may hold anything
-        raise InputError(f'{path} does not decode ({first_line(error)}); replace it.') from error
-    if mode not in ('L', 'P', '1'):
-        raise InputError(f'{path} is an image of mode {mode}; give label maps with one 8-bit channel.')
-    labels = labels.astype(np.uint8)
+    """As :func:`read_values`, uint8 [H, W]; with ``reduce_zero_label``, 0 becomes 255, and others are less by 1."""
+    labels = read_values(content, path, False)
     if reduce_zero_label:
         labels[labels == 0] = IGNORE
         labels[labels != IGNORE] -= 1

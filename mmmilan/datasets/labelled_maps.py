@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from mmmilan.datasets.annotations import as_code, check_palette, read_values, show_code, unclear_pair
+from mmmilan.datasets.annotations import as_code, check_palette, check_size, read_values, show_code, unclear_pair
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
 from mmmilan.datasets.decoding import images_of_any_size, open_header, read_bytes
 from mmmilan.datasets.object_formats import image_sets, list_images_of, size_of
@@ -190,10 +190,8 @@ def look_at_one(colours: bool, pair: tuple[str, str]) -> tuple[bytes, dict[int, 
     image, path = pair
     content = read_bytes(path)
     values = read_values(content, path, colours)
-    size = size_of(image)
-    if size and tuple(size) != values.shape[::-1]:
-        sizes = ' x '.join(map(str, values.shape[::-1])), ' x '.join(map(str, size))
-        raise InputError(f'{path} is {sizes[0]}, but its image {sizes[1]} (width x height); make them equal.')
+    if size := size_of(image):
+        check_size(values, size[::-1], path)
     return content, count_values(values)
 
 

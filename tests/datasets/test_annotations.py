@@ -239,9 +239,8 @@ SMALL = np.ones((3, 4), np.uint8)
 @pytest.mark.parametrize(
     'labels, message',
     [
-        (SMALL.astype(np.uint16) * 300, r'map\.png is an image of mode I;16; give label maps with one 8-bit channel'),
-        (np.ones((3, 4, 3), np.uint8), r'map\.png is an image of mode RGB; give'),
-        (np.ones((3, 4, 4), np.uint8), r'map\.png is an image of mode RGBA; give'),
+        (SMALL.astype(np.uint16) * 300, r'map\.png is an image of mode I;16; give label maps of 8 bits'),
+        (np.arange(36, dtype=np.uint8).reshape(3, 4, 3), r'map\.png is an RGB image in colours; give label maps with'),
         (np.ones((4, 3), np.uint8), r'map\.png is 3 x 4, but its image 4 x 3 \(width x height\); make them equal'),
         (
             SMALL * 151,
@@ -257,6 +256,15 @@ def test_images_that_are_no_label_maps(tmp_path, labels, message):
 def test_labels_without_a_reduced_zero(tmp_path):
     with pytest.raises(InputError, match='has the label 150 in 12 pixels, where 0 to 149 are possible'):
         load(tmp_path / 'map.png', SMALL * 150, zero=False)
+
+
+@pytest.mark.parametrize('channels', [3, 4])
+def test_grey_pixels_of_an_image_in_colours(tmp_path, channels):
+    """Many tools save masks so; they are read as by finetune."""
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    pixels = np.stack([labels] * 3 + [np.full_like(labels, 255)] * (channels - 3), axis=-1)
+    assert (load(tmp_path / 'map.png', pixels, zero=False) == labels).all()
+    assert (load(tmp_path / 'map.png', pixels) == labels - 1).all()
 
 
 @pytest.mark.parametrize('content', [b'', b'\x89PNG\r\n\x1a\n', b'no image'])
