@@ -76,12 +76,9 @@ class Predictor(Inferencer):
     @property
     def colours(self) -> list[tuple[int, int, int]]:
         """A colour for each class: those of the data set, else evenly spaced hues."""
-        from mmmilan.visualization.pictures import class_colours
+        from mmmilan.visualization.pictures import colours_of
 
-        palette = self.model._dataset_meta.get('palette')
-        if isinstance(palette, (list, tuple)) and len(palette) == len(self.classes):
-            return [tuple(map(int, colour)) for colour in palette]
-        return class_colours(len(self.classes))
+        return colours_of(self.model._dataset_meta, self.classes)
 
     @checked
     def __call__(self, images: arguments.Images, batch_size: arguments.Count | None = None) -> list[Result]:

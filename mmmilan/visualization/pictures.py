@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -295,6 +296,14 @@ def class_colours(num_classes: int) -> list[Colour]:
     hues = numbers * (np.sqrt(5) - 1) / 2 % 1  # by the golden ratio, which fills the circle evenly
     colours = hsv_to_rgb(np.stack([hues, np.ones(num_classes), 1 - 0.2 * (numbers % 3)], axis=1))
     return [tuple(map(int, colour)) for colour in 255 * colours]
+
+
+def colours_of(metainfo: Mapping[str, Any] | None, classes: Sequence[str]) -> list[Colour]:
+    """A colour for each class: the palette of a data set if it has one of so many, else :func:`class_colours`."""
+    palette = (metainfo or {}).get('palette')
+    if isinstance(palette, (list, tuple)) and len(palette) == len(classes):
+        return [tuple(map(int, colour)) for colour in palette]
+    return class_colours(len(classes))
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

@@ -44,8 +44,7 @@ from mmmilan.files import check_output
 from mmmilan.visualization.page import Page
 from mmmilan.visualization.pictures import (
     DRAWN_FROM,
-    Colour,
-    class_colours,
+    colours_of,
     draw_result,
     loss_curve,
     read_scalars,
@@ -80,11 +79,7 @@ class Validation:
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
         self.task, self.has_masks = predicted_task(model), getattr(model, 'with_mask', False)
         self.dataset, self.classes = dataset, tuple(map(str, class_names(dataset)))
-        palette = (getattr(dataset, 'metainfo', None) or {}).get('palette')
-        known = isinstance(palette, (list, tuple)) and len(palette) == len(self.classes)
-        self.colours: list[Colour] = (
-            [tuple(map(int, each)) for each in palette] if known else class_colours(len(self.classes))
-        )
+        self.colours = colours_of(getattr(dataset, 'metainfo', None), self.classes)
         self.shown = set(evenly_spaced(len(dataset), PICTURES))
         self.pictures: list[tuple[str, Result, Result]] = []
         self.worst: list[tuple[float, int, tuple[str, Result, Result]]] = []  # a heap, the least bad first

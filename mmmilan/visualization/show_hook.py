@@ -34,7 +34,7 @@ class ShowHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         from mmmilan.datasets.classes import class_names
-        from mmmilan.visualization.pictures import class_colours
+        from mmmilan.visualization.pictures import colours_of
 
         model, dataset = runner.model, runner.test_dataloader.dataset
         while hasattr(model, 'module'):  # of several processes, or of several views of an image
@@ -42,7 +42,7 @@ class ShowHook(Hook):
         self.task, self.root = predicted_task(model), folder_of(dataset)
         check_output_folder(self.folder, (), [self.root], pictures=True)
         self.classes = tuple(map(str, class_names(dataset)))
-        self.colours = class_colours(len(self.classes))
+        self.colours = colours_of(getattr(dataset, 'metainfo', None), self.classes)
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence) -> None:
         import cv2

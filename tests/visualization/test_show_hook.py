@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cv2
 import pytest
 
 from helpers import read_metrics, rest_slow, save_untrained
+from mmmilan import Predictor
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
+from mmmilan.visualization.show_hook import ShowHook
 
 pytestmark = pytest.mark.usefixtures('own_second')
 TASKS = ('classification', 'detection', 'segmentation')
@@ -25,6 +29,19 @@ def test_truth_beside_prediction(task, scenes, tmp_path):
         run_test(weights, show_dir=folder)
     with pytest.raises(InputError, match='the pictures would be among them'):
         run_test(weights, show_dir=scenes / 'val/new')
+
+
+@pytest.mark.parametrize('palette', [[[1, 2, 3], [4, 5, 6]], [[1, 2, 3]], None])
+def test_colours_are_those_of_predict(palette, tmp_path):
+    """Those of the data set, where it has one for each class."""
+    metainfo = dict(classes=('sky', 'sea'), palette=palette)
+    dataset = SimpleNamespace(metainfo=metainfo, data_root=str(tmp_path / 'data'))
+    model = SimpleNamespace(decode_head=None, _dataset_meta=metainfo)
+    hook = ShowHook(str(tmp_path / 'pictures'))
+    hook.before_test(SimpleNamespace(model=model, test_dataloader=SimpleNamespace(dataset=dataset)))
+    predictor = SimpleNamespace(model=model, classes=metainfo['classes'])
+    assert hook.colours == Predictor.colours.fget(predictor)
+    assert (hook.colours == [(1, 2, 3), (4, 5, 6)]) == (palette is not None and len(palette) == 2)
 
 
 @pytest.mark.parametrize('task', rest_slow(TASKS, 'classification'))
