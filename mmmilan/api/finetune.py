@@ -7,15 +7,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mmmilan import arguments
+from mmmilan.api.runs import check_out, save_weights, set_folder, train, trained_anyway
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
 
+    from mmmilan.datasets.labelled import Labelled
     from mmmilan.visualization.results_page import Validation
 
 FILES = ('config.py', 'model.pth', 'report.html', 'comparison.json')  # what finetune itself writes beside the run's
@@ -91,17 +93,6 @@ def finetune(
     Examples:
         >>> mmmilan.finetune('flowers', 'runs/flowers', start='runs/photos/milan.pth', compare='scratch')
     """
-    from mmengine.logging import print_log
-    from mmengine.registry import DefaultScope
-
-    from mmmilan.api.finetune_probe import begin_as_probe, is_probed, refuse_what_it_sets
-    from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
-    from mmmilan.api.pretrain import check_out, write_into
-    from mmmilan.api.recipe import keep_call
-    from mmmilan.building import change_config, step_errors
-    from mmmilan.datasets.labelled import write_labelled
-    from mmmilan.visualization.results_page import validate
-
     if out is None or (data is None and not resume):
         missing = 'folder to write (--out)' if out is None else 'folder of labelled images'
         raise InputError(f'finetune lacks the {missing}; give it.')
@@ -109,25 +100,73 @@ def finetune(
     if data is not None and folder.resolve().is_relative_to(Path(data).expanduser().resolve()):
         raise InputError(f'{out} is within {data}, whose files are read as labelled data; choose a folder beside it.')
     check_out(folder, resume, FILES)
-    of_data = dict(data=data, task=task, classes=classes, ignore=ignore)
-    given = dict(start=start, arch=arch, patch_size=patch_size, img_size=img_size, epochs=epochs, lr=lr, seed=seed)
-    given |= dict(batch_size=batch_size, accumulate=accumulate, freeze=freeze or None, patience=patience)
-    of_data, given = ({name: value for name, value in each.items() if value is not None} for each in (of_data, given))
+    given = dict(data=data, start=start, task=task, arch=arch, patch_size=patch_size, img_size=img_size, epochs=epochs)
+    given |= dict(batch_size=batch_size, accumulate=accumulate, lr=lr, freeze=freeze or None, compare=compare)
+    given |= dict(classes=classes, ignore=ignore, patience=patience, gpus=gpus, seed=seed)
+    given = {name: value for name, value in given.items() if value is not None}
+    return carry_out(planned(folder, given, changes, resume), folder, changes, gpus, resume)
+
+
+class Plan(NamedTuple):
+    """What a call comes to.
+
+    Attributes:
+        config: Of the run.
+        labelled: The data to write for it; None if a resumed run is to read those that it has.
+        compare: The start that it is compared with, or 'scratch'; None for no comparison.
+        second: The config of the run from there.
+    """
+
+    config: Config
+    labelled: Labelled | None
+    compare: str | None
+    second: Config | None
+
+
+def planned(folder: Path, given: dict[str, Any], changes: dict[str, Any], resume: bool) -> Plan:
+    """Read the data and make the configs.
+
+    Args:
+        folder: Of the run.
+        given: The arguments of :func:`finetune` that are given, in its order.
+        changes: Of the config.
+        resume: Whether the run in the folder is continued.
+    """
+    from mmengine.registry import DefaultScope
+
+    from mmmilan.api.finetune_probe import refuse_what_it_sets
+    from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
+    from mmmilan.api.recipe import keep_call
+    from mmmilan.building import change_config
+
+    of_data = {name: given[name] for name in ('data', 'task', 'classes', 'ignore') if name in given}
+    others = {name: value for name, value in given.items() if name not in (*of_data, 'compare', 'gpus')}
+    compose = resumed_config if resume else new_config
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        compose = resumed_config if resume else new_config
-        config, labelled = compose(folder, of_data, processes=gpus or 1, **given)
+        config, labelled = compose(folder, of_data, processes=given.get('gpus', 1), **others)
         change_config(config, changes, inspect.signature(finetune).parameters)
-        write_into(folder, config)
-        typed = of_data | given | dict(compare=compare, gpus=gpus)
-        typed = {name: typed[name] for name in inspect.signature(finetune).parameters if typed.get(name) is not None}
-        compare = compared_with(config, folder, compare)
+        set_folder(config, folder)
+        compare = compared_with(config, folder, given.get('compare'))
         second = None if compare is None else compared_config(config, compare)
         for each in (config, second) if second else (config,):
             refuse_what_it_sets(each, changes)
-        keep_call(config, 'finetune', typed | dict(out=out, resume=resume), changes, compare=compare)
+        keep_call(config, 'finetune', given | dict(out=folder, resume=resume), changes, compare=compare)
+    return Plan(config, labelled, compare, second)
+
+
+def carry_out(plan: Plan, folder: Path, changes: dict[str, Any], gpus: int | None, resume: bool) -> Path:
+    """Train, validate, write the page, and compare; returns the path of the best model."""
+    from mmengine.logging import print_log
+
+    from mmmilan.api.finetune_probe import begin_as_probe, is_probed
+    from mmmilan.building import step_errors
+    from mmmilan.datasets.labelled import write_labelled
+    from mmmilan.visualization.results_page import validate
+
+    config = plan.config
     with no_file_if_refused(folder), step_errors(changes):
-        if labelled is not None:  # of a resumed run, it must be what split.json says
-            write_labelled(labelled, folder)
+        if plan.labelled is not None:  # of a resumed run, it must be what split.json says
+            write_labelled(plan.labelled, folder)
         if not resume and (gpus or is_probed(config)):  # else the run itself builds all before it writes its config
             try_out(config)
         frozen = begin_as_probe(config, folder)
@@ -136,8 +175,8 @@ def finetune(
     if frozen:
         say_probes(frozen, found.scores, config.model.backbone.get('frozen_stages', -1) > 0)
     write_page(found, weights)
-    if second is not None:
-        comparison = compare_runs(second, weights, found.scores, compare, gpus)
+    if plan.second is not None:
+        comparison = compare_runs(plan.second, weights, found.scores, plan.compare, gpus)
         write_page(found, weights, comparison)
         print_log(comparison['sentence'], logger='current')
     return weights
@@ -187,7 +226,6 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     """
     from mmengine.logging import print_log
 
-    from mmmilan.api.pretrain import save_weights, train
     from mmmilan.checkpoints.config import config_text
     from mmmilan.checkpoints.io import find_newest, load_checkpoint_file
     from mmmilan.engine.launch import start_processes
@@ -255,7 +293,6 @@ def compare_runs(
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_probe import begin_as_probe
-    from mmmilan.api.pretrain import write_into
     from mmmilan.checkpoints.io import checkpoints_in
     from mmmilan.checkpoints.task_config import config_task
     from mmmilan.evaluation.comparison import compare_models
@@ -265,7 +302,7 @@ def compare_runs(
     folder = weights.parent / COMPARED
     name = 'random weights' if compare == 'scratch' else str(compare)
     print_log(f'The same training from {name}, in {folder}.', logger='current')
-    write_into(folder, config)
+    set_folder(config, folder)
     begin_as_probe(config, folder)
     other = run(config, folder, bool(checkpoints_in(folder)), gpus)
     comparison = compare_models(scores, validate(other).scores, config_task(config), name)
@@ -277,7 +314,6 @@ def write_page(found: Validation, weights: Path, comparison: dict[str, Any] | No
     """Write the page beside the weights."""
     from mmengine.logging import print_log
 
-    from mmmilan.api.pretrain import trained_anyway
     from mmmilan.visualization.results_page import write_results
 
     with trained_anyway():
