@@ -205,7 +205,7 @@ def test_what_a_resumed_run_may_be_given(colours, start, tmp_path):
         (dict(start='other.pth'), 'has start=.*leave start out'),
         (dict(batch_size=8), 'has batch_size=4, which a resumed run keeps'),
         (dict(lr=1.0), 'has lr='),
-        (dict(data=str(colours / 'Blau')), 'has no labels'),
+        (dict(data=str(colours / 'Blau')), 'has images of no class'),
     ):
         with pytest.raises(InputError, match=message):
             mmmilan.finetune(out=tmp_path / 'run', resume=True, **change)
