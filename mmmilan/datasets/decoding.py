@@ -24,7 +24,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.fileio import get
 from mmengine.logging import print_log
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from mmmilan.errors import CorruptImageError, InputError
 from mmmilan.files import first_line
@@ -164,9 +164,31 @@ def open_header(content: bytes | str) -> Iterator[Image.Image]:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 (upright) to 8; from 5 on, width and height are swapped."""
-    orientation = image.getexif().get(ORIENTATION, 1) if 'exif' in image.info else 1
+    """The EXIF orientation of an image, 1 (upright) to 8; from 5 on, width and height are swapped.
+
+    Pillow takes that of XMP where EXIF has none, which OpenCV and browsers do not.
+    """
+    exif = Image.Exif()
+    with suppress(Exception):  # of any type; a damaged EXIF is ignored
+        exif.load(image.info.get('exif', b''))
+    orientation = exif.get(ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def orientation_of(content: bytes) -> int:
+    """The EXIF orientation of a file; 1 for one whose header cannot be read."""
+    if any(mark in content for mark in (b'Exif\0\0', b'eXIf', b'EXIF')):  # of JPEG, PNG, WebP
+        with suppress(Exception), open_header(content) as header:  # of any type; decoding says what is wrong
+            return exif_orientation(header)
+    return 1
+
+
+def upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Rotate an image [H, W, ...] by an EXIF orientation."""
+    if orientation >= 5:  # a transpose, followed by one of the first four
+        image, orientation = image.swapaxes(0, 1), {5: 1, 6: 2, 8: 4, 7: 3}[orientation]
+    rows, columns = (slice(None, None, -1 if orientation in turned else 1) for turned in ((3, 4), (2, 3)))
+    return np.ascontiguousarray(image[rows, columns])
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -228,18 +250,18 @@ def decode(content: bytes, path: str, flag: int | str = 'color', max_pixels: int
     try:
         if white := white_level(content, path):
             image = read_16_bit(content, white)
-        elif content[8:12] == b'WEBP':
-            image = read_webp(content)
         elif by_pillow:
             image = read_with_pillow(content, path)
         else:
+            flag = cv2.IMREAD_COLOR if flag == 'color' else flag
+            flag |= cv2.IMREAD_IGNORE_ORIENTATION  # OpenCV does not know that of WebP and 16-bit PNG
             image = mmcv.imfrombytes(content, flag=flag, backend='cv2') if content else None
     except (cv2.error, OSError, MemoryError) as error:
         raise CorruptImageError(f'{path} does not decode ({first_line(error)}); replace or remove it.') from error
     if image is None:
         raise CorruptImageError(f'{path} does not decode as an image; replace or remove it.')
     check_aspect_ratio(image, path)
-    return image
+    return image if by_pillow else upright(image, orientation_of(content))
 
 
 def check_aspect_ratio(image: np.ndarray, name: str) -> None:
@@ -293,36 +315,19 @@ def from_pil(image: Image.Image, name: str = 'An image') -> np.ndarray:
     Raises:
         CorruptImageError: the image does not decode, or holds 32-bit or floating-point numbers.
     """
-    with suppress(Exception):  # of any type; a damaged EXIF is ignored
-        image = ImageOps.exif_transpose(image)
     if image.mode in ('I', 'F'):
         raise CorruptImageError(f'{name} of mode {image.mode} has no range of its own; convert it to 8 or 16 bits.')
     try:
+        orientation = exif_orientation(image)
         if image.mode.startswith('I;16'):
-            return to_8_bits(np.asarray(image), 65535)
-        return np.ascontiguousarray(np.asarray(image.convert('RGB'))[..., ::-1])
+            return to_8_bits(upright(np.asarray(image), orientation), 65535)
+        return upright(np.asarray(image.convert('RGB'))[..., ::-1], orientation)
     except (OSError, ValueError, SyntaxError, MemoryError) as error:  # cut off, closed, or of a mode without colours
         raise CorruptImageError(f'{name} does not decode ({first_line(error)}); replace or remove it.') from error
 
 
-def read_webp(content: bytes) -> np.ndarray | None:
-    """Decode a WebP file -> BGR uint8 [H, W, 3]; None if it does not decode.
-
-    OpenCV ignores the EXIF orientation of WebP files, so the image is rotated here.
-    """
-    image = mmcv.imfrombytes(content, flag='color_ignore_orientation', backend='cv2')
-    if image is None:
-        return None
-    orientation = 1
-    with suppress(Exception), open_header(content) as header:  # of any type; a damaged EXIF is ignored
-        orientation = exif_orientation(header)
-    if orientation >= 5:  # a transpose, followed by one of the first four
-        image, orientation = image.transpose(1, 0, 2), {5: 1, 6: 2, 8: 4, 7: 3}[orientation]
-    flip = {2: 1, 3: -1, 4: 0}.get(orientation)
-    return np.ascontiguousarray(image if flip is None else cv2.flip(image, flip))
-
-
-_PNM = re.compile(rb'P[2356](?:\s+|\s*#[^\n]*\n)\s*\d+\s+\d+\s+(\d+)\s')
+_GAP = rb'(?:\s|#[^\n]*\n)+'  # with comments
+_PNM = re.compile(rb'P[2356]' + _GAP + rb'\d+' + _GAP + rb'\d+' + _GAP + rb'(\d+)\s')
 _SAMPLES, _BITS, _SAMPLE_FORMAT, _COLOURS = 277, 258, 339, 262  # tags of TIFF
 _WHITE_IS_ZERO, _READ = 0, {0, 1, 2, 3, 6}  # of _COLOURS: grey, RGB, a palette, YCbCr; OpenCV gives others falsely
 DARK = 1 / 16  # if no value is above this share of white, the camera probably gave fewer than 16 bits

@@ -8,7 +8,7 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from mmmilan.datasets import CorruptImageError, ImageFolder, LoadImage, LoadRandomResizedCrop
 from mmmilan.datasets.decoding import (
@@ -18,6 +18,7 @@ from mmmilan.datasets.decoding import (
     decode,
     from_pil,
     is_truncated_jpeg,
+    read_size,
     warn_dark,
 )
 from mmmilan.datasets.listing import list_folder
@@ -183,6 +184,36 @@ def test_pillow_images_are_turned_as_files_are(tmp_path, orientation):
     assert (from_pil(image) == decode(content, 'photo')).all()
 
 
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+DEEP = np.arange(54 * 66, dtype=np.uint16).reshape(54, 66) * 18
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'WEBP', 'deep PNG', 'JPEG of XMP'])
+def test_one_orientation_everywhere(tmp_path, form, orientation):
+    """Size, pixels, crop and Pillow's image agree, whatever another library takes for the orientation."""
+    kind, pixels = form.replace(' of XMP', '').replace('deep ', ''), DEEP if 'deep' in form else PIXELS
+    tags = Image.Exif()
+    tags[0x010F] = 'a camera'
+    if 'XMP' not in form:
+        tags[ORIENTATION] = orientation
+    options = dict(exif=tags.tobytes()) | (dict(xmp=XMP) if kind == 'JPEG' else {})
+    content = save(kind, pixels, **options)
+    path = tmp_path / 'photo'
+    path.write_bytes(content)
+    swapped = orientation >= 5 and 'XMP' not in form
+    image = decode(content, 'photo')
+    assert image.shape[:2] == ((66, 54) if swapped else (54, 66)) and tuple(read_size(str(path))) == image.shape[1::-1]
+    assert np.abs(from_pil(Image.open(path)).astype(int) - image).max() <= 3
+    cropped = LoadRandomResizedCrop(16, crop_ratio_range=(1, 1), aspect_ratio_range=(1, 1))(dict(img_path=str(path)))
+    assert cropped['ori_shape'] == image.shape[:2]
+    with Image.open(path) as whole:
+        turned = whole if 'XMP' in form else ImageOps.exif_transpose(whole)
+        expected = np.asarray(turned).astype(float) / (257 if 'deep' in form else 1)
+    expected = expected[..., None] if expected.ndim == 2 else expected[..., ::-1]
+    assert np.abs(expected - image).max() <= 3
+
+
 def test_pillow_images_that_do_not_decode():
     closed = Image.fromarray(PIXELS)
     closed.close()
@@ -250,8 +281,8 @@ def test_16_bits_are_scaled_from_black_to_white(ending, shape):
 
 def test_white_of_a_portable_map_is_in_its_header():
     values = np.array([0, 2048, 4095], '>u2')
-    decoded = decode(b'P5\n# 12 bits\n3 1\n4095\n' + values.tobytes(), 'a.pgm')
-    assert decoded[0, :, 0].tolist() == [0, 128, 255]
+    for header in (b'P5\n# 12 bits\n3 1\n4095\n', b'P5 # of a\n# camera\n3 # wide\n1\n# white\n4095\n'):
+        assert decode(header + values.tobytes(), 'a.pgm')[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_dark_images_are_warned_of_once(log):
