@@ -130,17 +130,19 @@ def pretrain(
 
 def reported_images(config: Config) -> list[str]:
     """What a resumed run reports on: its labelled folder, or else its data, with the splits if it has some."""
-    from mmmilan.datasets.splits import evaluation_source, training_sources
+    from mmmilan.datasets.splits import evaluation_source, role_of, training_sources
 
     trained, held_out = config.train_dataloader.dataset.sources, config.test_dataloader.dataset.sources
     evaluated = [hook.dataset for hook in config.custom_hooks if hook.type == 'mmmilan.OnlineEvaluationHook']
     for root in (each.data_root for each in evaluated if each.get('with_label')):
         if not any(Path(root).is_relative_to(each) for each in held_out):
             return [root]
-    whole = os.path.dirname(held_out[0])
-    if held_out != trained and [os.fspath(evaluation_source(whole))] == held_out:
-        return [whole] if list(map(os.fspath, training_sources(whole))) == trained else held_out
-    return held_out
+    whole = os.path.commonpath(map(os.path.abspath, [*trained, *held_out]))
+    parts = [os.path.relpath(each, whole).partition('/')[0] for each in [*trained, *held_out]]
+    if len(held_out) > 1 or not all(map(role_of, parts)):  # what is no data set, such as /, is not looked through
+        return held_out
+    same = list(map(os.fspath, [*training_sources(whole), evaluation_source(whole)])) == [*trained, *held_out]
+    return [whole] if same else held_out
 
 
 def write_report(weights: Path, sources: Sequence[str | os.PathLike]) -> None:

@@ -109,6 +109,7 @@ class Folder(NamedTuple):
         loose: Number of those directly in it.
         splits: Its splits, if it has any.
         unclear: If it has none, and seems to be divided in another way, how, in a sentence; else ''.
+        left_out: Folders of label maps and the like that lie beside it, or beside one on the way to it.
     """
 
     root: str
@@ -116,6 +117,7 @@ class Folder(NamedTuple):
     loose: int
     splits: Splits | None
     unclear: str
+    left_out: list[str]
 
 
 def look_into(source: Source) -> Folder:
@@ -127,14 +129,17 @@ def look_into(source: Source) -> Folder:
 def _look_into(root: str) -> Folder:
     files = list_folder(root).files if os.path.isdir(root) else []
     if extension(root) == '.tar' and os.path.isfile(root):
-        return Folder(root, {}, 1, None, divided_shards('', [root]))
+        return Folder(root, {}, 1, None, divided_shards('', [root]), [])
+    left_out: list[str] = []
     while True:
         counts = Counter(file.partition('/')[0] for file in files if '/' in file)
         loose = len(files) - counts.total()
         splits = divide(sorted(counts), not loose)
         inner = wrapper(sorted(counts), not loose)
         if splits is not None or inner is None:
-            return Folder(root, dict(sorted(counts.items())), loose, splits, '' if splits else unclear(root, files))
+            divided = '' if splits else unclear(root, files)
+            return Folder(root, dict(sorted(counts.items())), loose, splits, divided, left_out)
+        left_out += [os.path.join(root, name) for name in sorted(counts) if name != inner]
         root = os.path.join(root, inner)
         files = [file.partition('/')[2] for file in files if file.startswith(f'{inner}/')]
 
@@ -226,8 +231,16 @@ def splits_of(source: Source) -> Splits | None:
     return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
 
 
+def without_annotations(source: Source) -> Source:
+    """The folder of images of a source where label maps and the like lie beside it; else the source."""
+    folder = look_into(source)
+    return folder.root if folder.left_out else source
+
+
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
     """What to train on: the training splits of each source, or its only split, or the source itself.
+
+    Of each only the folder of images, where those of label maps and the like lie beside it.
 
     Raises:
         InputError: as :func:`splits_of`.
@@ -235,14 +248,17 @@ def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
     chosen: list[Source] = []
     for source in as_sources(sources):
         splits = splits_of(source)
-        chosen += (splits.train or splits.held_out[:1]) if splits else [source]
+        chosen += map(without_annotations, (splits.train or splits.held_out[:1]) if splits else [source])
     return chosen
 
 
 def evaluation_source(source: Source) -> Source:
-    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits.
+
+    As for :func:`training_sources`, label maps and the like are no images.
+    """
     splits = splits_of(source)
-    return (splits.held_out or splits.train)[0] if splits else source
+    return without_annotations((splits.held_out or splits.train)[0] if splits else source)
 
 
 def class_folders(source: Source) -> tuple[Source, list[str]]:
@@ -287,9 +303,19 @@ def describe(sources: Sequence[Source]) -> str:
     for source in sources:
         splits = splits_of(source)
         unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
-        other = splits.held_out[1:] if splits else []
-        if unused or other:
-            parts.append(f'not used: {listed(unused + other)}')
+        unused += splits.held_out[1:] if splits else []
+        for used in [source, *(splits.train + splits.held_out[:1] if splits else [])]:
+            unused += look_into(used).left_out
+        if unused:
+            parts.append(f'not used: {listed(unused)}')
+    among = [
+        os.path.join(root, folder)
+        for root in (look_into(source).root for source in training)
+        for folder in sorted(folders_of(list_folder(root).files) if os.path.isdir(root) else ())
+        if any(map(ANNOTATIONS.fullmatch, folder.split('/')))
+    ]
+    if among:
+        parts.append(f'used as images, though named like annotations: {listed(among)}')
     _, classes = class_folders(held_out[0])
     if len(held_out) == 1 and classes:
         parts.append(f'classes of the evaluation, named by folders: {len(classes)} ({listed(classes)})')

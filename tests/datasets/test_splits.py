@@ -26,7 +26,7 @@ def make(root: Path, names: str) -> Path:
     for name in names.split():
         path = root / name.replace('~', ' ')
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        tarfile.open(path, 'w').close() if name.endswith('.tar') else path.touch()
     return root
 
 
@@ -50,6 +50,13 @@ def relative(root: Path, folders) -> str:
         ('JPEGImages/train/x/1.png JPEGImages/val/x/2.png gtFine/train/x/1.png', 'JPEGImages/train', 'JPEGImages/val'),
         ('archive/x/train/1.jpg archive/x/test/2.jpg archive/__MACOSX/3.jpg', 'archive/x/train', 'archive/x/test'),
         ('train/images/1.jpg train/labels/1.txt test/images/2.jpg', 'train', 'test'),
+        ('train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png', 'train/images', 'val/images'),
+        ('train/img/a/1.jpg train/gt/a/1.png val/2.jpg', 'train/img/a', 'val'),
+        ('JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png', 'JPEGImages', 'JPEGImages'),
+        ('VOCdevkit/VOC2012/JPEGImages/1.jpg VOCdevkit/VOC2012/SegmentationClass/1.png',
+         'VOCdevkit/VOC2012/JPEGImages', 'VOCdevkit/VOC2012/JPEGImages'),
+        ('images/0.tar masks/0.tar', 'images', 'images'),
+        ('images/x/1.jpg masks/x/1.png', 'images/x', 'images/x'),
         ('Train/1.png Test/2.png Meta/3.png preview.jpg', 'Train', 'Test'),
         ('ILSVRC2012_img_train/a/1.jpg ILSVRC2012_img_val/2.jpg', 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'),
         ('trainA/1.jpg trainB/2.jpg testA/3.jpg testB/4.jpg', 'trainA trainB', 'testA'),
@@ -82,7 +89,9 @@ def test_splits(tmp_path, files, train, evaluation):
 )
 def test_classes(tmp_path, files, classes):
     make(tmp_path, files)
-    assert splits_of(tmp_path) is None and training_sources(tmp_path) == [tmp_path]
+    assert splits_of(tmp_path) is None
+    training = [os.fspath(tmp_path / 'images' if 'annotations' in files else tmp_path)]
+    assert list(map(os.fspath, [*training_sources(tmp_path), evaluation_source(tmp_path)])) == training * 2
     root, names = class_folders(tmp_path)
     assert ' '.join(names).replace(' ', '~').replace('~', ' ').split() == classes.replace('~', ' ').split()
     images, labels, same = list_labelled_images(tmp_path)
@@ -177,6 +186,32 @@ def test_what_was_understood_is_said(tmp_path):
         and 'not used: ' in text
         and text.endswith('no folders that name classes.')
     )
+
+
+def test_folders_of_annotations_are_said(tmp_path):
+    data = make(tmp_path / 'x', 'images/1.jpg masks/1.png masks/2.png')
+    assert describe([data]).startswith(f'1 image to train on, from {data}/images; none are kept')
+    assert f'; not used: {data}/masks; ' in describe([data])
+    data = make(tmp_path / 'y', 'train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png old/3.jpg')
+    text = describe([data])
+    assert text.startswith(
+        f'1 image to train on, from {data}/train/images; 1 kept for evaluation, in {data}/val/images'
+    )
+    assert f'; not used: {data}/old, {data}/train/masks, {data}/val/masks; ' in text
+    data = make(tmp_path / 'z', 'JPEGImages/train/1.jpg JPEGImages/val/2.jpg SegmentationClass/1.png')
+    assert f'; not used: {data}/SegmentationClass; ' in describe([data])
+
+
+@pytest.mark.parametrize(
+    ('files', 'among'),
+    [
+        ('ant/images/1.jpg ant/masks/1.png bee/images/2.jpg', 'ant/masks'),
+        ('1.jpg masks/1.png', 'masks'),
+        ('2007/JPEGImages/1.jpg 2007/SegmentationClass/x/1.png 2012/2.jpg', '2007/SegmentationClass/x'),
+    ],
+)
+def test_annotations_among_the_images_are_said(tmp_path, files, among):
+    assert f'; used as images, though named like annotations: {tmp_path}/{among};' in describe([make(tmp_path, files)])
 
 
 def test_an_empty_folder_names_a_class_for_all(tmp_path, monkeypatch):
