@@ -45,21 +45,15 @@ def tflop(line: dict) -> float:
     return line['gflop_per_image'] * line['images'] / 1e3
 
 
-def seconds(lines: list[dict]) -> str:
-    """CPU seconds of the training, the mean over the runs that were not interrupted."""
-    whole = [line['cpu_seconds'] for line in lines if not line['resumed']]
-    return f'{statistics.mean(whole):.0f}' if whole else ''
-
-
 def markdown(lines: list[dict]) -> str:
     """The table in Markdown, one row per arm."""
-    rows = [['', 'seeds', 'TFLOP', 'seconds', *MEASURES], ['---'] * (4 + len(MEASURES))]
+    rows = [['', 'seeds', 'TFLOP', *MEASURES], ['---'] * (3 + len(MEASURES))]
     for arm in ('teacher', *ARMS):
         runs = [line for line in lines if line['arm'] == arm]
         if runs:
             compute = f'{tflop(runs[0]):.1f}' if 'gflop_per_image' in runs[0] else ''
             cells = [cell(values_of(lines, arm, m), values_of(lines, REFERENCE, m)) for m in MEASURES]
-            rows.append([arm, str(len(runs)), compute, seconds(runs), *cells])
+            rows.append([arm, str(len(runs)), compute, *cells])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
