@@ -22,6 +22,8 @@ from mmmilan.datasets.packed import decode_text, load_index, pair_by_name
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS, TRANSFORMS
 
+SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs'}  # of the cells of a table
+
 
 @DATASETS.register_module()
 class CaptionedImages(ImageFolder):
@@ -30,8 +32,9 @@ class CaptionedImages(ImageFolder):
     Args:
         data_root: Folder of the images.
         captions: A ``.csv`` or ``.tsv`` file with columns ``image`` (path below ``data_root``) and ``caption``, in
-            which an image may have several rows; or a ``.json`` file in COCO's format of captions. None reads the text
-            file of the same name beside each image, one caption per line, see :func:`pair_by_name`.
+            which an image may have several rows; names in any case, with commas, semicolons or tabs between. Or a
+            ``.json`` file in COCO's format of captions. None reads the text file of the same name beside each image,
+            one caption per line, see :func:`pair_by_name`.
         on_corrupt: What to do with an image that is missing, does not decode or has no caption: 'skip' leaves it out
             and names it in the log; 'raise' stops.
         kwargs: Other arguments of :class:`ImageFolder`.
@@ -50,7 +53,7 @@ class CaptionedImages(ImageFolder):
             if not isinstance(image, str) or not isinstance(caption, str) or not caption.strip() or not image:
                 self.reject(f'{place} has no {"caption" if image else "image"}; complete or remove it.')
                 continue
-            texts.setdefault(image, []).append(caption.strip())
+            texts.setdefault(str(Path(image)), []).append(caption.strip())  # ./a.jpg is a.jpg
         if not texts:
             raise InputError(f'{self.captions or self.img_prefix} has no image with a caption; give another one.')
         return [dict(img_path=str(Path(self.img_prefix, image)), captions=texts[image]) for image in texts]
@@ -62,11 +65,12 @@ class CaptionedImages(ImageFolder):
         if not self.captions.is_file():
             raise InputError(f'The captions file {self.captions} does not exist; correct captions=.')
         readers = {'.csv': read_table, '.tsv': read_table, '.json': read_coco}
-        if self.captions.suffix not in readers:
+        kind = self.captions.suffix.lower()
+        if kind not in readers:
             raise InputError(
                 f'The captions file {self.captions} is in no known format; give one that ends in {", ".join(readers)}.'
             )
-        return readers[self.captions.suffix](self.captions)
+        return readers[kind](self.captions)
 
     def read_text_files(self) -> Iterator[tuple[str, str, str]]:
         """As :meth:`read_rows`, from the text files beside the images; an image without caption gives ''."""
@@ -158,16 +162,41 @@ def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     Raises:
         InputError: a column is missing, or the file is not a valid table.
     """
-    rows = csv.DictReader(
-        io.StringIO(read_text(path), newline=''), delimiter='\t' if path.suffix == '.tsv' else ',', strict=True
-    )
+    lines, begin = io.StringIO(read_text(path), newline=''), 1
     try:
-        if not {'image', 'caption'} <= set(rows.fieldnames or ()):
-            raise InputError(f'{path} lacks a column named image or caption; name them in its first row.')
-        for row in rows:
-            yield f'{path}, line {rows.line_num},', row['image'], row['caption']
+        separator, names = find_columns(path, lines.readline())
+        lines.seek(0)
+        rows = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
+        for cells in rows:
+            if any(map(str.strip, cells[len(names) :])):  # the rest of a caption, and maybe other cells moved
+                raise InputError(
+                    f'{path}, line {begin} has {len(cells)} cells where the first row has {len(names)}; put captions '
+                    f'with {SEPARATORS[separator]} in quotation marks.'
+                )
+            if begin > 1 and cells:
+                row = dict(zip(names, cells, strict=False))
+                yield f'{path}, line {rows.line_num},', row.get('image'), row.get('caption')
+            begin = rows.line_num + 1
     except csv.Error as error:  # such as an unclosed quotation mark, which would swallow the rows after it
-        raise InputError(f'{path}, line {rows.line_num}: {error}; correct the quotation marks there.') from error
+        remedy = 'close its quotation marks, or shorten it' if 'limit' in str(error) else 'correct the quotation marks'
+        raise InputError(f'{path}, line {begin}: {error}; {remedy}.') from error
+
+
+def find_columns(path: Path, first: str) -> tuple[str, list[str]]:
+    """What separates the cells of a table, and the names in its first row, in lower case.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    for separator in SEPARATORS:
+        cells = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
+        names = [name.strip().lower() for name in cells]
+        if {'image', 'caption'} <= set(names):
+            return separator, names
+    raise InputError(
+        f'{path} lacks a column named image or caption; name them in its first row, with a comma, semicolon or tab '
+        'between.'
+    )
 
 
 def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:

@@ -165,15 +165,49 @@ def test_encodings(captioned, encoding):
     'content, message',
     [
         (TABLE.encode('latin-1'), r'captions\.csv is not in UTF-8 \(byte \d+: .*\); save it as UTF-8'),
-        (TABLE.replace('asleep"', 'asleep').encode(), r'captions\.csv, line \d+: .*; correct the quotation marks'),
-        (TABLE.replace('a dog', 'x' * 200_000).encode(), r'captions\.csv, line \d+: field larger than'),
-        (b'image;caption\na.jpg;x\n', 'lacks a column named image or caption'),
+        (TABLE.replace('asleep"', 'asleep').encode(), r'captions\.csv, line 3: .*; correct the quotation marks'),
+        (
+            TABLE.replace('a dog', 'x' * 200_000).encode(),
+            r'line 4: field larger than .*; close its quotation marks, or shorten it',
+        ),
+        (b'image|caption\na.jpg|x\n', 'lacks a column named image or caption; .* with a comma, semicolon or tab'),
+        (
+            b'image,caption\nb.jpg,a dog\na.jpg,a cat, on a mat\n',
+            'line 3 has 3 cells where the first row has 2; put captions with commas in quotation marks',
+        ),
+        (b'caption;image\n"a; b";a.jpg\na cat; asleep;b.jpg\n', 'line 3 has 3 cells .* with semicolons in'),
+        (b'image\tcaption\na.jpg\ta cat\ton a mat\n', 'line 2 has 3 cells .* with tabs in quotation marks'),
+        (b'image,caption\na.jpg,"two\nlines"\nb.jpg,a dog, asleep\n', 'line 4 has 3 cells'),
         (b'', 'lacks a column named image or caption'),
     ],
 )
 def test_tables_that_cannot_be_read(captioned, content, message):
     with pytest.raises(InputError, match=message):
         captioned(content)
+
+
+@pytest.mark.parametrize(
+    ('content', 'name'),
+    [
+        (TABLE, 'captions.CSV'),
+        (TABLE.replace('image,caption', ' Image , CAPTION '), 'captions.csv'),
+        (TABLE.replace(',', ', ').replace('  ', ' '), 'captions.csv'),
+        (TABLE.replace('Käfer', 'Käfer,'), 'captions.csv'),
+        (TABLE.replace(',', ';').replace('cat;', 'cat,'), 'captions.csv'),
+        (TABLE.replace(',', '\t').replace('cat\t', 'cat,'), 'captions.TSV'),
+        (TABLE.replace(',', '\t').replace('cat\t', 'cat,'), 'captions.csv'),
+        (TABLE.replace('\n', '\r\n'), 'captions.csv'),
+        (TABLE.replace('\n', '\r'), 'captions.csv'),
+        (TABLE.replace('\n', '\n\n'), 'captions.csv'),
+    ],
+)
+def test_tables_as_tools_write_them(captioned, content, name):
+    expected = {'a.jpg': ['ein Käfer'], 'b.jpg': ['a cat, asleep'], 'c.jpg': ['a dog']}
+    assert captioned(content.encode(), name) == expected
+
+
+def test_two_spellings_of_a_path_are_one_image(captioned):
+    assert captioned(b'image,caption\n./a.jpg,one\na.jpg,two\n.//a.jpg,three\n') == {'a.jpg': ['one', 'two', 'three']}
 
 
 def test_captions_that_are_no_text_are_skipped(captioned):
