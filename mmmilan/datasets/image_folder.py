@@ -278,6 +278,10 @@ class ImageFolder(CustomDataset):
             raise InputError(f'The database {db_path} holds no image; make it with tools/pack_images.py.')
         if not self.with_label:
             return [dict(img_path=path) for path in paths]
+        loose, paths = len(paths), [path for path in paths if '/' in path]
+        log_left_out(db_path, {'images in no folder of a class': loose - len(paths)})
+        if not paths:
+            raise InputError(f'The database {db_path} has no image in the folder of a class; pack folders of classes.')
         label = self.label_folders(dict(sorted(Counter(path.split('/')[0] for path in paths).items())))
         return [dict(img_path=path, gt_label=label[path.split('/')[0]]) for path in paths]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from helpers import grey_png
 from mmmilan.datasets import CaptionedShards, Draw, ImageFolder, LoadImage, ShardSampler
 from mmmilan.datasets.image_folder import list_images
-from mmmilan.datasets.packed import load_index, pair_by_name
+from mmmilan.datasets.packed import load_index, pack_images, pair_by_name
 from mmmilan.errors import InputError
 
 
@@ -43,6 +44,21 @@ def test_lmdb(image_folder, run_tool, tmp_path, with_label):
     assert np.array_equal(image, LoadImage()(dict(img_path=str(image_folder / info['img_path'])))['img'])
     with pytest.raises(InputError, match='The image nothing.jpg is missing'):
         LoadImage(backend_args)(dict(img_path='nothing.jpg'))
+
+
+def test_an_image_in_no_folder_is_no_class_of_a_database(image_folder, tmp_path, log):
+    pytest.importorskip('lmdb')
+    root = Path(shutil.copytree(image_folder, tmp_path / 'images'))
+    (root / 'stray.png').write_bytes(grey_png(1))
+    pack_images(root, sorted(root.rglob('*.*')), tmp_path / 'images.lmdb')
+    pack_images(root, [root / 'stray.png'], tmp_path / 'flat.lmdb')
+    backend_args, flat = (dict(backend='lmdb', db_path=str(tmp_path / name)) for name in ('images.lmdb', 'flat.lmdb'))
+    packed, folder = build(tmp_path, True, backend_args), build(root, True)
+    assert len(packed) == len(folder) == 24 and packed.CLASSES == folder.CLASSES
+    assert 'images.lmdb: 1 images in no folder of a class' in log.text
+    assert len(build(tmp_path, False, backend_args)) == 25 and len(build(tmp_path, False, flat)) == 1
+    with pytest.raises(InputError, match='flat.lmdb has no image in the folder of a class; pack folders'):
+        build(tmp_path, True, flat)
 
 
 def test_lmdb_refusals(image_folder, run_tool, tmp_path):
