@@ -8,13 +8,11 @@ import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imp
 import argparse
 from pathlib import Path
 
-from rich.progress import track
-
 from mmmilan.building import build_errors
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.packed import pack_images
-from mmmilan.errors import InputError, count, exit_on_input_error
+from mmmilan.errors import InputError, exit_on_input_error
 
 
 def main() -> None:
@@ -27,7 +25,7 @@ def main() -> None:
     paths = [args.folder / path for path in list_folder(args.folder, EXTENSIONS).files]
     if not paths:
         raise InputError(f'The folder {args.folder} holds no image; choose one that does.')
-    pack_images(args.folder, track(paths, description=f'packing {count(len(paths), "image")}'), args.database)
+    pack_images(args.folder, paths, args.database)
 
 
 if __name__ == '__main__':

@@ -24,12 +24,13 @@ import torch
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.logging import print_log
+from rich.progress import track
 from torch import Tensor
 
 from mmmilan.datasets.decoding import ARCHIVES, EXTENSIONS
 from mmmilan.datasets.listing import extension, is_leaving
 from mmmilan.datasets.reproducible import ReproducibleSampler
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_folder, check_output_folder, write_text
 from mmmilan.registry import DATA_SAMPLERS
 
@@ -317,15 +318,29 @@ def pack_images(folder: Path, paths: Iterable[Path], db_path: Path) -> None:
             atomic_folder(db_path) as unfinished,
             lmdb.open(str(unfinished), map_size=1 << 42) as database,
         ):
+            longest = database.max_key_size()
+            files = [(key_of(path.relative_to(folder), longest), path) for path in paths]  # before the first is read
             transaction = database.begin(write=True)
-            for i, path in enumerate(paths):
-                transaction.put(key_of(path.relative_to(folder), database.max_key_size()), path.read_bytes())
+            for i, (key, path) in enumerate(track(files, f'Packing {count(len(files), "image")}', transient=True)):
+                transaction.put(key, read_image(path))
                 if i % COMMIT_EVERY == COMMIT_EVERY - 1:
                     transaction.commit()
                     transaction = database.begin(write=True)
             transaction.commit()
     except lmdb.Error as error:
         raise InputError(f'{db_path} was not written ({error}); free space or choose another folder.') from error
+
+
+def read_image(path: Path) -> bytes:
+    """The file of an image.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f'The image {path} cannot be read ({error.strerror}); mend it, or move it away.') from error
 
 
 def key_of(path: Path, longest: int) -> bytes:

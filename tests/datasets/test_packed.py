@@ -78,6 +78,24 @@ def test_lmdb_refusals(image_folder, run_tool, tmp_path):
         run_tool('pack_images.py', image_folder, tmp_path / 'images.lmdb')
 
 
+@pytest.mark.parametrize('name', ['ä.png', 'x' * 300 + '/' + 'y' * 250 + '.png'])
+def test_names_are_refused_before_an_image_is_read(tmp_path, name, monkeypatch):
+    pytest.importorskip('lmdb')
+    monkeypatch.setattr(Path, 'read_bytes', lambda path: pytest.fail(f'{path} was read'))
+    with pytest.raises(InputError, match='is not ASCII, or longer than 511; rename it'):
+        pack_images(tmp_path, [tmp_path / 'a.png', tmp_path / name], tmp_path / 'images.lmdb')
+
+
+def test_an_image_that_cannot_be_read_is_not_packed(tmp_path):
+    pytest.importorskip('lmdb')
+    (tmp_path / 'a.png').write_bytes(grey_png(1))
+    (tmp_path / 'b.png').mkdir()
+    for name, reason in (('b.png', 'Is a directory'), ('c.png', 'No such file')):
+        with pytest.raises(InputError, match=rf'The image \S*/{name} cannot be read \({reason}.*\); mend it, or move'):
+            pack_images(tmp_path, [tmp_path / 'a.png', tmp_path / name], tmp_path / 'images.lmdb')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.png', 'b.png']  # nothing half done
+
+
 LOAD = [dict(type='mmmilan.LoadImage')]
 
 
