@@ -37,7 +37,8 @@ from mmmilan.files import first_line
 
 # Hosts of the same files under the same paths: the original one, and that of the maintained line.
 MIRRORS = ('https://download.openmmlab.com/', 'https://mmassets.onedl.ai/')
-_HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$', re.IGNORECASE)
+_DATE = r'(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{4}|\d{6})?'  # and maybe the time
+_HASH_IN_NAME = re.compile(rf'-(?!{_DATE}\.)([0-9a-f]{{8,64}})\.\w+$', re.IGNORECASE)
 _HASH_OF_FOLDER = re.compile(r'/([0-9a-f]{64})/[^/]+$')  # OpenAI's addresses of CLIP
 _LONGEST_NAME = 200  # bytes; file systems take 255, with a hash and '.part'
 _CHUNK = 1 << 20

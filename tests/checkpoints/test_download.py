@@ -218,6 +218,19 @@ def test_wrong_file_in_the_cache(server):
     assert target.read_bytes() == b'something else'
 
 
+@pytest.mark.parametrize('date', ['20240131', '19991201', '202401311259', '20240131125959'])
+def test_a_date_in_a_name_is_no_hash(server, date):
+    assert download(f'{server.url}/good/my_vit-{date}.pth').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    'number', ['20241331', '20240132', '20240100', '21000101', '2024013a', '202401311', '12345678']
+)
+def test_other_numbers_in_a_name_are_hashes(server, number):
+    with pytest.raises(InputError, match=f'does not have the hash {number}'):
+        download(f'{server.url}/good/my_vit-{number}.pth')
+
+
 def test_files_of_one_name_without_hash_do_not_mix(server):
     one, other = download(f'{server.url}/good/model.pth'), download(f'{server.url}/wrong/model.pth')
     assert one.read_bytes() == CONTENT and other.read_bytes() == CONTENT[::-1]
