@@ -82,7 +82,7 @@ def as_json(value: object) -> object:
 def checksum_of_names(dataset: ImageFolder) -> int:
     """CRC-32 of the paths of the images relative to their folder, in order."""
     names = [dataset.get_data_info(i)['img_path'].removeprefix(dataset.img_prefix) for i in range(len(dataset))]
-    return zlib.crc32('\n'.join(names).encode())
+    return zlib.crc32('\n'.join(names).encode(errors='surrogateescape'))  # as the system has them
 
 
 def read_manifest(folder: Path) -> dict:

@@ -141,7 +141,7 @@ class Page:
         """
         figures = ''
         for path, title, note in pictures:
-            address, alt = quote(path), html.escape(f'{title}: {note}' if note else title)
+            address, alt = quote(path, errors='surrogateescape'), html.escape(f'{title}: {note}' if note else title)
             figures += f'<figure><a href="{address}"><img loading="lazy" alt="{alt}" src="{address}"></a>'
             figures += f'<figcaption>{html.escape(title)}<small>{html.escape(note)}</small></figcaption></figure>'
         self.parts.append(f'<div class="pictures">{figures}</div>')

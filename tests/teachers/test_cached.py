@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,10 @@ from mmengine.registry import DATASETS, FUNCTIONS, MODELS
 from torch._dynamo.testing import CompileCounter
 
 from helpers import ROOT, relative_error
-from mmmilan.datasets import Draw
+from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.engine.compilation import compile_model
 from mmmilan.errors import InputError
-from mmmilan.teachers.cached import TargetCache, encode, record_dtype
+from mmmilan.teachers.cached import TargetCache, checksum_of_names, encode, record_dtype
 
 CONFIG = ROOT / 'configs/milan/milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 LOADER = {f'train_dataloader.{key}': value for key, value in dict(batch_size=4, num_workers=0).items()}
@@ -51,6 +53,14 @@ def loss_of(cfg: Config, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
     data = model.data_preprocessor(batch_of(cfg, epoch), training=True)
     torch.manual_seed(1)
     return data['inputs'], model.loss(**data)['loss']
+
+
+def test_names_that_are_not_utf8_have_a_checksum(tmp_path):
+    for folder, name in (('a', b'\xff\xe9.jpg'), ('b', b'\xfe\xe9.jpg'), ('c', 'ÿé.jpg'.encode())):
+        (tmp_path / folder).mkdir()
+        Path(tmp_path / folder, os.fsdecode(name)).touch()
+    sums = [checksum_of_names(ImageFolder(str(tmp_path / folder), pipeline=[])) for folder in 'abc']
+    assert sums == [zlib.crc32(name) for name in (b'\xff\xe9.jpg', b'\xfe\xe9.jpg', 'ÿé.jpg'.encode())]
 
 
 def test_training_is_that_with_the_teacher(cached):

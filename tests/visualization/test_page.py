@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import cv2
 import numpy as np
@@ -21,6 +23,14 @@ def test_bold_is_the_best_whichever_row_it_is_in():
     page = Page('A & B', 'lead', {'x': 'https://a.b/?c&d'})
     page.table(['encoder', 'k-NN'], [['ours', '1.0'], ['random', '2.0']], [[1.0], [2.0]])
     assert '<td>random</td><td><b>2.0</b></td>' in page.parts[-1] and '<b>1.0' not in page.parts[-1]
+
+
+def test_pictures_whose_names_are_not_utf8(tmp_path):
+    page, name = Page('Title', 'lead'), os.fsdecode(b'a \xff.jpg')
+    page.pictures([(name, name, 'a cat')])
+    page.write(tmp_path / 'index.html', '')
+    address = re.search('src="(.*?)"', (tmp_path / 'index.html').read_text())[1]
+    assert unquote_to_bytes(address) == os.fsencode(name)
 
 
 def example(path: Path, script: str = '') -> None:
