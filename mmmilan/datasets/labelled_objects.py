@@ -61,6 +61,7 @@ def read_objects(
     train_parts, val_parts = choose_parts(parts, notes)
     if evaluate:
         train_parts, val_parts = val_parts or train_parts, []
+    notes += dict.fromkeys(note for part in (*train_parts, *val_parts) for note in part.notes)
     contents = dict(train=[each.read() for each in train_parts], val=[each.read() for each in val_parts])
     where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
     classes = choose_classes(contents, where, given, ignored, notes)

@@ -48,11 +48,13 @@ class Part(NamedTuple):
         role: 'train', 'val', 'test', or '' where it has no name.
         where: The file or folder that has them, for messages.
         read: Gives them in COCO's format, with absolute file names; images may lack their size.
+        notes: What is left out of them, a line each.
     """
 
     role: str
     where: str
     read: Callable[[], dict[str, Any]]
+    notes: Sequence[str] = ()
 
 
 def list_images_of(root: Path) -> list[str]:
@@ -331,10 +333,29 @@ def yolo_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]
     for role in ('val', 'test'):
         if set(splits.get(role, ())) == set(splits['train']):  # as in coco128.yaml
             del splits[role]
+    keypoints = yolo_keypoints(content, path)
+    notes = [f'Keypoints, which {path} has by its kpt_shape, are left out: boxes alone are used.'] * bool(keypoints)
     return [
-        Part(role, f'{role} of {path}', partial(read_yolo, list(dict.fromkeys(images)), names, str(path)))
+        Part(
+            role,
+            f'{role} of {path}',
+            partial(read_yolo, list(dict.fromkeys(images)), names, str(path), keypoints),
+            notes,
+        )
         for role, images in splits.items()
     ]
+
+
+def yolo_keypoints(content: dict, path: Path) -> int:
+    """How many numbers of keypoints stand behind the box in a row; 0 without ``kpt_shape``, or an empty one."""
+    shape = content.get('kpt_shape')
+    if shape in (None, '', 'null', '~', []):
+        return 0
+    try:
+        points, numbers = map(int, shape if isinstance(shape, list) else ())
+        return points * numbers
+    except (TypeError, ValueError):
+        raise InputError(f'{path} has kpt_shape: {shape}; write two numbers, as [17, 3], or remove it.') from None
 
 
 def yolo_folders(root: Path, given: Names | None) -> list[Part]:
@@ -418,8 +439,15 @@ def label_paths(image: str) -> list[str]:
     return [f'{before}/labels/{after}', stem] if folder else [stem]
 
 
-def read_yolo(images: list[str], names: list[str], where: str) -> dict[str, Any]:
-    """The objects of images, as labelformat reads them from the text files of the images."""
+def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 0) -> dict[str, Any]:
+    """The objects of images, as labelformat reads them from the text files of the images.
+
+    Args:
+        images: Paths of the images.
+        names: Names of the classes.
+        where: What has these names, for messages.
+        keypoints: How many numbers stand behind a box, which are left out.
+    """
     require_labelformat(where)
     from labelformat.formats import YOLOv8InstanceSegmentationInput, YOLOv8ObjectDetectionInput
     from labelformat.model.image import Image
@@ -432,7 +460,7 @@ def read_yolo(images: list[str], names: list[str], where: str) -> dict[str, Any]
             if text in texts:
                 raise InputError(f'{text} belongs to {texts[text]} and to {image}; give the images different names.')
             texts[text] = image
-            rows[image] = yolo_rows(text, names, where)
+            rows[image] = yolo_rows(text, names, where, keypoints)
     if not texts:
         raise InputError(
             f'Of {count(len(images), "image")} of {where} none has a text file, as {label_paths(images[0])[0]}; put '
@@ -465,8 +493,8 @@ def size_of(image: str) -> tuple[int, int] | None:
         return None
 
 
-def yolo_rows(path: str, names: Sequence[str], where: str) -> list[list[str]]:
-    """The rows of a text file, of which labelformat would leave out wrong ones.
+def yolo_rows(path: str, names: Sequence[str], where: str, keypoints: int) -> list[list[str]]:
+    """The rows of a text file without keypoints; labelformat would leave out wrong ones.
 
     Raises:
         InputError: a row is neither a box nor a polygon of a known class.
@@ -476,6 +504,8 @@ def yolo_rows(path: str, names: Sequence[str], where: str) -> list[list[str]]:
         cells = line.split()
         if not cells:
             continue
+        if keypoints and len(cells) == 5 + keypoints:  # an even number of them would be a polygon
+            cells = cells[:5]
         try:
             values = list(map(float, cells))
             fault = row_fault(values, names, where)

@@ -430,6 +430,16 @@ def test_yolo_polygons_on_turned_images(tmp_path):
     assert train[0]['data_samples'].gt_instances.masks.masks.shape[0] <= 1
 
 
+@pytest.mark.parametrize('shape, points', [('[2, 3]', '0.1 0.1 2 0.9 0.9 1'), ('[2, 2]', '0 0 1 1')])
+def test_yolo_boxes_with_keypoints(tmp_path, shape, points):
+    """Behind a box they are as many numbers as a polygon has, or none that a row may have."""
+    pytest.importorskip('labelformat')
+    rows = {f'images/{i}.png': f'0 0.5 0.5 0.5 0.25 {points}\n0 0.25 0.25 0.5 0.5' for i in range(4)}
+    labelled = read_labelled(yolo(tmp_path, rows, f'train: images\nnames: [cat]\nkpt_shape: {shape}'))
+    assert not labelled.has_masks and 'boxes alone are used' in labelled.notes[0]
+    assert {tuple(each['bbox']) for each in labelled.train['annotations']} == {(10, 12, 20, 8), (0, 0, 20, 16)}
+
+
 def voc(root: Path, name: str, objects: list[tuple], folder: str = 'Annotations', size: tuple = (40, 32)) -> None:
     """An XML file of Pascal VOC, whose ``filename`` is the old name of its image."""
     things = ''.join(
@@ -642,6 +652,7 @@ NAMES = 'train: images\nnames: [cat, dog]'
         (BOX, 'train: images\nval: [images, more]\nnames: [cat]', 'has val: more, which does not exist'),
         (BOX, 'val: images\nnames: [cat]', 'has no train; name the folder'),
         (BOX, 'train: images\nnames: [cat', r'data.yaml cannot be read as YAML \('),
+        (BOX, f'{NAMES}\nkpt_shape: 17', r'has kpt_shape: 17; write two numbers, as \[17, 3\]'),
         (None, NAMES, 'Of 2 images of .*data.yaml none has a text file, as .*labels/'),
         ('', NAMES, 'has no objects of cat, dog; annotate some'),
         (BOX, None, 'has rows of boxes in text files, but no names of their classes; write data.yaml'),
