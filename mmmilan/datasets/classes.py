@@ -32,8 +32,8 @@ ENDINGS = ('.txt', '.json', '.csv')  # of files of names
 
 
 def as_name(name: Any) -> str:
-    """A name with composed accents (NFC): systems store the same folder name as different characters."""
-    return unicodedata.normalize('NFC', str(name))
+    """A name with composed accents (NFC), which systems store as different characters, and without spaces around it."""
+    return unicodedata.normalize('NFC', str(name)).strip()
 
 
 def listed(names: Iterable[str | os.PathLike]) -> str:
@@ -267,7 +267,8 @@ def read_numbered(path: Path) -> dict[int, str]:
     """
     with readable(path):
         text = path.read_text(encoding='utf-8-sig')
-        return json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
+        pairs = json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
+    return {number: as_name(name) for number, name in pairs.items()}
 
 
 @contextmanager

@@ -598,19 +598,19 @@ def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
         else:
             role = next(iter(roles_of(os.path.relpath(file.parent, root))), '')
         roles[role].append(file)
-    names = sorted({name for file in files for name in voc_names(file)})
+    spellings = {spelling for file in files for spelling in voc_names(file)}
     return [
         Part(
             role,
             f'{role} of {root}' if role else str(root),
-            lambda role=role, own=own: read_voc(own, names, role, images),
+            lambda role=role, own=own: read_voc(own, spellings, role, images),
         )
         for role, own in roles.items()
     ]
 
 
 def voc_names(path: Path) -> list[str]:
-    """The names of the objects in an XML file.
+    """The names of the objects in an XML file as they stand there, with the spaces of an editor around them.
 
     Raises:
         InputError: it is no XML.
@@ -621,7 +621,7 @@ def voc_names(path: Path) -> list[str]:
         raise InputError(f'{path} cannot be read as XML ({first_line(error)}); write it again.') from error
 
 
-def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> dict[str, Any]:
+def read_voc(files: list[Path], spellings: set[str], role: str, images: Images) -> dict[str, Any]:
     """The objects of XML files, as labelformat reads them."""
     require_labelformat(images.root)
     from labelformat.formats import PascalVOCObjectDetectionInput
@@ -629,7 +629,9 @@ def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> 
     from labelformat.types import ParseError
 
     reader = PascalVOCObjectDetectionInput(images.root, '')
-    reader._categories = [Category(number, name) for number, name in enumerate(names)]  # names may have commas
+    names = sorted(set(map(as_name, spellings)) - {''})
+    # labelformat compares the texts; names may have commas
+    reader._categories = [Category(names.index(name), each) for each in spellings if (name := as_name(each))]
     paths, labels = [], []
     for file in track(files, 'Reading labels', transient=True):
         reader._input_folder = SimpleNamespace(glob=lambda pattern, file=file: [file])

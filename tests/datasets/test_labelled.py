@@ -477,6 +477,28 @@ def test_pascal_voc(tmp_path):
     assert boxes(val) == {'b.png': [('dog, big', 1, 2, 11, 12)]}
 
 
+def test_spaces_around_names(tmp_path):
+    """They are of the editor that wrote a file, or of a slip in the name of a folder; a name is the same without."""
+    pytest.importorskip('labelformat')
+    objects = {f'{i}.png': [DOG] for i in range(3)}
+    coco(tmp_path / 'coco', 'train.json', 'train', objects, {3: 'dog '})
+    coco(tmp_path / 'coco', 'val.json', 'val', objects, {3: ' dog'})
+    class_folders(tmp_path / 'folders/train', {'cat': 2, 'dog ': 2})
+    class_folders(tmp_path / 'folders/val', {'cat ': 2, 'dog': 2})
+    yolo(tmp_path / 'yolo', {f'images/{i}.png': BOX for i in range(3)}, 'train: images\nnames: [" dog "]')
+    for number, name in enumerate(('dog', ' dog ', '\n      dog\n    ')):
+        image(tmp_path / f'voc/{number}.png')
+        voc(tmp_path / 'voc', str(number), [(name, 1, 2, 11, 12)], folder='')
+    for folder in ('coco', 'yolo', 'voc'):
+        labelled = read_labelled(tmp_path / folder)
+        assert labelled.classes == ('dog',) and len(labelled.train['images'] + labelled.val['images']) > 2
+        assert {each['category_id'] for each in labelled.train['annotations']} == {1}
+    labelled = read_labelled(tmp_path / 'folders', classes=['cat', 'dog '])
+    assert labelled.classes == ('cat', 'dog') and Counter(each['label'] for each in labelled.val) == {0: 2, 1: 2}
+    voc(tmp_path / 'voc', '1', [(' ', 1, 2, 11, 12)], folder='')
+    refused(tmp_path / 'voc', "1.xml is not as Pascal VOC has it .*' '")
+
+
 @pytest.mark.parametrize('masks', [False, True])
 def test_what_another_tool_converted(tmp_path, masks):
     """COCO written as YOLO by labelformat's own writers gives the same boxes."""
