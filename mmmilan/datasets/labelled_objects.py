@@ -239,12 +239,10 @@ def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None
         if isinstance(mask, list):  # far outside, a polygon would fill the memory
             mask = [np.clip(np.reshape(polygon, (-1, 2)), 0, size).ravel().tolist() for polygon in mask]
     box = cut(box, size)
-    return dict(
-        bbox=box,
-        area=float(annotation['area']) or box[2] * box[3],
-        iscrowd=int(bool(annotation.get('iscrowd') or annotation.get('ignore'))),
-        segmentation=mask,
-    )
+    if crowd := bool(annotation.get('iscrowd') or annotation.get('ignore')):
+        counts.add('object', 'neither trained on nor scored (a crowd, or difficult)', case)
+    area = float(annotation['area']) or box[2] * box[3]
+    return dict(bbox=box, area=area, iscrowd=int(crowd), segmentation=mask)
 
 
 def cut(box: Sequence[float], size: tuple[int, int]) -> list[float]:

@@ -598,7 +598,7 @@ def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
         else:
             role = next(iter(roles_of(os.path.relpath(file.parent, root))), '')
         roles[role].append(file)
-    spellings = {spelling for file in files for spelling in voc_names(file)}
+    spellings = {name for file in files for name in voc_texts(file, 'name')}
     return [
         Part(
             role,
@@ -609,14 +609,14 @@ def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     ]
 
 
-def voc_names(path: Path) -> list[str]:
-    """The names of the objects in an XML file as they stand there, with the spaces of an editor around them.
+def voc_texts(path: Path, field: str) -> list[str]:
+    """What a field of each object in an XML file says, with the spaces of an editor around it; '' without the field.
 
     Raises:
         InputError: it is no XML.
     """
     try:
-        return [(each.findtext('name') or '') for each in ElementTree.parse(path).getroot().findall('object')]
+        return [each.findtext(field, '') for each in ElementTree.parse(path).getroot().findall('object')]
     except (OSError, ElementTree.ParseError) as error:
         raise InputError(f'{path} cannot be read as XML ({first_line(error)}); write it again.') from error
 
@@ -632,7 +632,7 @@ def read_voc(files: list[Path], spellings: set[str], role: str, images: Images) 
     names = sorted(set(map(as_name, spellings)) - {''})
     # labelformat compares the texts; names may have commas
     reader._categories = [Category(names.index(name), each) for each in spellings if (name := as_name(each))]
-    paths, labels = [], []
+    paths, labels, difficult = [], [], []
     for file in track(files, 'Reading labels', transient=True):
         reader._input_folder = SimpleNamespace(glob=lambda pattern, file=file: [file])
         try:
@@ -645,7 +645,10 @@ def read_voc(files: list[Path], spellings: set[str], role: str, images: Images) 
         path = images.choose(stem, [file.stem], role, file.parent) or images.find(name, role, file.parent)
         labels.append(replace(label, image=replace(label.image, id=len(paths))))
         paths.append(path or str(file.parent / name))
+        difficult += [text.strip() == '1' for text in voc_texts(file, 'difficult')]
     content = in_coco_format(paths, names, labels)
+    for annotation, ignored in zip(content['annotations'], difficult, strict=True):
+        annotation['ignore'] = ignored  # as those who score Pascal VOC do
     for image, label in zip(content['images'], labels, strict=True):
         if label.image.width > 0 and label.image.height > 0:  # some tools write 0
             image |= dict(width=label.image.width, height=label.image.height)

@@ -338,7 +338,8 @@ def test_coco(tmp_path):
     assert val[0]['data_samples'].ignored_instances.labels.tolist() == [0]
     assert len(train) == 2 and train[1]['data_samples'].gt_instances.labels.tolist() == []
     assert labelled.notes == [
-        f'train: 1 image without objects, kept as a negative; the first is {data}/train2017/ü 2.png.'
+        f'train: 1 image without objects, kept as a negative; the first is {data}/train2017/ü 2.png.',
+        f'val: 1 object neither trained on nor scored (a crowd, or difficult); the first is {data}/val2017/1.png.',
     ]
 
 
@@ -475,6 +476,23 @@ def test_pascal_voc(tmp_path):
     train, val = built(labelled, tmp_path / 'out', DETECTION)
     assert boxes(train) == {'a.png': [], 'c.png': [('dog, big', 1, 2, 11, 12), ('cat', 3, 4, 30, 31)]}
     assert boxes(val) == {'b.png': [('dog, big', 1, 2, 11, 12)]}
+
+
+def test_difficult_objects_of_pascal_voc(tmp_path):
+    """As in its own scores, and as COCO's crowds, they are neither positives nor negatives."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('labelformat')
+    for number in range(5):
+        image(tmp_path / f'data/{number}.png')
+        voc(tmp_path / 'data', str(number), [('cat', 1, 2, 11, 12), ('cat', 3, 4, 30, 31)], folder='')
+        path = tmp_path / f'data/{number}.xml'
+        first, second, rest = path.read_text().split('<bndbox>')
+        path.write_text(f'{first}<difficult> 1 </difficult><bndbox>{second}<difficult>0</difficult><bndbox>{rest}')
+    labelled = read_labelled(tmp_path / 'data')
+    assert labelled.notes[0].startswith('train: 5 objects neither trained on nor scored (a crowd, or difficult); ')
+    train, _ = built(labelled, tmp_path / 'out', DETECTION)
+    ignored = [(each['bbox'], each['ignore_flag']) for each in train.get_data_info(0)['instances']]
+    assert ignored == [([1, 2, 11, 12], 1), ([3, 4, 30, 31], 0)]
 
 
 def test_spaces_around_names(tmp_path):
