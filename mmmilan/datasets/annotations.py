@@ -94,7 +94,7 @@ def annotation_fault(annotation: dict[str, Any], sizes: dict[int | str, list[int
     box = annotation.get('bbox')
     if not is_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
         return f'the bbox {box!r}, which is not x, y, width and height'
-    if not is_numbers([annotation.get('area')]):
+    if not is_numbers([annotation.get('area')]) or annotation['area'] < 0:  # in COCO's scores it would be ignored
         return f'the area {annotation.get("area")!r}'
     mask = annotation.get('segmentation') or []
     size = sizes[annotation['image_id']]

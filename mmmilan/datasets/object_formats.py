@@ -225,7 +225,7 @@ def complete_coco(content: dict[str, Any]) -> None:
         with suppress(TypeError, ValueError, LookupError):  # check_coco says what is wrong
             if entry.get('bbox') is None and mask:
                 entry['bbox'] = box_of(mask)
-            if entry.get('area') is None:
+            if not entry.get('area') or entry['area'] < 0:  # tools write -1 for what they do not know
                 entry['area'] = (
                     area_of(mask) if isinstance(mask, list) and mask else entry['bbox'][2] * entry['bbox'][3]
                 )

@@ -138,6 +138,7 @@ FAULTS = [
     ('annotations', 'bbox', ['5', 5, 3, 3], 'annotations[1] (id 8) has the bbox'),
     ('annotations', 'bbox', None, 'annotations[1] (id 8) has the bbox None'),
     ('annotations', 'area', None, 'annotations[1] (id 8) has the area None'),
+    ('annotations', 'area', -1, 'annotations[1] (id 8) has the area -1'),
     ('annotations', 'image_id', 3, 'annotations[1] (id 8) has the unknown image_id 3'),
     ('annotations', 'category_id', 1, 'annotations[1] (id 8) has the unknown category_id 1'),
     ('annotations', 'category_id', [18], 'annotations[1] (id 8) has the unknown category_id [18]'),

@@ -811,6 +811,16 @@ def test_what_is_counted_in_coco(tmp_path):
     refused(data, r'10 of 10 images of .*a.json are missing, the first is .*0.png; put the images beside')
 
 
+@pytest.mark.parametrize('area', [-1, 0, None])
+def test_an_area_that_a_tool_does_not_know(tmp_path, area):
+    """It is that of the polygon: COCO's scores leave out an object of a negative area, and give -1 for its class."""
+    content = coco(tmp_path, 'a.json', '', {f'{i}.png': [DOG] for i in range(4)}, {3: 'dog'})
+    for each in content['annotations']:
+        each |= dict(area=area, segmentation=[[8, 4, 18, 4, 18, 16]])
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    assert {each['area'] for each in read_labelled(tmp_path).train['annotations']} == {60}
+
+
 def test_objects_without_masks_make_a_detector_of_boxes(tmp_path):
     content = coco(tmp_path, 'a.json', '', {f'{i}.png': [DOG, CAT] for i in range(4)}, {3: 'dog', 90: 'cat'})
     content['annotations'][0]['segmentation'] = []
