@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from mmmilan.datasets.splits import ANNOTATIONS, role_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
 
+WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format
 COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
 BOXES = re.compile(rb'"(bbox|segmentation)"\s*:')
 YAML_SPLITS = dict(train='train', val='val', valid='val', validation='val', test='test')
@@ -214,8 +215,15 @@ def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
 
 
 def complete_coco(content: dict[str, Any]) -> None:
-    """Add in place what tools leave out and the rest of a file tells: sizes, ids, areas, boxes of polygons."""
-    images, annotations = ([e for e in content[part] if isinstance(e, dict)] for part in ('images', 'annotations'))
+    """Add in place what tools leave out and the rest of a file tells: sizes, ids, areas, boxes of polygons.
+
+    Ids and sizes that are whole numbers become integers.
+    """
+    images, _, annotations = every = [[e for e in content[part] if isinstance(e, dict)] for part in PARTS]
+    for entry in chain(*every):
+        for key in WHOLE:
+            if isinstance(value := entry.get(key), float) and value.is_integer():  # pandas writes 1.0
+                entry[key] = int(value)
     for image in images:
         if image.get('width') is None and image.get('height') is None:
             image['width'], image['height'] = size_of(str(image.get('file_name'))) or (1, 1)  # it will be left out

@@ -811,6 +811,18 @@ def test_what_is_counted_in_coco(tmp_path):
     refused(data, r'10 of 10 images of .*a.json are missing, the first is .*0.png; put the images beside')
 
 
+def test_whole_numbers_as_pandas_writes_them(tmp_path):
+    content = coco(tmp_path, 'a.json', '', {f'{i}.png': [DOG, CAT] for i in range(4)}, {3: 'dog', 90: 'cat'})
+    expected = read_labelled(tmp_path)
+    for entry in (entry for part in content.values() for entry in part):
+        entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int)}
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    assert '"image_id": 7.0' in (tmp_path / 'a.json').read_text() and read_labelled(tmp_path) == expected
+    content['annotations'][1]['image_id'] = 7.5
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    refused(tmp_path, r'annotations\[1\] \(id 6\) has the unknown image_id 7.5')
+
+
 @pytest.mark.parametrize('area', [-1, 0, None])
 def test_an_area_that_a_tool_does_not_know(tmp_path, area):
     """It is that of the polygon: COCO's scores leave out an object of a negative area, and give -1 for its class."""
