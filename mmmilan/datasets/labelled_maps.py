@@ -42,10 +42,12 @@ IMAGES = {
 }
 # What stands behind the name of an image or of its map.
 ENDINGS = re.compile(
-    r'[_-](mask|masks|label|labels|gt|seg|segmentation|annotation|l|labelids|labeltrainids|gtfine_labelids|'
-    r'gtfine_labeltrainids|leftimg8bit|img|image|rgb|sat|im|mask_\d+)$',
+    r'[_-](mask|masks|label|labels|gt|seg|segmentation|annotation|l|labelids|labeltrainids|gtfine|'
+    r'leftimg8bit|img|image|rgb|sat|im|mask_\d+)$',
     re.IGNORECASE,
 )
+# What stands behind it in maps of other kinds, beside the label map: Cityscapes' x_gtFine_color.png.
+OTHER_ENDINGS = re.compile(rf'[_-]({"|".join(sorted(OTHER_MAPS))})(?=\.\w+$)', re.IGNORECASE)
 LOSSLESS = ('.png', '.bmp', '.dib', '.tif', '.tiff', '.gif', '.webp', '.pgm', '.pnm', '.ppm')
 
 
@@ -88,10 +90,9 @@ def is_called(folder: str, kinds: set[str]) -> bool:
 
 
 def is_map(file: str) -> bool:
-    """Whether the folders and the name of a file say that it is a label map."""
-    folders, _, name = file.rpartition('/')
-    maps, others, _, _ = look_at_folders(folders)
-    return maps and not others and not words(name.rpartition('.')[0]) & OTHER_MAPS
+    """Whether the folders of a file say that it is a label map; an image of one may have any name, as color_1."""
+    maps, others, _, _ = look_at_folders(file.rpartition('/')[0])
+    return maps and not others
 
 
 def place_of(file: str) -> tuple[str, tuple[str, ...], str]:
@@ -118,9 +119,10 @@ def find_maps(root: Path) -> Pairs | None:
             places[place_of(file)][file in chosen].append(file)
     splits: dict[str, list[tuple[str, str]]] = defaultdict(list)
     alone, fault = Counter(), ''
+    other = [file for file in maps if (bare := OTHER_ENDINGS.sub('', file)) != file and place_of(bare) in places]
     for (role, _, _), pair in places.items():
         if not all(pair):
-            alone.update(image=len(pair[0]), map=len(pair[1]))
+            alone.update(image=len(pair[0]), map=len(set(pair[1]).difference(other)))
             continue
         for kind, names in zip(('images', 'label maps'), pair, strict=True):
             if len(names) > 1:

@@ -973,6 +973,25 @@ def test_label_maps_of_the_splits_of_pascal_voc(tmp_path):
     assert [files(part) for part in (labelled.train, labelled.val)] == [['a.jpg'], ['b.jpg', 'c.jpg']]
 
 
+@pytest.mark.parametrize('name', ['object_{}', 'color_000{}', 'instance-{}', 'Depth {}', '{}_color', 'a depth of {}'])
+def test_label_maps_may_be_called_as_those_of_other_kinds(tmp_path, name):
+    maps(tmp_path, 'images', 'masks', {name.format(i): [0, 1] for i in range(3)} | {'4': [0, 1]})
+    labelled = read_labelled(tmp_path)
+    assert len(labelled.train + labelled.val) == 4 and not any('left out' in note for note in labelled.notes)
+
+
+def test_maps_of_other_kinds_beside_the_label_maps(tmp_path):
+    """They are none, and nobody misses their images."""
+    for number in range(3):
+        image(tmp_path / f'leftImg8bit/x/{number}_leftImg8bit.png', 0, (32, 32))
+        for kind, row in dict(labelIds=[0, 1], color=[7, 9], instanceIds=[1, 2]).items():
+            label_map(tmp_path / f'gtFine/x/{number}_gtFine_{kind}.png', row)
+    label_map(tmp_path / 'gtFine/x/9_gtFine_color.png', [0, 1])
+    labelled = read_labelled(tmp_path)
+    assert {Path(each['map_path']).name[1:] for each in labelled.train + labelled.val} == {'_gtFine_labelIds.png'}
+    assert labelled.notes[0] == '1 label map left out, without an image.'
+
+
 def test_names_of_values_from_1_on(tmp_path):
     """A table as ADE20K's names no 0, and a list begins at 1 where 0 is ignored."""
     data = tmp_path / 'data'
