@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmmilan import get_model
+from mmmilan.building import build_errors
 from mmmilan.errors import exit_on_input_error
 from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.models import MILAN
@@ -54,10 +55,9 @@ ROWS = {
 
 def read_images(model: MILAN, folder: str, number: int) -> Tensor:
     """Up to ``number`` evenly spaced images of a folder, normalised [B, 3, H, W], by the checkpoint's test pipeline."""
-    cfg = copy.deepcopy(model._config.test_dataloader.dataset)
-    cfg.update(data_root=folder, with_label=False)
+    pipeline = model._config.test_dataloader.dataset.pipeline
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        dataset = DATASETS.build(cfg)
+        dataset = DATASETS.build(dict(type='mmmilan.ImageFolder', data_root=folder, pipeline=pipeline))
     images = torch.stack([dataset[index]['inputs'] for index in evenly_spaced(len(dataset), number)])
     return model.data_preprocessor(dict(inputs=images, data_samples=None))['inputs']
 
@@ -112,5 +112,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with exit_on_input_error():
+    with exit_on_input_error(), build_errors():
         main()
