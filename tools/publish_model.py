@@ -11,7 +11,9 @@ import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imp
 import argparse
 import hashlib
 import io
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +174,13 @@ def read_metric(text: str) -> tuple[str, float]:
     """Parse NAME=VALUE.
 
     Raises:
-        InputError: VALUE is not a number.
+        InputError: NAME is empty, or VALUE is not a number.
     """
     name, _, value = text.rpartition('=')
-    try:
-        return name, float(value)
-    except ValueError:
-        raise InputError(f'--metric {text} is not NAME=VALUE; give e.g. "Top 1 Accuracy=85.4".') from None
+    with suppress(ValueError):
+        if name.strip() and math.isfinite(float(value)):
+            return name.strip(), float(value)
+    raise InputError(f'--metric {text} is not NAME=VALUE; give e.g. "Top 1 Accuracy=85.4".')
 
 
 def weights_path(folder: Path, name: str, checkpoint: dict[str, Any]) -> Path:

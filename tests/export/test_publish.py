@@ -228,6 +228,13 @@ def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).norm(dim=1).max() < 1e-3 * torch.pdist(expected).min()
 
 
+@pytest.mark.parametrize('metric', ['85.4', '=85.4', ' =85.4', 'Top 1=', 'Top 1=high', 'Top 1', 'Top 1=nan'])
+def test_metrics_that_are_no_name_and_value(run_tool, trained, tmp_path, metric):
+    with pytest.raises(SystemExit, match=f'error: --metric {metric} is not NAME=VALUE; give'):
+        run_tool('publish_model.py', *trained('milan'), tmp_path / 'out', '--metric', metric, '--dataset', 'Newts')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_metric_without_data_set(run_tool, trained, tmp_path):
     with pytest.raises(SystemExit, match='error: --metric needs its data set; name it with --dataset.'):
         run_tool('publish_model.py', *trained('milan'), tmp_path / 'out', '--metric', 'Top 1=81.5')
