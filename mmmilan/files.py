@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from mmmilan.errors import UNFINISHED, InputError
 
 ENDING = '.mmmilan-tmp'  # of temporary files and folders
+LONGEST_NAME = 240  # bytes, of an image's picture before its number and ending; file systems take 255
 
 
 def check_output(
@@ -117,6 +119,17 @@ def check_name(name: str) -> str:
     if name in ('', '.', '..') or '/' in name or '\0' in name:
         raise InputError(f'The name {name!r} does not stay in the folder of the output; leave out / and ..')
     return name
+
+
+def short_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name of at most ``longest`` bytes, in whole letters; of one that is cut, a checksum is the end."""
+    content = os.fsencode(name)
+    if len(content) <= longest:
+        return name
+    end = f'-{zlib.crc32(content):08x}'
+    while len(os.fsencode(name)) > longest - len(end):
+        name = name[:-1]
+    return name + end
 
 
 def make_folder(folder: Path) -> None:
@@ -327,7 +340,7 @@ def _unfinished(path: Path, folder: bool) -> Iterator[str]:
 
 
 def _make_temporary(path: Path, folder: bool) -> tuple[str, int | None]:
-    arguments = dict(dir=path.parent, prefix=f'.{path.name[:60]}.', suffix=ENDING)
+    arguments = dict(dir=path.parent, prefix=f'.{short_name(path.name, 60)}.', suffix=ENDING)
     while True:
         if folder:
             temporary = tempfile.mkdtemp(**arguments)

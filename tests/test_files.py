@@ -16,6 +16,7 @@ from mmmilan.files import (
     check_output_folder,
     make_folder,
     remove_leftovers,
+    short_name,
     write_text,
 )
 from processes import exit_code
@@ -180,6 +181,20 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     assert contents(tmp_path) == {'.a.pth.mine': b'kept', 'b.pth': b'whole', 'other': b'whole'}
 
 
-def test_a_long_name(tmp_path):
-    write_text(tmp_path / ('x' * 250), 'whole')
-    assert contents(tmp_path) == {'x' * 250: b'whole'}
+LONG = ['x' * 250, 'ä' * 125, '猫' * 83, '\N{CAT FACE}' * 62, os.fsdecode(b'\xff' * 250)]
+
+
+@pytest.mark.parametrize('name', LONG, ids=['1', '2', '3', '4', 'not utf-8'])
+def test_a_long_name(tmp_path, name):
+    write_text(tmp_path / name, 'whole')
+    with atomic_folder(tmp_path / f'{name}-'):
+        pass
+    assert contents(tmp_path) == {name: b'whole', f'{name}-': None}
+
+
+@pytest.mark.parametrize('name', LONG, ids=['1', '2', '3', '4', 'not utf-8'])
+def test_short_names(name):
+    short = short_name(name)
+    assert 230 < len(os.fsencode(short)) <= 240 and name.startswith(short[:-9]) and short_name(short) == short
+    assert short != short_name(f'{name}2') != short_name(f'{name}1')
+    assert short_name(name[:40]) == name[:40]

@@ -174,13 +174,13 @@ def heat_maps(
 
     from mmmilan.datasets.image_folder import as_sources, list_images
     from mmmilan.engine.distributed import joined, on_main
-    from mmmilan.files import check_output_folder
+    from mmmilan.files import check_output_folder, short_name
 
     with joined():
         from_file = is_features(images)
         found = read_features(images, ['class_token', 'patch_tokens']) if from_file else list_images(images)
         paths, *tokens = (found[0], *found[1]) if from_file else (found,)
-        pictures = [] if from_file else [f'{i:04}-{Path(path).stem}' for i, path in enumerate(paths)]
+        pictures = [] if from_file else [f'{i:04}-{short_name(Path(path).stem)}' for i, path in enumerate(paths)]
         names = ['heat_maps.npz', *(f'{name}{ending}' for name in pictures for ending in ('.pdf', '.png'))]
         inputs, folder = [checkpoint, *as_sources(images)], Path(out)
         on_main(lambda: check_output_folder(folder, names, inputs, overwrite=overwrite, pictures=not from_file))

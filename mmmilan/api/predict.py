@@ -21,6 +21,7 @@ from mmmilan import arguments
 from mmmilan.api.inference import Images, Inferencer, Model
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError, count
+from mmmilan.files import short_name
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
@@ -295,8 +296,8 @@ class Items(Sequence[Item]):
         file = path.removeprefix('tar://').rpartition('@')[0] if path.startswith('tar://') else path
         inside = file.startswith(self.folders[source])
         name = self.before[source] + file[len(self.folders[source]) :] if inside else os.path.basename(file)
-        name = '/'.join(part for part in name.split('/') if part not in ('', '.', '..'))
         name = name if self.with_extension[index] else os.path.splitext(name)[0]
+        name = '/'.join(short_name(part) for part in name.split('/') if part not in ('', '.', '..'))
         return Item(path, f'{name}-{self.numbers[index]}' if index in self.numbers else name)
 
 

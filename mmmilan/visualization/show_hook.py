@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mmmilan.evaluation.predictions import annotated, predicted, predicted_task
-from mmmilan.files import check_output_folder, write_part
+from mmmilan.files import check_output_folder, short_name, write_part
 from mmmilan.registry import HOOKS
 
 
@@ -64,7 +64,7 @@ class ShowHook(Hook):
         """The path of an image's picture: that in the data set, in another folder the whole."""
         path = plain_path(path)
         inner = os.path.relpath(path, self.root) if path.startswith(os.path.join(self.root, '')) else path.lstrip('/')
-        return inner if inner.endswith('.jpg') else f'{inner}.jpg'
+        return '/'.join(map(short_name, inner.removesuffix('.jpg').split('/'))) + '.jpg'
 
 
 def plain_path(path: str) -> str:

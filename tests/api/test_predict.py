@@ -24,6 +24,7 @@ from mmmilan.api.predict import Items
 from mmmilan.checkpoints.config import own_config
 from mmmilan.datasets.listing import Names
 from mmmilan.errors import InputError
+from mmmilan.files import write_part
 from processes import exit_codes, start_ranks
 
 NAMES = dict(classification='abcdefghij', detection='abcdefghij', segmentation='abcdefghijklmnop')
@@ -316,6 +317,18 @@ def test_names_of_what_is_written(tmp_path):
     names = [item.name for item in Items(several)]
     assert names == ['p/a.jpg', 'p/a.png', 'p/b/c', 'p/s.tar/up', 'q/a', 'one.jpg', 'one.jpg-2', 's.tar/up']
     assert [item.name for item in Items(tmp_path / 'p/s.tar')] == ['up']
+
+
+@pytest.mark.parametrize('name', ['x' * 251, '猫' * 83 + '-'], ids=['ascii', 'cats'])
+def test_long_names_of_what_is_written(tmp_path, name):
+    for image in (f'{name}.jpg', f'{name}.png', f'{name[:-1]}y.jpg'):
+        (tmp_path / image).touch()
+    with tarfile.open(tmp_path / 's.tar', 'w') as tar:
+        tar.add(tmp_path / f'{name}.jpg', f'{name * 2}/{name * 2}.jpg')
+    names = [item.name for item in Items(tmp_path)]
+    assert len(set(names)) == 4 and sum(each.startswith('s.tar/') for each in names) == 1
+    for each in names:
+        write_part(tmp_path / 'out' / f'{each}.jpg', b'')
 
 
 def test_many_names_take_little_memory(monkeypatch):

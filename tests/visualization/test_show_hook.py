@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -11,6 +12,7 @@ from helpers import read_metrics, rest_slow, save_untrained
 from mmmilan import Predictor
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
+from mmmilan.files import write_part
 from mmmilan.visualization.show_hook import ShowHook
 
 pytestmark = pytest.mark.usefixtures('own_second')
@@ -42,6 +44,16 @@ def test_colours_are_those_of_predict(palette, tmp_path):
     predictor = SimpleNamespace(model=model, classes=metainfo['classes'])
     assert hook.colours == Predictor.colours.fget(predictor)
     assert (hook.colours == [(1, 2, 3), (4, 5, 6)]) == (palette is not None and len(palette) == 2)
+
+
+def test_names_of_pictures(tmp_path):
+    hook = ShowHook(str(tmp_path / 'pictures'))
+    hook.root = str(tmp_path)
+    assert [hook.name(str(tmp_path / name)) for name in ('a/b.jpg', 'c.png')] == ['a/b.jpg', 'c.png.jpg']
+    long = [hook.name(str(tmp_path / f'{letter}/{"猫" * 82}{letter}.webp')) for letter in 'ab']
+    for name in long:
+        write_part(tmp_path / 'pictures' / name, b'')
+    assert len({Path(name).name for name in long}) == 2
 
 
 @pytest.mark.parametrize('task', rest_slow(TASKS, 'classification'))
