@@ -19,7 +19,7 @@ from rich.progress import track
 from mmmilan.datasets.annotations import as_code, check_palette, check_size, read_values, show_code, unclear_pair
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
 from mmmilan.datasets.decoding import images_of_any_size, open_header, read_bytes
-from mmmilan.datasets.object_formats import image_sets, list_images_of, size_of
+from mmmilan.datasets.object_formats import by_lists, list_images_of, size_of
 from mmmilan.datasets.splits import WORD, role_of
 from mmmilan.errors import InputError, count
 
@@ -135,20 +135,17 @@ def find_maps(root: Path) -> Pairs | None:
     notes = [f'{count(alone["image"], "image")} left out, without a label map.'] * bool(alone['image'])
     notes += [f'{count(alone["map"], "label map")} left out, without an image.'] * bool(alone['map'])
     folders = sorted({root / each for file in maps for each in Path(file).parents}, key=lambda each: len(each.parts))
-    return Pairs(by_lists(root, splits), folders, notes, {str(root / file) for file in maps}, fault)
+    return Pairs(splits, folders, notes, {str(root / file) for file in maps}, fault)
 
 
-def by_lists(root: Path, splits: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
-    """The splits, or those of Pascal VOC's ``ImageSets/Segmentation/{train,val}.txt`` where folders name none."""
-    lists = image_sets(root, 'Segmentation') if set(splits) == {''} else {}
-    if 'train' not in lists:
-        return splits
-    pairs = {Path(image).stem: (image, own) for image, own in splits['']}
-    return {
-        role: [pairs[stem] for stem in sorted(lists[role]) if stem in pairs]
-        for role in ('train', 'val')
-        if role in lists
-    }
+def divide_by_lists(
+    root: Path, splits: dict[str, list[tuple[str, str]]]
+) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
+    """The splits, or those of Pascal VOC's lists where folders name none; and lines about what the lists do not fit."""
+    if set(splits) != {''}:
+        return splits, []
+    divided, notes = by_lists(root, 'Segmentation', [image for image, _ in splits['']])
+    return {role: [splits[''][i] for i in places] for role, places in divided.items()} or splits, notes
 
 
 class Seen(NamedTuple):
@@ -237,9 +234,10 @@ def read_maps(
     """
     if pairs.fault:
         raise InputError(f'{pairs.fault}; rename or remove some.')
-    notes = list(pairs.notes)
-    train = pairs.splits.get('train') or pairs.splits.get('') or pairs.splits.get('val') or pairs.splits['test']
-    val = next((own for own in (pairs.splits.get('val'), pairs.splits.get('test')) if own and own is not train), [])
+    splits, notes = divide_by_lists(root, pairs.splits)
+    notes = [*pairs.notes, *notes]
+    train = splits.get('train') or splits.get('') or splits.get('val') or splits['test']
+    val = next((own for own in (splits.get('val'), splits.get('test')) if own and own is not train), [])
     if evaluate:
         train, val = val or train, []
     given = names_of([root, *pairs.folders], classes)

@@ -29,6 +29,7 @@ import yaml
 from rich.progress import track
 
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
+from mmmilan.datasets.captions import read_text
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
 from mmmilan.datasets.listing import extension, list_annotated, remember
@@ -68,14 +69,48 @@ def files_in(root: Path, *kinds: str) -> list[str]:
     return [file for file in list_annotated(root).files if extension(file) in kinds]
 
 
-def image_sets(root: Path, kind: str) -> dict[str, set[str]]:
-    """Split -> what stands in Pascal VOC's lists of it, ``ImageSets/KIND/{train,val,test}.txt`` below a folder."""
-    lists: dict[str, set[str]] = {}
+def read_list(path: Path) -> list[str]:
+    """The names in a text file, one a line, with / between folders."""
+    return [line.strip().replace('\\', '/') for line in read_text(path).splitlines() if line.strip()]
+
+
+def stem_of(name: str) -> str:
+    """What a file and its name in a list have in common: some tools write folders and an extension, others do not."""
+    name = as_name(name.rpartition('/')[2])
+    return name[: -len(end)] if (end := extension(name)) in (*EXTENSIONS, '.xml') else name
+
+
+def by_lists(root: Path, kind: str, files: Sequence[str]) -> tuple[dict[str, list[int]], list[str]]:
+    """How Pascal VOC's lists ``ImageSets/KIND/{train,val,test}.txt`` below a folder divide some of its files.
+
+    Returns:
+        Split -> the places of its files, {} without a list for train; and lines about what the lists do not fit.
+
+    Raises:
+        InputError: a list to train or to validate on names none of the files, or cannot be read.
+    """
+    lists: dict[str, dict[str, str]] = {}  # split -> stem -> name
     for file in files_in(root, '.txt'):
         *folders, name = file.split('/')
         if folders[-2:] == ['ImageSets', kind] and (role := name[:-4]) in ('train', 'val', 'test'):
-            lists.setdefault(role, set()).update((root / file).read_text(encoding='utf-8').split())
-    return lists
+            lists.setdefault(role, {}).update({stem_of(entry): entry for entry in read_list(root / file)})
+    if 'train' not in lists:
+        return {}, []
+    stems, notes = [stem_of(file) for file in files], []
+    divided = {role: [i for i, stem in enumerate(stems) if stem in names] for role, names in lists.items()}
+    for role, names in lists.items():
+        where, lost = f'ImageSets/{kind}/{role}.txt', [names[stem] for stem in sorted(names.keys() - stems)]
+        if not divided[role] and role != 'test':  # which is often kept back
+            raise InputError(
+                f'{root} has no file of the {count(len(names), "name")} in {where} ({listed(lost)}), where it has '
+                f'{listed(stems)}; correct or remove this list.'
+            )
+        notes += [f'{count(len(lost), "name")} of {where} without a file: {listed(lost)}.'] * bool(lost)
+    rest = set(range(len(files))).difference(*divided.values())
+    unused = (
+        f'{count(len(rest), "file")} in no list of ImageSets/{kind} not used: {listed(files[i] for i in sorted(rest))}.'
+    )
+    return divided, notes + [unused] * bool(rest)
 
 
 class Images:
@@ -423,8 +458,13 @@ def yolo_images(content: dict, key: str, path: Path) -> list[str]:
                 f'{path} has {key}: {entry}, which does not exist ({listed(map(str, tried))}); correct path or {key}.'
             )
         if place.suffix.lower() == '.txt':
-            lines = [line.strip() for line in place.read_text(encoding='utf-8').splitlines() if line.strip()]
-            images += [os.path.normpath(place.parent / line) for line in lines]
+            named = [os.path.normpath(place.parent / name) for name in read_list(place)]
+            if not any(map(os.path.isfile, named)):
+                raise InputError(
+                    f'{place} names {count(len(named), "image")}, of which none exists ({listed(named)}); write paths '
+                    'from the folder of this list on.'
+                )
+            images += named  # those that are missing are counted once all are looked at
         else:
             images += [str(place / file) for file in list_images_of(place)] if place.is_dir() else [str(place)]
     return images
@@ -598,20 +638,18 @@ def head_of(path: Path) -> bytes:
 def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     """The splits of Pascal VOC: by the lists in ``ImageSets/Main``, or else by folders."""
     images = Images(root)
-    stems = image_sets(root, 'Main')
+    divided, notes = by_lists(root, 'Main', [str(file) for file in files])
     roles: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        if 'train' in stems:
-            role = next((role for role, own in stems.items() if file.stem in own), 'unused')
-        else:
-            role = next(iter(roles_of(os.path.relpath(file.parent, root))), '')
-        roles[role].append(file)
+    roles.update({role: [files[i] for i in places] for role, places in divided.items() if places})
+    for file in files if not divided else ():
+        roles[next(iter(roles_of(os.path.relpath(file.parent, root))), '')].append(file)
     spellings = {name for file in files for name in voc_texts(file, 'name')}
     return [
         Part(
             role,
             f'{role} of {root}' if role else str(root),
             lambda role=role, own=own: read_voc(own, spellings, role, images),
+            notes,
         )
         for role, own in roles.items()
     ]

@@ -21,6 +21,7 @@ from helpers import ROOT
 from mmmilan.datasets.labelled import (
     Labelled,
     LabelledImages,
+    image_paths,
     labelled_datasets,
     read_labelled,
     stratify,
@@ -990,6 +991,62 @@ def test_maps_of_other_kinds_beside_the_label_maps(tmp_path):
     labelled = read_labelled(tmp_path)
     assert {Path(each['map_path']).name[1:] for each in labelled.train + labelled.val} == {'_gtFine_labelIds.png'}
     assert labelled.notes[0] == '1 label map left out, without an image.'
+
+
+LISTS = {
+    'names': b'a b\nc.d\n',
+    'files': b'a b.jpg\r\nc.d.png\r\n\r\n',
+    'folders': b'JPEGImages\\a b.jpg\r\n./JPEGImages/c.d.jpg',
+    'mark': '\ufeffa b\nc.d'.encode(),
+    'UTF-16': 'a b\r\nc.d'.encode('utf-16'),
+}
+
+
+@pytest.mark.parametrize('text', LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize('kind', ['Main', 'Segmentation'])
+def test_lists_of_pascal_voc_as_people_write_them(tmp_path, kind, text):
+    pytest.importorskip('labelformat')
+    names = ['a b', 'c.d', 'e', 'more']
+    maps(tmp_path, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
+    for name in names:
+        voc(tmp_path, name, [('cat', 1, 2, 11, 12)], size=(32, 32))
+    (tmp_path / f'ImageSets/{kind}').mkdir(parents=True)
+    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes(text)
+    (tmp_path / f'ImageSets/{kind}/val.txt').write_text('e\nlost.jpg')
+    labelled = read_labelled(tmp_path, task='detection' if kind == 'Main' else 'segmentation')
+    assert [[Path(path).stem for path in image_paths(part)] for part in (labelled.train, labelled.val)] == [
+        ['a b', 'c.d'],
+        ['e'],
+    ]
+    assert f'1 name of ImageSets/{kind}/val.txt without a file: lost.jpg.' in labelled.notes
+    assert any(note.startswith(f'1 file in no list of ImageSets/{kind} not used: ') for note in labelled.notes)
+
+    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes(b'x\ny')
+    refused(tmp_path, f'has no file of the 2 names in ImageSets/{kind}/train.txt .x, y., where', task=labelled.task)
+    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes('é'.encode('latin-1'))
+    refused(tmp_path, r'train.txt is not in UTF-8 \(.*\); save it as UTF-8', task=labelled.task)
+
+
+@pytest.mark.parametrize(
+    'text', [b'images\\a b.png', '\ufeffimages/a b.png\r\n\r\n'.encode(), b'images/a b.png\nno.png']
+)
+def test_lists_of_yolo_as_people_write_them(tmp_path, text):
+    pytest.importorskip('labelformat')
+    rows = {'images/a b.png': BOX, 'images/c.png': BOX}
+    yolo(tmp_path, rows, 'train: train.txt\nval: val.txt\nnames: [cat]')
+    (tmp_path / 'val.txt').write_text('images/c.png')
+    (tmp_path / 'train.txt').write_bytes(text)
+    labelled = read_labelled(tmp_path)
+    assert list(map(Path, image_paths(labelled.train))) == [tmp_path / 'images/a b.png']
+    assert [note.split(';')[0] for note in labelled.notes] == ['train: 1 image left out (missing)'] * (
+        b'no.png' in text
+    )
+    for text, message in (
+        (b'data/a b.png', r'train.txt names 1 image, of which none exists \(.*/data/a b.png\); write paths from the'),
+        (b'images/\xe9.png', r'train.txt is not in UTF-8 \(.*\); save it as UTF-8'),
+    ):
+        (tmp_path / 'train.txt').write_bytes(text)
+        refused(tmp_path, message)
 
 
 def test_names_of_values_from_1_on(tmp_path):
