@@ -446,7 +446,7 @@ def yolo_images(content: dict, key: str, path: Path) -> list[str]:
     """The images of a split of ``data.yaml``: of a folder, of a text file that lists them, or of several.
 
     Raises:
-        InputError: one of them does not exist.
+        InputError: one of them does not exist, or all are empty.
     """
     entries = content[key] if isinstance(content[key], list) else [content[key]]
     images: list[str] = []
@@ -467,6 +467,10 @@ def yolo_images(content: dict, key: str, path: Path) -> list[str]:
             images += named  # those that are missing are counted once all are looked at
         else:
             images += [str(place / file) for file in list_images_of(place)] if place.is_dir() else [str(place)]
+    if not images:
+        raise InputError(
+            f'{path} has {key}: {", ".join(map(str, entries))}, which holds no image; correct path or {key}.'
+        )
     return images
 
 

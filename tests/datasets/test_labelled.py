@@ -707,6 +707,16 @@ def test_yolo_that_is_wrong(tmp_path, row, content, message):
     refused(yolo(tmp_path / 'data', rows, content), message)
 
 
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_yolo_splits_without_an_image(tmp_path, split):
+    pytest.importorskip('labelformat')
+    (tmp_path / 'none').mkdir()
+    splits = dict(train='images', val='images', test='images') | {split: 'none'}
+    content = ''.join(f'{key}: {folder}\n' for key, folder in splits.items())
+    yolo(tmp_path, {'images/0.png': BOX}, f'{content}names: [cat]')
+    refused(tmp_path, f'has {split}: none, which holds no image; correct path or {split}')
+
+
 def test_yolo_boxes_of_no_width(tmp_path):
     """They are counted and named, and an image that has no other box is a negative."""
     pytest.importorskip('labelformat')
