@@ -209,10 +209,12 @@ def read_values(content: bytes, path: str, colours: bool) -> np.ndarray:
     """
     try:
         with open_header(content) as image:
-            mode = image.mode
+            # Pillow reads 16 bits of several channels as the high ones, in a mode of 8; how it unpacks them tells.
+            deep = re.search(r'\w+;16', str(image.tile))
+            mode = deep[0] if deep else image.mode
             if not colours and mode in ('L', 'P', '1'):
                 return np.array(image).astype(np.uint8)
-            pixels = np.array(image.convert('RGB')).astype(np.int32) if mode[:3] != 'I;1' and mode not in 'IF' else None
+            pixels = None if deep or mode in 'IF' else np.array(image.convert('RGB')).astype(np.int32)
     except Exception as error:  # of any type, as the file may hold anything
         raise InputError(f'{path} does not decode ({first_line(error)}); replace it.') from error
     if pixels is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
+import zlib
 from contextlib import nullcontext
 
 import cv2
@@ -252,6 +254,35 @@ SMALL = np.ones((3, 4), np.uint8)
 def test_images_that_are_no_label_maps(tmp_path, labels, message):
     with pytest.raises(InputError, match=message):
         load(tmp_path / 'map.png', labels)
+
+
+@pytest.mark.parametrize('mode', ['I', 'RGB', 'RGBA', 'LA'])
+def test_label_maps_of_16_bits(tmp_path, mode):
+    """Pillow reads those of several channels as their high bytes, all of which are 0."""
+    paths = [tmp_path / 'map.png', tmp_path / 'map.tif']
+    if mode == 'LA':  # OpenCV does not write it
+        del paths[1]
+        paths[0].write_bytes(grey_with_alpha(np.full((3, 4, 2), 3)))
+    for path in paths:
+        if mode != 'LA':
+            cv2.imwrite(str(path), np.full((3, 4, len(mode)), 3, np.uint16))
+        with pytest.raises(InputError, match=f'{path.name} is an image of mode {mode};16; give label maps of 8 bits'):
+            load(path, zero=False)
+
+
+def grey_with_alpha(pixels: np.ndarray) -> bytes:
+    """A PNG of 16-bit grey and alpha [H, W, 2]."""
+    height, width, _ = pixels.shape
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+    parts = {
+        b'IHDR': struct.pack('>IIBBBBB', width, height, 16, 4, 0, 0, 0),
+        b'IDAT': zlib.compress(rows),
+        b'IEND': b'',
+    }
+    chunks = (
+        struct.pack('>I', len(own)) + key + own + struct.pack('>I', zlib.crc32(key + own)) for key, own in parts.items()
+    )
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
 
 def test_labels_without_a_reduced_zero(tmp_path):
