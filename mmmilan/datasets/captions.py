@@ -208,15 +208,15 @@ def read_coco(path: Path) -> Iterator[tuple[str, str | None, str | None]]:
     try:
         content = json.loads(read_text(path))
         images = {image['id']: image['file_name'] for image in content['images']}
-        rows = [(row['image_id'], row['caption']) for row in content['annotations']]
+        rows = [(row['image_id'], images.get(row['image_id']), row['caption']) for row in content['annotations']]
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is not in COCO's format of captions ({type(error).__name__}: {error}); mend it, or give a .csv."
         ) from error
-    for number, (image, caption) in enumerate(rows):
-        yield f'{path}, annotation {number} of image {image},', images.get(image), caption
+    for number, (image_id, image, caption) in enumerate(rows):
+        yield f'{path}, annotation {number} of image {image_id},', image, caption
 
 
 @TRANSFORMS.register_module()

@@ -276,7 +276,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn errors while a table is read into an ``InputError``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f'{path} cannot be read as names of classes ({first_line(error)}); give a text with one name a line.'
         ) from error

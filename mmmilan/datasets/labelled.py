@@ -525,6 +525,6 @@ def read_split(path: Path, remedy: str = 'restore it, or fine-tune anew') -> dic
         content = json.loads(path.read_text(encoding='utf-8'))
         if lacking := {'data', 'task', 'classes', 'seed', 'table', *SPLITS}.difference(content):
             raise ValueError(f'it has no {listed(sorted(lacking))}')
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f'{path} cannot be read as a split of finetune ({first_line(error)}); {remedy}.') from error
     return content

@@ -235,7 +235,7 @@ def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
     """A file of annotations, completed and checked, with absolute file names."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as JSON in COCO's format ({first_line(error)}); write it again."
         ) from error
@@ -326,7 +326,7 @@ def yolo_files(root: Path) -> list[Path]:
 
 def has_rows(text: str) -> bool:
     """Whether a text file begins with a row of five numbers or more: captions lie beside images, too."""
-    with open(text, encoding='utf-8', errors='replace') as file:
+    with open(text, encoding='utf-8-sig', errors='replace') as file:
         cells = next(filter(None, map(str.split, file)), [])
     with suppress(ValueError):
         return len(list(map(float, cells))) >= 5
@@ -339,12 +339,12 @@ def read_yaml(path: Path) -> Any:
     Raises:
         InputError: it has names of classes and a fault.
     """
-    text = ''
+    content = b''
     try:
-        text = path.read_text(encoding='utf-8-sig')
-        return yaml.load(text, yaml.BaseLoader)  # a class may be called no, on or 1
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        if re.search(r'^\s*(names|nc)\s*:', text, re.MULTILINE):
+        content = path.read_bytes()
+        return yaml.load(content.decode('utf-8-sig'), yaml.BaseLoader)  # a class may be called no, on or 1
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if re.search(rb'^\s*(names|nc)\s*:', content, re.MULTILINE):
             raise InputError(f'{path} cannot be read as YAML ({first_line(error)}); correct it.') from error
         return None
 

@@ -69,6 +69,11 @@ def test_every_format_gives_the_same_images_and_texts(images, write: Callable, m
     ('captions.csv', 'image,text\na.png,x', 'lacks a column named image or caption'),
     ('captions.csv', 'image,caption\n', 'has no image with a caption'),
     ('captions.json', '{"images": []}', "is not in COCO's format of captions .KeyError: 'annotations'"),
+    (
+        'captions.json', '{"images": [], "annotations": [{"image_id": [0], "caption": "x"}]}',
+        "is not in COCO's format of captions .TypeError: unhashable type: 'list'",
+    ),
+    ('captions.json', '[' * 100_000, "is not in COCO's format of captions .RecursionError"),
     ('captions.json', 'a', "is not in COCO's format of captions"),
     ('captions.parquet', '', 'is in no known format; give one that ends in .csv, .tsv, .json'),
     (None, None, 'captions.csv does not exist'),

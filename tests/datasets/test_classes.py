@@ -215,6 +215,7 @@ def test_tables_of_names(tmp_path, name):
         ('a.json', '{"0": "wall", "2": "sky"}', 'does not number its 2 classes without a gap from 0 or 1'),
         ('a.json', '[1, 2]', 'cannot be read as names of classes'),
         ('a.json', '{', 'cannot be read as names of classes'),
+        ('a.json', '[' * 100_000, 'cannot be read as names of classes'),
         ('a.json', '[{"id": Infinity, "name": "sky"}]', 'cannot be read as names of classes'),
         ('a.txt', '0 wall\n7 sky', 'does not number its 2 classes without a gap'),
         ('a.txt', '', 'does not number its 0 classes'),

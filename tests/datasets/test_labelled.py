@@ -372,7 +372,7 @@ def yolo(root: Path, rows: dict[str, str], content: str | None, size: tuple[int,
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix('.txt').write_text(text)
     if content:
-        (root / 'data.yaml').write_text(content)
+        (root / 'data.yaml').write_text(content, errors='surrogateescape')
     return root
 
 
@@ -693,6 +693,8 @@ NAMES = 'train: images\nnames: [cat, dog]'
         (BOX, 'train: images\nval: [images, more]\nnames: [cat]', 'has val: more, which does not exist'),
         (BOX, 'val: images\nnames: [cat]', 'has no train; name the folder'),
         (BOX, 'train: images\nnames: [cat', r'data.yaml cannot be read as YAML \('),
+        (BOX, f'train: images\nnames: {"[" * 1_000}', r'data.yaml cannot be read as YAML \('),
+        (BOX, 'train: images\nnames: [caf\udce9]', r'data.yaml cannot be read as YAML \('),  # in Latin-1
         (BOX, f'{NAMES}\nkpt_shape: 17', r'has kpt_shape: 17; write two numbers, as \[17, 3\]'),
         (None, NAMES, 'Of 2 images of .*data.yaml none has a text file, as .*labels/'),
         ('', NAMES, 'has no objects of cat, dog; annotate some'),
@@ -741,6 +743,14 @@ def test_yolo_names_that_yaml_takes_for_something_else(tmp_path):
     refused(data, r'labels/0.txt belongs to .*0.jpg and to .*0.png; give the images different names')
 
 
+def test_yolo_rows_behind_a_byte_order_mark(tmp_path):
+    """Without data.yaml, the first row tells that a text is no caption."""
+    pytest.importorskip('labelformat')
+    yolo(tmp_path, {f'images/{i}.png': f'\ufeff{BOX}' for i in range(3)}, None)
+    (tmp_path / 'classes.txt').write_text('cat')
+    assert read_labelled(tmp_path).classes == ('cat',)
+
+
 def test_without_the_library(tmp_path, monkeypatch):
     data = yolo(tmp_path / 'data', {'images/0.png': BOX}, NAMES)
     monkeypatch.setattr('mmmilan.datasets.object_formats.find_spec', lambda name: None)
@@ -756,6 +766,9 @@ def changed(content: dict, **changes) -> dict:
     return content | {key: value for key, value in changes.items() if key not in ('annotation', 'image')}
 
 
+DEEP = 'lists in lists'
+
+
 @pytest.mark.parametrize(
     'changes, message',
     [
@@ -767,13 +780,14 @@ def changed(content: dict, **changes) -> dict:
         (dict(image=dict(width=32, height=40)), '1 of 4 images are of another size .*2.png, 40 x 32 and not 32 x 40'),
         (dict(image=dict(file_name=None)), r'images\[1\] has no file_name'),
         (dict(categories=[dict(id=3, name='dog'), dict(id=90, name='dog')]), 'has the name dog of an earlier one'),
+        (dict(images=DEEP), "a.json cannot be read as JSON in COCO's format "),
         (dict(images=5), "is not in COCO's format: images, categories, annotations must be lists"),
     ],
 )  # fmt: skip
 def test_coco_that_is_wrong(tmp_path, changes, message):
     objects = {f'{i}.png': [DOG, CAT] for i in range(1, 5)}
     content = coco(tmp_path / 'data', 'a.json', 'images', objects, {3: 'dog', 90: 'cat'})
-    (tmp_path / 'data/a.json').write_text(json.dumps(changed(content, **changes)))
+    (tmp_path / 'data/a.json').write_text(json.dumps(changed(content, **changes)).replace(f'"{DEEP}"', '[' * 100_000))
     refused(tmp_path / 'data', message)
 
 
@@ -1102,7 +1116,7 @@ def test_whose_task_is_not_clear(tmp_path):
 
 def test_a_split_that_cannot_be_read(tmp_path):
     labelled = read_labelled(class_folders(tmp_path / 'data', dict(ant=2, bee=2)))
-    for text in ('', '[]', '{"train": []}'):
+    for text in ('', '[]', '{"train": []}', '[' * 100_000):
         (tmp_path / 'split.json').write_text(text)
         with pytest.raises(InputError, match=r'split.json cannot be read as a split of finetune \(.*\); remove it'):
             write_labelled(labelled, tmp_path)
