@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -21,6 +22,7 @@ from typing import Any
 from mmmilan.errors import UNFINISHED, InputError
 
 ENDING = '.mmmilan-tmp'  # of temporary files and folders
+FULL_DISK = re.compile(r'PytorchStreamWriter|unexpected pos|write\(\)')  # in the RuntimeErrors of torch.save
 LONGEST_NAME = 240  # bytes, of an image's picture before its number and ending; file systems take 255
 
 
@@ -325,7 +327,9 @@ def _unfinished(path: Path, folder: bool) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not FULL_DISK.search(str(error)):
+            raise  # a fault of what was to be written
         raise InputError(
             f'{path} was not written ({first_line(error)}); free space or choose another folder.'
         ) from error

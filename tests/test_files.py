@@ -169,6 +169,14 @@ def write_and_die(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_only_a_full_disk_is_called_one(tmp_path):
+    """What fails while a file is made is no fault of the disk."""
+    for message, kind in (('CUDA out of memory', RuntimeError), ('unexpected pos 576 vs 534', InputError)):
+        with pytest.raises(kind, match=message), atomic_write(tmp_path / 'a'):
+            raise RuntimeError(message)
+    assert not list(tmp_path.iterdir())
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
     """Those of processes that still write are kept, and so is every other hidden file."""
     (tmp_path / '.a.pth.mine').write_text('kept')
