@@ -239,7 +239,7 @@ def checked_object(annotation: dict, image: dict, counts: Counts) -> dict | None
         if isinstance(mask, list):  # far outside, a polygon would fill the memory
             mask = [np.clip(np.reshape(polygon, (-1, 2)), 0, size).ravel().tolist() for polygon in mask]
     box = cut(box, size)
-    if crowd := bool(annotation.get('iscrowd') or annotation.get('ignore')):
+    if crowd := any(annotation.get(key) in (1, '1') for key in ('iscrowd', 'ignore')):  # pandas writes NaN for none
         counts.add('object', 'neither trained on nor scored (a crowd, or difficult)', case)
     area = float(annotation['area']) or box[2] * box[3]
     return dict(bbox=box, area=area, iscrowd=int(crowd), segmentation=mask)

@@ -843,6 +843,10 @@ def test_whole_numbers_as_pandas_writes_them(tmp_path):
         entry |= {key: float(value) for key, value in entry.items() if isinstance(value, int)}
     (tmp_path / 'a.json').write_text(json.dumps(content))
     assert '"image_id": 7.0' in (tmp_path / 'a.json').read_text() and read_labelled(tmp_path) == expected
+    for entry in content['annotations']:
+        entry |= dict(iscrowd=float('nan'), ignore='0')
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    assert read_labelled(tmp_path) == expected
     content['annotations'][1]['image_id'] = 7.5
     (tmp_path / 'a.json').write_text(json.dumps(content))
     refused(tmp_path, r'annotations\[1\] \(id 6\) has the unknown image_id 7.5')
