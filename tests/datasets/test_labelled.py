@@ -492,6 +492,9 @@ def test_difficult_objects_of_pascal_voc(tmp_path):
     labelled = read_labelled(tmp_path / 'data')
     assert labelled.notes[0].startswith('train: 5 objects neither trained on nor scored (a crowd, or difficult); ')
     train, _ = built(labelled, tmp_path / 'out', DETECTION)
+    for path in (tmp_path / 'data').glob('*.xml'):
+        path.write_text(path.read_text().replace('<difficult>0', '<difficult>1'))
+    refused(tmp_path / 'data', 'has no objects of cat other than crowds and difficult ones; annotate some')
     ignored = [(each['bbox'], each['ignore_flag']) for each in train.get_data_info(0)['instances']]
     assert ignored == [([1, 2, 11, 12], 1), ([3, 4, 30, 31], 0)]
 
