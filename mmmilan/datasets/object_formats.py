@@ -83,6 +83,8 @@ def stem_of(name: str) -> str:
 def by_lists(root: Path, kind: str, files: Sequence[str]) -> tuple[dict[str, list[int]], list[str]]:
     """How Pascal VOC's lists ``ImageSets/KIND/{train,val,test}.txt`` below a folder divide some of its files.
 
+    Without a list ``train``, that is what ``trainval`` has and ``val`` has not.
+
     Returns:
         Split -> the places of its files, {} without a list for train; and lines about what the lists do not fit.
 
@@ -92,14 +94,18 @@ def by_lists(root: Path, kind: str, files: Sequence[str]) -> tuple[dict[str, lis
     lists: dict[str, dict[str, str]] = {}  # split -> stem -> name
     for file in files_in(root, '.txt'):
         *folders, name = file.split('/')
-        if folders[-2:] == ['ImageSets', kind] and (role := name[:-4]) in ('train', 'val', 'test'):
+        if folders[-2:] == ['ImageSets', kind] and (role := name[:-4]) in ('train', 'val', 'test', 'trainval'):
             lists.setdefault(role, {}).update({stem_of(entry): entry for entry in read_list(root / file)})
+    both, called = lists.pop('trainval', None), 'train'
+    if both and 'train' not in lists:
+        lists['train'], called = {stem: both[stem] for stem in both if stem not in lists.get('val', ())}, 'trainval'
     if 'train' not in lists:
         return {}, []
     stems, notes = [stem_of(file) for file in files], []
     divided = {role: [i for i, stem in enumerate(stems) if stem in names] for role, names in lists.items()}
     for role, names in lists.items():
-        where, lost = f'ImageSets/{kind}/{role}.txt', [names[stem] for stem in sorted(names.keys() - stems)]
+        file = called if role == 'train' else role
+        where, lost = f'ImageSets/{kind}/{file}.txt', [names[stem] for stem in sorted(names.keys() - stems)]
         if not divided[role] and role != 'test':  # which is often kept back
             raise InputError(
                 f'{root} has no file of the {count(len(names), "name")} in {where} ({listed(lost)}), where it has '

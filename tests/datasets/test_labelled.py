@@ -1058,6 +1058,32 @@ def test_lists_of_pascal_voc_as_people_write_them(tmp_path, kind, text):
     refused(tmp_path, r'train.txt is not in UTF-8 \(.*\); save it as UTF-8', task=labelled.task)
 
 
+@pytest.mark.parametrize('kind', ['Main', 'Segmentation'])
+@pytest.mark.parametrize(
+    ('lists', 'train', 'val'),
+    [
+        (dict(trainval='a b\nc.d\ne', test='more'), ['a b', 'c.d', 'e'], ['more']),
+        (dict(trainval='a b\nc.d\ne', val='e'), ['a b', 'c.d'], ['e']),
+        (dict(trainval='a b\nc.d\ne\nmore', train='a b', val='e'), ['a b'], ['e']),
+    ],
+)
+def test_a_list_of_both_splits(tmp_path, kind, lists, train, val):
+    """What trainval names and val does not is trained on where there is no list for it."""
+    pytest.importorskip('labelformat')
+    names = ['a b', 'c.d', 'e', 'more']
+    maps(tmp_path, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
+    for name in names:
+        voc(tmp_path, name, [('cat', 1, 2, 11, 12)], size=(32, 32))
+    (tmp_path / f'ImageSets/{kind}').mkdir(parents=True)
+    for name, text in lists.items():
+        (tmp_path / f'ImageSets/{kind}/{name}.txt').write_text(text)
+    labelled = read_labelled(tmp_path, task='detection' if kind == 'Main' else 'segmentation')
+    assert [sorted(Path(path).stem for path in image_paths(part)) for part in (labelled.train, labelled.val)] == [
+        train,
+        val,
+    ]
+
+
 @pytest.mark.parametrize(
     'text', [b'images\\a b.png', '\ufeffimages/a b.png\r\n\r\n'.encode(), b'images/a b.png\nno.png']
 )
