@@ -224,6 +224,8 @@ def new_config(
     num_images = num_records(labelled.train)
     batch_size = batch_size or default_batch_size(num_images, RECIPES[labelled.task].largest)
     batches = Batches(num_images, batch_size, accumulate, processes)
+    if labelled.task == 'detection':
+        set_norm(config, batches)
     set_schedule(config, labelled.task, batches, epochs, lr, freeze)
     if not freeze:
         config.optim_wrapper.paramwise_cfg.layer_decay_rate = layer_decay(labelled.task, start is not None)
@@ -546,11 +548,26 @@ def norm_of(channels: int) -> dict[str, Any]:
     return dict(type='GN', num_groups=math.gcd(channels, 8))
 
 
+def set_norm(config: Config, batches: Batches) -> None:
+    """Give a detector the published BatchNorm in FPN and heads where enough images share it, of all GPUs together."""
+    from mmengine.device import get_device
+
+    shared = get_device() == 'cuda' and batches.processes > 1
+    if batches.size * (batches.processes if shared else 1) < ENOUGH_FOR_BN:
+        return
+    heads = config.model.roi_head
+    for owner in filter(None, (config.model.neck, heads.bbox_head, heads.mask_head)):
+        owner.norm_cfg = dict(type='BN')
+    if shared:
+        config.sync_bn = 'torch'
+
+
 def head_width(width: int) -> int:
     """Channels of the heads: those published, 256, for ViT-B, and half an encoder's width for narrower ones."""
     return min(256, max(32, width // 2))
 
 
+ENOUGH_FOR_BN = 8  # images; measured in docs/own_images.md
 LARGEST = dict(detection=1024, segmentation=512)  # pixels, of the published recipes
 SMALL = 64  # pixels; of smaller images a border is no margin
 FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=fit_segmentor)

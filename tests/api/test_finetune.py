@@ -325,6 +325,20 @@ def test_rates_and_jitter_of_dense_tasks(scenes, task, rate, jitter, tmp_path):
         assert ('PhotoMetricDistortion' in steps) == (task == 'segmentation' and side > 64)
 
 
+@pytest.mark.parametrize(
+    ('batch', 'processes', 'device', 'norm', 'together'),
+    [(8, 1, 'cpu', 'BN', None), (4, 1, 'cuda', 'GN', None), (4, 2, 'cpu', 'GN', None), (4, 2, 'cuda', 'BN', 'torch')],
+)
+def test_norms_of_detectors(scenes, batch, processes, device, norm, together, tmp_path, monkeypatch):
+    """BatchNorm where eight images share it; the processes of a machine share it on GPUs alone."""
+    monkeypatch.setattr('mmengine.device.get_device', lambda: device)
+    of_data = dict(data=scenes, task='detection')
+    options = dict(arch=ARCH, patch_size=8, img_size=48, batch_size=batch, processes=processes)
+    config, _ = new_config(tmp_path, of_data, **options)
+    parts = config.model.neck, config.model.roi_head.bbox_head, config.model.roi_head.mask_head
+    assert {part.norm_cfg.type for part in parts} == {norm} and config.get('sync_bn') == together
+
+
 def test_a_decay_that_is_given_is_that_of_both(colours, start, tmp_path):
     config, _ = new_config(tmp_path, dict(data=colours), start=start, img_size=48)
     decays = {}
