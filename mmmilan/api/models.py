@@ -160,8 +160,8 @@ def build_embedder(model: BaseModel, checkpoint: str | os.PathLike) -> Embedder:
     """
     from mmmilan.evaluation.features import Embedder
 
-    device = next(model.parameters()).device
-    return Embedder(model.backbone, build_joint(checkpoint)).to(device).eval()
+    joint, device = build_joint(checkpoint), next(model.parameters()).device
+    return Embedder(model.backbone, joint).to(device).eval()
 
 
 def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
