@@ -1033,17 +1033,24 @@ LISTS = {
 }
 
 
+def whole_voc(root: Path, kind: str) -> Path:
+    """Four images with objects and label maps, of Pascal VOC; returns the folder for the lists of a kind."""
+    pytest.importorskip('labelformat')
+    names = ['a b', 'c.d', 'e', 'more']
+    maps(root, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
+    for name in names:
+        voc(root, name, [('cat', 1, 2, 11, 12)], size=(32, 32))
+    lists = root / 'ImageSets' / kind
+    lists.mkdir(parents=True)
+    return lists
+
+
 @pytest.mark.parametrize('text', LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize('kind', ['Main', 'Segmentation'])
 def test_lists_of_pascal_voc_as_people_write_them(tmp_path, kind, text):
-    pytest.importorskip('labelformat')
-    names = ['a b', 'c.d', 'e', 'more']
-    maps(tmp_path, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
-    for name in names:
-        voc(tmp_path, name, [('cat', 1, 2, 11, 12)], size=(32, 32))
-    (tmp_path / f'ImageSets/{kind}').mkdir(parents=True)
-    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes(text)
-    (tmp_path / f'ImageSets/{kind}/val.txt').write_text('e\nlost.jpg')
+    folder = whole_voc(tmp_path, kind)
+    (folder / 'train.txt').write_bytes(text)
+    (folder / 'val.txt').write_text('e\nlost.jpg')
     labelled = read_labelled(tmp_path, task='detection' if kind == 'Main' else 'segmentation')
     assert [[Path(path).stem for path in image_paths(part)] for part in (labelled.train, labelled.val)] == [
         ['a b', 'c.d'],
@@ -1052,9 +1059,9 @@ def test_lists_of_pascal_voc_as_people_write_them(tmp_path, kind, text):
     assert f'1 name of ImageSets/{kind}/val.txt without a file: lost.jpg.' in labelled.notes
     assert any(note.startswith(f'1 file in no list of ImageSets/{kind} not used: ') for note in labelled.notes)
 
-    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes(b'x\ny')
+    (folder / 'train.txt').write_bytes(b'x\ny')
     refused(tmp_path, f'has no file of the 2 names in ImageSets/{kind}/train.txt .x, y., where', task=labelled.task)
-    (tmp_path / f'ImageSets/{kind}/train.txt').write_bytes('é'.encode('latin-1'))
+    (folder / 'train.txt').write_bytes('é'.encode('latin-1'))
     refused(tmp_path, r'train.txt is not in UTF-8 \(.*\); save it as UTF-8', task=labelled.task)
 
 
@@ -1069,14 +1076,9 @@ def test_lists_of_pascal_voc_as_people_write_them(tmp_path, kind, text):
 )
 def test_a_list_of_both_splits(tmp_path, kind, lists, train, val):
     """What trainval names and val does not is trained on where there is no list for it."""
-    pytest.importorskip('labelformat')
-    names = ['a b', 'c.d', 'e', 'more']
-    maps(tmp_path, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
-    for name in names:
-        voc(tmp_path, name, [('cat', 1, 2, 11, 12)], size=(32, 32))
-    (tmp_path / f'ImageSets/{kind}').mkdir(parents=True)
+    folder = whole_voc(tmp_path, kind)
     for name, text in lists.items():
-        (tmp_path / f'ImageSets/{kind}/{name}.txt').write_text(text)
+        (folder / f'{name}.txt').write_text(text)
     labelled = read_labelled(tmp_path, task='detection' if kind == 'Main' else 'segmentation')
     assert [sorted(Path(path).stem for path in image_paths(part)) for part in (labelled.train, labelled.val)] == [
         train,
