@@ -206,7 +206,7 @@ def new_config(
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmmilan.datasets.labelled import labelled_datasets, read_labelled
+    from mmmilan.datasets.labelled import image_paths, labelled_datasets, read_labelled
     from mmmilan.visualization.pictures import class_colours
 
     if freeze and start is None:
@@ -221,7 +221,7 @@ def new_config(
     config.randomness = dict(seed=seed)
     set_encoder(config, encoder, start, side, freeze)
     FIT[labelled.task](config, labelled, encoder, side)
-    num_images = num_records(labelled.train)
+    num_images = len(image_paths(labelled.train))
     batch_size = batch_size or default_batch_size(num_images, RECIPES[labelled.task].largest)
     batches = Batches(num_images, batch_size, accumulate, processes)
     if labelled.task == 'detection':
@@ -234,7 +234,7 @@ def new_config(
     if labelled.task != 'classification':  # the inferencers of mmdet and mmseg draw in the colours of the checkpoint
         for each in datasets.values():
             each['metainfo'] |= dict(palette=[list(colour) for colour in class_colours(len(labelled.classes))])
-    set_loaders(config, batches, num_records(labelled.val), datasets)
+    set_loaders(config, batches, len(image_paths(labelled.val)), datasets)
     return config, labelled
 
 
@@ -341,8 +341,10 @@ def say(labelled: Labelled) -> None:
     from mmengine.logging import print_log
 
     from mmmilan.datasets.classes import listed
+    from mmmilan.datasets.labelled import image_paths
 
-    sizes = f'{count(num_records(labelled.train), "image")} to train on and {num_records(labelled.val)} to validate on'
+    train, val = len(image_paths(labelled.train)), len(image_paths(labelled.val))
+    sizes = f'{count(train, "image")} to train on and {val} to validate on'
     names = f'{count(len(labelled.classes), "class")} ({listed(labelled.classes)})'
     for line in (f'{labelled.root}: {labelled.task}, {names}, {sizes}.', *labelled.notes):
         print_log(line, logger='current')
@@ -407,11 +409,6 @@ def default_size(labelled: Labelled, encoder: Encoder) -> int:
         sizes = [size_of(record['img_path']) for record in labelled.train[:100]]
         sides = [min(size) for size in sizes if size] or [largest]
     return min(largest // cell * cell, max(2, round(float(np.median(sides)) / cell)) * cell)
-
-
-def num_records(records: Any) -> int:
-    """The number of images of a split."""
-    return len(records['images'] if isinstance(records, Mapping) else records)
 
 
 def set_encoder(config: Config, encoder: Encoder, start: str | None, side: int, freeze: bool) -> None:
