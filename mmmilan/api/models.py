@@ -179,26 +179,25 @@ def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
     from mmmilan.registry import MODELS
 
     whole = read_config(checkpoint)
-    config = whole.model
-    if config.type in ('MaskCLIP', 'mmmilan.MaskCLIP'):
-        path = resolve_checkpoint(checkpoint)
-        content = load_checkpoint_file(path)
-        width, dim = reversed(get_state_dict(content, str(path))['image_projection.weight'].shape)
-        projection = nn.Linear(width, dim, bias=False)
-        load_weights(projection, content, str(path), 'image_projection')
-        return projection
+    config, is_maskclip = whole.model, whole.model.type in ('MaskCLIP', 'mmmilan.MaskCLIP')
     parts = [config.get(name) or {} for name in ('neck', 'head')]
     classes = [MODELS.get(part.type) for part in parts if 'type' in part]
-    if len(classes) < 2 or not all(map(inspect.isclass, classes)) or not joins_texts(*classes):
+    joins = len(classes) == 2 and all(map(inspect.isclass, classes)) and joins_texts(*classes)
+    if not (is_maskclip or joins):
         return None
     path = resolve_checkpoint(checkpoint)
     content = load_checkpoint_file(path)
-    if 'neck.decoder_pred.weight' not in as_mmmilan(get_state_dict(content)):
+    weights = as_mmmilan(get_state_dict(content, str(path)))
+    if is_maskclip:
+        width, dim = reversed(weights['image_projection.weight'].shape)
+        joint = nn.Linear(width, dim, bias=False)
+    elif 'neck.decoder_pred.weight' in weights:
+        with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
+            joint = MODELS.build(config.neck)
+    else:
         return None
-    with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
-        neck = MODELS.build(config.neck)
-    load_weights(neck, content, str(path), 'neck')
-    return neck
+    load_weights(joint, content, str(path), 'image_projection' if is_maskclip else 'neck')
+    return joint
 
 
 def _load_weights(model: BaseModel, path: Path) -> dict:
