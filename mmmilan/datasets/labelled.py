@@ -19,7 +19,7 @@ from mmmilan.datasets.labelled_objects import Coco, read_objects
 from mmmilan.datasets.listing import LABELS, extension, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
 from mmmilan.datasets.packed import refuse_archive
-from mmmilan.datasets.splits import IMAGES, Splits, look_into, splits_of
+from mmmilan.datasets.splits import IMAGES, Splits, choose_parts, look_into, splits_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line, write_text
 from mmmilan.registry import DATASETS
@@ -220,9 +220,8 @@ def read_class_folders(
     """A data set whose folders are named after its classes, and the label of each image."""
     given = names_of([root], classes)
     splits = splits_of(root) or Splits([str(root)], [], [])
-    train_roots, val_roots, unused = splits.train, splits.held_out[:1], [*splits.held_out[1:], *splits.unused]
-    if not train_roots or (evaluate and val_roots):
-        train_roots, val_roots = val_roots, []
+    train_roots, val_roots = choose_parts(dict(train=splits.train, val=splits.held_out[:1]), evaluate)
+    unused = [folder for part in splits for folder in part if folder not in (*train_roots, *val_roots)]
     notes = [f'Not used: {listed(unused)}.'] * bool(unused)
     pairs = find_maps(root)
     train, val = (gather(roots, pairs.maps if pairs else set(), notes) for roots in (train_roots, val_roots))

@@ -20,7 +20,7 @@ from mmmilan.datasets.annotations import as_code, check_palette, check_size, rea
 from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
 from mmmilan.datasets.decoding import images_of_any_size, open_header, read_bytes
 from mmmilan.datasets.object_formats import by_lists, list_images_of, size_of
-from mmmilan.datasets.splits import WORD, role_of
+from mmmilan.datasets.splits import WORD, choose_parts, role_of
 from mmmilan.errors import InputError, count
 
 MAPS = {'mask', 'masks', 'label', 'labels', 'annotation', 'annotations', 'annot', 'gt', 'groundtruth', 'truth', 'seg'}
@@ -236,10 +236,7 @@ def read_maps(
         raise InputError(f'{pairs.fault}; rename or remove some.')
     splits, notes = divide_by_lists(root, pairs.splits)
     notes = [*pairs.notes, *notes]
-    train = splits.get('train') or splits.get('') or splits.get('val') or splits['test']
-    val = next((own for own in (splits.get('val'), splits.get('test')) if own and own is not train), [])
-    if evaluate:
-        train, val = val or train, []
+    train, val = choose_parts(splits, evaluate)
     given = names_of([root, *pairs.folders], classes)
     readable = [[pair for pair in part if size_of(pair[0])] for part in (train, val)]
     if lost := len(train) + len(val) - sum(map(len, readable)):

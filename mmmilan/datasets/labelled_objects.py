@@ -14,6 +14,7 @@ from rich.progress import track
 from mmmilan.datasets.classes import Names, as_name, listed, match_names, order_of
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.object_formats import Part, box_of, size_of
+from mmmilan.datasets.splits import choose_parts
 from mmmilan.errors import InputError, count
 
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
@@ -57,10 +58,10 @@ def read_objects(
     Raises:
         InputError: see :mod:`mmmilan.datasets.labelled`.
     """
-    notes: list[str] = []
-    train_parts, val_parts = choose_parts(parts, notes)
-    if evaluate:
-        train_parts, val_parts = val_parts or train_parts, []
+    roles = {role: [part for part in parts if part.role == role] for role in ('train', 'val', 'test', '')}
+    train_parts, val_parts = choose_parts(roles, evaluate)
+    unused = [part.where for part in parts if part not in train_parts and part not in val_parts]
+    notes = [f'Not used: {listed(unused)}.'] * bool(unused)
     notes += dict.fromkeys(note for part in (*train_parts, *val_parts) for note in part.notes)
     contents = dict(train=[each.read() for each in train_parts], val=[each.read() for each in val_parts])
     where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
@@ -77,19 +78,6 @@ def read_objects(
     for annotation in chain(*(split['annotations'] for split in splits.values())) if not all(masks) else ():
         del annotation['segmentation']
     return classes, splits['train'], splits.get('val', dict(images=[], annotations=[])), all(masks), notes
-
-
-def choose_parts(parts: Sequence[Part], notes: list[str]) -> tuple[list[Part], list[Part]]:
-    """Which splits to train and to validate on."""
-    by_role = {role: [part for part in parts if part.role == role] for role in ('train', '', 'val', 'test')}
-    train = by_role['train'] or by_role['']
-    val = by_role['val'] or by_role['test']
-    if not train:
-        train, val = val, []
-    unused = [part.where for part in parts if part not in train and part not in val]
-    if unused:
-        notes.append(f'Not used: {listed(unused)}.')
-    return train, val
 
 
 def choose_classes(

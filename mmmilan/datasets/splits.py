@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ IMAGES = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos?|rgb',
 ANNOTATIONS = re.compile(
     r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
 )
+
+Part = TypeVar('Part')
 
 
 class Splits(NamedTuple):
@@ -87,6 +89,21 @@ def divide(names: Sequence[str], alone: bool) -> Splits | None:
     if not train and len(held_out) > 1:
         train, held_out = held_out[:1], [held_out[-1], *held_out[1:-1]]
     return Splits(train, held_out, sorted(set(names).difference(chosen)))
+
+
+def choose_parts(parts: Mapping[str, list[Part]], evaluate: bool) -> tuple[list[Part], list[Part]]:
+    """What to train and what to validate on, of the parts of a labelled data set.
+
+    Without a part to train on, ``val`` or else ``test`` takes its place. For a model that is only evaluated, what it
+    would be validated on takes that place, so that no other part is read.
+
+    Args:
+        parts: By role: 'train', 'val', 'test', or '' of what is not divided.
+        evaluate: Whether a model is only evaluated.
+    """
+    train = next((own for role in ('train', '', 'val', 'test') if (own := parts.get(role))), [])
+    val = next((own for role in ('val', 'test') if (own := parts.get(role)) and own is not train), [])
+    return (val or train, []) if evaluate else (train, val)
 
 
 def wrapper(names: Sequence[str], alone: bool) -> str | None:

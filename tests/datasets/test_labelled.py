@@ -19,6 +19,7 @@ from PIL import Image
 
 from helpers import ROOT
 from mmmilan.datasets.labelled import (
+    TASKS,
     Labelled,
     LabelledImages,
     image_paths,
@@ -293,6 +294,33 @@ def coco(root: Path, name: str, folder: str, objects: dict[str, list], categorie
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(json.dumps(content))
     return content
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize(
+    ('splits', 'training', 'validation', 'tested'),
+    [
+        ('train valid test', 'train', 'valid', 'valid'),
+        ('train test', 'train', 'test', 'test'),
+        ('valid test', 'valid', 'test', 'test'),
+    ],
+)
+def test_every_task_takes_the_same_splits(tmp_path, task, splits, training, validation, tested):
+    for split in splits.split():
+        if task == 'classification':
+            class_folders(tmp_path / split, dict(ant=2, bee=2))
+        elif task == 'detection':
+            coco(tmp_path, f'{split}/x.json', split, {f'{i}.png': [DOG, CAT] for i in range(4)}, {3: 'dog', 90: 'cat'})
+        else:
+            maps(tmp_path, f'{split}/images', f'{split}/masks', {str(i): [0, 1] for i in range(4)})
+
+    def read(part) -> set[str]:
+        return {Path(path).relative_to(tmp_path).parts[0] for path in image_paths(part)}
+
+    labelled = read_labelled(tmp_path, task)
+    assert (read(labelled.train), read(labelled.val)) == ({training}, {validation})
+    labelled = read_labelled(tmp_path, task, evaluate=True)
+    assert (read(labelled.train), read(labelled.val)) == (set(), {tested})
 
 
 def boxes(dataset) -> dict[str, list]:
