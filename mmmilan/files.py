@@ -402,6 +402,30 @@ def write_text(path: Path, text: str) -> None:
         Path(temporary).write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """What a text file says that a person or a tool wrote, see :func:`decode_text`.
+
+    Raises:
+        InputError: the file cannot be read, or is in another encoding.
+    """
+    try:
+        return decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f'{path} cannot be read ({error.strerror}); give a text file.') from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8.') from error
+
+
+def decode_text(content: bytes) -> str:
+    """Text from UTF-8, or from UTF-16 with a byte order mark."""
+    return content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file that are not empty, without the spaces around them; raises as :func:`read_text`."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or the exception's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

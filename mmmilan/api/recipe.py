@@ -138,9 +138,10 @@ def run_config(folder: Path) -> Config:
     Raises:
         InputError: there is none, or it could run code.
     """
-    from mmmilan.checkpoints.config import own_config, parse_config, read_text
+    from mmmilan.checkpoints.config import own_config, parse_config
     from mmmilan.checkpoints.foreign_config import check_foreign_config
     from mmmilan.checkpoints.io import find_newest
+    from mmmilan.files import read_text
 
     path = folder / 'config.py'
     if not path.is_file():

@@ -25,7 +25,7 @@ from mmmilan.checkpoints.foreign_config import CALL, check_foreign_config, mark_
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.components import arguments_of
 from mmmilan.errors import InputError
-from mmmilan.files import first_line
+from mmmilan.files import first_line, read_text
 
 _RESERVED = {'filename', 'text', 'pretty_text', 'env_variables', '_base_'}  # MMEngine's, of a config's attributes
 WRITTEN = '# Written by mmmilan.'  # first line of a config that a run may replace
@@ -86,18 +86,6 @@ def keep_encoder(config: Config) -> None:
         normalisation = {key: config.model.data_preprocessor[key] for key in ('mean', 'std', 'to_rgb')}
         backbone = config.model.backbone
         config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
-
-
-def read_text(path: Path) -> str:
-    """The text of a config file.
-
-    Raises:
-        InputError: it is not UTF-8, or cannot be read.
-    """
-    try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'{path} cannot be read ({error}); correct or remove it.') from error
 
 
 def config_text(config: Config) -> str:

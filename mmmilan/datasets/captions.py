@@ -18,8 +18,9 @@ from rich.progress import track
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.listing import extension, list_folder, log_left_out
-from mmmilan.datasets.packed import decode_text, load_index, pair_by_name
+from mmmilan.datasets.packed import load_index, pair_by_name
 from mmmilan.errors import InputError
+from mmmilan.files import read_text
 from mmmilan.registry import DATASETS, TRANSFORMS
 
 SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs'}  # of the cells of a table
@@ -141,19 +142,6 @@ class CaptionedShards(CaptionedImages):
         if not samples:
             raise InputError(f'The tar files in {self.data_root} hold no image with a caption; set another data_root.')
         return samples
-
-
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 with a byte order mark.
-
-    Raises:
-        InputError: the file is in another encoding.
-    """
-    content = path.read_bytes()
-    try:
-        return decode_text(content)
-    except UnicodeDecodeError as error:
-        raise InputError(f'{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8.') from error
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str | None, str | None]]:

@@ -23,7 +23,7 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from mmmilan.errors import InputError
-from mmmilan.files import first_line
+from mmmilan.files import first_line, read_text
 
 IGNORE = 255  # label of pixels without a class
 SHOWN = 5
@@ -265,8 +265,8 @@ def read_numbered(path: Path) -> dict[int, str]:
     Raises:
         InputError: it cannot be read.
     """
+    text = read_text(path)
     with readable(path):
-        text = path.read_text(encoding='utf-8-sig')
         pairs = json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
     return {number: as_name(name) for number, name in pairs.items()}
 
@@ -276,7 +276,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn errors while a table is read into an ``InputError``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f'{path} cannot be read as names of classes ({first_line(error)}); give a text with one name a line.'
         ) from error
@@ -367,8 +367,8 @@ def read_names(path: Path, chosen: bool) -> Names:
     Colours: rows of a name and three numbers, in any order (``class_dict.csv``, ``labelmap.txt`` of CVAT,
     ``label_colors.txt``), or in JSON ``{"name": ..., "color": [R, G, B]}`` or ``{name: [R, G, B]}``.
     """
+    text = read_text(path)
     with readable(path):
-        text = path.read_text(encoding='utf-8-sig')
         table = json_table(json.loads(text)) if path.suffix == '.json' else text_table(text)
     numbered = {number: as_name(name) for number, name in table[0].items()}
     if not numbered:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from mmmilan.datasets.listing import Names, decoded, extension, is_leaving, list
 from mmmilan.datasets.packed import list_lmdb, load_index, refuse_archive
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError, printable
+from mmmilan.files import read_lines
 from mmmilan.registry import DATASETS
 
 MAX_CORRUPT_IN_A_ROW = 100
@@ -214,6 +216,8 @@ class ImageFolder(CustomDataset):
         if (self.backend_args or {}).get('backend') == 'lmdb':
             return self.load_lmdb_list(self.backend_args['db_path'])
         self.check_folder()
+        if os.path.isfile(self.ann_file):
+            return self.load_list()
         if self.ann_file or not isinstance(get_file_backend(self.img_prefix, enable_singleton=True), LocalBackend):
             try:
                 return super().load_data_list()
@@ -224,6 +228,24 @@ class ImageFolder(CustomDataset):
         if self.with_label:
             return self.load_labelled_list()
         return Records(images_in(self.img_prefix))
+
+    def load_list(self) -> list[dict]:
+        """As :meth:`load_data_list`, from the lines of ``ann_file``: paths, with labels each before its class's number.
+
+        Raises:
+            InputError: the file cannot be read, or a line has no number.
+        """
+        join = get_file_backend(self.img_prefix, enable_singleton=True).join_path
+        lines = read_lines(self.ann_file)
+        if not self.with_label:
+            return [dict(img_path=join(self.img_prefix, line)) for line in lines]
+        rows = [re.fullmatch(r'(.+)\s(-?\d+)', line) for line in lines]
+        if not all(rows):
+            raise InputError(
+                f'{self.ann_file} has the line {lines[rows.index(None)]!r}; write the path of an image, a space and '
+                'the number of its class.'
+            )
+        return [dict(img_path=join(self.img_prefix, row[1].rstrip()), gt_label=int(row[2])) for row in rows]
 
     def check_folder(self) -> None:
         """Raise an :class:`InputError` if the folder does not exist."""

@@ -29,13 +29,12 @@ import yaml
 from rich.progress import track
 
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
-from mmmilan.datasets.captions import read_text
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
 from mmmilan.datasets.listing import extension, list_annotated, remember
 from mmmilan.datasets.splits import ANNOTATIONS, role_of
 from mmmilan.errors import InputError, count
-from mmmilan.files import first_line
+from mmmilan.files import decode_text, first_line, read_lines, read_text
 
 WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format
 COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
@@ -71,7 +70,7 @@ def files_in(root: Path, *kinds: str) -> list[str]:
 
 def read_list(path: Path) -> list[str]:
     """The names in a text file, one a line, with / between folders."""
-    return [line.strip().replace('\\', '/') for line in read_text(path).splitlines() if line.strip()]
+    return [line.replace('\\', '/') for line in read_lines(path)]
 
 
 def stem_of(name: str) -> str:
@@ -332,10 +331,8 @@ def yolo_files(root: Path) -> list[Path]:
 
 def has_rows(text: str) -> bool:
     """Whether a text file begins with a row of five numbers or more: captions lie beside images, too."""
-    with open(text, encoding='utf-8-sig', errors='replace') as file:
-        cells = next(filter(None, map(str.split, file)), [])
-    with suppress(ValueError):
-        return len(list(map(float, cells))) >= 5
+    with suppress(ValueError, IndexError):  # no text, or an empty one
+        return len(list(map(float, read_lines(text)[0].split()))) >= 5
     return False
 
 
@@ -348,7 +345,7 @@ def read_yaml(path: Path) -> Any:
     content = b''
     try:
         content = path.read_bytes()
-        return yaml.load(content.decode('utf-8-sig'), yaml.BaseLoader)  # a class may be called no, on or 1
+        return yaml.load(decode_text(content), yaml.BaseLoader)  # a class may be called no, on or 1
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         if re.search(rb'^\s*(names|nc)\s*:', content, re.MULTILINE):
             raise InputError(f'{path} cannot be read as YAML ({first_line(error)}); correct it.') from error
@@ -558,7 +555,7 @@ def yolo_rows(path: str, names: Sequence[str], where: str, keypoints: int) -> li
         InputError: a row is neither a box nor a polygon of a known class.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding='utf-8-sig', errors='replace').splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         cells = line.split()
         if not cells:
             continue

@@ -31,7 +31,7 @@ from mmmilan.datasets.decoding import ARCHIVES, EXTENSIONS
 from mmmilan.datasets.listing import extension, is_leaving
 from mmmilan.datasets.reproducible import ReproducibleSampler
 from mmmilan.errors import InputError, count
-from mmmilan.files import atomic_folder, check_output_folder, write_text
+from mmmilan.files import atomic_folder, check_output_folder, decode_text, write_text
 from mmmilan.registry import DATA_SAMPLERS
 
 VERSION = 2  # of the stored index
@@ -205,11 +205,6 @@ def read_captions(content: bytes, kind: str) -> list[str]:
         return []
     texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-
-
-def decode_text(content: bytes) -> str:
-    """Text from UTF-8, or from UTF-16 with a byte order mark."""
-    return content.decode('utf-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig')
 
 
 @register_backend('mmmilan.tar', prefixes='tar')

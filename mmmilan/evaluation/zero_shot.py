@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from mmmilan.datasets.classes import class_names, listed, wordnet_ids
 from mmmilan.errors import InputError
 from mmmilan.evaluation.features import progress
+from mmmilan.files import read_lines
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import LOOPS
 from mmmilan.teachers.base import TextTower
@@ -167,7 +168,7 @@ def read_templates(templates: Sequence[str] | str) -> list[Callable[[str], str]]
     if isinstance(templates, str):
         if not Path(templates).is_file():
             raise InputError(f"templates={templates!r} is neither 'openai' nor a file; correct its path.")
-        templates = [line.strip() for line in Path(templates).read_text(encoding='utf-8').splitlines() if line.strip()]
+        templates = read_lines(templates)
     faulty = [template for template in templates if '{}' not in template]
     if faulty or not templates:
         raise InputError(

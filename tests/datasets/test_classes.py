@@ -193,7 +193,7 @@ def test_the_names_of_imagenet_are_those_of_its_folders():
 
 TABLES = {
     'a.txt': 'wall\nbig tree\n\nsky\n',
-    'b.txt': '\ufeff0 wall\n1 big tree\n2 sky',
+    'b.txt': '0 wall\n1 big tree\n2 sky',
     'c.txt': '1: wall\n2: big tree\n3: sky',
     'd.txt': 'Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t9\t9\t1\twall\n2\t0\t9\t9\t1\tbig tree\n3\t0\t1\t1\t1\tsky',
     'e.json': '["wall", "big tree", "sky"]',
@@ -203,9 +203,10 @@ TABLES = {
 }
 
 
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 @pytest.mark.parametrize('name', TABLES)
-def test_tables_of_names(tmp_path, name):
-    (tmp_path / name).write_text(TABLES[name])
+def test_tables_of_names(tmp_path, name, encoding):
+    (tmp_path / name).write_text(TABLES[name], encoding=encoding)
     assert read_class_names(tmp_path / name) == ['wall', 'big tree', 'sky']
 
 
@@ -220,11 +221,12 @@ def test_tables_of_names(tmp_path, name):
         ('a.txt', '0 wall\n7 sky', 'does not number its 2 classes without a gap'),
         ('a.txt', '', 'does not number its 0 classes'),
         ('a.txt', 'sky\nsky', 'names the class sky twice'),
-        ('b.txt', None, 'cannot be read as names of classes'),
+        ('b.txt', None, r'cannot be read \(No such file'),
+        ('b.txt', 'caf\udce9', r'is not in UTF-8 \(byte 3: .*; save it as UTF-8'),
     ],
 )
 def test_tables_that_are_none(tmp_path, name, text, fault):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, errors='surrogateescape')
     with pytest.raises(InputError, match=f'{name} {fault}'):
         read_class_names(tmp_path / name)

@@ -43,3 +43,18 @@ def test_as_mmpretrain(folder, with_label, log):
 def test_no_image(folder):
     with pytest.raises(InputError, match='root/c/? holds no image'):
         ImageFolder(str(folder / 'c'), pipeline=[])
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_a_list_of_images(tmp_path, encoding):
+    """As people write it, in the encodings of Windows too."""
+    path, options = tmp_path / 'train.txt', dict(data_root=str(tmp_path), ann_file='train.txt', pipeline=[])
+    path.write_text('ü 1.jpg 4\r\n\r\nb/2.jpg\t0\r\n', encoding=encoding, newline='')
+    data = ImageFolder(**options, with_label=True)
+    found = [(info['img_path'], info['gt_label']) for info in map(data.get_data_info, range(len(data)))]
+    assert found == [(f'{tmp_path}/ü 1.jpg', 4), (f'{tmp_path}/b/2.jpg', 0)]
+    path.write_text('ü 1.jpg\nb/2.jpg', encoding=encoding)
+    data = ImageFolder(**options)
+    assert [data.get_data_info(i)['img_path'] for i in range(2)] == [f'{tmp_path}/ü 1.jpg', f'{tmp_path}/b/2.jpg']
+    with pytest.raises(InputError, match=r"train.txt has the line 'ü 1.jpg'; write the path of an image, a space and "):
+        ImageFolder(**options, with_label=True)

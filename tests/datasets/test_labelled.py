@@ -1136,6 +1136,19 @@ def test_lists_of_yolo_as_people_write_them(tmp_path, text):
         refused(tmp_path, message)
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_texts_of_yolo_in_the_encodings_of_windows(tmp_path, encoding):
+    pytest.importorskip('labelformat')
+    yolo(tmp_path, {'images/a.png': BOX, 'images/b.png': BOX}, 'train: images\nnames: [Köter]')
+    for path in [*tmp_path.glob('labels/*.txt'), tmp_path / 'data.yaml']:
+        path.write_text(path.read_text(), encoding=encoding)
+    labelled = read_labelled(tmp_path)
+    assert labelled.classes == ('Köter',) and len(labelled.train['annotations']) == 1
+    (tmp_path / 'data.yaml').unlink()
+    (tmp_path / 'classes.txt').write_text('Köter', encoding=encoding)
+    assert read_labelled(tmp_path).classes == ('Köter',)
+
+
 def test_names_of_values_from_1_on(tmp_path):
     """A table as ADE20K's names no 0, and a list begins at 1 where 0 is ignored."""
     data = tmp_path / 'data'

@@ -132,7 +132,7 @@ def test_training_and_validation(config, run_tool, tmp_path, train, val, changes
             NAMES,
             NAMES,
             {'val_dataloader.dataset.metainfo': dict(classes='names.txt')},
-            'names.txt cannot be read as nam',
+            r'names.txt cannot be read \(No such',
         ),
     ],
 )

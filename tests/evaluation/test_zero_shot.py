@@ -226,6 +226,9 @@ def test_templates_of_a_file(tmp_path):
     assert [prompt('ramen') for prompt in read_templates(str(path))] == [
         'a photo of ramen, a type of food.', 'art of the ramen.',
     ]  # fmt: skip
+    for encoding in ('utf-8-sig', 'utf-16'):  # of editors and shells of Windows
+        path.write_text('{} mit Soße\n', encoding=encoding)
+        assert [prompt('ramen') for prompt in read_templates(str(path))] == ['ramen mit Soße']
     path.write_text('a photo\n')
     with pytest.raises(InputError, match='has no place for the name of a class'):
         read_templates(str(path))
