@@ -50,7 +50,7 @@ def check_output(
         InputError: the command must not write there, or cannot.
     """
     path = Path(path)
-    if endings and path.suffix not in endings:
+    if endings and extension(path) not in endings:
         raise InputError(f'{path} does not end in {" or ".join(endings)}; choose a name that does.')
     try:
         exists = os.lstat(path) is not None
@@ -121,6 +121,12 @@ def check_name(name: str) -> str:
     if name in ('', '.', '..') or '/' in name or '\0' in name:
         raise InputError(f'The name {name!r} does not stay in the folder of the output; leave out / and ..')
     return name
+
+
+def extension(path: str | os.PathLike) -> str:
+    """The extension of a file in lower case, with its dot; '' without one."""
+    name = os.fspath(path)
+    return name[dot:].lower() if (dot := name.rfind('.')) > name.rfind('/') + 1 else ''
 
 
 def short_name(name: str, longest: int = LONGEST_NAME) -> str:

@@ -14,6 +14,7 @@ from mmmilan.files import (
     atomic_write,
     check_output,
     check_output_folder,
+    extension,
     make_folder,
     remove_leftovers,
     short_name,
@@ -100,6 +101,15 @@ def test_places_where_no_file_can_be(tmp_path, monkeypatch, name, message, overw
 def test_endings(tmp_path):
     with pytest.raises(InputError, match=r'photo.jpg does not end in .pth or .safetensors'):
         check_output(tmp_path / 'photo.jpg', endings=('.pth', '.safetensors'), overwrite=True)
+    assert check_output(tmp_path / 'WEIGHTS.PTH', endings=('.pth', '.safetensors')) == tmp_path / 'WEIGHTS.PTH'
+
+
+@pytest.mark.parametrize(
+    ('path', 'expected'),
+    [('a/B.TAR.Gz', '.gz'), ('a.b/c', ''), ('a/.npz', ''), (Path('A.NPZ'), '.npz'), ('tar://a.tar/É.JPG', '.jpg')],
+)
+def test_extension(path, expected):
+    assert extension(path) == expected
 
 
 def test_checks_leave_nothing(tmp_path):

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError
-from mmmilan.files import first_line
+from mmmilan.files import extension, first_line
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     import numpy as np
@@ -143,7 +143,7 @@ COLUMNS = {
 
 def is_features(images: str | os.PathLike | Sequence[str | os.PathLike]) -> bool:
     """Whether this is a file of features and not of images."""
-    return isinstance(images, (str, os.PathLike)) and Path(images).suffix in ('.npz', '.parquet')
+    return isinstance(images, (str, os.PathLike)) and extension(images) in ('.npz', '.parquet')
 
 
 def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
@@ -159,7 +159,7 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
     if not os.path.isfile(path):
         raise InputError(f'{path} is not a file; write it with mmmilan embed.')
     try:
-        read = read_parquet if Path(path).suffix == '.parquet' else read_npz
+        read = read_parquet if extension(path) == '.parquet' else read_npz
         found, names = read(path, ('paths', 'ok', *columns))
     except Exception as error:  # a damaged file can raise anything
         raise InputError(
@@ -191,7 +191,7 @@ def check_written_by(path: str | os.PathLike, encoder: nn.Module, checkpoint: st
     """Raise an :class:`InputError` if the features in a file are of another encoder, where the file says of which."""
     from mmmilan.evaluation.features import fingerprint
 
-    read = read_parquet if Path(path).suffix == '.parquet' else read_npz
+    read = read_parquet if extension(path) == '.parquet' else read_npz
     found = read(path, ['model'])[0].get('model')
     if found is not None and len(found) and str(found[0]) != fingerprint(encoder):
         raise InputError(f'{path} has features of another model than {checkpoint}; give the checkpoint that wrote it.')
@@ -247,7 +247,7 @@ def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.Path
     from mmmilan.files import check_output
 
     path = check_output(out, inputs, endings=('.npz', '.parquet'), overwrite=overwrite)
-    if path.suffix == '.parquet':
+    if extension(path) == '.parquet':
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
@@ -269,7 +269,7 @@ def write_features(path: Path, number: int, batches: Iterator[Arrays], as_bytes:
     first = next(batches)  # what is wrong with the model or the images is not a fault of the file
     batches = itertools.chain([first], batches)
     with atomic_write(path) as temporary:
-        if path.suffix == '.npz':
+        if extension(path) == '.npz':
             write_columns(temporary, number, batches)
         else:
             write_groups(temporary, row_groups(batches, as_bytes))

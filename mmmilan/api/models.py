@@ -14,6 +14,7 @@ from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.checkpoints.zoo import find_config, find_model, resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError
+from mmmilan.files import extension
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
@@ -70,7 +71,7 @@ def get_model(
     config = read_config(name)
     if encoder_only:
         keep_encoder(config)
-    if pretrained is True and Path(name).suffix == '.py':
+    if pretrained is True and extension(name) == '.py':
         raise InputError(f'{name} is a config without weights; give a checkpoint as `pretrained`.')
     if teacher is not None:
         replace_teacher(config, teacher, name)
@@ -94,9 +95,8 @@ def get_model(
 
 def is_checkpoint(name: str | os.PathLike) -> bool:
     """Whether a name is that of a checkpoint file, not of a config or a model of the zoo."""
-    return Path(name).suffix in ('.pth', '.pt', '.bin', '.safetensors') or (
-        Path(name).is_file() and Path(name).suffix != '.py'
-    )
+    kind = extension(name)
+    return kind in ('.pth', '.pt', '.bin', '.safetensors') or (Path(name).is_file() and kind != '.py')
 
 
 def title_of(name: str) -> str:
@@ -142,7 +142,7 @@ def read_config(name: str | os.PathLike) -> Config:
     if is_checkpoint(name):
         config = own_config(name)
     else:
-        config = read_config_file(find_config(name) if Path(name).suffix == '.py' else find_model(str(name)).config)
+        config = read_config_file(find_config(name) if extension(name) == '.py' else find_model(str(name)).config)
     if not isinstance(config.get('model'), Mapping):
         raise InputError(f'The config of {name} has no model; give one that has.')
     return config

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
 from mmmilan.checkpoints.unpickling import ForbiddenName, check_archive, read_archive, read_meta
 from mmmilan.errors import InputError, count
-from mmmilan.files import atomic_write, first_line
+from mmmilan.files import atomic_write, extension, first_line
 
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
 _STATE_DICT_KEYS = ('state_dict', 'model', 'module', 'model_state_dict')
@@ -231,10 +231,10 @@ def save_checkpoint_file(checkpoint: dict[str, Any], path: str | os.PathLike) ->
         InputError: the file name ends otherwise, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix == '.safetensors':
+    if extension(path) == '.safetensors':
         with atomic_write(path) as temporary:
             Path(temporary).write_bytes(_safetensors(get_state_dict(checkpoint), checkpoint.get('meta', {})))
-    elif path.suffix in ('.pth', '.pt', '.bin'):
+    elif extension(path) in ('.pth', '.pt', '.bin'):
         with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)  # given a path, it would store the file name and change the hash
     else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmmilan.errors import InputError
+from mmmilan.files import extension
 
 # Ends of the names of version 0.1 -> today's, which state the batch, the precision and the augmentation as the names of
 # MMDetection and MMSegmentation do.
@@ -89,7 +90,7 @@ def find_config(config: str | os.PathLike) -> Path:
     from mmengine.logging import print_log
 
     path = Path(current_file(config))
-    if path.exists() or path.suffix not in ('', '.py'):
+    if path.exists() or extension(path) not in ('', '.py'):
         return path
     if path.name != str(path):
         found = Path(current_file(zoo_root() / path))

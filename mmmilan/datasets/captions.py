@@ -17,10 +17,10 @@ from rich.progress import track
 
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.image_folder import ImageFolder
-from mmmilan.datasets.listing import extension, list_folder, log_left_out
+from mmmilan.datasets.listing import list_folder, log_left_out
 from mmmilan.datasets.packed import load_index, pair_by_name
 from mmmilan.errors import InputError
-from mmmilan.files import read_text
+from mmmilan.files import extension, read_text
 from mmmilan.registry import DATASETS, TRANSFORMS
 
 SEPARATORS = {',': 'commas', ';': 'semicolons', '\t': 'tabs'}  # of the cells of a table
@@ -66,7 +66,7 @@ class CaptionedImages(ImageFolder):
         if not self.captions.is_file():
             raise InputError(f'The captions file {self.captions} does not exist; correct captions=.')
         readers = {'.csv': read_table, '.tsv': read_table, '.json': read_coco}
-        kind = self.captions.suffix.lower()
+        kind = extension(self.captions)
         if kind not in readers:
             raise InputError(
                 f'The captions file {self.captions} is in no known format; give one that ends in {", ".join(readers)}.'

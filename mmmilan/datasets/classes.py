@@ -23,7 +23,7 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from mmmilan.errors import InputError
-from mmmilan.files import first_line, read_text
+from mmmilan.files import extension, first_line, read_text
 
 IGNORE = 255  # label of pixels without a class
 SHOWN = 5
@@ -267,7 +267,7 @@ def read_numbered(path: Path) -> dict[int, str]:
     """
     text = read_text(path)
     with readable(path):
-        pairs = json_names(json.loads(text)) if path.suffix == '.json' else text_names(text)
+        pairs = json_names(json.loads(text)) if extension(path) == '.json' else text_names(text)
     return {number: as_name(name) for number, name in pairs.items()}
 
 
@@ -349,7 +349,7 @@ def names_of(folders: Sequence[Path], classes: Sequence[str] | str | os.PathLike
         return path and read_names(path, False)
     if not isinstance(classes, (str, os.PathLike)) and len(classes) == 1:  # as the command line gives a file
         path = Path(os.path.expanduser(classes[0]))
-        classes = path if path.is_file() or path.suffix.lower() in ENDINGS else classes
+        classes = path if path.is_file() or extension(path) in ENDINGS else classes
     if isinstance(classes, (str, os.PathLike)):
         path = Path(os.path.expanduser(classes))
         if not path.is_file():
@@ -369,7 +369,7 @@ def read_names(path: Path, chosen: bool) -> Names:
     """
     text = read_text(path)
     with readable(path):
-        table = json_table(json.loads(text)) if path.suffix == '.json' else text_table(text)
+        table = json_table(json.loads(text)) if extension(path) == '.json' else text_table(text)
     numbered = {number: as_name(name) for number, name in table[0].items()}
     if not numbered:
         raise InputError(f'{path} names no class; write one name a line.')

@@ -27,7 +27,7 @@ from mmengine.logging import print_log
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from mmmilan.errors import CorruptImageError, InputError
-from mmmilan.files import first_line
+from mmmilan.files import extension, first_line
 from mmmilan.registry import TRANSFORMS
 
 MAX_PIXELS = 1 << 28  # 0.8 GB when decoded
@@ -290,7 +290,7 @@ def read_with_pillow(content: bytes, path: str) -> np.ndarray:
     except CorruptImageError:
         raise
     except Exception as error:  # of any type, as the file may hold anything
-        remedy = REMEDIES.get(os.path.splitext(path)[1].lower(), 'replace or remove it')
+        remedy = REMEDIES.get(extension(path), 'replace or remove it')
         raise CorruptImageError(f'{path} does not decode ({first_line(error)}); {remedy}.') from error
 
 

@@ -25,11 +25,11 @@ from torch.utils.data import get_worker_info
 
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
-from mmmilan.datasets.listing import Names, decoded, extension, is_leaving, list_folder, log_left_out, remember
+from mmmilan.datasets.listing import Names, decoded, is_leaving, list_folder, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb, load_index, refuse_archive
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError, printable
-from mmmilan.files import read_lines
+from mmmilan.files import extension, read_lines
 from mmmilan.registry import DATASETS
 
 MAX_CORRUPT_IN_A_ROW = 100

@@ -16,12 +16,12 @@ from mmmilan.datasets.classes import IGNORE, Names, absent, as_name, listed, mat
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
-from mmmilan.datasets.listing import LABELS, extension, list_annotated, list_folder, listed_once
+from mmmilan.datasets.listing import LABELS, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
 from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import IMAGES, Splits, choose_parts, look_into, splits_of
 from mmmilan.errors import InputError, count
-from mmmilan.files import first_line, write_text
+from mmmilan.files import extension, first_line, write_text
 from mmmilan.registry import DATASETS
 
 TASKS = ('classification', 'detection', 'segmentation')

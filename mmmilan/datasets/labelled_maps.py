@@ -22,6 +22,7 @@ from mmmilan.datasets.decoding import images_of_any_size, open_header, read_byte
 from mmmilan.datasets.object_formats import by_lists, list_images_of, size_of
 from mmmilan.datasets.splits import WORD, choose_parts, role_of
 from mmmilan.errors import InputError, count
+from mmmilan.files import extension
 
 MAPS = {'mask', 'masks', 'label', 'labels', 'annotation', 'annotations', 'annot', 'gt', 'groundtruth', 'truth', 'seg'}
 MAPS |= {'segmentation', 'segmentations', 'semantic', 'segmap', 'segmaps', 'trimaps', 'maps', 'map', 'labelmaps'}
@@ -332,7 +333,7 @@ def name_values(seen: Seen, given: Names | None, ignored: Sequence[str | int], n
 
 def lossy(path: str) -> str:
     """What to do about values of a map in a format such as JPEG; '' for others."""
-    if path.lower().endswith(LOSSLESS):
+    if extension(path) in LOSSLESS:
         return ''
     return f'{path.rpartition(".")[2].upper()} changes values, so save label maps as PNG'
 

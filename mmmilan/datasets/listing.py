@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 
 from mmmilan.datasets.decoding import EXTENSIONS, REMEDIES
 from mmmilan.errors import printable
+from mmmilan.files import extension
 
 # What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
 LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'system volume information', 'thumbs.db'}
@@ -127,11 +128,6 @@ def is_leaving(name: str) -> bool:
     return name.startswith(('.', '~$')) or name.lower() in LEAVINGS
 
 
-def extension(name: str) -> str:
-    """The extension of a file in lower case, with its dot; '' without one."""
-    return name[dot:].lower() if (dot := name.rfind('.')) > name.rfind('/') + 1 else ''
-
-
 def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = IMAGES) -> Listing:
     """The files of some extensions in a folder, however nested; the others are counted in one line of the log.
 
@@ -233,7 +229,7 @@ def is_kind(test: Callable[[], bool]) -> bool:
 def kind_of(entry: os.DirEntry) -> str:
     """What the log calls a file that is left out; '' for one that nobody misses."""
     name, kind = entry.name, extension(entry.name)
-    if is_leaving(name) or name.endswith(OWN):
+    if is_leaving(name) or name.lower().endswith(OWN):
         return 'hidden images' if kind in EXTENSIONS else ''
     if not is_kind(entry.is_file):
         return 'broken links' if entry.is_symlink() else 'special files'

@@ -31,10 +31,10 @@ from rich.progress import track
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
-from mmmilan.datasets.listing import extension, list_annotated, remember
+from mmmilan.datasets.listing import list_annotated, remember
 from mmmilan.datasets.splits import ANNOTATIONS, role_of
 from mmmilan.errors import InputError, count
-from mmmilan.files import decode_text, first_line, read_lines, read_text
+from mmmilan.files import decode_text, extension, first_line, read_lines, read_text
 
 WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format
 COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
@@ -184,7 +184,7 @@ def find_objects(root: Path) -> dict[str, Callable[[Names | None], list[Part]]]:
     Args:
         root: A folder, or the ``data.yaml`` or JSON file of one.
     """
-    if root.is_file() and root.suffix.lower() not in ('.json', '.yaml', '.yml'):
+    if root.is_file() and extension(root) not in ('.json', '.yaml', '.yml'):
         return {}
     formats = dict(COCO=coco_files(root), YOLO=yolo_files(root), VOC=voc_files(root))
     readers = dict(COCO=coco_parts, YOLO=yolo_parts, VOC=voc_parts)
@@ -205,7 +205,7 @@ def require_labelformat(where: str | os.PathLike) -> None:
 def coco_files(root: Path) -> list[Path]:
     """JSON files of objects in COCO's format."""
     files = [root] if root.is_file() else [root / file for file in files_in(root, '.json')]
-    return [file for file in files if file.suffix.lower() == '.json' and is_coco(file)]
+    return [file for file in files if extension(file) == '.json' and is_coco(file)]
 
 
 def is_coco(path: Path) -> bool:
@@ -320,7 +320,7 @@ class Texts:
 def yolo_files(root: Path) -> list[Path]:
     """The ``data.yaml`` of a folder, or else the folder itself where text files with rows of numbers lie by images."""
     files = [root] if root.is_file() else [root / file for file in files_in(root, '.yaml', '.yml')]
-    found = [file for file in files if file.suffix.lower() in ('.yaml', '.yml') and is_data_yaml(read_yaml(file))]
+    found = [file for file in files if extension(file) in ('.yaml', '.yml') and is_data_yaml(read_yaml(file))]
     if found or root.is_file():
         return found
     texts = {str(root / file) for file in files_in(root, '.txt')}
@@ -460,7 +460,7 @@ def yolo_images(content: dict, key: str, path: Path) -> list[str]:
             raise InputError(
                 f'{path} has {key}: {entry}, which does not exist ({listed(map(str, tried))}); correct path or {key}.'
             )
-        if place.suffix.lower() == '.txt':
+        if extension(place) == '.txt':
             named = [os.path.normpath(place.parent / name) for name in read_list(place)]
             if not any(map(os.path.isfile, named)):
                 raise InputError(
@@ -489,9 +489,10 @@ def yolo_places(content: dict, entry: str, path: Path) -> list[Path]:
 
 def label_paths(image: str) -> list[str]:
     """Where the text file of an image may be: in ``labels`` in place of the last ``images``, or beside it."""
-    stem = f'{image.rpartition(".")[0]}.txt'
+    stem = image.rpartition('.')[0]
     before, folder, after = stem.rpartition('/images/')
-    return [f'{before}/labels/{after}', stem] if folder else [stem]
+    places = [f'{before}/labels/{after}', stem] if folder else [stem]
+    return [place + ending for place in places for ending in ('.txt', '.TXT')]
 
 
 def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 0) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from rich.progress import track
 from torch import Tensor
 
 from mmmilan.datasets.decoding import ARCHIVES, EXTENSIONS
-from mmmilan.datasets.listing import extension, is_leaving
+from mmmilan.datasets.listing import is_leaving
 from mmmilan.datasets.reproducible import ReproducibleSampler
 from mmmilan.errors import InputError, count
-from mmmilan.files import atomic_folder, check_output_folder, decode_text, write_text
+from mmmilan.files import atomic_folder, check_output_folder, decode_text, extension, write_text
 from mmmilan.registry import DATA_SAMPLERS
 
 VERSION = 2  # of the stored index

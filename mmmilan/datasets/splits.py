@@ -14,9 +14,10 @@ import numpy as np
 
 from mmmilan.datasets.classes import listed
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
-from mmmilan.datasets.listing import extension, list_folder, listed_once, remember
+from mmmilan.datasets.listing import list_folder, listed_once, remember
 from mmmilan.datasets.packed import load_index
 from mmmilan.errors import InputError, count
+from mmmilan.files import extension
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}
 VAL = {'val', 'valid', 'validation', 'minival', 'dev', 'eval', 'evaluation', 'holdout'}

@@ -44,7 +44,7 @@ from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import can_resume, is_main, training_in, write_config
 from mmmilan.errors import InputError, count
-from mmmilan.files import atomic_write, check_output, check_output_folder
+from mmmilan.files import atomic_write, check_output, check_output_folder, extension
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 # The hooks of every run; docs/architecture.md says in which order they are called.
@@ -160,7 +160,7 @@ def test(
         options |= dict(tta=tta, overwrite=overwrite)
         start_processes('test', words, gpus, options, changes)
         return
-    if checkpoint is None and os.fspath(config).endswith('.py'):
+    if checkpoint is None and extension(config) == '.py':
         raise InputError(f'{config} is a config without weights; give a checkpoint after it.')
     if data is None and (classes is not None or ignore is not None):
         raise InputError('classes and ignore are about the images of data; give --data, or leave them out.')
@@ -280,7 +280,7 @@ def read_config(
     path = os.fspath(find_config(path))
     if not os.path.isfile(path):
         raise InputError(f'The config {path} does not exist; correct its path.')
-    cfg = read_config_file(path) if path.endswith('.py') else own_config(path, with_data=True)
+    cfg = read_config_file(path) if extension(path) == '.py' else own_config(path, with_data=True)
     change_config(cfg, changes)
     check_plain(cfg.to_dict())
     cfg.launcher = launcher

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.errors import InputError
+from mmmilan.files import extension
 
 # Before a repository of the Hugging Face Hub and before a folder, as timm and open_clip have it.
 HUB, LOCAL = 'hf-hub:', 'local-dir:'
@@ -62,7 +63,7 @@ def weights_in(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         if (folder / name).is_file():
             return str(folder / name)
-    found = sorted(path for path in folder.iterdir() if path.suffix in ('.safetensors', '.bin', '.pth', '.pt'))
+    found = sorted(path for path in folder.iterdir() if extension(path) in ('.safetensors', '.bin', '.pth', '.pt'))
     if len(found) != 1:
         what = f'several files of weights ({", ".join(path.name for path in found)})' if found else 'no file of weights'
         raise InputError(f'{folder} has {what}; give one as {AS_FILE}, or name it {names[0]}.')

@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT, build_model, load_trusted, relative_error, rest_slow
-from mmmilan.api.embed import read_features
+from mmmilan.api.embed import is_features, read_features
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.datasets.image_folder import list_images
@@ -154,9 +154,9 @@ def test_names_that_are_not_utf8(images, checkpoint, tmp_path):
     pytest.importorskip('pyarrow')
     os.rename(images / 'c', os.fsdecode(os.fsencode(images) + b'/caf\xe9'))
     readable = [path for path in list_images(images) if 'broken' not in path]
-    for ending in ('parquet', 'npz'):
+    for ending in ('parquet', 'npz', 'PARQUET', 'NPZ'):
         path = mmmilan.embed(images, checkpoint, tmp_path / f'f.{ending}')
-        assert read_features(path, ['class_token'])[0] == readable
+        assert is_features(path) and read_features(path, ['class_token'])[0] == readable
 
 
 def test_what_cannot_be_embedded(images, checkpoint, tmp_path):

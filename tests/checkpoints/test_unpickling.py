@@ -116,7 +116,7 @@ def test_weights_of_torchscript(tmp_path):
     assert all(torch.equal(loaded[key], value) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize('ending', ['pth', 'safetensors'])
+@pytest.mark.parametrize('ending', ['pth', 'safetensors', 'PTH', 'SAFETENSORS'])
 def test_config_in_meta_is_not_run(tmp_path, safe_mmengine, ending):
     proof, checkpoint = tmp_path / 'proof', honest()
     checkpoint['meta'] = {'config': f'import os\nos.mkdir({str(proof)!r})', 'epoch': 1, 'iter': 2}

@@ -197,7 +197,7 @@ TABLES = {
     'c.txt': '1: wall\n2: big tree\n3: sky',
     'd.txt': 'Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t9\t9\t1\twall\n2\t0\t9\t9\t1\tbig tree\n3\t0\t1\t1\t1\tsky',
     'e.json': '["wall", "big tree", "sky"]',
-    'f.json': '{"2": "sky", "1": "big tree", "0": "wall"}',
+    'F.JSON': '{"2": "sky", "1": "big tree", "0": "wall"}',
     'g.json': '{"sky": 3, "wall": 1, "big tree": 2}',
     'h.json': '{"categories": [{"id": 2, "name": "big tree"}, {"id": 3, "name": "sky"}, {"id": 1, "name": "wall"}]}',
 }

@@ -1136,6 +1136,16 @@ def test_lists_of_yolo_as_people_write_them(tmp_path, text):
         refused(tmp_path, message)
 
 
+def test_files_of_yolo_in_capitals(tmp_path):
+    pytest.importorskip('labelformat')
+    yolo(tmp_path, {'images/A.PNG': BOX, 'images/B.PNG': BOX}, 'train: TRAIN.TXT\nval: images/B.PNG\nnames: [cat]')
+    for path in [*tmp_path.glob('labels/*.txt'), tmp_path / 'data.yaml']:
+        path.rename(path.with_suffix(path.suffix.upper()))
+    (tmp_path / 'TRAIN.TXT').write_text('images/A.PNG')
+    labelled = read_labelled(tmp_path)
+    assert [len(part['annotations']) for part in (labelled.train, labelled.val)] == [1, 1]
+
+
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
 def test_texts_of_yolo_in_the_encodings_of_windows(tmp_path, encoding):
     pytest.importorskip('labelformat')

@@ -373,14 +373,14 @@ def test_damaged_config(content, message, folder):
 
 def test_folders_without_weights(folder):
     for path in folder.glob('*.safetensors'):
-        path.rename(path.with_name('mine.pth'))
-    with pytest.raises(InputError, match='mine.pth is'):  # not a PyTorch file
-        (folder / 'mine.pth').write_bytes(b'no weights')
+        path.rename(path.with_name('mine.PTH'))
+    with pytest.raises(InputError, match='mine.PTH is'):  # not a PyTorch file
+        (folder / 'mine.PTH').write_bytes(b'no weights')
         build_teacher(folder)
     (folder / 'other.pt').touch()
-    with pytest.raises(InputError, match='has several files of weights .mine.pth, other.pt.; give one as --teacher'):
+    with pytest.raises(InputError, match='has several files of weights .mine.PTH, other.pt.; give one as --teacher'):
         build_teacher(folder)
-    for path in folder.glob('*.p*t*'):
+    for path in (folder / 'mine.PTH', folder / 'other.pt'):
         path.unlink()
     with pytest.raises(InputError, match='has no file of weights'):
         build_teacher(folder)
