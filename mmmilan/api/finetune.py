@@ -58,7 +58,7 @@ def finetune(
 
     Args:
         data: folder of labelled images: folders of classes, COCO, YOLO or Pascal VOC, or images with label maps. If it
-            is not divided into ``train`` and ``val``, a fifth of it is kept to validate on, see ``out/split.json``.
+            has no ``val``, ``test`` is validated on; without either, a fifth of the images, see ``out/split.json``.
         out: folder for config, log, checkpoints, model and report.
         start: the encoder that training starts from: a checkpoint of your own, a model of the zoo, a file or a URL in
             any layout; by default random weights.
