@@ -126,8 +126,8 @@ def summary(name: str) -> str:
 def words_of(function: Callable) -> list[inspect.Parameter]:
     """The arguments of a function that a command line gives as words, without their names, in order.
 
-    Where one of them is a list, those with a default are given by name alone: the list takes all words but those of the
-    arguments after it, as the sources of ``cp`` do.
+    Where one of them is a list, those with a default other than None are given by name alone: the list takes all words
+    but those of the arguments after it, as the sources of ``cp`` do.
     """
     parameters = inspect.signature(function).parameters.values()
     words = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]

@@ -159,8 +159,8 @@ class FeatureExtractor(Inferencer):
         model: a model, the name of a model of the zoo, a config file or a checkpoint of your own.
         pretrained: True for the published weights, or a checkpoint in any layout.
         device: where to run, by default on the GPU if there is one.
-        out_type: ``'cls_token'`` [D], ``'avg_featmap'`` (mean of the patch tokens) [D], ``'featmap'`` [D, H/16, W/16]
-            or ``'raw'`` (all tokens) [1 + N, D]; by default what the model was trained with.
+        out_type: ``'cls_token'`` [D], ``'avg_featmap'`` (mean of the patch tokens) [D], ``'featmap'`` [D, rows,
+            columns] or ``'raw'`` (all tokens) [1 + N, D]; by default what the model was trained with.
 
     Raises:
         InputError: the model, its weights or ``out_type`` is unknown.

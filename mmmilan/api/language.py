@@ -81,8 +81,8 @@ def search(
     features is read by each.
 
     Args:
-        images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz), whose column ``embedding`` is
-            searched without reading an image.
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` (.npz or .parquet), whose column
+            ``embedding`` is searched without reading an image.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo; for a file, the one that wrote
             it.
         text: what to look for, such as 'a red boat'.
@@ -151,8 +151,8 @@ def heat_maps(
     of features is read by each.
 
     Args:
-        images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz), for which no
-            image is read and no figure is drawn.
+        images: folder of images, paths of images, or a file of ``mmmilan.embed`` with patches (.npz or .parquet), for
+            which no image is read and no figure is drawn.
         checkpoint: checkpoint of MILAN with its decoder, your own or a model of the zoo.
         out: folder to write.
         texts: what to look for.

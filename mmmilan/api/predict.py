@@ -136,7 +136,7 @@ class Predictor(Inferencer):
 
 
 class ImageClassificationInferencer(Predictor):
-    """Classify images with a fine-tuned model; arguments and results are those of mmpretrain's inferencer.
+    """Classify images with a fine-tuned model; the results are those of mmpretrain's inferencer of this name.
 
     Examples:
         >>> classify = ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab')

@@ -41,14 +41,15 @@ def pretrain(
 
     The widths of decoder and target follow from encoder and teacher, the schedule from the number of images: about
     10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate proportional to the square root of
-    the batch size and inverse to the width of the encoder, with or without ``start``. The encoder is evaluated ten
-    times in the run, see ``mmmilan.OnlineEvaluationHook``.
+    the batch size and inverse to the width of the encoder, with or without ``start``. The encoder is evaluated before
+    training and about ten times in it, see ``mmmilan.OnlineEvaluationHook``.
 
     The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training, and
     with ``--gpus 8`` on eight GPUs, where schedule and rate follow the images of a step of all of them.
 
     ``resume`` continues the run in ``out`` with its own config, and needs no other argument. Those that are given and
-    differ from the run are applied and named in the log, see docs/reliability.md; encoder and image size stay.
+    differ from the run are applied and named in the log, see docs/reliability.md; encoder, image size, start and recipe
+    stay.
 
     Args:
         data: one or more folders of images, flat or nested, and tar shards. If a folder is divided into splits, ``val``
@@ -78,7 +79,8 @@ def pretrain(
 
     Returns:
         The path of the weights of encoder and decoder with their config, ``out/milan.pth``. Every function of mmmilan
-        and every downstream config accepts this file. ``report.html`` is beside it, see :func:`mmmilan.report`.
+        that takes an encoder and every downstream config accept this file. ``report.html`` is beside it, see
+        :func:`mmmilan.report`.
 
     Raises:
         InputError: images, teacher or start are missing or do not fit; it is raised before training starts.
