@@ -25,7 +25,7 @@ from torch.utils.data import get_worker_info
 
 from mmmilan.datasets.classes import as_name, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
-from mmmilan.datasets.listing import Names, decoded, is_leaving, list_folder, log_left_out, remember
+from mmmilan.datasets.listing import Names, decoded, is_leaving, list_pictures, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb, load_index, refuse_archive
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.errors import InputError, printable
@@ -40,7 +40,7 @@ Source = str | os.PathLike  # a folder of images and tar shards, however nested;
 
 
 def list_images(sources: Source | Sequence[Source]) -> Names:
-    """All images of one or several sources, sorted by path within each source.
+    """All images of one or several sources, sorted by path within each source; no label maps beside them.
 
     Returns:
         Paths; an image in a shard has the path ``tar://...`` of :class:`mmmilan.datasets.packed.TarBackend`.
@@ -64,7 +64,7 @@ def images_in(source: Source) -> Names:
 
 def _images_in(source: Source, path: str) -> Names:
     if os.path.isdir(path):
-        images, _ = expand_shards(path, list_folder(path).files)
+        images, _ = expand_shards(path, list_pictures(path).files)
     elif not os.path.exists(path):
         raise InputError(f'{source} does not exist; give a folder of images, a tar file or an image.')
     elif extension(path) in (*EXTENSIONS, '.tar'):
@@ -261,7 +261,7 @@ class ImageFolder(CustomDataset):
 
     def load_labelled_list(self) -> Records:
         """As :meth:`load_data_list`, labelled by the first folder of each path, and in the order of folders."""
-        listing = list_folder(self.img_prefix)
+        listing = list_pictures(self.img_prefix, classes=True)
         names = listing.top_folders
         loose = sum('/' not in file for file in listing.files)
         files = Names(file for file in listing.files if '/' in file) if loose else listing.files

@@ -16,10 +16,10 @@ from mmmilan.datasets.classes import IGNORE, Names, absent, as_name, listed, mat
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, read_objects
-from mmmilan.datasets.listing import LABELS, list_annotated, list_folder, listed_once
+from mmmilan.datasets.listing import IMAGE_FOLDERS, LABELS, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part, find_objects
 from mmmilan.datasets.packed import refuse_archive
-from mmmilan.datasets.splits import IMAGES, Splits, choose_parts, look_into, splits_of
+from mmmilan.datasets.splits import Splits, choose_parts, look_into, splits_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import extension, first_line, write_text
 from mmmilan.registry import DATASETS
@@ -140,7 +140,7 @@ def has_class_folders(root: Path, annotated: bool) -> bool:
     if folder.splits:
         folder = look_into(os.path.join(folder.root, (folder.splits.train or folder.splits.held_out)[0]))
     inside = os.path.relpath(folder.root, root).split('/')
-    return len(folder.counts) > max(1, folder.loose) and not (annotated and any(map(IMAGES.fullmatch, inside)))
+    return len(folder.counts) > max(1, folder.loose) and not (annotated and any(map(IMAGE_FOLDERS.fullmatch, inside)))
 
 
 def choose_task(root: Path, found: Mapping[str, Any], task: str | None) -> str:

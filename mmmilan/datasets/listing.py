@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.logging import print_log
 
+from mmmilan.datasets.classes import listed
 from mmmilan.datasets.decoding import EXTENSIONS, REMEDIES
 from mmmilan.errors import printable
 from mmmilan.files import extension
@@ -19,6 +21,10 @@ from mmmilan.files import extension
 # What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
 LEAVINGS = {'__macosx', '@eadir', '@recycle', '#recycle', '$recycle.bin', 'system volume information', 'thumbs.db'}
 LEAVINGS |= {'desktop.ini', '__pycache__', 'lost+found', 'recycler', '@tmp', '_gsdata_'}
+IMAGE_FOLDERS = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
+ANNOTATION_FOLDERS = re.compile(
+    r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
+)
 OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.packed
 
 IMAGES = (*EXTENSIONS, '.tar')
@@ -152,6 +158,56 @@ def list_annotated(folder: str | os.PathLike) -> Listing:
     images = Names(file for file in listing.files if extension(file) in IMAGES)
     remember((os.path.normpath(os.fspath(folder)), IMAGES), lambda: Listing(images, listing.folders, listing.left_out))
     return listing
+
+
+def list_pictures(folder: str | os.PathLike, classes: bool = False) -> Listing:
+    """As :func:`list_folder`, of images and tar shards without label maps and the like, which the log counts.
+
+    Of a folder that is named itself, such as ``masks``, nothing is taken for a label map because of its own name.
+
+    Args:
+        folder: The folder.
+        classes: Whether the folders directly in it are classes, whatever they are called.
+    """
+    listing = list_folder(folder)
+    maps = annotation_folders({file.rpartition('/')[0] for file in listing.files}, classes)
+    if not maps:
+        return listing
+    files = Names(file for file in listing.files if not lies_in(file, maps))
+    where = listed(sorted(each for each in maps if not lies_in(each.rpartition('/')[0], maps)))
+    lost = len(listing.files) - len(files)
+    log_left_out(os.fspath(folder), {f'in folders of label maps and the like ({where})': lost})
+    return Listing(files, [each for each in listing.folders if not lies_in(each, maps)], listing.left_out)
+
+
+def annotation_folders(folders: Collection[str], classes: bool) -> set[str]:
+    """Folders called as annotations are, beside a single other one that is called as images are.
+
+    As ``VOC2012/SegmentationClass`` and ``VOC2012/SegmentationObject`` beside ``VOC2012/JPEGImages``, at any depth.
+
+    Args:
+        folders: Those that hold files themselves, '' for the one that holds all.
+        classes: As for :func:`list_pictures`.
+    """
+    inner: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        while folder:
+            folder, name = os.path.split(folder)
+            inner[folder].add(name)
+    found: set[str] = set()
+    for folder, names in inner.items():
+        others = {name for name in names if not IMAGE_FOLDERS.fullmatch(name)}
+        is_pair = len(names) - len(others) == 1 and all(map(ANNOTATION_FOLDERS.fullmatch, others))
+        if is_pair and folder not in folders and (folder or not classes):
+            found.update(os.path.join(folder, name) for name in others)
+    return found
+
+
+def lies_in(path: str, folders: Collection[str]) -> bool:
+    """Whether a path is one of some folders, or lies in one."""
+    while path and path not in folders:
+        path = path.rpartition('/')[0]
+    return bool(path)
 
 
 def part_of_known(folder: str, kinds: tuple[str, ...]) -> Listing | None:

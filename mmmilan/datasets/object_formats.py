@@ -31,8 +31,8 @@ from rich.progress import track
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
-from mmmilan.datasets.listing import list_annotated, remember
-from mmmilan.datasets.splits import ANNOTATIONS, role_of
+from mmmilan.datasets.listing import ANNOTATION_FOLDERS, list_annotated, remember
+from mmmilan.datasets.splits import role_of
 from mmmilan.errors import InputError, count
 from mmmilan.files import decode_text, extension, first_line, read_lines, read_text
 
@@ -161,7 +161,7 @@ class Images:
             lambda file: as_name(file).split('/')[-len(parts) :] == parts,
             lambda file: file.startswith(inside),
             lambda file: roles_of(file)[:1] == [role],
-            lambda file: not any(map(ANNOTATIONS.fullmatch, file.split('/')[:-1])),  # label maps
+            lambda file: not any(map(ANNOTATION_FOLDERS.fullmatch, file.split('/')[:-1])),  # label maps
         )
         for test in tests:
             found = list(filter(test, found)) or found

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmmilan.datasets.classes import listed
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
-from mmmilan.datasets.listing import list_folder, listed_once, remember
+from mmmilan.datasets.listing import ANNOTATION_FOLDERS, list_folder, list_pictures, listed_once, remember
 from mmmilan.datasets.packed import load_index
 from mmmilan.errors import InputError, count
 from mmmilan.files import extension
@@ -26,10 +26,6 @@ TEST = {'test', 'testing', 'tst'}
 BESIDE = re.compile(r'\d+|set|splits?|data|images?|imgs?|photos|pictures|mini|full')
 # Of trainset, the first part is a word of its own.
 WORD = re.compile(r'(?i:train|valid|val|test)(?=(?i:set|data|images?|imgs?)(?![a-z]))|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+')
-IMAGES = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos?|rgb', re.IGNORECASE)
-ANNOTATIONS = re.compile(
-    r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
-)
 
 Part = TypeVar('Part')
 
@@ -107,17 +103,6 @@ def choose_parts(parts: Mapping[str, list[Part]], evaluate: bool) -> tuple[list[
     return (val or train, []) if evaluate else (train, val)
 
 
-def wrapper(names: Sequence[str], alone: bool) -> str | None:
-    """The one folder that holds the images: the only one, or that of images beside label maps and the like."""
-    if not alone:
-        return None
-    if len(names) == 1:
-        return names[0]
-    images = [name for name in names if IMAGES.fullmatch(name)]
-    others = all(ANNOTATIONS.fullmatch(name) for name in names if name not in images)
-    return images[0] if len(images) == 1 and others else None
-
-
 class Folder(NamedTuple):
     """A folder of images, seen from where its images divide.
 
@@ -127,7 +112,6 @@ class Folder(NamedTuple):
         loose: Number of those directly in it.
         splits: Its splits, if it has any.
         unclear: If it has none, and seems to be divided in another way, how, in a sentence; else ''.
-        left_out: Folders of label maps and the like that lie beside it, or beside one on the way to it.
     """
 
     root: str
@@ -135,7 +119,6 @@ class Folder(NamedTuple):
     loose: int
     splits: Splits | None
     unclear: str
-    left_out: list[str]
 
 
 def look_into(source: Source) -> Folder:
@@ -145,19 +128,17 @@ def look_into(source: Source) -> Folder:
 
 
 def _look_into(root: str) -> Folder:
-    files = list_folder(root).files if os.path.isdir(root) else []
+    files = list_pictures(root).files if os.path.isdir(root) else []
     if extension(root) == '.tar' and os.path.isfile(root):
-        return Folder(root, {}, 1, None, divided_shards('', [root]), [])
-    left_out: list[str] = []
+        return Folder(root, {}, 1, None, divided_shards('', [root]))
     while True:
         counts = Counter(file.partition('/')[0] for file in files if '/' in file)
         loose = len(files) - counts.total()
         splits = divide(sorted(counts), not loose)
-        inner = wrapper(sorted(counts), not loose)
-        if splits is not None or inner is None:
+        if splits is not None or loose or len(counts) != 1:
             divided = '' if splits else unclear(root, files)
-            return Folder(root, dict(sorted(counts.items())), loose, splits, divided, left_out)
-        left_out += [os.path.join(root, name) for name in sorted(counts) if name != inner]
+            return Folder(root, dict(sorted(counts.items())), loose, splits, divided)
+        inner = next(iter(counts))
         root = os.path.join(root, inner)
         files = [file.partition('/')[2] for file in files if file.startswith(f'{inner}/')]
 
@@ -192,7 +173,7 @@ def splits_within(folders: Iterable[str]) -> tuple[str, str] | None:
             within.setdefault(folder, set()).add(name)
             if role_of(name) and folder:
                 depths.setdefault(folder.count('/'), {}).setdefault(name, whole)
-    for folder in sorted(within, key=lambda name: (bool(ANNOTATIONS.fullmatch(name.partition('/')[0])), name)):
+    for folder in sorted(within, key=lambda name: (bool(ANNOTATION_FOLDERS.fullmatch(name.partition('/')[0])), name)):
         if splits := divide(sorted(within[folder]), alone=False):
             inner = splits.train[0], splits.held_out[0]
             return (f'{folder}/{inner[0]}', f'{folder}/{inner[1]}') if folder else inner
@@ -249,16 +230,8 @@ def splits_of(source: Source) -> Splits | None:
     return folder.splits and Splits(*([os.path.join(folder.root, name) for name in part] for part in folder.splits))
 
 
-def without_annotations(source: Source) -> Source:
-    """The folder of images of a source where label maps and the like lie beside it; else the source."""
-    folder = look_into(source)
-    return folder.root if folder.left_out else source
-
-
 def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
     """What to train on: the training splits of each source, or its only split, or the source itself.
-
-    Of each only the folder of images, where those of label maps and the like lie beside it.
 
     Raises:
         InputError: as :func:`splits_of`.
@@ -266,17 +239,14 @@ def training_sources(sources: Source | Sequence[Source]) -> list[Source]:
     chosen: list[Source] = []
     for source in as_sources(sources):
         splits = splits_of(source)
-        chosen += map(without_annotations, (splits.train or splits.held_out[:1]) if splits else [source])
+        chosen += (splits.train or splits.held_out[:1]) if splits else [source]
     return chosen
 
 
 def evaluation_source(source: Source) -> Source:
-    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits.
-
-    As for :func:`training_sources`, label maps and the like are no images.
-    """
+    """What to evaluate on: the split ``val`` of a source, or else ``test``, or the source itself without splits."""
     splits = splits_of(source)
-    return without_annotations((splits.held_out or splits.train)[0] if splits else source)
+    return (splits.held_out or splits.train)[0] if splits else source
 
 
 def class_folders(source: Source) -> tuple[Source, list[str]]:
@@ -304,7 +274,7 @@ def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, lis
         if not classes:
             images = images_in(source)
             return images, np.zeros(len(images), int), classes
-        files = list_folder(root).files
+        files = list_pictures(root, classes=True).files
         images, file_of = expand_shards(str(root), files)
     return images, first_folder_of(files, classes)[file_of], classes
 
@@ -322,15 +292,13 @@ def describe(sources: Sequence[Source]) -> str:
         splits = splits_of(source)
         unused = [folder for folder in (splits.unused if splits else []) if list_folder(folder).files]
         unused += splits.held_out[1:] if splits else []
-        for used in [source, *(splits.train + splits.held_out[:1] if splits else [])]:
-            unused += look_into(used).left_out
         if unused:
             parts.append(f'not used: {listed(unused)}')
     among = [
         os.path.join(root, folder)
         for root in (look_into(source).root for source in training)
-        for folder in sorted(folders_of(list_folder(root).files) if os.path.isdir(root) else ())
-        if any(map(ANNOTATIONS.fullmatch, folder.split('/')))
+        for folder in sorted(folders_of(list_pictures(root).files) if os.path.isdir(root) else ())
+        if any(map(ANNOTATION_FOLDERS.fullmatch, folder.split('/')))
     ]
     if among:
         parts.append(f'used as images, though named like annotations: {listed(among)}')

@@ -159,6 +159,18 @@ def test_names_that_are_not_utf8(images, checkpoint, tmp_path):
         assert is_features(path) and read_features(path, ['class_token'])[0] == readable
 
 
+def test_label_maps_are_not_embedded(images, checkpoint, tmp_path, log):
+    """But those of a folder that is named itself are."""
+    (images / 'a').rename(images / 'c/images')
+    (images / 'c/d').rename(images / 'c/masks')
+    (images / 'c/broken.jpg').unlink()
+    found = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'f.npz'))['paths']
+    assert [name.removeprefix(f'{images}/') for name in found] == ['b.png', 'c/images/0.jpg', 'c/images/1.jpg']
+    assert f'Left out of {images}: 1 in folders of label maps and the like (c/masks).' in log.text
+    found = np.load(mmmilan.embed(images / 'c/masks', checkpoint, tmp_path / 'g.npz'))['paths']
+    assert found.tolist() == [f'{images}/c/masks/2.png']
+
+
 def test_what_cannot_be_embedded(images, checkpoint, tmp_path):
     for source, out, message in (
         (images, 'f.csv', 'does not end in .npz or .parquet'),

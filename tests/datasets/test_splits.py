@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mmmilan.datasets import ImageFolder
-from mmmilan.datasets.listing import listed_once
+from mmmilan.datasets.image_folder import list_images
+from mmmilan.datasets.listing import list_pictures, listed_once
 from mmmilan.datasets.splits import (
     class_folders,
     describe,
@@ -50,13 +51,7 @@ def relative(root: Path, folders) -> str:
         ('JPEGImages/train/x/1.png JPEGImages/val/x/2.png gtFine/train/x/1.png', 'JPEGImages/train', 'JPEGImages/val'),
         ('archive/x/train/1.jpg archive/x/test/2.jpg archive/__MACOSX/3.jpg', 'archive/x/train', 'archive/x/test'),
         ('train/images/1.jpg train/labels/1.txt test/images/2.jpg', 'train', 'test'),
-        ('train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png', 'train/images', 'val/images'),
-        ('train/img/a/1.jpg train/gt/a/1.png val/2.jpg', 'train/img/a', 'val'),
-        ('JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png', 'JPEGImages', 'JPEGImages'),
-        ('VOCdevkit/VOC2012/JPEGImages/1.jpg VOCdevkit/VOC2012/SegmentationClass/1.png',
-         'VOCdevkit/VOC2012/JPEGImages', 'VOCdevkit/VOC2012/JPEGImages'),
-        ('images/0.tar masks/0.tar', 'images', 'images'),
-        ('images/x/1.jpg masks/x/1.png', 'images/x', 'images/x'),
+        ('train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png', 'train', 'val'),
         ('Train/1.png Test/2.png Meta/3.png preview.jpg', 'Train', 'Test'),
         ('ILSVRC2012_img_train/a/1.jpg ILSVRC2012_img_val/2.jpg', 'ILSVRC2012_img_train', 'ILSVRC2012_img_val'),
         ('trainA/1.jpg trainB/2.jpg testA/3.jpg testB/4.jpg', 'trainA trainB', 'testA'),
@@ -90,8 +85,7 @@ def test_splits(tmp_path, files, train, evaluation):
 def test_classes(tmp_path, files, classes):
     make(tmp_path, files)
     assert splits_of(tmp_path) is None
-    training = [os.fspath(tmp_path / 'images' if 'annotations' in files else tmp_path)]
-    assert list(map(os.fspath, [*training_sources(tmp_path), evaluation_source(tmp_path)])) == training * 2
+    assert training_sources(tmp_path) == [evaluation_source(tmp_path)] == [tmp_path]
     root, names = class_folders(tmp_path)
     assert ' '.join(names).replace(' ', '~').replace('~', ' ').split() == classes.replace('~', ' ').split()
     images, labels, same = list_labelled_images(tmp_path)
@@ -188,26 +182,60 @@ def test_what_was_understood_is_said(tmp_path):
     )
 
 
-def test_folders_of_annotations_are_said(tmp_path):
-    data = make(tmp_path / 'x', 'images/1.jpg masks/1.png masks/2.png')
-    assert describe([data]).startswith(f'1 image to train on, from {data}/images; none are kept')
-    assert f'; not used: {data}/masks; ' in describe([data])
-    data = make(tmp_path / 'y', 'train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png old/3.jpg')
-    text = describe([data])
-    assert text.startswith(
-        f'1 image to train on, from {data}/train/images; 1 kept for evaluation, in {data}/val/images'
-    )
-    assert f'; not used: {data}/old, {data}/train/masks, {data}/val/masks; ' in text
-    data = make(tmp_path / 'z', 'JPEGImages/train/1.jpg JPEGImages/val/2.jpg SegmentationClass/1.png')
-    assert f'; not used: {data}/SegmentationClass; ' in describe([data])
+@pytest.mark.parametrize(
+    ('files', 'maps'),
+    [
+        ('images/1.jpg masks/1.png masks/2.png', 'masks'),
+        ('JPEGImages/1.jpg SegmentationClass/1.png SegmentationObject/1.png', 'SegmentationClass SegmentationObject'),
+        ('VOC/2012/JPEGImages/1.jpg VOC/2012/SegmentationClass/1.png', 'VOC/2012/SegmentationClass'),
+        ('2007/JPEGImages/1.jpg 2007/SegmentationClass/1.png 2012/JPEGImages/2.jpg 2012/SegmentationObject/2.png',
+         '2007/SegmentationClass 2012/SegmentationObject'),
+        ('ant/images/1.jpg ant/masks/1.png bee/images/2.jpg bee/masks/2.png', 'ant/masks bee/masks'),
+        ('ant/images/1.jpg ant/masks/1.png bee/images/2.jpg cow/3.jpg', 'ant/masks'),
+        ('images/x/1.jpg masks/x/1.png', 'masks'),
+        ('images/1.jpg gt/rgb/1.png gt/depth/1.png', 'gt'),
+        ('images/cat/1.jpg images/dog/2.jpg annotations/dog/2.png', 'annotations'),
+        ('train/images/1.jpg train/masks/1.png val/images/2.jpg val/masks/2.png', 'train/masks val/masks'),
+        ('train/img/a/1.jpg train/gt/a/1.png val/2.jpg', 'train/gt'),
+        ('JPEGImages/train/1.jpg JPEGImages/val/2.jpg SegmentationClass/1.png', 'SegmentationClass'),
+    ],
+)  # fmt: skip
+def test_label_maps_are_no_images(tmp_path, log, files, maps):
+    """Neither to train and evaluate on, nor to embed or search."""
+    root = make(tmp_path / 'data', files)
+    images = {str(root / file) for file in files.split() if file.endswith('.jpg')}
+    assert set(list_images(root)) == images == set(list_labelled_images(root)[0])
+    where = f'Left out of {root}: {files.count(".png")} in folders of label maps and the like'
+    assert f'{where} ({", ".join(maps.split())}).' in log.text
+    assert set(list_images([*training_sources(root), evaluation_source(root)])) == images
+    assert 'used as images' not in describe([root])
+
+
+def test_who_names_a_folder_of_label_maps_gets_them(tmp_path):
+    make(tmp_path, 'ant/images/1.jpg ant/masks/a/1.png ant/masks/a/2.png')
+    for folder in ('ant/masks', 'ant/masks/a'):
+        assert [Path(path).name for path in list_images(tmp_path / folder)] == ['1.png', '2.png']
+    with listed_once():
+        assert len(list_images([tmp_path, tmp_path / 'ant/masks'])) == 3
+
+
+def test_shards_of_label_maps_are_left_out(tmp_path):
+    assert list(list_pictures(make(tmp_path, 'images/0.tar masks/0.tar')).files) == ['images/0.tar']
+
+
+def test_classes_may_be_called_as_label_maps_are(tmp_path):
+    """What lies in their folders is told apart as elsewhere."""
+    make(tmp_path, 'photo/1.jpg mask/images/2.jpg mask/masks/3.png')
+    data = ImageFolder(str(tmp_path), with_label=True, pipeline=[])
+    assert data.CLASSES == ('mask', 'photo') and data.get_gt_labels().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
     ('files', 'among'),
     [
-        ('ant/images/1.jpg ant/masks/1.png bee/images/2.jpg', 'ant/masks'),
         ('1.jpg masks/1.png', 'masks'),
-        ('2007/JPEGImages/1.jpg 2007/SegmentationClass/x/1.png 2012/2.jpg', '2007/SegmentationClass/x'),
+        ('ant/images/1.jpg ant/masks/x/1.png ant/3.jpg bee/2.jpg', 'ant/masks/x'),
+        ('images/1.jpg masks/1.png more/2.jpg', 'masks'),
     ],
 )
 def test_annotations_among_the_images_are_said(tmp_path, files, among):
