@@ -1,4 +1,4 @@
-"""The page on a step in order names every hook of a run, in the order in which they are called."""
+"""What the pages name exists: files, tests, and the hooks of a run in the order in which they are called."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def test_modules_that_the_page_names_exist():
     assert len(paths) > 20
     assert not [path for path in paths if not (ROOT / 'mmmilan' / path).exists() and not (ROOT / path).exists()]
     assert re.findall(r'`(\w+/)`', page)
+
+
+def test_files_and_tests_that_pages_name_exist():
+    pages = [path.read_text() for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))]
+    files = re.findall(r'`((?:configs|docs|mmmilan|tests|tools)/[\w./-]+\.(?:md|npz|py|sh))`', '\n'.join(pages))
+    assert len(files) > 20
+    assert not [path for path in files if not (ROOT / path).is_file()]
+    tests = re.findall(r'`(test_\w+)`', '\n'.join(pages))
+    written = '\n'.join(path.read_text() for path in (ROOT / 'tests').rglob('test_*.py'))
+    assert tests
+    assert not [name for name in tests if f'def {name}(' not in written]
