@@ -38,10 +38,10 @@ def report(
     """Write a page that says whether pretraining helped on your images.
 
     The page compares encoders, by their class token and by the mean of their patch tokens: the pretrained one, its
-    starting point if it had one, random weights and the teacher. If folders name classes, it gives the accuracy of 20 nearest
-    neighbours and of linear probes with 1 %, 10 % and all labels, with 95 % confidence intervals, beside that of the
-    most frequent class, and one sentence that says whether pretraining helped. Without classes, it gives RankMe and
-    shows nearest neighbours.
+    starting point if it had one, random weights and the teacher. If folders name classes, it gives the accuracy of 20
+    nearest neighbours and of linear probes with 1 %, 10 % and all labels, with 95 % confidence intervals, beside that
+    of the most frequent class, and one sentence that says whether pretraining helped. Without classes, it gives RankMe
+    and shows nearest neighbours.
 
     Args:
         data: folders of images and tar shards that were not trained on, best one folder with a folder for each class.
