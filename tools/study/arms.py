@@ -27,6 +27,8 @@ PAPER = {
     'MILAN': 'milan_vit-tiny-p4_cifar10.py',
     'MILAN, class token 32': 'milan-cls-32_vit-tiny-p4_cifar10.py',
     'MILAN, random masking, class token 32': 'milan-random-masking-cls-32_vit-tiny-p4_cifar10.py',
+    'MILAN, half masked at random, class token 32': 'milan-random-masking-50-cls-32_vit-tiny-p4_cifar10.py',
+    'MILAN, a quarter masked at random, class token 32': 'milan-random-masking-25-cls-32_vit-tiny-p4_cifar10.py',
     'distillation': 'milan-distillation_vit-tiny-p4_cifar10.py',
     'distillation, class token 32': 'milan-distillation-cls-32_vit-tiny-p4_cifar10.py',
     LIGHTLY: 'lightly-train_vit-tiny-p4_cifar10.py',
