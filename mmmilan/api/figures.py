@@ -62,7 +62,7 @@ def figures(
     checkpoint with its decoder.
 
     Args:
-        images: folder of images.
+        images: folder of images. If it is divided into splits, ``val`` is taken, or else ``test``.
         checkpoints: models to compare: a checkpoint in any layout (of this project, MAE, mmpretrain, timm: file, URL or
             name of the zoo), ``teacher`` for the config's own, or the name of a teacher, such as
             ``vit_base_patch16_224.dino`` or ``ViT-B-16-quickgelu:openai``.

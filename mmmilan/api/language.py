@@ -257,7 +257,8 @@ def zero_shot(
     Under ``python -m mmmilan.torchrun`` each process takes a part of the images, and all return the same.
 
     Args:
-        data: folder with a folder of images for each class.
+        data: folder with a folder of images for each class. If it is divided into splits, ``val`` is taken, or else
+            ``test``.
         checkpoint: checkpoint of MILAN with its decoder, or of MaskCLIP: your own or a model of the zoo.
         class_names: the class names for the prompts, in the alphabetical order of the folders; by default the names of
             the folders.

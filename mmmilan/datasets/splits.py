@@ -262,14 +262,15 @@ def class_folders(source: Source) -> tuple[Source, list[str]]:
 
 
 def list_labelled_images(source: Source) -> tuple[Sequence[str], np.ndarray, list[str]]:
-    """Paths of the images of a source, their labels [M], int, and the class names of :func:`class_folders`.
+    """Paths of the images to evaluate on, their labels [M], int, and the class names of :func:`class_folders`.
 
     Without class folders all labels are 0 and there are no class names.
 
     Raises:
-        InputError: the source does not exist, or holds no image.
+        InputError: the source does not exist, or holds no image; or as :func:`splits_of`.
     """
     with listed_once():
+        source = evaluation_source(source)
         root, classes = class_folders(source)
         if not classes:
             images = images_in(source)

@@ -204,11 +204,19 @@ def test_label_maps_are_no_images(tmp_path, log, files, maps):
     """Neither to train and evaluate on, nor to embed or search."""
     root = make(tmp_path / 'data', files)
     images = {str(root / file) for file in files.split() if file.endswith('.jpg')}
-    assert set(list_images(root)) == images == set(list_labelled_images(root)[0])
+    assert set(list_images(root)) == images
+    assert list(list_labelled_images(root)[0]) == list(list_images(evaluation_source(root)))
     where = f'Left out of {root}: {files.count(".png")} in folders of label maps and the like'
     assert f'{where} ({", ".join(maps.split())}).' in log.text
     assert set(list_images([*training_sources(root), evaluation_source(root)])) == images
     assert 'used as images' not in describe([root])
+
+
+def test_labelled_images_of_a_divided_folder_are_those_to_evaluate_on(tmp_path):
+    root = make(tmp_path, 'train/a/1.jpg train/b/2.jpg val/a/3.jpg val/b/4.jpg test/a/5.jpg')
+    images, labels, classes = list_labelled_images(root)
+    assert [Path(path).name for path in images] == ['3.jpg', '4.jpg']
+    assert (labels.tolist(), classes) == ([0, 1], ['a', 'b'])
 
 
 def test_who_names_a_folder_of_label_maps_gets_them(tmp_path):
