@@ -9,11 +9,9 @@ import logging
 import runpy
 import signal
 import sys
-import time
 import uuid
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -293,28 +291,11 @@ def labelled_images(tmp_path) -> Path:
     return tmp_path / 'data'
 
 
-SECONDS = [0]  # of the last run that had a second of its own
-
-
 @pytest.fixture
-def own_second(monkeypatch):
-    """Runs of MMEngine in this process start in a second of their own, by which it names logs; call it for the next."""
-
-    def begin() -> None:
-        second = SECONDS[0] = max(SECONDS[0] + 1, int(time.time()))
-        clock = SimpleNamespace(time=lambda: second, localtime=time.localtime, strftime=time.strftime)
-        monkeypatch.setattr('mmengine.runner.runner.time', clock)
-
-    begin()
-    return begin
-
-
-@pytest.fixture
-def run_tool(monkeypatch, own_second):
+def run_tool(monkeypatch):
     """Run a script of tools/ in this process, as the command line would."""
 
     def run(script: str, *args: object) -> None:
-        own_second()
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.syspath_prepend(str((ROOT / 'tools' / script).parent))  # where a script finds its neighbours
         monkeypatch.setenv('LOCAL_RANK', '0')  # undone after the test, unlike what the script would set

@@ -207,13 +207,12 @@ def try_out(config: Config) -> None:
     """
     import copy
     import tempfile
-    import time
 
     from mmmilan.engine.config_check import check_batches
     from mmmilan.engine.launch import launched
 
     trial = copy.deepcopy(config)
-    trial.launcher, trial.experiment_name = 'none', f'trial-{time.time_ns()}'  # MMEngine keeps loggers by this name
+    trial.launcher = 'none'
     with tempfile.TemporaryDirectory() as trial.work_dir, launched(trial, 'train') as runner:
         check_batches(runner)
         runner.build_optim_wrapper(runner.optim_wrapper)

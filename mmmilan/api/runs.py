@@ -77,7 +77,6 @@ def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     config.resume = resume
     config.load_from = None if resume else config.get('load_from')  # resumed is the newest checkpoint
     config.launcher = 'none'
-    config.experiment_name = f'{folder.name}-{time.time_ns()}'  # MMEngine keeps loggers by this name
     begin = time.monotonic()
     with launched(config, 'train') as runner:
         check_batches(runner)

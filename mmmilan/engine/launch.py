@@ -42,7 +42,7 @@ from mmmilan.engine.labelled_images import tested_on
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
-from mmmilan.engine.work_dir import can_resume, is_main, training_in, write_config
+from mmmilan.engine.work_dir import can_resume, is_main, setup_env, training_in, write_config
 from mmmilan.errors import InputError, count
 from mmmilan.files import atomic_write, check_output, check_output_folder, extension
 
@@ -371,7 +371,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         check_output_folder(cfg.work_dir)
         check_is_not_read(cfg.work_dir, cfg)
     use_safe_loading()
-    Runner.dump_config = write_config
+    Runner.dump_config, Runner.setup_env = write_config, setup_env
     with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
         add_hooks(cfg)
         with build_errors(), within_weights(cfg):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import master_only
+from mmengine.dist import broadcast_object_list, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
@@ -27,6 +28,8 @@ from mmmilan.errors import InputError, count
 from mmmilan.files import check_output, contains, is_same, make_folder, write_text
 
 FILES, FOLDERS = ('pretrained', 'checkpoint', 'load_from'), ('data_root', 'cache', 'db_path')  # keys in a config
+TIMESTAMPS: set[str] = set()  # of the runs of this process
+mmengine_setup_env = Runner.setup_env
 
 
 @contextmanager
@@ -98,6 +101,30 @@ def can_resume(cfg: Config) -> bool:
         message = f'{folder} holds no checkpoint to resume from: the run begins anew with its config{start}.'
         print_log(message, logger='current', level=logging.WARNING)
     return bool(found)
+
+
+def setup_env(runner: Runner, env_cfg: dict) -> None:
+    """MMEngine's ``Runner.setup_env``, with a timestamp that no other run has, in this process or in the work dir.
+
+    By it MMEngine names the folder of the log and the scores, and what it keeps in a process, such as loggers: of two
+    tests that start in one second, one would write over the log and the scores of the other.
+    """
+    mmengine_setup_env(runner, env_cfg)
+    chosen = [reserve_timestamp(Path(runner.work_dir), runner.timestamp) if runner.rank == 0 else '']
+    broadcast_object_list(chosen)
+    runner._timestamp = chosen[0]
+
+
+def reserve_timestamp(work_dir: Path, second: str) -> str:
+    """The timestamp of a run that starts in a second: it, or it with a number; the folder of its log is made."""
+    make_folder(work_dir)
+    for number in itertools.count(1):
+        name = f'{second}_{number}' if number > 1 else second
+        with suppress(FileExistsError):
+            if name not in TIMESTAMPS:
+                (work_dir / name).mkdir()
+                TIMESTAMPS.add(name)
+                return name
 
 
 @master_only

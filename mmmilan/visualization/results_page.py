@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import io
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,6 @@ def validate(weights: str | os.PathLike) -> Validation:
     config.test_evaluator = config.get('val_evaluator') or config.test_evaluator
     config.load_from, config.resume, config.launcher = os.fspath(weights), False, 'none'
     config.work_dir = str(Path(weights).parent)
-    config.experiment_name = f'results-{time.time_ns()}'  # MMEngine keeps loggers by this name
     with launched(config, 'test') as runner:
         found = Validation(runner.model, runner.test_dataloader.dataset)
         runner.load_or_resume()

@@ -18,7 +18,6 @@ from mmmilan.engine.labelled_images import use_dataset
 from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
 
-pytestmark = pytest.mark.usefixtures('own_second')
 TASKS = ('classification', 'detection', 'segmentation')
 
 

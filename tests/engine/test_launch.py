@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 from mmengine.config import Config
 
 import mmmilan
-from helpers import ROOT
+from helpers import ROOT, save_untrained
 from mmmilan import torchrun
 from mmmilan.cli import main
 from mmmilan.engine import ImageSizeHook
 from mmmilan.engine.config_check import check_data
+from mmmilan.engine.launch import test as run_test
 from mmmilan.errors import InputError
 from mmmilan.models import DenseViT, MILANViT
 from processes import run_script
@@ -126,6 +129,24 @@ def test_a_job_that_is_always_resumed_starts_from_its_weights(tiny_config, run_t
 
 
 @pytest.mark.slow
+def test_runs_that_start_in_one_second(scenes, tmp_path, monkeypatch):
+    """Each has a log and scores of its own: of another process, twice in this one, and in another folder."""
+    weights, second = save_untrained('classification', scenes, tmp_path), '20260101_000000'
+    clock = SimpleNamespace(time=time.time, localtime=time.localtime, strftime=lambda *_: second)
+    monkeypatch.setattr('mmengine.runner.runner.time', clock)
+    log = tmp_path / 'a' / second / f'{second}.log'
+    log.parent.mkdir(parents=True)
+    log.write_text('of another process')
+    for folder in 'aabb':
+        run_test(weights, work_dir=tmp_path / folder)
+    assert log.read_text() == 'of another process' and list(log.parent.iterdir()) == [log]
+    runs = [path for folder in 'ab' for path in sorted((tmp_path / folder).iterdir()) if path.is_dir()][1:]
+    assert len({path.name for path in runs}) == len(runs) == 4
+    for path in runs:
+        assert 'accuracy/top1' in json.loads((path / f'{path.name}.json').read_text())
+        assert (path / f'{path.name}.log').read_text().count('Epoch(test)') == 1
+
+
 def test_a_launched_process_ends_without_freeing_its_modules(tiny_config, tmp_path, monkeypatch):
     """Threads of gloo may still use them. Functions registered with atexit are called."""
     (tmp_path / 'imported.py').write_text(IMPORTED)

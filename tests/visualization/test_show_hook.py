@@ -15,7 +15,6 @@ from mmmilan.errors import InputError
 from mmmilan.files import write_part
 from mmmilan.visualization.show_hook import ShowHook
 
-pytestmark = pytest.mark.usefixtures('own_second')
 TASKS = ('classification', 'detection', 'segmentation')
 
 
