@@ -70,7 +70,7 @@ class Predictor(Inferencer):
 
     @property
     def batch_size(self) -> int:
-        """The number of images at once in the evaluations of the training."""
+        """The number of images at once in the evaluations of the training, at most 64."""
         loader = self.model._config.get('test_dataloader') or self.model._config.val_dataloader
         return min(int(loader.get('batch_size', 1)), 64)
 
@@ -87,7 +87,8 @@ class Predictor(Inferencer):
 
         Args:
             images: as for :class:`FeatureExtractor`: paths, uint8 arrays [H, W, 3] in BGR order or PIL images.
-            batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation.
+            batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation,
+                but at most 64.
 
         Returns:
             For each image arrays by name, in pixels of the image: of a classifier ``labels`` [C], best first, and
@@ -208,7 +209,8 @@ def predict(
         checkpoint: a checkpoint of ``finetune`` or ``train``, or a fine-tuned model of the zoo.
         out: folder to write.
         draw: draw the predictions.
-        batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation.
+        batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation, but at
+            most 64.
         num_workers: number of processes that read images, by default one per core and at most 8.
         device: where to run, by default on the GPU if there is one.
         overwrite: replace the predictions that are in ``out``; all files of an earlier run are removed, and no others.
