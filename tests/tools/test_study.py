@@ -86,19 +86,19 @@ def test_table_marks_what_differs(study):
     assert table[2].startswith('| MAE | 3 | 0.1 | 41.2 ± 1.1 - |')
     assert table[3].startswith('| MILAN | 3 | 0.1 | 51.0 ± 1.0 |')
     assert table[4].startswith('| distillation | 3 | 0.1 | 51.3 ± 2.1 |')
-    assert report.curve_of(lines, 'MILAN', 'linear probe') == [(0.5, 50), (1, 51)]
+    assert report.curve_of(lines, 'MILAN', 'linear probe') == [(50, 50), (100, 51)]  # seconds of seed 0
 
 
 def test_rates_are_compared_within_a_cell(study):
     import rates
 
     def run(cell: str, rate: float, accuracy: float) -> dict:
-        options = dict(recipe='milan', img_size=32, cls_token=None, start=None, seed=0)
+        options = dict(recipe='milan', img_size=32, mask_ratio=None, cls_token=None, start=None, seed=0)
         return dict(cell=cell, rate=rate, measures=dict.fromkeys(rates.SHOWN, accuracy)) | options
 
     lines = [run('4-96/16/500', 1e-3, 44), run('4-96/16/500', 1.5e-4, 41.5), run('4-96/64/500', 1e-3, 40)]
     rows = rates.table(lines).splitlines()[2:]
-    assert [row.split(' | ')[5] for row in rows] == ['0.00015', '0.001', '0.001']
+    assert [row.split(' | ')[6] for row in rows] == ['0.00015', '0.001', '0.001']
     assert [row.split(' | ')[-1] for row in rows] == ['-2.5 |', '0.0 |', '0.0 |']
 
 

@@ -1,4 +1,4 @@
-"""What the defaults of `mmmilan pretrain` cost: other rates and weights, at other sizes of encoder, batch and folder.
+"""What the defaults of `mmmilan pretrain` cost: other rates, masks and weights, at other sizes of encoder and folder.
 
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study           # run it again to go on
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study --cells 4-96/64/4167 --rates 5e-4 1e-3
@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--recipe', choices=('milan', 'few-images'), default='few-images')
     parser.add_argument('--img-size', type=int, default=32, help='side of the images; patches have 4 pixels')
     parser.add_argument('--cls-token', type=float, help="weight of the class token, in patches; default: the recipe's")
+    parser.add_argument('--mask-ratio', type=float, help="share of the patches that is masked; default: the recipe's")
     parser.add_argument('--start', help='initial weights of the encoder; default: random')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
@@ -86,6 +87,8 @@ def configure(cell: str, args: argparse.Namespace) -> Config:
     cfg = new_config([str(folder)], teacher=teacher, start=args.start, seed=args.seed, recipe=args.recipe, **sizes)
     if args.cls_token is not None:
         cfg.model.head.cls_token = args.cls_token
+    if args.mask_ratio is not None:
+        cfg.model.masking.mask_ratio = args.mask_ratio
     cfg.runner_type = 'Runner'
     cfg.custom_hooks = read_arm('MILAN').custom_hooks
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
@@ -119,12 +122,12 @@ def run(cell: str, rate: float, args: argparse.Namespace) -> dict:
 
 def options_of(args: argparse.Namespace) -> dict:
     """What tells the runs of a cell and a rate apart."""
-    return {name: getattr(args, name) for name in ('recipe', 'img_size', 'cls_token', 'start', 'seed')}
+    return {name: getattr(args, name) for name in ('recipe', 'img_size', 'mask_ratio', 'cls_token', 'start', 'seed')}
 
 
 def table(lines: list[dict]) -> str:
     """Markdown: one row per cell and rate; the last column is the mean of the measures less the cell's best."""
-    rows = [['cell', 'recipe', 'pixels', 'start', 'class token', 'rate', *SHOWN, 'behind the best']]
+    rows = [['cell', 'recipe', 'pixels', 'start', 'masked', 'class token', 'rate', *SHOWN, 'behind the best']]
     rows.append(['---'] * len(rows[0]))
     alike = ('cell', 'recipe', 'img_size', 'start', 'seed')
 
@@ -134,7 +137,7 @@ def table(lines: list[dict]) -> str:
     for line in sorted(lines, key=lambda line: [str(line[key]) for key in alike] + [line['rate']]):
         rivals = [other for other in lines if all(other[key] == line[key] for key in alike)]
         behind = mean(line) - max(map(mean, rivals))
-        of_run = [line[key] for key in ('cell', 'recipe', 'img_size', 'start', 'cls_token')]
+        of_run = [line[key] for key in ('cell', 'recipe', 'img_size', 'start', 'mask_ratio', 'cls_token')]
         shown = [f'{line["measures"][name]:.1f}' for name in SHOWN]
         rows.append([*(str(each or '') for each in of_run), f'{line["rate"]:g}', *shown, f'{behind:.1f}'])
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)

@@ -57,17 +57,23 @@ def markdown(lines: list[dict]) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
+def seconds_an_image(lines: list[dict], arm: str) -> float | None:
+    """CPU time of training on one image: of the arm's fastest run, as others were held up by other jobs."""
+    runs = [line for line in lines if line['arm'] == arm and line['images'] and not line['resumed']]
+    return min((line['cpu_seconds'] / line['images'] for line in runs), default=None)
+
+
 def curve_of(lines: list[dict], arm: str, measure: str) -> list[tuple[float, float]]:
-    """Thousands of images seen, and the mean over seeds of a measure, at each point of an arm's curve."""
-    points: dict[float, list[float]] = {}
+    """CPU time of the training in seconds, and the mean over seeds of a measure, at each point of an arm's curve."""
+    seconds, points = seconds_an_image(lines, arm), {}
     for line in lines:
-        for point in line['curve'] if line['arm'] == arm and line['epochs'] else ():
-            points.setdefault(line['images'] * point['epoch'] / line['epochs'] / 1e3, []).append(point[measure])
-    return sorted((images, statistics.mean(values)) for images, values in points.items())
+        for point in line['curve'] if line['arm'] == arm and seconds else ():
+            points.setdefault(seconds * line['images'] * point['epoch'] / line['epochs'], []).append(point[measure])
+    return sorted((time, statistics.mean(values)) for time, values in points.items())
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Plot the curves: accuracy over the images that an arm has seen, the mean over seeds."""
+    """Plot the curves: accuracy over the CPU time of the training, the mean over seeds."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -80,11 +86,10 @@ def draw(lines: list[dict], path: Path) -> None:
             curve = curve_of(lines, arm, measure)
             if curve:
                 axis.plot(*zip(*curve, strict=True), label=arm, color=colours[i], marker='o', markersize=4)
-        axis.set(xlabel='thousand images', ylabel=f'{measure}, %', xscale='log')
-        ticks = sorted({x for line in axis.lines for x in line.get_xdata()})
-        axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
+        axis.set(xlabel='CPU time of one thread, s', ylabel=f'{measure}, %', xscale='log')
+        axis.xaxis.set_major_formatter('{x:g}')
+        axis.xaxis.set_minor_formatter('{x:g}')
+        axis.grid(alpha=0.3, which='both')
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
