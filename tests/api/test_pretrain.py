@@ -401,20 +401,20 @@ def test_a_large_folder_is_listed_once_and_its_records_are_compact(tmp_path, qui
 
 
 def test_recipes(image_folder, quick):
-    """Few images have random masks and a class token with a third of the loss; 'milan' is the published method."""
+    """Few images have random masks of half the patches and a class token with a third of the loss."""
     given = {name: quick[name] for name in ('arch', 'teacher', 'img_size')}
     few, published = (new_config([str(image_folder)], **given, recipe=recipe) for recipe in (None, 'milan'))
-    assert few.model.masking == dict(type='mmmilan.RandomMasking', mask_ratio=0.75)
+    assert few.model.masking == dict(type='mmmilan.RandomMasking', mask_ratio=0.5)
     assert few.model.head.cls_token / (few.model.head.cls_token + 16) == pytest.approx(1 / 3)
     assert published.model.masking == dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75)
     assert 'cls_token' not in published.model.head
     assert about_recipe(few) == (
-        'Recipe few-images, the default up to 100,000 images, here 24: random masks; the class token weighs in the '
-        'loss as 8 patches. On CIFAR-10 this was better than the published method.'
+        'Recipe few-images, the default up to 100,000 images, here 24: random masks of 50% of the patches; the class '
+        'token weighs in the loss as 8 patches. On CIFAR-10 this was better than the published method.'
     )
     assert about_recipe(published) == (
-        'Recipe milan, as asked for: semantic-aware masks; the class token weighs in the loss as 1 patch. This is the '
-        'published method.'
+        'Recipe milan, as asked for: semantic-aware masks of 75% of the patches; the class token weighs in the loss as '
+        '1 patch. This is the published method.'
     )
 
 
@@ -425,12 +425,12 @@ def test_recipes(image_folder, quick):
             {'model.masking.type': 'mmmilan.SemanticAwareMasking'},
             'SemanticAware',
             8,
-            'semantic-aware masks; .* 8 patches.',
+            'semantic-aware masks of 75%.* 8 patches.',
         ),
-        ({'model.head.cls_token': 3}, 'Random', None, 'random masks; '),
+        ({'model.head.cls_token': 3}, 'Random', None, 'random masks of 50%.*; '),
         (dict(model=dict(head=dict(type='mmmilan.PixelTarget', _delete_=True))), 'Random', None, 'random masks'),
         ({'model.head.type': 'mmmilan.LayerAlignment'}, 'Random', None, 'random masks'),
-        ({'model.masking.mask_ratio': 0.5}, 'Random', 8, 'random masks; .* 8 patches.'),
+        ({'model.masking.mask_ratio': 0.75}, 'Random', 8, 'random masks of 75%.* 8 patches.'),
     ],
 )
 def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, image_folder, quick):
