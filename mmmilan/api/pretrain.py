@@ -58,8 +58,9 @@ def pretrain(
         arch: 'base' (default), 'tiny', 'small', 'large', another name of mmpretrain's ViT, or a dict of ``embed_dims``,
             ``num_layers``, ``num_heads`` and ``feedforward_channels``. The decoder is no wider than the encoder, and
             has eight blocks, or four if the encoder has fewer than 512 dimensions.
-        recipe: 'milan', the published method, or 'few-images', with random masks of half the patches and a third of the
-            loss on the class token, which was better on small folders; by default this one up to 100,000 images.
+        recipe: 'milan', the published method, or 'few-images', with random masks of half the patches, a decoder of one
+            block and a third of the loss on the class token, which was better on small folders; by default this one up
+            to 100,000 images.
         teacher: MODEL:TAG of open_clip (by default ViT-B-16-quickgelu:openai), the name of a timm ViT, a file of
             weights, or another name or the config of a teacher, see ``mmmilan.teachers.teacher_config``. It
             sees the pixels that it was trained on.

@@ -348,7 +348,7 @@ def set_model(
     model.neck.update(num_patches=as_num_patches(grid), embed_dim=width)
     if width < model.neck.decoder_embed_dim:
         heads = max(heads for heads in range(1, max(1, width // 32) + 1) if width % heads == 0)
-        model.neck.update(decoder_embed_dim=width, decoder_depth=1, decoder_num_heads=heads)
+        model.neck.update(decoder_embed_dim=width, decoder_depth=4, decoder_num_heads=heads)
     model.neck.predict_feature_dim = set_teacher(config, teacher, grid)
 
 
@@ -413,6 +413,7 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
     few = {
         'model.masking.type': 'mmmilan.RandomMasking',
         'model.masking.mask_ratio': 0.5,
+        'model.neck.decoder_depth': 1,
         'model.head.cls_token': weight,
     }
     for key, value in few.items() if name == 'few-images' else ():
@@ -426,11 +427,12 @@ def about_recipe(config: Config) -> str:
     """A sentence or two on what a run trains with, and by which recipe and why if ``mmmilan.pretrain`` chose it."""
     from mmmilan.checkpoints.config import call_of
 
-    masking, head = config.model.masking, config.model.head or {}
+    masking, neck, head = (config.model.get(part) or {} for part in ('masking', 'neck', 'head'))
     weight = float(head.get('cls_token', head.get('type', '').endswith('CLIPTarget')))
     kind = masking.type.rpartition('.')[2]
     what = {'RandomMasking': 'random masks', 'SemanticAwareMasking': 'semantic-aware masks'}.get(kind, kind)
     what += f' of {masking.mask_ratio:.0%} of the patches' if 'mask_ratio' in masking else ''
+    what += f'; a decoder of {count(neck.decoder_depth, "block")}' if 'decoder_depth' in neck else ''
     what += f'; the class token weighs in the loss as {weight:g} patch{"es" * (weight != 1)}' * (weight > 0)
     if not (recipe := call_of(config).get('recipe')):
         return f'{what[0].upper()}{what[1:]}.'

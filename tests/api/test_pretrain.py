@@ -408,13 +408,15 @@ def test_recipes(image_folder, quick):
     assert few.model.head.cls_token / (few.model.head.cls_token + 16) == pytest.approx(1 / 3)
     assert published.model.masking == dict(type='mmmilan.SemanticAwareMasking', mask_ratio=0.75)
     assert 'cls_token' not in published.model.head
+    assert (few.model.neck.decoder_depth, published.model.neck.decoder_depth) == (1, 4)
     assert about_recipe(few) == (
-        'Recipe few-images, the default up to 100,000 images, here 24: random masks of 50% of the patches; the class '
-        'token weighs in the loss as 8 patches. On CIFAR-10 this was better than the published method.'
+        'Recipe few-images, the default up to 100,000 images, here 24: random masks of 50% of the patches; a decoder '
+        'of 1 block; the class token weighs in the loss as 8 patches. On CIFAR-10 this was better than the '
+        'published method.'
     )
     assert about_recipe(published) == (
-        'Recipe milan, as asked for: semantic-aware masks of 75% of the patches; the class token weighs in the loss as '
-        '1 patch. This is the published method.'
+        'Recipe milan, as asked for: semantic-aware masks of 75% of the patches; a decoder of 4 blocks; the class '
+        'token weighs in the loss as 1 patch. This is the published method.'
     )
 
 
@@ -431,6 +433,8 @@ def test_recipes(image_folder, quick):
         (dict(model=dict(head=dict(type='mmmilan.PixelTarget', _delete_=True))), 'Random', None, 'random masks'),
         ({'model.head.type': 'mmmilan.LayerAlignment'}, 'Random', None, 'random masks'),
         ({'model.masking.mask_ratio': 0.75}, 'Random', 8, 'random masks of 75%.* 8 patches.'),
+        ({'model.neck.decoder_depth': 2}, 'Random', 8, 'a decoder of 2 blocks'),
+        ({'model.neck.type': 'mmmilan.MAEDecoder'}, 'Random', 8, 'a decoder of 4 blocks'),
     ],
 )
 def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, image_folder, quick):
