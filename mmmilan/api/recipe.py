@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
 BATCH_SIZE = {'cuda': 128, 'cpu': 32}
-EVALUATIONS = 10  # per run
+EVALUATIONS = 10  # per run, about
 CHECKPOINTS = 20  # per run
 FEW_IMAGES = 100_000  # up to which the recipe for few images is used; it was measured on 500, 4,167 and 25,000
 CLASS_SHARE = 1 / 3  # of the class token in the loss of that recipe
@@ -457,7 +457,7 @@ def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     config.param_scheduler = schedule.param_scheduler()
     config.train_cfg.max_epochs = schedule.epochs
     config.default_hooks.checkpoint.interval = max(1, schedule.epochs // CHECKPOINTS)
-    part(config.custom_hooks, 'OnlineEvaluationHook')['interval'] = max(1, schedule.epochs // EVALUATIONS)
+    part(config.custom_hooks, 'OnlineEvaluationHook')['interval'] = max(1, round(schedule.epochs / EVALUATIONS))
     config.auto_scale_lr = dict(enable=False, base_batch_size=batch_size)  # the rate is that of this batch already
     print_log(
         f'{num_images} images in batches of {batch_size}: {count(schedule.epochs, "epoch")} of '

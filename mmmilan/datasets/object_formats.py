@@ -194,9 +194,7 @@ def find_objects(root: Path) -> dict[str, Callable[[Names | None], list[Part]]]:
 def require_labelformat(where: str | os.PathLike) -> None:
     """Check that the library which reads YOLO and Pascal VOC is installed."""
     if not find_spec('labelformat'):
-        raise InputError(
-            f"{where} is read by the package labelformat, which is missing; pip install 'mmmilan[annotations]'."
-        )
+        raise InputError(f'{where} is read by the package labelformat, which is missing; pip install labelformat.')
 
 
 # -- COCO

@@ -785,7 +785,7 @@ def test_yolo_rows_behind_a_byte_order_mark(tmp_path):
 def test_without_the_library(tmp_path, monkeypatch):
     data = yolo(tmp_path / 'data', {'images/0.png': BOX}, NAMES)
     monkeypatch.setattr('mmmilan.datasets.object_formats.find_spec', lambda name: None)
-    refused(data, r"the package labelformat, which is missing; pip install 'mmmilan\[annotations\]'")
+    refused(data, 'the package labelformat, which is missing; pip install labelformat')
 
 
 def changed(content: dict, **changes) -> dict:
