@@ -50,7 +50,7 @@ train_cfg = dict(max_epochs=1)
 def main() -> None:
     assert Path(mmmilan.__file__).is_relative_to(sys.prefix), mmmilan.__file__
     assert importlib.util.find_spec('mmdet') is None
-    mmengine.hub.get_config('mmmilan::milan/milan_vit-base-p16_custom.py')
+    mmengine.hub.get_config('mmmilan::milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py')
     torch.manual_seed(0)
     clip = open_clip.transformer.VisionTransformer(64, 16, width=128, layers=2, heads=2, mlp_ratio=4, output_dim=24)
     weights = {f'visual.{key}': value for key, value in clip.state_dict().items()}
