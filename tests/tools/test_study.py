@@ -86,6 +86,8 @@ def test_table_marks_what_differs(study):
     assert table[3].startswith('| MILAN | 3 | 0.1 | 51.0 ± 1.0 |')
     assert table[4].startswith('| distillation | 3 | 0.1 | 51.3 ± 2.1 |')
     assert report.curve_of(lines, 'MILAN', 'linear probe') == [(50, 50), (100, 51)]  # seconds of seed 0
+    assert report.drawn(lines) == ['MAE', 'MILAN', 'distillation']
+    assert report.drawn(lines[:1]) == list(arms.ARMS)
 
 
 def test_rates_are_compared_within_a_cell(study):

@@ -72,6 +72,12 @@ def curve_of(lines: list[dict], arm: str, measure: str) -> list[tuple[float, flo
     return sorted((time, statistics.mean(values)) for time, values in points.items())
 
 
+def drawn(lines: list[dict]) -> list[str]:
+    """The arms that the figure shows: those with several seeds, or all if there is one seed alone."""
+    seeds = {arm: {line['seed'] for line in lines if line['arm'] == arm} for arm in ARMS}
+    return [arm for arm in ARMS if len(seeds[arm]) > 1] or list(ARMS)
+
+
 def draw(lines: list[dict], path: Path) -> None:
     """Plot the curves: accuracy over the CPU time of the training, the mean over seeds."""
     import matplotlib
@@ -82,7 +88,7 @@ def draw(lines: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, layout='constrained')
     colours = pyplot.get_cmap('tab20').colors
     for axis, measure in zip(axes.flat, CURVES, strict=True):
-        for i, arm in enumerate(ARMS):
+        for i, arm in enumerate(drawn(lines)):
             curve = curve_of(lines, arm, measure)
             if curve:
                 axis.plot(*zip(*curve, strict=True), label=arm, color=colours[i], marker='o', markersize=4)
