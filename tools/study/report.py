@@ -83,7 +83,7 @@ def draw(lines: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, layout='constrained')
     colours = pyplot.get_cmap('tab20').colors
@@ -93,9 +93,10 @@ def draw(lines: list[dict], path: Path) -> None:
             if curve:
                 axis.plot(*zip(*curve, strict=True), label=arm, color=colours[i], marker='o', markersize=4)
         axis.set(xlabel='CPU time of one thread, s', ylabel=f'{measure}, %', xscale='log')
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 4, 6, 8)))
         axis.xaxis.set_major_formatter('{x:g}')
-        axis.xaxis.set_minor_formatter('{x:g}')
-        axis.grid(alpha=0.3, which='both')
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
