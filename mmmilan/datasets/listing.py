@@ -169,14 +169,21 @@ def list_pictures(folder: str | os.PathLike, classes: bool = False) -> Listing:
         folder: The folder.
         classes: Whether the folders directly in it are classes, whatever they are called.
     """
-    listing = list_folder(folder)
-    maps = annotation_folders({file.rpartition('/')[0] for file in listing.files}, classes)
+    folder = os.path.normpath(os.fspath(folder))
+    return remember((folder, 'pictures', classes), lambda: without_annotations(folder, list_folder(folder), classes))
+
+
+def without_annotations(folder: str, listing: Listing, classes: bool) -> Listing:
+    """What :func:`list_pictures` gives of the listing of a folder."""
+    if not any(ANNOTATION_FOLDERS.fullmatch(os.path.basename(each)) for each in listing.folders):
+        return listing  # without a look at each of perhaps millions of files
+    maps = annotation_folders(folders_of(listing.files), classes)
     if not maps:
         return listing
     files = Names(file for file in listing.files if not lies_in(file, maps))
     where = listed(sorted(each for each in maps if not lies_in(each.rpartition('/')[0], maps)))
     lost = len(listing.files) - len(files)
-    log_left_out(os.fspath(folder), {f'in folders of label maps and the like ({where})': lost})
+    log_left_out(folder, {f'in folders of label maps and the like ({where})': lost})
     return Listing(files, [each for each in listing.folders if not lies_in(each, maps)], listing.left_out)
 
 
@@ -201,6 +208,11 @@ def annotation_folders(folders: Collection[str], classes: bool) -> set[str]:
         if is_pair and folder not in folders and (folder or not classes):
             found.update(os.path.join(folder, name) for name in others)
     return found
+
+
+def folders_of(files: Iterable[str]) -> set[str]:
+    """The folders that hold some files."""
+    return {file.rpartition('/')[0] for file in files}
 
 
 def lies_in(path: str, folders: Collection[str]) -> bool:

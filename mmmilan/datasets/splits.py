@@ -14,7 +14,7 @@ import numpy as np
 
 from mmmilan.datasets.classes import listed
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
-from mmmilan.datasets.listing import ANNOTATION_FOLDERS, list_folder, list_pictures, listed_once, remember
+from mmmilan.datasets.listing import ANNOTATION_FOLDERS, folders_of, list_folder, list_pictures, listed_once, remember
 from mmmilan.datasets.packed import load_index
 from mmmilan.errors import InputError, count
 from mmmilan.files import extension
@@ -153,11 +153,6 @@ def unclear(root: str, files: Sequence[str]) -> str:
             f'them, as in {name}/{outer}, or pretrain on several folders, such as {os.path.join(root, outer)}.'
         )
     return unnamed_splits(root, files) or divided_shards(root, [file for file in files if extension(file) == '.tar'])
-
-
-def folders_of(files: Iterable[str]) -> set[str]:
-    """The folders that hold some files."""
-    return {file.rpartition('/')[0] for file in files}
 
 
 def splits_within(folders: Iterable[str]) -> tuple[str, str] | None:

@@ -31,6 +31,7 @@ from mmmilan.errors import exit_on_input_error
 from mmmilan.models import MILAN, MILANViT
 
 PER_FOLDER = 1000
+WEIGHTS = 'vit.pth'
 ARCH = dict(embed_dims=32, num_layers=1, num_heads=1, feedforward_channels=32)
 
 
@@ -38,7 +39,7 @@ class Reached(Exception):
     """The work that is not measured begins."""
 
 
-def make_folder(folder: Path, images: int) -> None:
+def make_images(folder: Path, images: int) -> None:
     """Links to one image in each folder: a file system allows some ten thousand to a file."""
     for number in track(range(-(-images // PER_FOLDER)), 'Images'):
         part = folder / f'class{number:05}'
@@ -59,21 +60,20 @@ def measure(task: str, folder: Path, queue: multiprocessing.Queue) -> None:
     init_default_scope('mmpretrain')
     backbone = dict(type='mmmilan.MILANViT', arch=ARCH)
     with tempfile.TemporaryDirectory() as temporary:
-        weights = Path(temporary) / 'vit.pth'
         config = base_config()
         config.model = dict(type='ImageClassifier', backbone=backbone)
         state = {f'backbone.{key}': value for key, value in MODELS.build(backbone).state_dict().items()}
-        save_checkpoint_file(dict(state_dict=state, meta=dict(cfg=config.pretty_text)), weights)
+        save_checkpoint_file(dict(state_dict=state, meta=dict(cfg=config.pretty_text)), Path(temporary) / WEIGHTS)
         begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         nn.modules.module.register_module_forward_pre_hook(stop)
         try:
-            dict(pretrain=pretrain, embed=embed)[task](folder, Path(temporary), weights)
+            dict(pretrain=pretrain, embed=embed)[task](folder, Path(temporary))
         except Reached:
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
             queue.put((time.process_time() - begin, grown * 1024))
 
 
-def pretrain(folder: Path, temporary: Path, weights: Path) -> None:
+def pretrain(folder: Path, temporary: Path) -> None:
     """Pretrain a small encoder, without evaluation."""
     teacher = dict(type='mmmilan.TimmTeacher', model='vit_tiny_patch16_224', pretrained=None, input_size=64)
     loader = {f'train_dataloader.{key}': 0 for key in ('num_workers', 'persistent_workers', 'pin_memory')}
@@ -81,9 +81,9 @@ def pretrain(folder: Path, temporary: Path, weights: Path) -> None:
     mmmilan.pretrain(str(folder), str(temporary / 'out'), teacher=teacher, **options, **loader)
 
 
-def embed(folder: Path, temporary: Path, weights: Path) -> None:
-    """Write the features of the images by an encoder."""
-    mmmilan.embed(str(folder), str(weights), str(temporary / 'features.npz'), num_workers=0)
+def embed(folder: Path, temporary: Path) -> None:
+    """Write the features of the images by the encoder that :func:`measure` saved."""
+    mmmilan.embed(str(folder), str(temporary / WEIGHTS), str(temporary / 'features.npz'), num_workers=0)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=1_000_000, help='how many to make')
     args = parser.parse_args()
     if not args.folder.exists():
-        make_folder(args.folder, args.images)
+        make_images(args.folder, args.images)
     context = multiprocessing.get_context('spawn')
     for task in ('pretrain', 'embed'):
         queue = context.Queue()

@@ -1,4 +1,4 @@
-"""What the defaults of `mmmilan pretrain` cost: other rates, masks and weights, at other sizes of encoder and folder.
+"""What the defaults of `mmmilan pretrain` cost: other rates, masks and weights, by encoder, batch and folder.
 
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study           # run it again to go on
 python tools/study/rates.py --data data/cifar10 --work-dir work_dirs/study --cells 4-96/64/4167 --rates 5e-4 1e-3
