@@ -19,8 +19,8 @@ extend_openmmlab()
 # The public functions and their modules, which are imported on first use.
 MODULES = {
     'FeatureExtractor': 'mmmilan.api.inference',
-    'ImageClassificationInferencer': 'mmmilan.api.predict',
-    'Predictor': 'mmmilan.api.predict',
+    'ImageClassificationInferencer': 'mmmilan.api.inference',
+    'Predictor': 'mmmilan.api.inference',
     'convert': 'mmmilan.export.convert',
     'embed': 'mmmilan.api.embed',
     'export_onnx': 'mmmilan.export.onnx',

@@ -1,9 +1,10 @@
-"""Features and classes of images."""
+"""Features and predictions of images, in Python: what reads images for a model and gives what it says of them."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from torch import Tensor
 
     from mmmilan.evaluation.features import Arrays
+    from mmmilan.evaluation.predictions import Result
 
 
 def check_model(name: str, value: Any) -> Any:
@@ -215,3 +217,154 @@ class FeatureExtractor(Inferencer):
             return self.encode(images, lambda inputs: backbone(inputs)[-1], batch_size)
         finally:
             backbone.out_type = trained_with
+
+
+class Predictor(Inferencer):
+    """Predict with a classifier, detector or segmentor: a checkpoint of ``finetune`` or ``train``, or one of the zoo.
+
+    Args:
+        checkpoint: a checkpoint of your own or the name of a model of the zoo, with a head; or a model of
+            :func:`get_model`.
+        device: where to run, by default on the GPU if there is one.
+
+    Attributes:
+        task: 'classification', 'detection' or 'segmentation'.
+        classes: names of the classes, in the order of the labels.
+
+    Raises:
+        InputError: the checkpoint has no head, or its head and its names of classes do not agree.
+
+    Examples:
+        >>> predict = Predictor('runs/birds/model.pth')
+        >>> best = predict('robin.jpg')[0]
+        >>> predict.classes[best['labels'][0]], best['scores'][0]
+        ('robin', 0.98)
+    """
+
+    @checked
+    def __init__(self, checkpoint: Model, device: arguments.Device | None = None) -> None:
+        from mmmilan.evaluation.predictions import all_names, predicted_task
+
+        super().__init__(checkpoint, True, device)
+        self.task = predicted_task(self.model)
+        self.classes = all_names(self.model, self.task)
+
+    @property
+    def batch_size(self) -> int:
+        """The number of images at once in the evaluations of the training, at most 64."""
+        loader = self.model._config.get('test_dataloader') or self.model._config.val_dataloader
+        return min(int(loader.get('batch_size', 1)), 64)
+
+    @property
+    def colours(self) -> list[tuple[int, int, int]]:
+        """A colour for each class: those of the data set, else evenly spaced hues."""
+        from mmmilan.visualization.pictures import colours_of
+
+        return colours_of(self.model._dataset_meta, self.classes)
+
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count | None = None) -> list[Result]:
+        """Predict for each image.
+
+        Args:
+            images: as for :class:`FeatureExtractor`: paths, uint8 arrays [H, W, 3] in BGR order or PIL images.
+            batch_size: number of images that the model sees at once, by default that of the checkpoint's evaluation,
+                but at most 64.
+
+        Returns:
+            For each image arrays by name, in pixels of the image: of a classifier ``labels`` [C], best first, and
+            their ``scores`` [C]; of a detector ``boxes`` [K, 4] (left, top, right, bottom), ``labels``, ``scores`` [K],
+            ``size`` [2] (height, width) and ``masks`` (bool [K, H, W], if it has masks); of a segmentor ``map`` [H, W].
+            Labels are places in ``classes``.
+
+        Raises:
+            InputError: there is no image, or one is missing, does not decode or is not uint8 [H, W, 3].
+        """
+        options = dict(batch_size=batch_size or self.batch_size, num_workers=0, skip=False, shared=False)
+
+        def compute(samples: list[dict], positions: np.ndarray) -> Arrays:
+            return dict(result=as_column(self.predict(samples)))
+
+        batches = self.each_batch(Images(images, self), compute, type(self).__name__, **options)
+        return [result for batch in batches for result in batch['result']]
+
+    def each_batch(
+        self, images: Images, compute: Callable[[list[dict], np.ndarray], Arrays], description: str, **options: Any
+    ) -> Iterator[Arrays]:
+        """:func:`mmmilan.evaluation.features.each_batch` of images, whose batches are lists of what the images give."""
+        from mmmilan.evaluation.features import each_batch
+
+        return each_batch(images, list, compute, description, **options)
+
+    def predict(self, samples: Sequence[dict]) -> list[Result]:
+        """Predictions for images after the pipeline of the model.
+
+        Images of one shape go through the model together, so that no result depends on the padding of another image.
+        """
+        import torch
+
+        from mmmilan.building import in_scope
+        from mmmilan.evaluation.predictions import predicted
+
+        places, results = defaultdict(list), [{} for _ in samples]
+        for place, sample in enumerate(samples):
+            places[tuple(sample['inputs'].shape)].append(place)
+        with torch.no_grad(), in_scope(self.model._config):
+            for same in places.values():
+                batch = {name: [samples[place][name] for place in same] for name in ('inputs', 'data_samples')}
+                for place, sample in zip(same, self.model.test_step(batch), strict=True):
+                    results[place] = predicted(sample, self.task)
+        return results
+
+
+class ImageClassificationInferencer(Predictor):
+    """Classify images with a fine-tuned model; the results are those of mmpretrain's inferencer of this name.
+
+    Examples:
+        >>> classify = ImageClassificationInferencer('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k-openmmlab')
+        >>> classify('cat.jpg')[0]['pred_class']
+        'tabby, tabby cat'
+    """
+
+    @checked
+    def __init__(
+        self,
+        model: Model,
+        pretrained: bool | arguments.Path = True,
+        device: arguments.Device | None = None,
+    ) -> None:
+        super().__init__(get_model(model, pretrained) if isinstance(model, (str, os.PathLike)) else model, device)
+        if self.task != 'classification':
+            raise InputError(f'This model is for {self.task}; use mmmilan.Predictor.')
+
+    @checked
+    def __call__(self, images: arguments.Images, batch_size: arguments.Count = 32) -> list[dict[str, Any]]:
+        """Classify each image.
+
+        Args:
+            images: as for :class:`FeatureExtractor`.
+            batch_size: number of images that the model sees at once.
+
+        Returns:
+            For each image ``pred_scores`` (probabilities, float32 [classes]), ``pred_label`` and ``pred_score`` (the
+            best), and ``pred_class`` if the names of the classes are known.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        results = []
+        for result in super().__call__(images, batch_size):
+            label, scores = int(result['labels'][0]), result['scores'][result['labels'].argsort()]
+            named = dict(pred_class=self.classes[label]) if self.model._dataset_meta.get('classes') else {}
+            results.append(dict(pred_scores=scores, pred_label=label, pred_score=float(scores[label])) | named)
+        return results
+
+
+def as_column(values: Sequence) -> np.ndarray:
+    """Any objects as an array [B]."""
+    import numpy as np
+
+    column = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        column[i] = value
+    return column
