@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,8 +25,13 @@ ZOO = dict(
     detection='mask-rcnn_vit-base-p16_milan-pre_8xb2-amp-lsj-1x_coco',
     segmentation='upernet_vit-base-p16_milan-pre_8xb2-amp-160k_ade20k-512x512',
 )
-WIDTH = 128  # of the encoder with which dense tasks were measured
 METRICS = dict(classification='accuracy/top1', detection='coco/bbox_mAP', segmentation='mIoU')
+WIDTH = 128  # of the encoder with which dense tasks were measured
+PROBE_RATE = 1e-4  # of a classifier's head alone, which begins as a linear probe
+ENOUGH_FOR_BN = 8  # images; measured in docs/own_images.md
+SMALL = 64  # pixels; of smaller images a border is no margin
+LARGEST = dict(detection=1024, segmentation=512)  # pixels, of the published recipes
+OF_A_WORKER = 50  # images at least: data workers take seconds to start and to end
 
 
 class Recipe(NamedTuple):
@@ -446,6 +451,8 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     The published sizes are those of ViT-B at 1024 pixels with patches of 16; a narrower encoder has narrower heads, a
     smaller grid fewer proposals.
     """
+    from mmmilan.engine.config_check import leave_out_masks
+
     model, patch, width = config.model, encoder.patch_size, encoder.arch['embed_dims']
     classes, grid, channels = len(labelled.classes), side // patch, head_width(width)
     strides = [patch * scale / 4 if patch % 4 else patch * scale // 4 for scale in (1, 2, 4, 8, 16)]
@@ -453,8 +460,10 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     proposals = dict(nms_pre=max(200, round(2000 * share)), max_per_img=max(100, round(1000 * share)))
     rois = dict(out_channels=channels, featmap_strides=strides[:4], finest_scale=56 * patch / 16)
     head = dict(in_channels=channels, conv_out_channels=channels, num_classes=classes, norm_cfg=norm_of(channels))
-    fit_dense_encoder(config, encoder, quarters(encoder.arch['num_layers']))
-    model.backbone.update(global_indices=model.backbone.out_indices, window_size=16 if grid > 16 else 0)
+    blocks = quarters(encoder.arch['num_layers'])
+    model.backbone.update(out_indices=blocks, global_indices=blocks, window_size=16 if grid > 16 else 0)
+    if width % 32:
+        model.backbone.scale_norm_cfg = norm_of(width)
     model.data_preprocessor.pad_size_divisor = side
     changes = dict(
         neck=dict(in_channels=[width] * 4, out_channels=channels, norm_cfg=norm_of(channels)),
@@ -472,35 +481,19 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
         ),
         test_cfg=dict(rpn=proposals | dict(nms_pre=max(200, round(1000 * share)))),
     )
-    if not labelled.has_masks:
-        without_masks(changes['roi_head'], config)
     config.merge_from_dict(dict(model=changes))
-    for loader in (config.train_dataloader, config.val_dataloader):
-        for step in loader.dataset.pipeline:
-            if step['type'] in ('Resize', 'RandomResize'):
-                step.scale = (side, side)
-            elif step['type'] == 'RandomCrop':
-                step.crop_size = (side, side)
+    if not labelled.has_masks:
+        leave_out_masks(config)
     part(config.train_dataloader.dataset.pipeline, 'RandomResize').ratio_range = (0.5, 1.5)
-    without_jitter(config, side)
-    metric = ['bbox', 'segm'] if labelled.has_masks else ['bbox']
-    for evaluator in (config.val_evaluator, config.test_evaluator):
-        evaluator.metric = metric
-
-
-def without_masks(roi_head: dict[str, Any], config: Config) -> None:
-    """Leave out the mask head, and what loads masks."""
-    roi_head.update(mask_head=None, mask_roi_extractor=None)
-    for loader in (config.train_dataloader, config.val_dataloader):
-        part(loader.dataset.pipeline, 'LoadAnnotations').with_mask = False
+    fit_dense_pipelines(config, (side, side), side)
 
 
 def fit_segmentor(config: Config, labelled: Labelled, encoder: Encoder, side: int) -> None:
     """Fit UperNet to encoder, size and classes."""
     model, width, classes = config.model, encoder.arch['embed_dims'], len(labelled.classes)
     depth = encoder.arch['num_layers']
-    fit_dense_encoder(config, encoder, [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)])
-    model.backbone.scale_norm_cfg = norm_of(width)
+    blocks = [max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+    model.backbone.update(out_indices=blocks, scale_norm_cfg=norm_of(width))
     model.data_preprocessor.size = (side, side)
     channels = width if width >= 768 else head_width(width)
     for head, number in ((model.decode_head, channels), (model.auxiliary_head, min(256, channels))):
@@ -508,31 +501,23 @@ def fit_segmentor(config: Config, labelled: Labelled, encoder: Encoder, side: in
     model.decode_head.in_channels, model.auxiliary_head.in_channels = [width] * 4, width
     model.test_cfg = dict(mode='slide', crop_size=(side, side), stride=(max(1, side * 2 // 3),) * 2)
     for loader in (config.train_dataloader, config.val_dataloader):
-        for step in loader.dataset.pipeline:
-            if step['type'] in ('Resize', 'RandomResize'):
-                step.scale = (4 * side, side)
-            elif step['type'] == 'RandomCrop':
-                step.crop_size = (side, side)
-            elif step['type'] == 'mmmilan.LoadLabelMap':
-                step.num_classes = classes
-    without_jitter(config, side)
+        part(loader.dataset.pipeline, 'LoadLabelMap').num_classes = classes
+    fit_dense_pipelines(config, (4 * side, side), side)
     config.pop('log_processor')
 
 
-def without_jitter(config: Config, side: int) -> None:
-    """Show small images in their own size and colours: see docs/own_images.md."""
+def fit_dense_pipelines(config: Config, scale: tuple[int, int], side: int) -> None:
+    """Set the sizes of images and crops; small images keep their own size and colours, see docs/own_images.md."""
+    for loader in (config.train_dataloader, config.val_dataloader):
+        for step in loader.dataset.pipeline:
+            if step['type'] in ('Resize', 'RandomResize'):
+                step.scale = scale
+            elif step['type'] == 'RandomCrop':
+                step.crop_size = (side, side)
     if side <= SMALL:
         steps = config.train_dataloader.dataset.pipeline
         part(steps, 'RandomResize').ratio_range = (1.0, 1.0)
         config.train_dataloader.dataset.pipeline = [step for step in steps if step['type'] != 'PhotoMetricDistortion']
-
-
-def fit_dense_encoder(config: Config, encoder: Encoder, out_indices: Sequence[int]) -> None:
-    """Set the four blocks whose maps are used."""
-    backbone = config.model.backbone
-    backbone.out_indices = list(out_indices)
-    if backbone.get('scale_norm_cfg') and encoder.arch['embed_dims'] % 32:
-        backbone.scale_norm_cfg = norm_of(encoder.arch['embed_dims'])
 
 
 def quarters(depth: int) -> list[int]:
@@ -564,13 +549,7 @@ def head_width(width: int) -> int:
     return min(256, max(32, width // 2))
 
 
-ENOUGH_FOR_BN = 8  # images; measured in docs/own_images.md
-LARGEST = dict(detection=1024, segmentation=512)  # pixels, of the published recipes
-SMALL = 64  # pixels; of smaller images a border is no margin
 FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=fit_segmentor)
-
-
-OF_A_WORKER = 50  # images at least: data workers take seconds to start and to end
 
 
 def set_loaders(config: Config, batches: Batches, num_val: int, datasets: Mapping[str, dict]) -> None:
@@ -642,9 +621,6 @@ def set_schedule(
         f'{count(steps, "step")}, learning rate {wrapper.optimizer.lr:g} of the head.',
         logger='current',
     )
-
-
-PROBE_RATE = 1e-4  # of a classifier's head alone, which begins as a linear probe
 
 
 def schedule(epochs: int, steps: int) -> list[dict]:

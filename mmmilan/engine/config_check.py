@@ -200,7 +200,7 @@ def norm_of_images(model: nn.Module, processes: int = 1) -> str:
 
 
 def use_boxes_alone(cfg: Config, task: str) -> str:
-    """Remove the mask head of a detector, and what loads and scores masks, if the annotations have boxes alone.
+    """:func:`leave_out_masks`, if the annotations have boxes alone.
 
     Args:
         cfg: The config, changed in place.
@@ -218,7 +218,13 @@ def use_boxes_alone(cfg: Config, task: str) -> str:
     files = [file for file in files if file.is_file()]
     if not isinstance(head, Mapping) or not head.get('mask_head') or not files or any(map(has_masks, files)):
         return ''
-    head.update(mask_head=None, mask_roi_extractor=None)
+    leave_out_masks(cfg)
+    return f'{files[0]} has boxes alone, no segmentation: the detector is trained and scored without its mask head.'
+
+
+def leave_out_masks(cfg: Config) -> None:
+    """Remove the mask head of a detector, and what loads and scores masks; the config is changed in place."""
+    cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         for _, part in _parts(cfg.get(loader), loader):
             if part.get('with_mask'):
@@ -227,7 +233,6 @@ def use_boxes_alone(cfg: Config, task: str) -> str:
         for _, part in _parts(cfg.get(evaluator), evaluator):
             if isinstance(part.get('metric'), (list, tuple)):
                 part['metric'] = [name for name in part['metric'] if name != 'segm']
-    return f'{files[0]} has boxes alone, no segmentation: the detector is trained and scored without its mask head.'
 
 
 def check_data_sets(runner: Runner) -> None:
