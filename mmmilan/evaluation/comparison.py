@@ -65,7 +65,7 @@ def score_encoders(
     for name, rows in train.items():
         scores[name] = {}
         for probe, share in PROBES.items():
-            some = np.arange(len(rows)) if share is None else few_labels(np.arange(len(rows)), train_labels, share)
+            some = np.arange(len(rows)) if share is None else few_labels(train_labels, share)
             predict = knn_predictions if share is None else linear_probe_predictions
             predicted = predict((rows[some], train_labels[some]), test[name])
             scores[name][probe] = Accuracy(predicted == test_labels)
@@ -78,13 +78,10 @@ def most_frequent(train_labels: np.ndarray, test_labels: np.ndarray) -> tuple[in
     return label, Accuracy(test_labels == label)
 
 
-def few_labels(train: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
-    """A share of the training images of each class, at least one."""
-    chosen = []
-    for label in np.unique(labels[train]):
-        of_class = train[labels[train] == label]
-        chosen.append(of_class[: max(1, round(share * len(of_class)))])
-    return np.concatenate(chosen)
+def few_labels(labels: np.ndarray, share: float) -> np.ndarray:
+    """Places of a share of the images of each class, at least one."""
+    of_classes = (np.flatnonzero(labels == label) for label in np.unique(labels))
+    return np.concatenate([places[: max(1, round(share * len(places)))] for places in of_classes])
 
 
 def comparison(one: Accuracy, other: Accuracy, name: str, probe: str) -> tuple[str, float, float]:

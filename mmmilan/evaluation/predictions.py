@@ -147,7 +147,7 @@ def object_score(found: Result, truth: Result) -> float | None:
         own = found['labels'] == label
         order = np.argsort(-found['scores'][own], kind='stable')
         overlaps = box_ious(found['boxes'][own][order], truth['boxes'][truth['labels'] == label])
-        aps += [average_precision(overlaps, threshold) for threshold in np.arange(0.5, 1, 0.05)]
+        aps += [average_precision(overlaps, threshold) for threshold in IOUS]
     return float(np.mean(aps)) if aps else None
 
 

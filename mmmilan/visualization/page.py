@@ -62,6 +62,8 @@ td:not(:first-child), th:not(:first-child) { font-variant-numeric: tabular-nums;
 """
 WIDE = 5  # columns; a table of so many is stacked on a narrow screen
 SMALL = 96  # pixels; images up to this side are stored without loss, as PNG
+# names of models and classes, and texts of users, may hold $, which is no formula
+plain_text = matplotlib.rc_context({'text.parse_math': False})
 
 
 class Page:
@@ -206,7 +208,7 @@ def _img(image: np.ndarray, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
-@matplotlib.rc_context({'text.parse_math': False})  # names may hold $, which is no formula
+@plain_text
 def draw_curve(epochs: list[float], values: list[float], title: str) -> str:
     """Draw values over epochs as an SVG element."""
     figure = Figure(figsize=(3.4, 2.4), layout='constrained')

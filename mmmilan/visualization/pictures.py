@@ -24,12 +24,10 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from mmmilan.files import atomic_write
 from mmmilan.models.vit import last_attention
-from mmmilan.visualization.page import Page
+from mmmilan.visualization.page import Page, plain_text
 
 DPI = 150
 WIDTH, LINE, SCALE = 1.5, 0.25, 0.6  # inches: width of an image, height of a line, width of the scale of colours
-# names of models and classes, and texts of users, may hold $, which is no formula
-plain_text = matplotlib.rc_context({'text.parse_math': False})
 
 
 def add_predictions(
@@ -111,18 +109,19 @@ def loss_curve(folder: Path) -> Curve:
     return [last['epoch'] * row['step'] / last['step'] for row in rows], [row['loss'] for row in rows]
 
 
+def curve(rows: list[dict], place: str, key: str) -> Curve:
+    """The values of a key in a log over a place, such as the step."""
+    points = [(row[place], row[key]) for row in rows if place in row and key in row]
+    return tuple(map(list, zip(*points, strict=True))) if points else ([], [])
+
+
 def evaluation_curves(folder: Path) -> dict[str, Curve]:
     """Epochs and scores of ``OnlineEvaluationHook`` in a work dir, by the name of the score."""
-    rows = [row for row in read_scalars(folder) if 'eval/epoch' in row]
     names = {'eval/knn': 'k-NN, %', 'eval/knn_mean': 'k-NN, mean token, %'}
     names |= {'eval/probe_10': 'probe, 10 % of labels', 'eval/probe_10_mean': 'probe, 10 % of labels, mean token'}
     names |= {'eval/rankme': 'RankMe', 'eval/cosine_patches': 'cosine to the teacher'}
-    curves = {}
-    for key, name in names.items():
-        points = [(row['eval/epoch'], row[key]) for row in rows if key in row]
-        if points:
-            curves[name] = tuple(map(list, zip(*points, strict=True)))
-    return curves
+    rows = read_scalars(folder)
+    return {name: curve(rows, 'eval/epoch', key) for key, name in names.items()}
 
 
 MASKED_GREY = 225
@@ -202,21 +201,10 @@ def draw_result(
     """
     if task == 'classification':
         return draw_lines(image, class_lines(result, classes))
-    if task == 'detection':
-        image = enlarged(image, 320)
-    height, width = image.shape[:2]
     if task == 'segmentation':
-        labels = cv2.resize(result['map'], (width, height), interpolation=cv2.INTER_NEAREST)
+        labels = cv2.resize(result['map'], image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         return draw_labels(image, labels, colours)
-    if 'scores' in result:
-        drawn = result['scores'] >= DRAWN_FROM
-        result = {name: rows[drawn] for name, rows in result.items() if name != 'size'} | dict(size=result['size'])
-    factor = height / result['size'][0], width / result['size'][1]
-    boxes = torch.from_numpy(result['boxes']) * torch.tensor([factor[1], factor[0]] * 2, dtype=torch.float32)
-    masks = [cv2.resize(mask.astype(np.uint8), (width, height)) for mask in result.get('masks', ())]
-    masks = torch.from_numpy(np.array(masks, bool)) if masks else None
-    labels, scores = torch.from_numpy(result['labels']), result.get('scores')
-    return draw_objects(image, boxes, masks, labels, classes, zoom=1, scores=scores, colours=colours)
+    return draw_objects(enlarged(image, 320), result, classes, colours)
 
 
 def enlarged(image: np.ndarray, side: int) -> np.ndarray:
@@ -251,38 +239,26 @@ def draw_labels(image: np.ndarray, labels: np.ndarray, colours: Sequence[Colour]
 
 
 def draw_objects(
-    image: np.ndarray,
-    boxes: Tensor,
-    masks: Tensor | None,
-    labels: Tensor,
-    classes: Sequence[str],
-    zoom: int = 3,
-    *,
-    scores: np.ndarray | None = None,
-    colours: Sequence[Colour] | None = None,
+    image: np.ndarray, result: Mapping[str, np.ndarray], classes: Sequence[str], colours: Sequence[Colour]
 ) -> np.ndarray:
-    """The image, enlarged ``zoom`` times, with the box, the mask and the class name of each object.
-
-    Args:
-        image: RGB uint8 [H, W, 3].
-        boxes: Left, top, right, bottom in pixels [K, 4].
-        masks: bool [K, H, W].
-        labels: Index of each object into ``classes`` [K].
-        scores: [K], written after the names.
-        colours: Of the classes.
-    """
-    drawn = _to_tensor(cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC))
-    if len(labels):
-        colours = [(colours or class_colours(len(classes)))[label] for label in labels]
-        if masks is not None:
-            masks = masks.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-            drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=colours)
-        names = [classes[label] for label in labels]
-        if scores is not None:
-            names = [f'{name} {100 * score:.0f} %' for name, score in zip(names, scores, strict=True)]
-        font = dict(font=findfont('DejaVu Sans'), font_size=max(8 * zoom, 13))  # this font is part of matplotlib
-        drawn = draw_bounding_boxes(drawn, in_order(zoom * boxes), names, colors=colours, width=2, **font)
-    return _to_array(drawn)
+    """The image with the box, the mask and the class name of each object, see :func:`draw_result`."""
+    if 'scores' in result:
+        drawn = result['scores'] >= DRAWN_FROM
+        result = {name: rows[drawn] for name, rows in result.items() if name != 'size'} | dict(size=result['size'])
+    labels, (height, width) = result['labels'].tolist(), image.shape[:2]
+    if not labels:
+        return image
+    names, own = [classes[label] for label in labels], [colours[label] for label in labels]
+    if 'scores' in result:
+        names = [f'{name} {100 * score:.0f} %' for name, score in zip(names, result['scores'], strict=True)]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    if masks := [cv2.resize(mask.astype(np.uint8), (width, height)) for mask in result.get('masks', ())]:
+        pixels = draw_segmentation_masks(pixels, torch.from_numpy(np.array(masks, bool)), alpha=0.5, colors=own)
+    factor = height / result['size'][0], width / result['size'][1]
+    boxes = torch.from_numpy(result['boxes']) * torch.tensor([factor[1], factor[0]] * 2, dtype=torch.float32)
+    font = dict(font=findfont('DejaVu Sans'), font_size=13)  # this font is part of matplotlib
+    pixels = draw_bounding_boxes(pixels, in_order(boxes), names, colors=own, width=2, **font)
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def in_order(boxes: Tensor) -> Tensor:
@@ -304,14 +280,6 @@ def colours_of(metainfo: Mapping[str, Any] | None, classes: Sequence[str]) -> li
     if isinstance(palette, (list, tuple)) and len(palette) == len(classes):
         return [tuple(map(int, colour)) for colour in palette]
     return class_colours(len(classes))
-
-
-def _to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1)
-
-
-def _to_array(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy()
 
 
 @plain_text

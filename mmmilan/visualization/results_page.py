@@ -40,10 +40,11 @@ from mmmilan.evaluation.predictions import (
     wrong_objects,
 )
 from mmmilan.files import check_output
-from mmmilan.visualization.page import Page
+from mmmilan.visualization.page import Page, plain_text
 from mmmilan.visualization.pictures import (
     DRAWN_FROM,
     colours_of,
+    curve,
     draw_result,
     loss_curve,
     read_scalars,
@@ -258,25 +259,21 @@ def add_accuracy(page: Page, found: Validation, comparison: Mapping[str, Any] | 
         page.figure(draw_matrix(matrix, found.classes), 'The confusion matrix; its figures are in the table above.')
 
 
+@plain_text
 def draw_matrix(matrix: np.ndarray, classes: Sequence[str]) -> bytes:
     """Draw a confusion matrix as a PNG."""
     side = 2 + 0.32 * len(classes)
     figure = Figure(figsize=(side, side), layout='constrained')
     axes = figure.subplots()
     axes.imshow(matrix / matrix.sum(1, keepdims=True).clip(1), cmap='Blues', vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), [plain(name) for name in classes], rotation=90, fontsize=8)
-    axes.set_yticks(range(len(classes)), [plain(name) for name in classes], fontsize=8)
+    axes.set_xticks(range(len(classes)), [name[:24] for name in classes], rotation=90, fontsize=8)
+    axes.set_yticks(range(len(classes)), [name[:24] for name in classes], fontsize=8)
     for row, column in zip(*np.nonzero(matrix), strict=True):
         light = matrix[row, column] > 0.5 * matrix[row].sum()
         axes.text(column, row, matrix[row, column], ha='center', va='center', fontsize=7, color='w' if light else 'k')
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=110)
     return buffer.getvalue()
-
-
-def plain(name: str) -> str:
-    """A name for matplotlib, which reads $ as the beginning of a formula."""
-    return name.replace('$', r'\$')[:24]
 
 
 def add_iou(page: Page, found: Validation, comparison: Mapping[str, Any] | None) -> None:
@@ -351,10 +348,8 @@ def add_training(page: Page, weights: Path, config: Config) -> None:
     """Add the curves of the training, from the logs in the folder of the checkpoint."""
     folder, rows = weights.parent, read_scalars(weights.parent)
     curves = {'training loss': loss_curve(folder)}
-    for key, name in CURVES.items():
-        points = [(row['step'], row[key]) for row in rows if key in row]
-        curves[name] = tuple(map(list, zip(*points, strict=True))) if points else ([], [])
-    curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+    curves |= {name: curve(rows, 'step', key) for key, name in CURVES.items()}
+    curves = {name: points for name, points in curves.items() if len(points[0]) > 1}
     length = config.get('train_cfg') or {}
     amount = count(length.get('max_iters'), 'step')
     if planned := length.get('max_epochs'):

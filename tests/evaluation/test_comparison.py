@@ -40,7 +40,7 @@ def test_scores_are_those_of_scikit_learn():
     assert len(test) == 60 and np.bincount(labels[test]).tolist() == [15] * 4
     assert scores['good']['k-NN'].value > 85 > 45 > scores['noise']['k-NN'].value
     assert scores['good']['probe, all'].value >= scores['good']['probe, 1 % of labels'].value > 40
-    assert len(few_labels(np.arange(200), labels, 0.01)) == 4 and len(few_labels(np.arange(200), labels, 0.1)) == 20
+    assert len(few_labels(labels, 0.01)) == 4 and len(few_labels(labels, 0.1)) == 20
     unit = good / np.linalg.norm(good, axis=1, keepdims=True)
     expected = KNeighborsClassifier(5).fit(unit, labels).kneighbors(unit[:3], return_distance=False)[:, 1:]
     assert np.array_equal(nearest_neighbours(good, np.arange(3), 4), expected)
