@@ -77,11 +77,10 @@ setup(
     extras_require={
         # Needs mmcv with operators, built before: docs/installation.md.
         'dense': ['onedl-mmdetection>=3.5,<4.0', 'onedl-mmsegmentation>=1.4,<2.0'],
-        'annotations': ['labelformat>=0.1.17'],
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         'parquet': ['pyarrow'],
         'heic': ['pillow-heif'],
         'docs': ['mkdocs-material', 'mkdocstrings[python]'],
-        'test': ['pillow-heif', 'pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
+        'test': ['labelformat', 'pillow-heif', 'pytest', 'pytest-xdist', 'ruff', 'transformers<5'],
     },
 )

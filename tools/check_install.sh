@@ -30,7 +30,7 @@ print("torch-%s-cp%d%d" % (torch.__version__.split("+")[0], *sys.version_info[:2
     mmcv=$(compgen -G "${XDG_CACHE_HOME:-$HOME/.cache}/mmmilan/wheels/$tag/onedl_mmcv-*.whl" || true)
     # the wheel that environment.sh left, or as documented
     "${pip[@]}" --no-build-isolation --no-cache-dir --force-reinstall --no-deps "${mmcv:-onedl-mmcv}"
-    "${pip[@]}" "$wheel[dense,annotations,onnx]"
+    "${pip[@]}" "$wheel[dense,onnx]"
     try dense try_dense.py
 }
 

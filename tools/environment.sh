@@ -69,7 +69,7 @@ make_environment() {
     find_wheel >/dev/null || build_mmcv "$wheels"
     echo '-- installing mmmilan and what it needs: the OpenMMLab packages, open_clip, timm'
     install --constraint "$constraints" "$(find_wheel | head -n 1)"
-    install --constraint "$constraints" --no-build-isolation --editable "$root[annotations,dense,docs,onnx,parquet,test]"
+    install --constraint "$constraints" --no-build-isolation --editable "$root[dense,docs,onnx,parquet,test]"
     touch "$stamp"
 }
 

@@ -143,9 +143,14 @@ def category_ids(categories: dict[int, dict], classes: Sequence[str]) -> list[in
 
 
 def has_masks(path: Path) -> bool:
-    """Whether an annotation file has a segmentation that is not empty; as fast as the file is read."""
+    """Whether an annotation file has a segmentation that is not empty."""
+    return holds(path, MASK)
+
+
+def holds(path: Path, *patterns: re.Pattern[bytes]) -> bool:
+    """Whether a file has all of some patterns; as fast as it is read."""
     with path.open('rb') as file, suppress(ValueError), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return MASK.search(content) is not None
+        return all(pattern.search(content) for pattern in patterns)
     return False  # an empty file
 
 

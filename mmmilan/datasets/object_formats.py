@@ -1,26 +1,20 @@
 """Annotations of objects as people have them: COCO's JSON, YOLO's text files, Pascal VOC's XML.
 
-Each format becomes COCO's three lists, with absolute file names. The library labelformat reads YOLO and Pascal VOC;
-what it would leave out in silence is looked for before. COCO's JSON is used as it is: crowds would be lost on the way.
+Each format becomes COCO's three lists, with absolute file names. What cannot be read is named by file and line.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import mmap
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -28,7 +22,7 @@ import numpy as np
 import yaml
 from rich.progress import track
 
-from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco
+from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco, holds
 from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
 from mmmilan.datasets.listing import ANNOTATION_FOLDERS, list_annotated, remember
@@ -37,8 +31,8 @@ from mmmilan.errors import InputError, count
 from mmmilan.files import decode_text, extension, first_line, read_lines, read_text
 
 WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format
-COCO_KEYS = [re.compile(rb'"%s"\s*:' % name.encode()) for name in PARTS]
-BOXES = re.compile(rb'"(bbox|segmentation)"\s*:')
+# What a file in COCO's format has that annotates objects.
+COCO = [re.compile(rb'"%s"\s*:' % key.encode()) for key in (*PARTS, '(bbox|segmentation)')]
 YAML_SPLITS = dict(train='train', val='val', valid='val', validation='val', test='test')
 
 
@@ -191,26 +185,13 @@ def find_objects(root: Path) -> dict[str, Callable[[Names | None], list[Part]]]:
     return {name: partial(readers[name], files, root) for name, files in formats.items() if files}
 
 
-def require_labelformat(where: str | os.PathLike) -> None:
-    """Check that the library which reads YOLO and Pascal VOC is installed."""
-    if not find_spec('labelformat'):
-        raise InputError(f'{where} is read by the package labelformat, which is missing; pip install labelformat.')
-
-
 # -- COCO
 
 
 def coco_files(root: Path) -> list[Path]:
     """JSON files of objects in COCO's format."""
     files = [root] if root.is_file() else [root / file for file in files_in(root, '.json')]
-    return [file for file in files if extension(file) == '.json' and is_coco(file)]
-
-
-def is_coco(path: Path) -> bool:
-    """Whether a file has COCO's lists, with boxes or masks; as fast as it is read."""
-    with path.open('rb') as file, suppress(ValueError), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return all(key.search(content) for key in COCO_KEYS) and BOXES.search(content) is not None
-    return False  # an empty file
+    return [file for file in files if extension(file) == '.json' and holds(file, *COCO)]
 
 
 def coco_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
@@ -294,25 +275,6 @@ def area_of(polygons: list[list[float]]) -> float:
 
 
 # -- YOLO
-
-
-class Texts:
-    """YOLO's text files in place of their folder: labelformat opens them as paths, by the names of the images."""
-
-    def __init__(self, rows: dict[str, list[list[str]]], image: str = '') -> None:
-        self.rows, self.image = rows, image
-
-    def __truediv__(self, image: str) -> Texts:
-        return Texts(self.rows, image)
-
-    def with_suffix(self, suffix: str) -> Texts:
-        return self
-
-    def exists(self) -> bool:
-        return True
-
-    def open(self) -> io.StringIO:
-        return io.StringIO('\n'.join(map(' '.join, self.rows[self.image])))
 
 
 def yolo_files(root: Path) -> list[Path]:
@@ -494,7 +456,7 @@ def label_paths(image: str) -> list[str]:
 
 
 def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 0) -> dict[str, Any]:
-    """The objects of images, as labelformat reads them from the text files of the images.
+    """The objects of images, from their text files.
 
     Args:
         images: Paths of the images.
@@ -502,11 +464,7 @@ def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 
         where: What has these names, for messages.
         keypoints: How many numbers stand behind a box, which are left out.
     """
-    require_labelformat(where)
-    from labelformat.formats import YOLOv8InstanceSegmentationInput, YOLOv8ObjectDetectionInput
-    from labelformat.model.image import Image
-
-    rows: dict[str, list[list[str]]] = {}  # of each image that has a text file
+    rows: dict[str, list[list[float]]] = {}  # of each image that has a text file
     texts: dict[str, str] = {}
     for image in track(images, 'Reading labels', transient=True):
         text = next((path for path in label_paths(image) if os.path.isfile(path)), None)
@@ -520,23 +478,24 @@ def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 
             f'Of {count(len(images), "image")} of {where} none has a text file, as {label_paths(images[0])[0]}; put '
             'the folder labels beside images.'
         )
-    with_masks = has_polygons({text: rows[image] for text, image in texts.items()})
-    base = YOLOv8InstanceSegmentationInput if with_masks else YOLOv8ObjectDetectionInput
+    check_kinds({text: rows[image] for text, image in texts.items()})
+    objects = [
+        dict(image_id=place, category_id=int(label)) | yolo_object(numbers, size)
+        for place, image in enumerate(images)
+        if rows.get(image) and (size := size_of(image))
+        for label, *numbers in rows[image]
+    ]
+    return in_coco_format([dict(file_name=image) for image in images], names, objects)
 
-    class Reader(base):
-        def __init__(self) -> None:
-            self._config_data = dict(names=names)
 
-        def get_images(self) -> Iterator[Image]:
-            for image in rows:
-                if size := size_of(image):
-                    yield Image(places[image], image, *size)
-
-        def _labels_dir(self) -> Texts:
-            return Texts(rows)
-
-    places = {image: place for place, image in enumerate(images)}
-    return in_coco_format(images, names, Reader().get_labels())
+def yolo_object(numbers: list[float], size: tuple[int, int]) -> dict[str, Any]:
+    """The box of a row, or its polygon with its box, in pixels of an image of this width and height."""
+    points = np.reshape(numbers, (-1, 2)) * size
+    if len(points) > 2:
+        polygon = points.ravel().tolist()
+        return dict(bbox=box_of([polygon]), segmentation=[polygon], area=area_of([polygon]))
+    centre, sides = points
+    return dict(bbox=[*(centre - sides / 2).tolist(), *sides.tolist()], area=float(sides.prod()))
 
 
 def size_of(image: str) -> tuple[int, int] | None:
@@ -547,8 +506,8 @@ def size_of(image: str) -> tuple[int, int] | None:
         return None
 
 
-def yolo_rows(path: str, names: Sequence[str], where: str, keypoints: int) -> list[list[str]]:
-    """The rows of a text file without keypoints; labelformat would leave out wrong ones.
+def yolo_rows(path: str, names: Sequence[str], where: str, keypoints: int) -> list[list[float]]:
+    """The rows of a text file without keypoints: class, then box or polygon in shares of the image.
 
     Raises:
         InputError: a row is neither a box nor a polygon of a known class.
@@ -567,7 +526,7 @@ def yolo_rows(path: str, names: Sequence[str], where: str, keypoints: int) -> li
             fault = f'is no row of numbers ({line.strip()[:40]})'
         if fault:
             raise InputError(f'{path}, line {number}, {fault}; correct or remove it.')
-        rows.append([str(int(values[0])), *cells[1:]])
+        rows.append(values)
     return rows
 
 
@@ -587,12 +546,8 @@ def row_fault(values: list[float], names: Sequence[str], where: str) -> str:
     return ''
 
 
-def has_polygons(rows: dict[str, list[list[str]]]) -> bool:
-    """Whether the rows of text files are polygons.
-
-    Raises:
-        InputError: some are, and some are not.
-    """
+def check_kinds(rows: dict[str, list[list[float]]]) -> None:
+    """Raise an :class:`InputError` if some of the rows of text files are polygons, and some are boxes."""
     kinds: dict[bool, str] = {}
     for path, own in rows.items():
         for number, row in enumerate(own, 1):
@@ -602,27 +557,14 @@ def has_polygons(rows: dict[str, list[list[str]]]) -> bool:
             f'{kinds[False]} has 4 numbers, a box or a polygon of two points, where others are polygons, as '
             f'{kinds[True]} is; give each object three points or more, or write all of them as boxes.'
         )
-    return kinds == {} or next(iter(kinds))
 
 
-def in_coco_format(images: Sequence[str], names: Sequence[str], labels: Iterable[Any]) -> dict[str, Any]:
-    """COCO's lists of what labelformat reads; the id of its images is their place in ``images``."""
-    from labelformat.model.bounding_box import BoundingBoxFormat
-
-    annotations = []
-    for label in labels:
-        for thing in label.objects:
-            polygons = [
-                np.ravel(each).tolist() for each in getattr(getattr(thing, 'segmentation', None), 'polygons', ())
-            ]
-            box = box_of(polygons) if polygons else thing.box.to_format(BoundingBoxFormat.XYWH)
-            entry = dict(id=len(annotations), image_id=label.image.id, category_id=thing.category.id, bbox=box)
-            entry |= dict(segmentation=polygons, area=area_of(polygons)) if polygons else dict(area=box[2] * box[3])
-            annotations.append(entry)
+def in_coco_format(images: Iterable[dict], names: Sequence[str], objects: Iterable[dict]) -> dict[str, Any]:
+    """COCO's lists of images, whose ids are their places, and of objects."""
     return dict(
-        images=[dict(id=place, file_name=image) for place, image in enumerate(images)],
+        images=[image | dict(id=place) for place, image in enumerate(images)],
         categories=[dict(id=number, name=name) for number, name in enumerate(names)],
-        annotations=annotations,
+        annotations=[each | dict(id=number) for number, each in enumerate(objects)],
     )
 
 
@@ -649,59 +591,65 @@ def voc_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]:
     roles.update({role: [files[i] for i in places] for role, places in divided.items() if places})
     for file in files if not divided else ():
         roles[next(iter(roles_of(os.path.relpath(file.parent, root))), '')].append(file)
-    spellings = {name for file in files for name in voc_texts(file, 'name')}
+    found = {as_name(each.findtext('name', '')) for file in files for each in voc_root(file).findall('object')}
+    names = sorted(found - {''})
     return [
         Part(
             role,
             f'{role} of {root}' if role else str(root),
-            lambda role=role, own=own: read_voc(own, spellings, role, images),
+            lambda role=role, own=own: read_voc(own, names, role, images),
             notes,
         )
         for role, own in roles.items()
     ]
 
 
-def voc_texts(path: Path, field: str) -> list[str]:
-    """What a field of each object in an XML file says, with the spaces of an editor around it; '' without the field.
+def voc_root(path: Path) -> ElementTree.Element:
+    """What an XML file holds.
 
     Raises:
         InputError: it is no XML.
     """
     try:
-        return [each.findtext(field, '') for each in ElementTree.parse(path).getroot().findall('object')]
+        return ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise InputError(f'{path} cannot be read as XML ({first_line(error)}); write it again.') from error
 
 
-def read_voc(files: list[Path], spellings: set[str], role: str, images: Images) -> dict[str, Any]:
-    """The objects of XML files, as labelformat reads them."""
-    require_labelformat(images.root)
-    from labelformat.formats import PascalVOCObjectDetectionInput
-    from labelformat.model.category import Category
-    from labelformat.types import ParseError
+def voc_text(element: ElementTree.Element, field: str) -> str:
+    """What a field within an element of an XML file says."""
+    if text := element.findtext(field):
+        return text
+    raise ValueError(f'Missing field {field!r}')
 
-    reader = PascalVOCObjectDetectionInput(images.root, '')
-    names = sorted(set(map(as_name, spellings)) - {''})
-    # labelformat compares the texts; names may have commas
-    reader._categories = [Category(names.index(name), each) for each in spellings if (name := as_name(each))]
-    paths, labels, difficult = [], [], []
+
+def voc_object(element: ElementTree.Element, names: list[str]) -> dict[str, Any]:
+    """An object of an XML file, without the id of its image; a difficult one is ignored, as in Pascal VOC's scores."""
+    name = voc_text(element, 'name')  # with the spaces of an editor around it
+    if as_name(name) not in names:
+        raise ValueError(f'Unknown category name {name!r}')
+    left, top, right, bottom = (float(voc_text(element, f'bndbox/{side}')) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
+    box = [left, top, right - left, bottom - top]
+    ignored = element.findtext('difficult', '').strip() == '1'
+    return dict(category_id=names.index(as_name(name)), bbox=box, area=box[2] * box[3], ignore=ignored)
+
+
+def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> dict[str, Any]:
+    """The objects of XML files."""
+    entries, objects = [], []
     for file in track(files, 'Reading labels', transient=True):
-        reader._input_folder = SimpleNamespace(glob=lambda pattern, file=file: [file])
+        root = voc_root(file)
         try:
-            (label,) = reader.get_labels()
-        except (ParseError, ValueError) as error:
-            reason = first_line(error).rpartition('xml: ')[2]
-            raise InputError(f'{file} is not as Pascal VOC has it ({reason}); correct or remove it.') from error
-        name = label.image.filename
-        stem = [path for path in images.by_stem.get(as_name(file.stem), [])]
+            name = voc_text(root, 'filename')
+            width, height = (int(voc_text(root, f'size/{side}')) for side in ('width', 'height'))
+            own = [voc_object(each, names) for each in root.findall('object')]
+        except ValueError as error:
+            raise InputError(
+                f'{file} is not as Pascal VOC has it ({first_line(error)}); correct or remove it.'
+            ) from error
+        stem = images.by_stem.get(as_name(file.stem), [])
         path = images.choose(stem, [file.stem], role, file.parent) or images.find(name, role, file.parent)
-        labels.append(replace(label, image=replace(label.image, id=len(paths))))
-        paths.append(path or str(file.parent / name))
-        difficult += [text.strip() == '1' for text in voc_texts(file, 'difficult')]
-    content = in_coco_format(paths, names, labels)
-    for annotation, ignored in zip(content['annotations'], difficult, strict=True):
-        annotation['ignore'] = ignored  # as those who score Pascal VOC do
-    for image, label in zip(content['images'], labels, strict=True):
-        if label.image.width > 0 and label.image.height > 0:  # some tools write 0
-            image |= dict(width=label.image.width, height=label.image.height)
-    return content
+        size = dict(width=width, height=height) if width > 0 and height > 0 else {}  # some tools write 0
+        objects += [each | dict(image_id=len(entries)) for each in own]
+        entries.append(dict(file_name=path or str(file.parent / name)) | size)
+    return in_coco_format(entries, names, objects)

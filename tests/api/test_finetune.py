@@ -582,7 +582,6 @@ def rectangles(root: Path, kind: str) -> dict[str, tuple]:
 @pytest.mark.parametrize('kind', ['yolo', 'voc'])
 def test_boxes_alone(kind, tmp_path):
     """They give a Faster R-CNN, from the folder to the predictions."""
-    pytest.importorskip('labelformat')
     known = rectangles(tmp_path / 'data', kind)
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     options = dict(arch=arch, patch_size=8, epochs=1, batch_size=4) | HERE | {'model.test_cfg.rcnn.score_thr': 0.0}

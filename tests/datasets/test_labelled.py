@@ -417,7 +417,6 @@ def yolo(root: Path, rows: dict[str, str], content: str | None, size: tuple[int,
 )
 def test_yolo(tmp_path, folder, val, paths):
     pytest.importorskip('mmdet')
-    pytest.importorskip('labelformat')
     data = tmp_path / 'data'
     rows = {
         f'{folder}/a.b.png': '1 0.5 0.5 0.5 0.25\n\n0 0.25 0.25 0.5 0.5\n',
@@ -441,7 +440,6 @@ def test_yolo(tmp_path, folder, val, paths):
 def test_yolo_polygons_on_turned_images(tmp_path):
     """Sizes are those after the EXIF rotation; train and val of one folder are divided."""
     pytest.importorskip('mmdet')
-    pytest.importorskip('labelformat')
     data = tmp_path / 'data'
     yolo(
         data,
@@ -463,7 +461,6 @@ def test_yolo_polygons_on_turned_images(tmp_path):
 @pytest.mark.parametrize('shape, points', [('[2, 3]', '0.1 0.1 2 0.9 0.9 1'), ('[2, 2]', '0 0 1 1')])
 def test_yolo_boxes_with_keypoints(tmp_path, shape, points):
     """Behind a box they are as many numbers as a polygon has, or none that a row may have."""
-    pytest.importorskip('labelformat')
     rows = {f'images/{i}.png': f'0 0.5 0.5 0.5 0.25 {points}\n0 0.25 0.25 0.5 0.5' for i in range(4)}
     labelled = read_labelled(yolo(tmp_path, rows, f'train: images\nnames: [cat]\nkpt_shape: {shape}'))
     assert not labelled.has_masks and 'boxes alone are used' in labelled.notes[0]
@@ -485,7 +482,6 @@ def voc(root: Path, name: str, objects: list[tuple], folder: str = 'Annotations'
 
 def test_pascal_voc(tmp_path):
     pytest.importorskip('mmdet')
-    pytest.importorskip('labelformat')
     data = tmp_path / 'data'
     for number, name in enumerate('abcd'):
         image(data / f'JPEGImages/{name}.png', number)
@@ -510,7 +506,6 @@ def test_pascal_voc(tmp_path):
 def test_difficult_objects_of_pascal_voc(tmp_path):
     """As in its own scores, and as COCO's crowds, they are neither positives nor negatives."""
     pytest.importorskip('mmdet')
-    pytest.importorskip('labelformat')
     for number in range(5):
         image(tmp_path / f'data/{number}.png')
         voc(tmp_path / 'data', str(number), [('cat', 1, 2, 11, 12), ('cat', 3, 4, 30, 31)], folder='')
@@ -529,7 +524,6 @@ def test_difficult_objects_of_pascal_voc(tmp_path):
 
 def test_spaces_around_names(tmp_path):
     """They are of the editor that wrote a file, or of a slip in the name of a folder; a name is the same without."""
-    pytest.importorskip('labelformat')
     objects = {f'{i}.png': [DOG] for i in range(3)}
     coco(tmp_path / 'coco', 'train.json', 'train', objects, {3: 'dog '})
     coco(tmp_path / 'coco', 'val.json', 'val', objects, {3: ' dog'})
@@ -733,7 +727,6 @@ NAMES = 'train: images\nnames: [cat, dog]'
     ],
 )  # fmt: skip
 def test_yolo_that_is_wrong(tmp_path, row, content, message):
-    pytest.importorskip('labelformat')
     rows = {'images/0.png': None if row is None else '' if row == '' else BOX, 'images/1.png': row}
     if row is not None and '0 0 0' in row:
         rows['images/0.png'] = None
@@ -742,7 +735,6 @@ def test_yolo_that_is_wrong(tmp_path, row, content, message):
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 def test_yolo_splits_without_an_image(tmp_path, split):
-    pytest.importorskip('labelformat')
     (tmp_path / 'none').mkdir()
     splits = dict(train='images', val='images', test='images') | {split: 'none'}
     content = ''.join(f'{key}: {folder}\n' for key, folder in splits.items())
@@ -752,7 +744,6 @@ def test_yolo_splits_without_an_image(tmp_path, split):
 
 def test_yolo_boxes_of_no_width(tmp_path):
     """They are counted and named, and an image that has no other box is a negative."""
-    pytest.importorskip('labelformat')
     row = '0 0.5 0.5 0 0.5'
     rows = {'images/0.png': f'{BOX}\n{row}\n{row}', 'images/1.png': row, 'images/2.png': BOX}
     labelled = read_labelled(yolo(tmp_path / 'data', rows, NAMES))
@@ -765,7 +756,6 @@ def test_yolo_boxes_of_no_width(tmp_path):
 
 
 def test_yolo_names_that_yaml_takes_for_something_else(tmp_path):
-    pytest.importorskip('labelformat')
     data = yolo(
         tmp_path / 'data', {f'images/{i}.png': BOX for i in range(3)}, 'train: images\nval:\nnames: [no, on, 007]'
     )
@@ -776,16 +766,9 @@ def test_yolo_names_that_yaml_takes_for_something_else(tmp_path):
 
 def test_yolo_rows_behind_a_byte_order_mark(tmp_path):
     """Without data.yaml, the first row tells that a text is no caption."""
-    pytest.importorskip('labelformat')
     yolo(tmp_path, {f'images/{i}.png': f'\ufeff{BOX}' for i in range(3)}, None)
     (tmp_path / 'classes.txt').write_text('cat')
     assert read_labelled(tmp_path).classes == ('cat',)
-
-
-def test_without_the_library(tmp_path, monkeypatch):
-    data = yolo(tmp_path / 'data', {'images/0.png': BOX}, NAMES)
-    monkeypatch.setattr('mmmilan.datasets.object_formats.find_spec', lambda name: None)
-    refused(data, 'the package labelformat, which is missing; pip install labelformat')
 
 
 def changed(content: dict, **changes) -> dict:
@@ -948,7 +931,6 @@ def test_classes_of_objects(tmp_path):
     ],
 )
 def test_pascal_voc_that_is_wrong(tmp_path, text, message):
-    pytest.importorskip('labelformat')
     image(tmp_path / 'a.png')
     voc(tmp_path, 'a', [('cat', 'x', 1, 2, 3)], folder='')
     if text:
@@ -1063,7 +1045,6 @@ LISTS = {
 
 def whole_voc(root: Path, kind: str) -> Path:
     """Four images with objects and label maps, of Pascal VOC; returns the folder for the lists of a kind."""
-    pytest.importorskip('labelformat')
     names = ['a b', 'c.d', 'e', 'more']
     maps(root, 'JPEGImages', 'SegmentationClass', {name: [0, 1] for name in names})
     for name in names:
@@ -1118,7 +1099,6 @@ def test_a_list_of_both_splits(tmp_path, kind, lists, train, val):
     'text', [b'images\\a b.png', '\ufeffimages/a b.png\r\n\r\n'.encode(), b'images/a b.png\nno.png']
 )
 def test_lists_of_yolo_as_people_write_them(tmp_path, text):
-    pytest.importorskip('labelformat')
     rows = {'images/a b.png': BOX, 'images/c.png': BOX}
     yolo(tmp_path, rows, 'train: train.txt\nval: val.txt\nnames: [cat]')
     (tmp_path / 'val.txt').write_text('images/c.png')
@@ -1137,7 +1117,6 @@ def test_lists_of_yolo_as_people_write_them(tmp_path, text):
 
 
 def test_files_of_yolo_in_capitals(tmp_path):
-    pytest.importorskip('labelformat')
     yolo(tmp_path, {'images/A.PNG': BOX, 'images/B.PNG': BOX}, 'train: TRAIN.TXT\nval: images/B.PNG\nnames: [cat]')
     for path in [*tmp_path.glob('labels/*.txt'), tmp_path / 'data.yaml']:
         path.rename(path.with_suffix(path.suffix.upper()))
@@ -1148,7 +1127,6 @@ def test_files_of_yolo_in_capitals(tmp_path):
 
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
 def test_texts_of_yolo_in_the_encodings_of_windows(tmp_path, encoding):
-    pytest.importorskip('labelformat')
     yolo(tmp_path, {'images/a.png': BOX, 'images/b.png': BOX}, 'train: images\nnames: [Köter]')
     for path in [*tmp_path.glob('labels/*.txt'), tmp_path / 'data.yaml']:
         path.write_text(path.read_text(), encoding=encoding)
