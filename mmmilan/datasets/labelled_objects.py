@@ -249,7 +249,7 @@ def note_files(splits: dict[str, Coco], named: set[str], notes: list[str]) -> No
         )
     beside = (
         os.path.join(folder, file)
-        for folder in sorted({os.path.dirname(file) for file in named if os.path.isabs(file)})
+        for folder in sorted(filter(os.path.isdir, {os.path.dirname(file) for file in named if os.path.isabs(file)}))
         for file in list_folder(folder).files
         if '/' not in file
     )

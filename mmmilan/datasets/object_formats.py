@@ -112,6 +112,20 @@ def by_lists(root: Path, kind: str, files: Sequence[str]) -> tuple[dict[str, lis
     return divided, notes + [unused] * bool(rest)
 
 
+class Sought(NamedTuple):
+    """An image that annotations name.
+
+    Attributes:
+        found: The files that it may be, relative to the folder of the images.
+        folders: Those that its name has.
+        beside: The folder of the annotations, relative as ``found``, with / at its end; '' for that of the images.
+    """
+
+    found: list[str]
+    folders: list[str]
+    beside: str
+
+
 class Images:
     """The images of a folder, to be found by what annotations call them.
 
@@ -128,43 +142,64 @@ class Images:
             self.by_name[as_name(name)].append(file)
             self.by_stem[as_name(name.rpartition('.')[0])].append(file)
 
-    def find(self, name: str, role: str, beside: Path) -> str | None:
-        """The absolute path of the image that an annotation file calls ``name``; None if it is missing.
+    def seek(self, name: str, beside: Path, stem: str = '') -> Sought:
+        """Where an image may be.
 
         Args:
-            name: A file name, perhaps with folders.
-            role: Of the split, which decides between folders of splits.
-            beside: The folder of the annotation file, which decides first.
-
-        Raises:
-            InputError: several folders have it.
+            name: Its file name in the annotations, perhaps with folders.
+            beside: The folder of the annotation file.
+            stem: The name without extension that rather is the image's, if there is such an image.
         """
+        inside = '' if beside == self.root else f'{os.path.relpath(beside, self.root)}/'
+        if own := self.by_stem.get(as_name(stem)):
+            return Sought(own, [], inside)
         name = name.replace('\\', '/')
         if os.path.isabs(name) and os.path.isfile(name):
-            return name
+            name = os.path.relpath(name, self.root)
+            return Sought([name], as_name(name).split('/')[:-1], inside)
         parts = [part for part in as_name(name).split('/') if part not in ('', '.', '..')]
-        found = self.by_name.get(parts[-1], []) if parts else []
-        return self.choose(found, parts, role, beside)
+        return Sought(self.by_name.get(parts[-1], []) if parts else [], parts[:-1], inside)
 
-    def choose(self, found: list[str], parts: list[str], role: str, beside: Path) -> str | None:
-        """The one of some images of the same name that is meant, see :meth:`find`."""
-        if not found:
-            return None
-        inside = f'{os.path.relpath(beside, self.root)}/'
+    def choose(self, sought: Sequence[Sought], role: str) -> list[str | None]:
+        """The absolute path of each image of a split; None for one that is missing.
+
+        It lies in the folders of its name, in none of label maps, beside the annotations, in the split: where that is
+        so of some images it is so of all, as one that is missing may have the name of another one elsewhere.
+
+        Args:
+            sought: The images.
+            role: The split.
+
+        Raises:
+            InputError: several folders have an image.
+        """
+        found = [each.found for each in sought]
         tests = (
-            lambda file: as_name(file).split('/')[-len(parts) :] == parts,
-            lambda file: file.startswith(inside),
-            lambda file: roles_of(file)[:1] == [role],
-            lambda file: not any(map(ANNOTATION_FOLDERS.fullmatch, file.split('/')[:-1])),  # label maps
+            lambda file, folders, _: as_name(file).split('/')[:-1][-len(folders) :] == folders if folders else True,
+            lambda file, *_: not any(map(ANNOTATION_FOLDERS.fullmatch, file.split('/')[:-1])),  # label maps
+            lambda file, _, beside: file.startswith(beside),
+            lambda file, *_: roles_of(os.path.dirname(file))[:1] == [role],
         )
+        by_folders, waiting = tests[0], range(len(sought))
         for test in tests:
-            found = list(filter(test, found)) or found
-        if len(found) > 1:
-            raise InputError(
-                f'{self.root} has the image {parts[-1]} in {len(found)} places ({listed(found)}); give the images '
-                'different names, or write their folders into the annotations.'
-            )
-        return str(self.root / found[0])
+            kept = {i: [file for file in found[i] if test(file, *sought[i][1:])] for i in waiting}
+            tells = any(own for i, own in kept.items() if test is not by_folders or sought[i].folders)
+            for i, own in kept.items():
+                found[i] = own if tells else own or found[i]
+            if test is by_folders:
+                waiting = [i for i in waiting if len(found[i]) > 1 or not sought[i].folders or not tells]
+        for own in found:
+            if len(own) > 1:
+                raise InputError(
+                    f'{self.root} has the image {os.path.basename(own[0])} in {len(own)} places ({listed(own)}); give '
+                    'the images different names, or write their folders into the annotations.'
+                )
+        return [str(self.root / own[0]) if own else None for own in found]
+
+
+def missing(name: str, path: Path) -> str:
+    """What stands for the path of an image that is missing: no file, as one of that name may be another image."""
+    return f'{name} of {path}'
 
 
 def roles_of(file: str) -> list[str]:
@@ -225,9 +260,10 @@ def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise InputError(f"{path} is not in COCO's format: {', '.join(PARTS)} must be lists; convert it.")
-    for image in content['images']:
-        if isinstance(image, dict) and isinstance(name := image.get('file_name'), str):
-            image['file_name'] = images.find(name, role, path.parent) or str(path.parent / name)
+    named = [each for each in content['images'] if isinstance(each, dict) and isinstance(each.get('file_name'), str)]
+    found = images.choose([images.seek(image['file_name'], path.parent) for image in named], role)
+    for image, file in zip(named, found, strict=True):
+        image['file_name'] = file or missing(image['file_name'], path)
     complete_coco(content)
     check_coco(content, path)
     return content
@@ -636,7 +672,7 @@ def voc_object(element: ElementTree.Element, names: list[str]) -> dict[str, Any]
 
 def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> dict[str, Any]:
     """The objects of XML files."""
-    entries, objects = [], []
+    entries, objects, sought = [], [], []
     for file in track(files, 'Reading labels', transient=True):
         root = voc_root(file)
         try:
@@ -647,9 +683,10 @@ def read_voc(files: list[Path], names: list[str], role: str, images: Images) -> 
             raise InputError(
                 f'{file} is not as Pascal VOC has it ({first_line(error)}); correct or remove it.'
             ) from error
-        stem = images.by_stem.get(as_name(file.stem), [])
-        path = images.choose(stem, [file.stem], role, file.parent) or images.find(name, role, file.parent)
+        sought.append(images.seek(name, file.parent, file.stem))
         size = dict(width=width, height=height) if width > 0 and height > 0 else {}  # some tools write 0
         objects += [each | dict(image_id=len(entries)) for each in own]
-        entries.append(dict(file_name=path or str(file.parent / name)) | size)
+        entries.append(dict(file_name=missing(name, file)) | size)
+    for entry, path in zip(entries, images.choose(sought, role), strict=True):
+        entry['file_name'] = path or entry['file_name']
     return in_coco_format(entries, names, objects)

@@ -391,6 +391,47 @@ def test_coco_without_a_split(tmp_path):
     assert boxes(DATASETS.build(again['val'] | dict(pipeline=[]))) == found
 
 
+def test_a_missing_image_is_none_of_the_same_name_elsewhere(tmp_path):
+    """Not of another split, of another folder beside it, or its own label map."""
+    names = [f'{i}.png' for i in range(4)]
+    objects = dict.fromkeys(names, [DOG, CAT])
+    for split in ('train', 'val'):
+        coco(tmp_path / 'splits', f'{split}.json', split, objects, {3: 'dog', 90: 'cat'})
+    content = coco(tmp_path / 'folders', 'a.json', 'a', objects, {3: 'dog', 90: 'cat'})
+    for number, each in enumerate(content['images']):
+        each['file_name'] = f'{"ab"[number % 2]}/{number}.png'
+    (tmp_path / 'folders/a.json').write_text(json.dumps(content))
+    coco(tmp_path / 'maps', 'annotations/a.json', 'images', objects, {3: 'dog', 90: 'cat'})
+    for number in range(4):
+        image(tmp_path / f'maps/annotations/{number}.png')
+        for folder in ('folders/b', 'voc/x', 'voc/y'):
+            image(tmp_path / folder / names[number])
+        voc(tmp_path, str(number), [('dog', 1, 2, 11, 12), ('cat', 3, 4, 30, 31)], 'voc/x')
+    lost = [('splits', 'train/3.png', '3.png', 'train.json'), ('folders', 'b/3.png', 'b/3.png', 'a.json')]
+    lost += [('maps', 'images/3.png', '3.png', 'annotations/a.json'), ('voc', 'x/3.png', 'old.jpg', 'x/3.xml')]
+    for folder, file, name, source in lost:
+        whole = read_labelled(tmp_path / folder, 'detection')
+        assert not any('(missing)' in note for note in whole.notes)
+        (tmp_path / folder / file).unlink()
+        labelled = read_labelled(tmp_path / folder, 'detection')
+        note = f'train: 1 image left out (missing); the first is {name} of {tmp_path / folder / source}.'
+        assert note in labelled.notes
+        paths = {path for part in (labelled.train, labelled.val) for path in image_paths(part)}
+        every = {path for part in (whole.train, whole.val) for path in image_paths(part)}
+        assert every - paths == {str(tmp_path / folder / file)}
+
+
+def test_images_of_both_splits_in_a_folder_of_one(tmp_path):
+    """Kaggle's train_images, which somebody divided by two files; and folders that have other names now."""
+    coco(tmp_path, 'train.json', 'train_images', {'1.png': [DOG], '2.png': [CAT]}, {3: 'dog', 90: 'cat'})
+    content = coco(tmp_path, 'val.json', 'train_images', {'3.png': [DOG], '4.png': [CAT]}, {3: 'dog', 90: 'cat'})
+    for each in content['images']:
+        each['file_name'] = 'C:\\photos\\' + each['file_name']
+    (tmp_path / 'val.json').write_text(json.dumps(content))
+    labelled = read_labelled(tmp_path, task='detection')
+    assert [Path(path).name for path in image_paths(labelled.val)] == ['3.png', '4.png'] and not labelled.notes
+
+
 def yolo(root: Path, rows: dict[str, str], content: str | None, size: tuple[int, int] = (40, 32)) -> Path:
     """Images and their text files, and ``data.yaml``."""
     for number, (file, text) in enumerate(rows.items()):
@@ -534,7 +575,7 @@ def test_spaces_around_names(tmp_path):
         image(tmp_path / f'voc/{number}.png')
         voc(tmp_path / 'voc', str(number), [(name, 1, 2, 11, 12)], folder='')
     for folder in ('coco', 'yolo', 'voc'):
-        labelled = read_labelled(tmp_path / folder)
+        labelled = read_labelled(tmp_path / folder, 'detection')
         assert labelled.classes == ('dog',) and len(labelled.train['images'] + labelled.val['images']) > 2
         assert {each['category_id'] for each in labelled.train['annotations']} == {1}
     labelled = read_labelled(tmp_path / 'folders', classes=['cat', 'dog '])
@@ -847,7 +888,7 @@ def test_what_is_counted_in_coco(tmp_path):
     assert all(each['area'] in (120, 320) for each in every)
     for picture in content['images']:
         (data / 'images' / picture['file_name']).unlink(missing_ok=True)
-    refused(data, r'10 of 10 images of .*a.json are missing, the first is .*0.png; put the images beside')
+    refused(data, r'10 of 10 images of .*a.json are missing, the first is 0.png of .*a.json; put the images beside')
 
 
 def test_whole_numbers_as_pandas_writes_them(tmp_path):
