@@ -29,7 +29,7 @@ from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
 from mmmilan.components import SCOPES, Kinds, arguments_of, described, fits, lookup, names_like, source_of
-from mmmilan.errors import InputError, shown
+from mmmilan.errors import InputError, shown, warn
 from mmmilan.files import first_line
 
 # What MMEngine and we read at the top of a config, besides the arguments of the runner.
@@ -256,7 +256,7 @@ def check_config(cfg: Config, options: Iterable[str] = ()) -> None:
             own = any(f'{fault.key}.'.startswith(f'{each}.') or each.startswith(f'{fault.key}.') for each in options)
             if fault.refused or own:
                 raise InputError(fault.reason)
-            print_log(fault.reason, logger='current', level=logging.WARNING)
+            warn(fault.reason)
 
 
 def faults_of(cfg: Config) -> Iterator[Fault]:

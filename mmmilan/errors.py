@@ -1,4 +1,7 @@
-"""The exception for errors that a user can fix, how the tools print it, and Ctrl-C: one line, exit status 130."""
+"""The exception for errors that a user can fix, how the tools print it, and Ctrl-C: one line, exit status 130.
+
+And the words that messages share: numbers of things, lists of names, values, warnings.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells give it
 UNFINISHED: set[str] = set()  # the temporary files and folders of this process
+NAMES = 5  # in a list of names, at most
 _command = 0  # the process that runs a command
 
 
@@ -24,6 +28,20 @@ def count(number: int, thing: str) -> str:
     """A number of things in words: '1 epoch', '2 epochs', '3 classes'."""
     plural = 'es' if thing.endswith('s') else 's'
     return f'{number} {thing}{plural * (number != 1)}'
+
+
+def listed(names: Iterable[str | os.PathLike], most: int = NAMES) -> str:
+    """Some names for a message, with the number of the others."""
+    names = list(map(os.fspath, names))
+    rest = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + rest
+
+
+def warn(message: str) -> None:
+    """Log a warning."""
+    from mmengine.logging import print_log  # imports PyTorch
+
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ from mmmilan.checkpoints.loading import as_mmmilan
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.datasets.image_folder import as_sources
 from mmmilan.datasets.splits import list_labelled_images
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.evaluation.features import check_tokens, choose_device, join
 from mmmilan.files import check_output_folder
 from mmmilan.models.vit import record_attention
@@ -101,7 +99,7 @@ def figures(
         chosen = sample_classes(labels, num_classes, images_per_class, random)
         add_tsne(page, folder, reader, models, [files[i] for i in chosen], labels[chosen], classes, seed)
     else:
-        warn(page, f'Figure 2 is left out: {images} has no folders that name two or more classes.')
+        leave_out(page, f'Figure 2 is left out: {images} has no folders that name two or more classes.')
     order = random.permutation(len(files))
     readable = reader.extract(files, lambda inputs: {}, indices=order, batch_size=1, num_workers=0)
     pictures = [files[order[batch['position'][0]]] for batch in itertools.islice(readable, NUM_SMALL + NUM_LARGE)]
@@ -120,10 +118,10 @@ def sample_classes(labels: np.ndarray, num_classes: int, per_class: int, random:
     return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:per_class] for c in chosen]))
 
 
-def warn(page: Page, text: str) -> None:
+def leave_out(page: Page, text: str) -> None:
     """Say on the page and in the log what is left out, and why."""
     page.heading('Left out', text)
-    print_log(text, logger='current', level=logging.WARNING)
+    warn(text)
 
 
 def add_tsne(
@@ -145,7 +143,7 @@ def add_tsne(
     used = found['position']
     present, labels = np.unique(labels[used], return_inverse=True)
     if len(present) < 2:
-        warn(page, 'Figure 2 is left out: the images that decode are not of two or more classes.')
+        leave_out(page, 'Figure 2 is left out: the images that decode are not of two or more classes.')
         return
     features = {name: found[name] for name in models}
     figure = draw_tsne(features, labels, [classes[i] for i in present], seed)
@@ -220,7 +218,7 @@ def add_reconstruction(
             save_figure(draw_pictures(columns, 'Greens', 'loss'), folder / 'figure5'), f'Mask and loss of {title}'
         )
         return
-    warn(page, f'Figure 5 is left out: no checkpoint has its decoder ({reasons[0]})')
+    leave_out(page, f'Figure 5 is left out: no checkpoint has its decoder ({reasons[0]})')
 
 
 # Normalised images [B, 3, H, W] -> features [B, D] and attention of the class token in the last block [B, N].

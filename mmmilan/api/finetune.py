@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from mmmilan import arguments
 from mmmilan.api.runs import check_out, save_weights, set_folder, train, trained_anyway
 from mmmilan.arguments import checked
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
@@ -273,11 +272,7 @@ def say_probes(frozen: dict[str, float], scores: dict[str, float], freeze: bool)
         remedy = 'training on from it made it no better: lower lr, or train with more images'
     else:
         remedy = 'train the head alone with --freeze, or fine-tune with more images'
-    print_log(
-        f'The {best} of the frozen encoder is the better model here; {remedy}.',
-        logger='current',
-        level=logging.WARNING,
-    )
+    warn(f'The {best} of the frozen encoder is the better model here; {remedy}.')
 
 
 def compare_runs(

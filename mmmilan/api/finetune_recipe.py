@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mmmilan.api.recipe import absolute, check_size, default_batch_size, named_arch, part
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
@@ -345,7 +345,6 @@ def say(labelled: Labelled) -> None:
     """Log what was understood of the data."""
     from mmengine.logging import print_log
 
-    from mmmilan.datasets.classes import listed
     from mmmilan.datasets.labelled import image_paths
 
     train, val = len(image_paths(labelled.train)), len(image_paths(labelled.val))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 
 if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
     from mmengine.config import Config
@@ -99,9 +98,8 @@ def save_weights(checkpoint: Path, path: Path, meta: dict[str, Any]) -> Path:
 @contextmanager
 def trained_anyway() -> Iterator[None]:
     """Only warn if the page of a training cannot be written, so that the training is not lost."""
-    from mmengine.logging import print_log
 
     try:
         yield
     except InputError as error:
-        print_log(f'No report: {error}', logger='current', level=logging.WARNING)
+        warn(f'No report: {error}')

@@ -8,7 +8,6 @@ falls back to the full pickle; :func:`mmmilan.checkpoints.loading.use_safe_loadi
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import zlib
@@ -19,13 +18,12 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
 from mmmilan.checkpoints.unpickling import ForbiddenName, check_archive, read_archive, read_meta
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.files import atomic_write, extension, first_line
 
 # Where a checkpoint keeps its weights: MMEngine, MAE and the published repository, others.
@@ -316,4 +314,4 @@ def find_newest(folder: Path) -> Path | None:
 
 
 def _say_skipped(path: Path, error: Exception) -> None:
-    print_log(f'{path} is skipped: {first_line(error)}.', logger='current', level=logging.WARNING)
+    warn(f'{path} is skipped: {first_line(error)}.')

@@ -32,7 +32,7 @@ from mmmilan.checkpoints.layouts import (
     without_prefix,
 )
 from mmmilan.checkpoints.zoo import resolve_checkpoint
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, listed
 
 # Weights that an encoder may have and its pretraining did not: the norm after the mean of the patch tokens, relative
 # positions, layer scale, and the layers of DenseViT that rescale its maps.
@@ -169,8 +169,7 @@ def as_mmmilan(weights: dict[str, Tensor], source: str = 'The checkpoint') -> di
 
 def some(names: set[str]) -> str:
     """Up to six of the names, for a message."""
-    more = f' and {len(names) - 6} more' if len(names) > 6 else ''
-    return ', '.join(sorted(names)[:6]) + more if names else 'none'
+    return listed(sorted(names), 6) or 'none'
 
 
 def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:

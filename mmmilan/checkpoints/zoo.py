@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.files import extension
 
 # Ends of the names of version 0.1 -> today's, which state the batch, the precision and the augmentation as the names of
@@ -65,12 +64,11 @@ def zoo_models() -> dict[str, ZooModel]:
 @functools.cache
 def current_name(name: str) -> str:
     """Today's name of a config or a model; the log says once that an old one was meant."""
-    from mmengine.logging import print_log
 
     old = next((ending for ending in OLD_ENDINGS if name.endswith(ending)), None)
     if old is None or (new := name.removesuffix(old) + OLD_ENDINGS[old]) not in zoo_models():
         return name
-    print_log(f'{name} is now called {new}; use that name.', logger='current', level=logging.WARNING)
+    warn(f'{name} is now called {new}; use that name.')
     return new
 
 

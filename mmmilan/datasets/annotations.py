@@ -16,9 +16,9 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from rich.progress import track
 
-from mmmilan.datasets.classes import IGNORE, as_name, listed, locate, rewrite, warn
+from mmmilan.datasets.classes import IGNORE, as_name, locate, rewrite
 from mmmilan.datasets.decoding import open_header, read_bytes
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, listed, warn
 from mmmilan.files import first_line
 from mmmilan.registry import TRANSFORMS
 

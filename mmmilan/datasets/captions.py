@@ -5,21 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from mmcv.transforms import BaseTransform
-from mmengine.logging import print_log
 from rich.progress import track
 
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.listing import list_folder, log_left_out
 from mmmilan.datasets.packed import load_index, pair_by_name
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.files import extension, read_text
 from mmmilan.registry import DATASETS, TRANSFORMS
 
@@ -97,7 +95,7 @@ class CaptionedImages(ImageFolder):
         """Leave out an entry, with a warning in the log; or stop, if ``on_corrupt`` says so."""
         if self.on_corrupt == 'raise':
             raise InputError(fault)
-        print_log(f'Skipped: {fault}', logger='current', level=logging.WARNING)
+        warn(f'Skipped: {fault}')
 
 
 @DATASETS.register_module()

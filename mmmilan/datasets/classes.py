@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import os
 import re
 import unicodedata
@@ -19,14 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, listed, warn
 from mmmilan.files import extension, first_line, read_text
 
 IGNORE = 255  # label of pixels without a class
-SHOWN = 5
 NAME_FILES = ('classes.txt', 'classes.json', 'class_dict.csv', 'labelmap.txt', '_classes.csv')
 ENDINGS = ('.txt', '.json', '.csv')  # of files of names
 
@@ -34,13 +31,6 @@ ENDINGS = ('.txt', '.json', '.csv')  # of files of names
 def as_name(name: Any) -> str:
     """A name with composed accents (NFC), which systems store as different characters, and without spaces around it."""
     return unicodedata.normalize('NFC', str(name)).strip()
-
-
-def listed(names: Iterable[str | os.PathLike]) -> str:
-    """Some names for a message, with the number of the others."""
-    names = list(map(os.fspath, names))
-    rest = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-    return ', '.join(names[:SHOWN]) + rest
 
 
 def positions(names: Iterable[str], where: str) -> dict[str, int]:
@@ -99,20 +89,16 @@ def match_names(
     return [known.get(name) for name in own]
 
 
-def warn(message: str) -> None:
-    print_log(message, logger='current', level=logging.WARNING)
-
-
 # -- data sets
 
 
-def chain(dataset: Dataset) -> Iterator[Dataset]:
+def datasets_in(dataset: Dataset) -> Iterator[Dataset]:
     """A data set and, of a wrapper, the data sets in it."""
     yield dataset
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     for each in inner:
         if each is not None:
-            yield from chain(each)
+            yield from datasets_in(each)
 
 
 def class_names(dataset: Dataset) -> tuple[str, ...]:
@@ -148,7 +134,7 @@ def use_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
         InputError: see :func:`match_names`, and :func:`check_numbers` for one without names.
     """
     classes, changed = tuple(classes), False
-    for part in chain(dataset):
+    for part in datasets_in(dataset):
         own = class_names(part)
         if isinstance(part, BaseDataset) and own and own != classes:
             table = match_names(own, classes, locate(part), source, lambda part=part: count_labels(part))
@@ -157,7 +143,7 @@ def use_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
             changed = True
         elif isinstance(part, BaseDataset) and not own and len(part):
             check_numbers(part, classes, source)
-    for part in chain(dataset):
+    for part in datasets_in(dataset):
         metainfo = getattr(part, '_metainfo', None)
         if changed and metainfo and metainfo.get('classes'):
             metainfo['classes'] = classes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import os
 import re
 import stat
@@ -23,10 +22,9 @@ import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.fileio import get
-from mmengine.logging import print_log
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
-from mmmilan.errors import CorruptImageError, InputError
+from mmmilan.errors import CorruptImageError, InputError, warn
 from mmmilan.files import extension, first_line
 from mmmilan.registry import TRANSFORMS
 
@@ -398,9 +396,7 @@ def to_8_bits(image: np.ndarray, white: int) -> np.ndarray:
 @functools.cache
 def warn_dark(white: int) -> None:
     """Warn once that images may have fewer bits than their files."""
-    print_log(
+    warn(
         f'There are images with no value above {int(DARK * white)} of {white}, nearly black; if the camera gives fewer '
-        'bits than the files have, scale the images to the full range (this warning appears once).',
-        logger='current',
-        level=logging.WARNING,
+        'bits than the files have, scale the images to the full range (this warning appears once).'
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
@@ -18,17 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, exists, get_file_backend
-from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import get_worker_info
 
-from mmmilan.datasets.classes import as_name, locate, match_names, positions
+from mmmilan.datasets.classes import as_name, datasets_in, locate, match_names, positions
 from mmmilan.datasets.decoding import EXTENSIONS, CorruptImageError
 from mmmilan.datasets.listing import Names, decoded, is_leaving, list_pictures, log_left_out, remember
 from mmmilan.datasets.packed import list_lmdb, load_index, refuse_archive
 from mmmilan.datasets.reproducible import Draw, seeded
-from mmmilan.errors import InputError, printable
+from mmmilan.errors import InputError, printable, warn
 from mmmilan.files import extension, read_lines
 from mmmilan.registry import DATASETS
 
@@ -156,8 +154,7 @@ class SharedCount:
 
 def num_corrupt(dataset: object) -> int:
     """How many images of a data set, or of those in a wrapper, did not decode."""
-    inner = [getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())]
-    return getattr(dataset, 'num_corrupt', 0) + sum(num_corrupt(each) for each in inner if each is not None)
+    return sum(getattr(each, 'num_corrupt', 0) for each in datasets_in(dataset))
 
 
 def mark_replaced(sample: Any) -> None:
@@ -277,8 +274,7 @@ class ImageFolder(CustomDataset):
         label = self.label_folders(dict(zip(names, counts.tolist(), strict=True)))
         empty = [names[i] for i in np.setdiff1d(np.arange(len(counts)), folders)]
         if empty:
-            message = printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.')
-            print_log(message, logger='current', level=logging.WARNING)
+            warn(printable(f'{self.img_prefix} has folders without images: {", ".join(empty)}.'))
         labels = np.array([-1 if label[name] is None else label[name] for name in names])
         return Records(images, labels[folders[file_of]])
 
@@ -396,7 +392,7 @@ class ImageFolder(CustomDataset):
                 if self.on_corrupt == 'raise':
                     raise
                 self._num_corrupt.increase()
-                print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
+                warn(f'Skipped: {error}')
                 fault, index = str(error), np.random.randint(len(self))
         raise InputError(
             f'{MAX_CORRUPT_IN_A_ROW} images in a row under {self.img_prefix} cannot be used; mend or remove them, e.g. '

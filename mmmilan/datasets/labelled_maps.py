@@ -17,11 +17,11 @@ import numpy as np
 from rich.progress import track
 
 from mmmilan.datasets.annotations import as_code, check_palette, check_size, read_values, show_code, unclear_pair
-from mmmilan.datasets.classes import IGNORE, Names, as_name, listed, names_of
+from mmmilan.datasets.classes import IGNORE, Names, as_name, names_of
 from mmmilan.datasets.decoding import images_of_any_size, open_header, read_bytes
 from mmmilan.datasets.object_formats import by_lists, list_images_of, size_of
 from mmmilan.datasets.splits import WORD, choose_parts, role_of
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 from mmmilan.files import extension
 
 MAPS = {'mask', 'masks', 'label', 'labels', 'annotation', 'annotations', 'annot', 'gt', 'groundtruth', 'truth', 'seg'}

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from mmmilan.datasets.classes import Names, as_name, listed, match_names, order_of
+from mmmilan.datasets.classes import Names, as_name, match_names, order_of
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.object_formats import Part, box_of, size_of
 from mmmilan.datasets.splits import choose_parts
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
 MISSING, UNREADABLE = 'left out (missing)', 'left out (does not decode)'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from mmmilan.datasets.classes import listed
 from mmmilan.datasets.decoding import EXTENSIONS, REMEDIES
-from mmmilan.errors import printable
+from mmmilan.errors import listed, printable, warn
 from mmmilan.files import extension
 
 # What macOS, Synology, QNAP, Windows and Python leave in folders, in lower case.
@@ -282,8 +280,7 @@ def entries_of(folder: str) -> Iterator[os.DirEntry]:
         with os.scandir(folder) as entries:
             yield from entries
     except OSError as error:
-        text = printable(f'Skipped: {folder} cannot be read ({error.strerror}).')
-        print_log(text, logger='current', level=logging.WARNING)
+        warn(printable(f'Skipped: {folder} cannot be read ({error.strerror}).'))
 
 
 def is_kind(test: Callable[[], bool]) -> bool:

@@ -10,8 +10,8 @@ from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmdet.datasets.api_wrappers import COCO
 
 from mmmilan.datasets.annotations import category_ids, check_coco
-from mmmilan.datasets.classes import as_name, listed, warn
-from mmmilan.errors import InputError
+from mmmilan.datasets.classes import as_name
+from mmmilan.errors import InputError, listed, warn
 from mmmilan.files import first_line
 
 

@@ -23,11 +23,11 @@ import yaml
 from rich.progress import track
 
 from mmmilan.datasets.annotations import LOOKED_AT, PARTS, check_coco, holds
-from mmmilan.datasets.classes import Names, as_name, listed, positions, read_names
+from mmmilan.datasets.classes import Names, as_name, positions, read_names
 from mmmilan.datasets.decoding import EXTENSIONS, read_size
 from mmmilan.datasets.listing import ANNOTATION_FOLDERS, list_annotated, remember
 from mmmilan.datasets.splits import role_of
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 from mmmilan.files import decode_text, extension, first_line, read_lines, read_text
 
 WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format

@@ -8,7 +8,6 @@ reads it: ``backend_args=dict(backend='lmdb', db_path=...)``.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import tarfile
@@ -23,14 +22,13 @@ from typing import NamedTuple
 import torch
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import BaseStorageBackend
-from mmengine.logging import print_log
 from rich.progress import track
 from torch import Tensor
 
 from mmmilan.datasets.decoding import ARCHIVES, EXTENSIONS
 from mmmilan.datasets.listing import is_leaving
 from mmmilan.datasets.reproducible import ReproducibleSampler
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.files import atomic_folder, check_output_folder, decode_text, extension, write_text
 from mmmilan.registry import DATA_SAMPLERS
 
@@ -74,7 +72,7 @@ def load_index(shard: Path) -> Index:
         try:
             write_text(path, json.dumps(index))
         except InputError as error:  # a read-only disk
-            print_log(f'{error} The tar will be indexed again next time.', logger='current', level=logging.WARNING)
+            warn(f'{error} The tar will be indexed again next time.')
     samples = [(f'tar://{shard}/{name}@{offset}+{size}', texts) for name, offset, size, texts in index['samples']]
     return Index(samples, index['unused'])
 

@@ -8,7 +8,6 @@ sample along with its index, and samples are fetched with that seed, whatever th
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
+from mmmilan.errors import warn
 from mmmilan.registry import DATA_SAMPLERS
 
 
@@ -52,8 +51,7 @@ class ReproducibleSampler(DefaultSampler):
         try:
             dataset.__getitems__ = partial(fetch, dataset)  # what PyTorch's DataLoader asks for a batch
         except AttributeError:
-            message = f'Augmentations of {type(dataset).__name__} are seeded as by MMEngine: another run has others.'
-            print_log(message, logger='current', level=logging.WARNING)
+            warn(f'Augmentations of {type(dataset).__name__} are seeded as by MMEngine: another run has others.')
 
     def __iter__(self) -> Iterator[Draw]:
         order = self.order()  # not the list of ``DefaultSampler``, which has an object for each index

@@ -12,11 +12,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mmmilan.datasets.classes import listed
 from mmmilan.datasets.image_folder import Source, as_sources, expand_shards, first_folder_of, images_in, list_images
 from mmmilan.datasets.listing import ANNOTATION_FOLDERS, folders_of, list_folder, list_pictures, listed_once, remember
 from mmmilan.datasets.packed import load_index
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 from mmmilan.files import extension
 
 TRAIN = {'train', 'training', 'trainval', 'trn', 'unlabel', 'unlabeled', 'unlabelled'}

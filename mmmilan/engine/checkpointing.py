@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,6 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EarlyStoppingHook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -26,7 +24,7 @@ from torch.utils._pytree import tree_map
 from mmmilan.checkpoints.io import STOPPED
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.engine.resuming import describe_data
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.files import atomic_write, remove_leftovers, write_text
 from mmmilan.registry import HOOKS
 
@@ -224,7 +222,7 @@ def remove(paths: Iterable[Path]) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            print_log(f'{path} was not deleted ({error.strerror}).', logger='current', level=logging.WARNING)
+            warn(f'{path} was not deleted ({error.strerror}).')
 
 
 class _Remembering(LocalBackend):

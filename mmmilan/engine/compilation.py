@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,12 +9,12 @@ import torch._dynamo.config
 import torch._functorch.config
 from mmcv.cnn.bricks import DropPath
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmmilan.engine.distributed import transformer_blocks
+from mmmilan.errors import warn
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
 
@@ -66,7 +65,7 @@ def compiles(device: torch.device, **options) -> bool:
         torch.compile(torch.sin, **options)(torch.ones(8, device=device))
     except Exception as error:  # its type depends on what is missing: Triton, a C++ compiler, its headers
         reason = str(error).strip().splitlines()[0]
-        print_log(f'The model runs uncompiled: {reason}', logger='current', level=logging.WARNING)
+        warn(f'The model runs uncompiled: {reason}')
         return False
     return True
 

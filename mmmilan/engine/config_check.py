@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from mmmilan.building import values_of
 from mmmilan.datasets.annotations import check_label_maps, has_masks
-from mmmilan.datasets.classes import chain, class_names, locate, read_class_names, use_classes
+from mmmilan.datasets.classes import class_names, datasets_in, locate, read_class_names, use_classes
 from mmmilan.datasets.listing import IMAGES, walk
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
@@ -251,10 +251,10 @@ def check_data_sets(runner: Runner) -> None:
             loader = build(dataloader, *args, **kwargs)
             if not len(loader.dataset):
                 raise ValueError(EMPTY[0])
-        for part in chain(loader.dataset):
+        for part in datasets_in(loader.dataset):
             check_label_maps(part, palettes)
         if not first and class_names(loader.dataset):
-            leaf = next(part for part in chain(loader.dataset) if not hasattr(part, 'datasets'))
+            leaf = next(part for part in datasets_in(loader.dataset) if not hasattr(part, 'datasets'))
             first.extend([class_names(loader.dataset), locate(leaf)])
         if first:  # also data sets that are joined to the first one
             use_classes(loader.dataset, *first)

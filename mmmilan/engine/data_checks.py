@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 from mmmilan.checkpoints.io import get_dataset_meta
 from mmmilan.datasets.annotations import category_ids
-from mmmilan.datasets.classes import class_names, positions, use_classes, warn, wordnet_ids
+from mmmilan.datasets.classes import class_names, positions, use_classes, wordnet_ids
 from mmmilan.datasets.image_folder import is_replaced, num_corrupt
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.files import first_line
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap

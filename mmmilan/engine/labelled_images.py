@@ -13,10 +13,9 @@ from mmengine.logging import print_log
 
 from mmmilan.building import values_of
 from mmmilan.checkpoints.task_config import config_task, dataset_meta, loads_annotations, test_dataset
-from mmmilan.datasets.classes import listed
 from mmmilan.datasets.labelled import image_paths, labelled_datasets, read_labelled, write_labelled
 from mmmilan.engine.work_dir import is_main
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed
 
 
 @contextmanager

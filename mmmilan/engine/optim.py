@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,14 +10,13 @@ from functools import partial
 import torch
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.runner import Runner
 from mmpretrain.engine import LearningRateDecayOptimWrapperConstructor
 from mmpretrain.engine.optimizers import LARS as MMPretrainLARS
 from torch import Tensor, nn
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.models.wrapping import MeanTeacher
 from mmmilan.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
@@ -50,8 +48,7 @@ class BFloat16OptimWrapper(OptimWrapper):
                 '--cfg-options optim_wrapper.type=AmpOptimWrapper.'
             )
         if not self.enabled:
-            message = 'This processor has no bfloat16 arithmetic and would be far slower with it; training in float32.'
-            print_log(message, logger='current', level=logging.WARNING)
+            warn('This processor has no bfloat16 arithmetic and would be far slower with it; training in float32.')
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -7,7 +7,6 @@ config from the start. What differs between the two configs is said once; what c
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import zlib
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 from mmmilan.checkpoints.config import parse_config
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.loops import EpochLoop
-from mmmilan.errors import InputError, shown
+from mmmilan.errors import InputError, shown, warn
 from mmmilan.evaluation.features import evenly_spaced
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
@@ -70,15 +69,13 @@ def check_resumable(runner: Runner, checkpoint: dict[str, Any], source: str) -> 
     changes |= changed_data(runner, meta, source)
     if changes:
         text = '\n    '.join(['with changes:', *in_words(changes)])
-        print_log(f'Resuming {source} {text}', logger='current', level=logging.WARNING)
+        warn(f'Resuming {source} {text}')
     set_position(runner, meta)
     warn_if_finished(runner, meta, source)
     checkpoint['message_hub'] = clean_message_hub(hub, Path(runner.work_dir))
     optimizer, continued = checkpoint.get('optimizer'), False
     if optimizer is None:
-        print_log(
-            f'{source} has no optimizer state: the optimizer starts anew.', logger='current', level=logging.WARNING
-        )
+        warn(f'{source} has no optimizer state: the optimizer starts anew.')
     elif isinstance(runner.optim_wrapper, OptimWrapper):
         fault = optimizer_fault(runner.optim_wrapper, optimizer)
         if fault:
@@ -103,7 +100,7 @@ def changed_settings(meta: dict[str, Any], cfg: Config, source: str) -> dict[str
     try:
         saved = parse_config(meta['cfg'], f'the config in {source}')
     except InputError as error:
-        print_log(f'{error} What differs from it is not known.', logger='current', level=logging.WARNING)
+        warn(f'{error} What differs from it is not known.')
         return {}
     old, new = (dict(settings_of(each.to_dict())) for each in (saved, cfg))
     changes = {
@@ -210,11 +207,10 @@ def warn_if_finished(runner: Runner, meta: dict[str, Any], source: str) -> None:
     done, whole = (meta['epoch'], runner.max_epochs) if by_epoch else (meta['iter'], runner.max_iters)
     if done >= whole:
         name = 'max_epochs' if by_epoch else 'max_iters'
-        message = (
+        warn(
             f'{source} is from a finished run and no steps are left; raise train_cfg.{name} (now {whole}) and lengthen '
             'param_scheduler.'
         )
-        print_log(message, logger='current', level=logging.WARNING)
 
 
 def clean_message_hub(hub: dict[str, Any], work_dir: Path) -> dict[str, dict]:

@@ -8,7 +8,6 @@ names the missing process, but adds a synchronization to each step.
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -29,12 +28,11 @@ import torch.distributed as dist
 from mmengine.dist import barrier, get_rank, get_world_size, is_distributed
 from mmengine.hooks import EarlyStoppingHook as MMEngineEarlyStoppingHook
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 
 from mmmilan.engine.checkpointing import CheckpointHook
-from mmmilan.errors import send_to_torchrun
+from mmmilan.errors import send_to_torchrun, warn
 from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
@@ -82,11 +80,9 @@ class StopHook(Hook):
             return
         hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
         saved = hook.save_now(runner) if hook else 'nothing (there is no mmmilan.CheckpointHook)'
-        print_log(
+        warn(
             f'{signal.Signals(number).name}: stopped after iteration {runner.iter + 1}, saved {saved}; continue '
-            f'with --resume (exit status {RESUMABLE}).',
-            logger='current',
-            level=logging.WARNING,
+            f'with --resume (exit status {RESUMABLE}).'
         )
         if self.group:
             dist.barrier(self.group)  # the main process has written

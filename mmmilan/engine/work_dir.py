@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, master_only
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmmilan.checkpoints.config import WRITTEN, config_text
@@ -24,7 +22,7 @@ from mmmilan.checkpoints.io import checkpoints_in, find_newest
 from mmmilan.checkpoints.unpickling import read_meta
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.files import check_output, contains, is_same, make_folder, write_text
 
 FILES, FOLDERS = ('pretrained', 'checkpoint', 'load_from'), ('data_root', 'cache', 'db_path')  # keys in a config
@@ -45,7 +43,7 @@ def locked(work_dir: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers would inherit a flock
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
-                print_log(f'{work_dir} cannot be locked ({error.strerror}).', logger='current', level=logging.WARNING)
+                warn(f'{work_dir} cannot be locked ({error.strerror}).')
             else:
                 file.seek(0)
                 raise InputError(
@@ -98,8 +96,7 @@ def can_resume(cfg: Config) -> bool:
     folder = checkpoint_folder(cfg)
     if not (found := checkpoints_in(folder)):
         start = f', from {cfg.load_from}' if cfg.get('load_from') else ''
-        message = f'{folder} holds no checkpoint to resume from: the run begins anew with its config{start}.'
-        print_log(message, logger='current', level=logging.WARNING)
+        warn(f'{folder} holds no checkpoint to resume from: the run begins anew with its config{start}.')
     return bool(found)
 
 
@@ -200,9 +197,7 @@ def set_aside(paths: list[Path], folder: Path) -> None:
     target.mkdir()
     for path in paths:
         path.rename(target / path.name)
-    print_log(
+    warn(
         f'{folder} holds an earlier run: {count(len(paths), "checkpoint")} moved to {target} (--resume continues a '
-        'run).',
-        logger='current',
-        level=logging.WARNING,
+        'run).'
     )

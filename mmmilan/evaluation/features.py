@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,13 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
-from mmengine.logging import print_log
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 
 Step, Batch = TypeVar('Step'), TypeVar('Batch')
 Arrays = dict[str, np.ndarray]
@@ -108,7 +106,7 @@ def each_batch(
             if not skip:
                 raise InputError(fault)
             if position not in faults:
-                print_log(f'Left out: {fault}', logger='current', level=logging.WARNING)
+                warn(f'Left out: {fault}')
             faults[position] = fault
         used = [arrays for arrays, _ in parts if arrays]
         if not used:
@@ -123,8 +121,7 @@ def each_batch(
         cause = next(iter(faults.values())).partition(';')[0]
         raise InputError(f'Of {count(len(chosen), "image")} none can be used ({cause}); give images.')
     if faults:
-        text = f'{len(faults)} of {len(chosen)} images were left out, see above.'
-        print_log(text, logger='current', level=logging.WARNING)
+        warn(f'{len(faults)} of {len(chosen)} images were left out, see above.')
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:

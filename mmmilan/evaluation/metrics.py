@@ -10,8 +10,7 @@ from mmengine.evaluator import BaseMetric
 from mmpretrain.evaluation import Accuracy
 from torch import Tensor
 
-from mmmilan.datasets.classes import listed, warn
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, listed, warn
 from mmmilan.registry import METRICS
 
 APS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')  # of mmdet's metric

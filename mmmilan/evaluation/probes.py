@@ -13,8 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmmilan.datasets.classes import class_names, listed
-from mmmilan.errors import InputError, count
+from mmmilan.datasets.classes import class_names
+from mmmilan.errors import InputError, count, listed
 from mmmilan.evaluation.features import extract, join
 from mmmilan.models.milan import MILAN
 from mmmilan.models.wrapping import unwrap

@@ -13,8 +13,8 @@ from mmengine.runner import Runner, TestLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmmilan.datasets.classes import class_names, listed, wordnet_ids
-from mmmilan.errors import InputError
+from mmmilan.datasets.classes import class_names, wordnet_ids
+from mmmilan.errors import InputError, listed
 from mmmilan.evaluation.features import progress
 from mmmilan.files import read_lines
 from mmmilan.models.wrapping import unwrap

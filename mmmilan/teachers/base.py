@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.teachers.importance import TextImportance, check_text_options
 
 # The student's images are normalised by ImageNet's statistics, unless its data preprocessor says otherwise.
@@ -164,11 +163,9 @@ class Teacher(nn.Module):
         """Warn of pixels far from the teacher's own, which a config may inherit: CLIP's are near ImageNet's."""
         ratios = [own / given for own, given in zip(self.tower.std, IMAGENET_STD, strict=True)]
         if self.teacher_mean_std is None and not all(2 / 3 < ratio < 3 / 2 for ratio in ratios):
-            print_log(
+            warn(
                 f'The teacher was trained on images of mean {tuple(self.tower.mean)} and std {tuple(self.tower.std)}, '
-                "and teacher_mean_std=None gives it the student's; set teacher_mean_std='own'.",
-                logger='current',
-                level=logging.WARNING,
+                "and teacher_mean_std=None gives it the student's; set teacher_mean_std='own'."
             )
 
     def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:

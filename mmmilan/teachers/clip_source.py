@@ -8,7 +8,6 @@ checkpoint of :class:`MaskCLIP`, or the name of the model says it. It is never g
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -21,7 +20,6 @@ from typing import Any
 import open_clip
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import print_log
 from open_clip.model import _build_vision_tower  # the public way makes the text tower as well
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from mmmilan.building import arch_sizes
 from mmmilan.checkpoints.config import NoConfig, own_config
 from mmmilan.checkpoints.io import check_values
 from mmmilan.checkpoints.layouts import NORM_EPS, is_maskclip, to_open_clip
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.files import first_line
 from mmmilan.teachers.base import check_statistics, statistics_of
 from mmmilan.teachers.weights import HUB, LOCAL, hub_file, local_folder, read_weights, weights_in
@@ -104,11 +102,9 @@ def of_name(model: str, pretrained: str | None) -> CLIPSource:
             quick_gelu, statistics = beside['model_cfg'].get('quick_gelu', False), statistics_in(beside, pretrained)
         read = partial(tuple, (weights, pretrained))
     if quick_gelu is not None and quick_gelu != config.get('quick_gelu', False):
-        print_log(
+        warn(
             f'OpenCLIPTeacher {model}: {pretrained} was trained {"with" if quick_gelu else "without"} QuickGELU, and '
-            'so it is run, although the name of the model says otherwise.',
-            logger='current',
-            level=logging.WARNING,
+            'so it is run, although the name of the model says otherwise.'
         )
         config['quick_gelu'] = quick_gelu
     return CLIPSource(model, config, statistics, model, read)

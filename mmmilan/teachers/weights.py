@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
-from mmmilan.errors import InputError
+from mmmilan.errors import InputError, warn
 from mmmilan.files import extension
 
 # Before a repository of the Hugging Face Hub and before a folder, as timm and open_clip have it.
@@ -124,8 +122,4 @@ def page_of(repo: str) -> str:
 
 def warn_random_weights(teacher: str) -> None:
     """Say that a teacher is not trained."""
-    print_log(
-        f'{teacher}: pretrained=None gives random weights; the target means nothing, measure speed only.',
-        logger='current',
-        level=logging.WARNING,
-    )
+    warn(f'{teacher}: pretrained=None gives random weights; the target means nothing, measure speed only.')

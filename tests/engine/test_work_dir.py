@@ -62,7 +62,7 @@ def test_resume_falls_back(finished, tmp_path, seed, monkeypatch):
             content = spoil_bytes(content, rng)
         path.write_bytes(content)
     said = []
-    monkeypatch.setattr('mmmilan.checkpoints.io.print_log', lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr('mmmilan.checkpoints.io.warn', said.append)
     newest = find_newest(tmp_path)
     for number in (2, 3):
         path = tmp_path / f'epoch_{number}.pth'
@@ -95,7 +95,7 @@ def test_a_finished_run_says_so(finished, tmp_path, safe_mmengine):
     built = runner(tmp_path, epochs=3, load_from=str(finished / 'epoch_3.pth'), resume=True)
     built.logger.warning = said.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmmilan.engine.resuming.print_log', lambda message, **kwargs: said.append(message))
+        patch.setattr('mmmilan.engine.resuming.warn', said.append)
         built.train()
     assert any('finished run' in message and 'train_cfg.max_epochs (now 3)' in message for message in said)
 
