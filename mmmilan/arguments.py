@@ -229,7 +229,7 @@ def checked(function: Function) -> Function:
         except InputError:
             raise
         except Exception as error:
-            from mmmilan.building import build_failure
+            from mmmilan.failures import build_failure
 
             sentence = build_failure(error)
             if sentence is None:

@@ -11,9 +11,10 @@ from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT, rest_slow
-from mmmilan.building import change_config, check_config, faults_of, step_errors, values_of
+from mmmilan.building import change_config, check_config, faults_of, values_of
 from mmmilan.checkpoints.config import option_value, read_config_file
 from mmmilan.errors import InputError
+from mmmilan.failures import step_errors
 
 CONFIG = ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 

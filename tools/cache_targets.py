@@ -25,12 +25,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmmilan.building import build_errors, change_config
+from mmmilan.building import change_config
 from mmmilan.checkpoints.config import read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.errors import InputError, count, exit_on_input_error
+from mmmilan.failures import build_errors
 from mmmilan.files import atomic_write, check_output_folder, write_text
 from mmmilan.models import MILAN
 from mmmilan.teachers import teacher_config

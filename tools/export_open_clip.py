@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 from mmmilan.api.models import get_model, read_config
-from mmmilan.building import build_errors
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.export.preprocessing import read_preprocessing
 from mmmilan.export.publish import OPEN_CLIP_FILES, write_open_clip
+from mmmilan.failures import build_errors
 from mmmilan.files import check_output_folder
 
 

@@ -8,11 +8,11 @@ import mmmilan  # noqa: F401  (first: it handles Ctrl-C while the others are imp
 import argparse
 from pathlib import Path
 
-from mmmilan.building import build_errors
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.listing import list_folder
 from mmmilan.datasets.packed import pack_images
 from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.failures import build_errors
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmmilan.api.models import get_model, is_checkpoint
-from mmmilan.building import build_errors
 from mmmilan.checkpoints.config import config_text, own_config, read_config_file
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
@@ -43,6 +42,7 @@ from mmmilan.export.publish import (
     write_hub_dir,
     write_open_clip,
 )
+from mmmilan.failures import build_errors
 from mmmilan.files import check_name, check_output_folder, write_text
 
 META = ('epoch', 'iter', 'seed', 'mmengine_version', 'dataset_meta')  # the other entries reveal the training machine

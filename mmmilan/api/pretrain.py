@@ -93,11 +93,12 @@ def pretrain(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api.recipe import about_recipe, base_config, keep_call, new_config, resumed_config
-    from mmmilan.building import change_config, check_top, dotted, step_errors
+    from mmmilan.building import change_config, check_top, dotted
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
     from mmmilan.engine.work_dir import can_resume
+    from mmmilan.failures import step_errors
 
     for option in dotted(changes):  # before the teacher is downloaded
         check_top(base_config(), option, inspect.signature(pretrain).parameters)

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from mmmilan import arguments
 from mmmilan.arguments import checked
-from mmmilan.building import build_errors, change_config, check_operators, step_errors
+from mmmilan.building import change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -44,6 +44,7 @@ from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import can_resume, is_main, setup_env, training_in, write_config
 from mmmilan.errors import InputError, count
+from mmmilan.failures import build_errors, step_errors
 from mmmilan.files import atomic_write, check_output, check_output_folder, extension
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']

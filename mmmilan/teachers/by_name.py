@@ -11,10 +11,10 @@ import open_clip
 import timm
 from torch import nn
 
-from mmmilan.building import build_errors
 from mmmilan.checkpoints.foreign_config import of_another_file
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError, shown
+from mmmilan.failures import build_errors
 from mmmilan.registry import MODELS
 from mmmilan.teachers.base import Teacher
 from mmmilan.teachers.clip_source import CONFIG as CLIP_CONFIG

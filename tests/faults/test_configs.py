@@ -14,8 +14,9 @@ from mmengine.registry import MODELS, DefaultScope
 import mmmilan
 from helpers import ROOT
 from mmmilan import cli
-from mmmilan.building import build_errors, change_config, check_config
+from mmmilan.building import change_config, check_config
 from mmmilan.errors import InputError
+from mmmilan.failures import build_errors
 from mutations import ODD_ARGUMENTS, spoil_config, spoil_line
 
 CONFIG = ROOT / 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'

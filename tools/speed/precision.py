@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mmmilan import get_model
-from mmmilan.building import build_errors
 from mmmilan.errors import exit_on_input_error
 from mmmilan.evaluation.features import evenly_spaced
+from mmmilan.failures import build_errors
 from mmmilan.models import MILAN
 from mmmilan.teachers import Teacher
 
