@@ -46,8 +46,10 @@ def locked(work_dir: Path) -> Iterator[None]:
                 warn(f'{work_dir} cannot be locked ({error.strerror}).')
             else:
                 file.seek(0)
+                holder = file.read()  # empty until the other run has written who it is
+                other = f'another run ({holder})' if holder else 'another run'
                 raise InputError(
-                    f'{work_dir} is in use by another run ({file.read()}); end that one, or choose another --work-dir.'
+                    f'{work_dir} is in use by {other}; end that one, or choose another --work-dir.'
                 ) from None
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')

@@ -112,6 +112,9 @@ def test_a_second_run_is_refused(tmp_path):
     assert ours.poll(60) and ours.recv() == 'held'
     with pytest.raises(InputError, match=f'in use by another run \\(process {first.pid} on '), locked(tmp_path):
         pass
+    (tmp_path / '.lock').write_text('')  # as in the instant before the other run has written who it is
+    with pytest.raises(InputError, match='in use by another run; end that one'), locked(tmp_path):
+        pass
     first.kill()  # the lock ends with the process
     first.join()
     with locked(tmp_path):
