@@ -164,12 +164,15 @@ def config_of(start: str, path: Path) -> dict[str, Any]:
 
 def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[int, int]:
     """The size of images that positions [1, N or 1 + N, D] are stored for; ``said`` is that of the config."""
+    from mmmilan.checkpoints.positions import grid_of
     from mmmilan.teachers.base import pair
 
     if said is not None:
         sides = tuple(side // patch_size for side in pair(said))
         if positions.shape[1] - math.prod(sides) in (0, 1):
             return said if isinstance(said, int) else tuple(said)
+    if grid := grid_of(positions):
+        return grid[0] * patch_size if grid[0] == grid[1] else (grid[0] * patch_size, grid[1] * patch_size)
     side = math.isqrt(positions.shape[1])  # of N, or of 1 + N
     if positions.shape[1] - side * side not in (0, 1):
         return 224

@@ -31,6 +31,7 @@ from mmmilan.checkpoints.layouts import (
     is_clip_tower,
     without_prefix,
 )
+from mmmilan.checkpoints.positions import fit_positions
 from mmmilan.checkpoints.zoo import resolve_checkpoint
 from mmmilan.errors import InputError, listed
 
@@ -53,7 +54,7 @@ def load_weights(
     * Every weight of the checkpoint's encoder must have a place in the module's, see ``_MAY_BE_UNUSED``.
     * Other weights of the checkpoint (a decoder, a head) are not loaded; the log names them.
 
-    Positions of another image size are interpolated by the encoder.
+    Positions of another image size are interpolated. Of a grid that is no square, only sines and cosines tell the rows.
 
     Args:
         module: An encoder, or a whole model such as a classifier or a detector.
@@ -87,7 +88,7 @@ def load_weights(
     check_complete(module, missing, unused, source)
     check_values({key: found[key] for key in wanted - missing}, source, module.state_dict())
     try:
-        module.load_state_dict(shard_weights(module, found), strict=False)
+        module.load_state_dict(shard_weights(module, fit_positions(module, found)), strict=False)
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # positions of odd shapes raise the others
         misfits = re.findall(r'size mismatch for (\S+):', str(error))
         fault = class_count(module, found, misfits) or f'{" ".join(str(error).split())}; give a matching checkpoint.'

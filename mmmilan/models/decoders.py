@@ -18,8 +18,9 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.errors import InputError
-from mmmilan.models.vit import gather_tokens, init_linear, sincos_position_embedding
+from mmmilan.models.vit import gather_tokens, init_linear
 from mmmilan.registry import MODELS
 
 NORM_CFG = dict(type='LN', eps=1e-6)

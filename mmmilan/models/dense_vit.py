@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmmilan.checkpoints.loading import exact_initialisation
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.errors import InputError
-from mmmilan.models.vit import sincos_position_embedding
 from mmmilan.registry import MODELS
 
 

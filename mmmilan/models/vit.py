@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmmilan.checkpoints.loading import exact_initialisation
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers.importance import class_attention
@@ -21,28 +22,6 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens [B, N, C] at index [B, T] -> [B, T, C]; a batch of one serves all rows of the index."""
     batch, channels = len(index), tokens.shape[-1]
     return tokens.expand(batch, -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, channels))
-
-
-def sincos_position_embedding(grid: tuple[int, int], embed_dims: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [1, 1 + rows · columns, embed_dims] of a grid, zeros for the class token.
-
-    The first half of the channels encodes the column, the second the row, each as sines then cosines of
-    embed_dims / 4 wavelengths up to 10000 (MAE, and the published code of MILAN).
-
-    Raises:
-        InputError: ``embed_dims`` is not a multiple of 4.
-    """
-    if embed_dims % 4:
-        raise InputError(
-            f'Sine-cosine positions need a width that is a multiple of 4, which {embed_dims} is not; change embed_dims '
-            'of the backbone, or decoder_embed_dim of the neck.'
-        )
-    frequencies = 10000.0 ** -(torch.arange(embed_dims // 4, dtype=torch.float64) / (embed_dims // 4))
-    angles = torch.arange(max(grid), dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows, columns = axis[: grid[0], None], axis[None, : grid[1]]
-    patches = torch.cat([columns.expand(grid[0], -1, -1), rows.expand(-1, grid[1], -1)], dim=2).flatten(0, 1)
-    return torch.cat([torch.zeros(1, embed_dims), patches.float()])[None]
 
 
 def init_linear(module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
 from mmmilan.files import ENDING
+from mmmilan.models import MILANViT
 from mmmilan.registry import roots
 from processes import exit_codes, free_port, start_ranks
 
@@ -58,6 +59,15 @@ def start(tmp_path_factory) -> str:
     vit = VisionTransformer(ARCH, img_size=32, patch_size=8)
     torch.save({f'backbone.{key}': value for key, value in vit.state_dict().items()}, path)
     return str(path)
+
+
+def test_size_of_a_start_without_config(tmp_path):
+    """Of a rectangle too, whose positions are sines and cosines: 1 + 2 x 4 of them are no square."""
+    for size in (32, (16, 32)):
+        vit = MILANViT(ARCH, img_size=size, patch_size=8)
+        vit.init_weights()
+        torch.save(vit.state_dict(), tmp_path / 'encoder.pth')
+        assert encoder_in(str(tmp_path / 'encoder.pth')).img_size == size
 
 
 def options_of(epochs: int = 2, **others) -> dict:

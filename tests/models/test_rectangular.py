@@ -9,9 +9,9 @@ import torch
 from mmpretrain.structures import DataSample
 
 from helpers import TINY_ARCH, build_model
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.errors import InputError
 from mmmilan.models import MILANViT
-from mmmilan.models.vit import sincos_position_embedding
 from mmmilan.visualization.pictures import draw_masked
 
 GRID, SIZE = (6, 4), (96, 64)

@@ -8,7 +8,7 @@ from mmpretrain.structures import DataSample
 
 from helpers import gradients, openai_numbers, relative_error, strip_prefix
 from mmmilan.checkpoints.layouts import convert
-from mmmilan.models.vit import sincos_position_embedding
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.registry import MODELS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmmilan.models.vit import sincos_position_embedding
+from mmmilan.checkpoints.positions import sincos_position_embedding
 from mmmilan.registry import MODELS
 
 
