@@ -7,6 +7,7 @@ takes its part of full tensors.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def some(names: set[str]) -> str:
     return listed(sorted(names), 6) or 'none'
 
 
-def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:
+def read_checkpoint(name: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint as data.
 
     Args:
@@ -184,6 +185,9 @@ def read_checkpoint(name: str, map_location: Any = None) -> dict[str, Any]:
     Raises:
         InputError: there is no such checkpoint, or reading it would run code.
     """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise InputError(f'checkpoint={name!r} names no checkpoint; give a file, a URL or a model of the zoo.')
+    name = os.fspath(name)
     scheme, separator, rest = name.partition('://')
     if separator and scheme in ('modelzoo', 'torchvision', 'open-mmlab', 'openmmlab'):
         urls = get_torchvision_models() if scheme in ('modelzoo', 'torchvision') else get_external_models()
@@ -213,6 +217,15 @@ class PretrainedWeights(PretrainedInit):
             update_init_info(module, init_info=self._get_init_info())
 
 
+def is_pretrained(kind: str | type) -> bool:
+    """Whether the type of an ``init_cfg`` is MMEngine's ``Pretrained``, by any name: 'mmengine.Pretrained', its class.
+
+    MMEngine itself knows 'Pretrained' and the class; by another name it would initialise the module after loading.
+    """
+    kind = WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
+
+
 @contextmanager
 def exact_initialisation(module: BaseModule) -> Iterator[None]:
     """Initialise an encoder in this context; then load the checkpoint of its ``init_cfg`` by :func:`load_weights`.
@@ -222,7 +235,7 @@ def exact_initialisation(module: BaseModule) -> Iterator[None]:
     """
     init_cfg = module.init_cfg
     every = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-    pretrained = [cfg for cfg in every if cfg['type'] in ('Pretrained', PretrainedInit)]
+    pretrained = [cfg for cfg in every if is_pretrained(cfg['type'])]
     module.init_cfg = [cfg for cfg in every if cfg not in pretrained]
     yield
     module.init_cfg = init_cfg

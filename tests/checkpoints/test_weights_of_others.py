@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from mmengine.model.weight_init import PretrainedInit
 from safetensors.torch import save_file
 from timm.models import VisionTransformer as TimmViT
 from torch import Tensor
@@ -24,8 +25,8 @@ SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, interme
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def our_vit(checkpoint: str = '') -> MILANViT:
-    init_cfg = dict(type='Pretrained', checkpoint=checkpoint) if checkpoint else None
+def our_vit(checkpoint: object = (), kind: object = 'Pretrained') -> MILANViT:
+    init_cfg = None if checkpoint == () else dict(type=kind, checkpoint=checkpoint)
     vit = MILANViT(ARCH, img_size=32, patch_size=8, out_type='raw', init_cfg=init_cfg)
     vit.init_weights()
     vit.eval()
@@ -112,6 +113,26 @@ def test_one_of_several_by_name(name, tmp_path):
             with pytest.raises(InputError, match=rf'theirs.pth.*[sS]everal models .*{chosen}.*FILE#'):
                 attempt(str(path))
         assert not (tmp_path / 'no.pth').exists()
+
+
+@pytest.mark.parametrize('safe', [True, False])
+@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', 'mmdet.Pretrained', PretrainedInit], ids=str)
+def test_names_of_pretrained(kind, safe, tmp_path, request):
+    """By a name with a scope MMEngine loaded nothing of this file, or initialised FFNs and positions after that."""
+    if safe:
+        request.getfixturevalue('safe_mmengine')
+    torch.save(timm_weights(), tmp_path / 'theirs.pth')
+    loaded, expected = our_vit(tmp_path / 'theirs.pth', kind).state_dict(), convert(timm_weights())
+    assert all(torch.equal(loaded[key.removeprefix('backbone.')], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize('name', ['', None])
+def test_no_name(name, tmp_path, monkeypatch):
+    """An empty one, as of an environment variable, is not the current folder."""
+    save_file(timm_weights(), tmp_path / 'model.safetensors')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f'checkpoint={name!r} names no checkpoint; give a file'):
+        our_vit(name)
 
 
 def test_a_file_with_a_hash_in_its_name(tmp_path):
