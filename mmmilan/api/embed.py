@@ -159,8 +159,7 @@ def read_features(path: str | os.PathLike, columns: Sequence[str]) -> tuple[list
     if not os.path.isfile(path):
         raise InputError(f'{path} is not a file; write it with mmmilan embed.')
     try:
-        read = read_parquet if extension(path) == '.parquet' else read_npz
-        found, names = read(path, ('paths', 'ok', *columns))
+        found, names = read_columns(path, ('paths', 'ok', *columns))
     except Exception as error:  # a damaged file can raise anything
         raise InputError(
             f'{path} is damaged, or no file of features ({first_line(error)}); write it with mmmilan embed.'
@@ -191,16 +190,17 @@ def check_written_by(path: str | os.PathLike, encoder: nn.Module, checkpoint: st
     """Raise an :class:`InputError` if the features in a file are of another encoder, where the file says of which."""
     from mmmilan.evaluation.features import fingerprint
 
-    read = read_parquet if extension(path) == '.parquet' else read_npz
-    found = read(path, ['model'])[0].get('model')
+    found = read_columns(path, ['model'])[0].get('model')
     if found is not None and len(found) and str(found[0]) != fingerprint(encoder):
         raise InputError(f'{path} has features of another model than {checkpoint}; give the checkpoint that wrote it.')
 
 
-def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+def read_columns(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
     """Those of some columns that a file has, and the names of all its columns."""
     import numpy as np
 
+    if extension(path) == '.parquet':
+        return read_parquet(path, columns)
     if not zipfile.is_zipfile(path):  # of which NumPy would say how to load it unsafely
         raise ValueError('it is no .npz')
     with np.load(path, allow_pickle=False) as file:
@@ -208,7 +208,7 @@ def read_npz(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str,
 
 
 def read_parquet(path: str | os.PathLike, columns: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
-    """As :func:`read_npz`; rows of patch tokens, which the file holds flat, get the width of the class token."""
+    """As :func:`read_columns`; rows of patch tokens, which the file holds flat, get the width of the class token."""
     import numpy as np
     import pyarrow.parquet
 
@@ -237,7 +237,7 @@ def read_embeddings(path: str | os.PathLike) -> tuple[list[str], Tensor]:
     return paths, torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=1)
 
 
-def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool) -> Path:
+def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool) -> None:
     """Refuse a path that :func:`write_features` could not or must not write, before the features are computed.
 
     Raises:
@@ -252,7 +252,6 @@ def check_features_output(out: str | os.PathLike, inputs: Sequence[str | os.Path
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise InputError(f'{path} needs pyarrow; pip install pyarrow, or write .npz.') from error
-    return path
 
 
 def write_features(path: Path, number: int, batches: Iterator[Arrays], as_bytes: bool = False) -> None:
@@ -329,12 +328,11 @@ def row_groups(batches: Iterable[Arrays], as_bytes: bool) -> Iterator[pyarrow.Ta
         yield table()
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> Path:
-    """Write arrays as ``.npz``, whole or not at all; returns the path."""
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as ``.npz``, whole or not at all."""
     import numpy as np
 
     from mmmilan.files import atomic_write
 
     with atomic_write(path) as temporary, open(temporary, 'wb') as file:
         np.savez(file, **arrays)
-    return path

@@ -227,12 +227,12 @@ def get_flops(config: arguments.Path) -> dict[str, int]:
         InputError: there is no such model, or it cannot be built.
     """
     import torch
+    from mmengine.utils import to_2tuple
 
     from mmmilan.engine.throughput import counted_flops
 
     backbone = read_config(config).model.backbone
-    size = backbone.get('img_size', 224)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = to_2tuple(backbone.get('img_size', 224))
     no_download = dict(backbone=dict(teacher=dict(pretrained=None))) if backbone.get('teacher') else {}
     with torch.device('meta'):
         model = get_model(config, **no_download).to('meta')  # to, for buffers that come from NumPy

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.task_config import test_dataset
@@ -142,7 +143,7 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
             f'Other libraries cannot prepare images as the test pipeline does ({", ".join(steps)}); use ResizeEdge '
             '(short edge) and CenterCrop, or Resize.'
         )
-    size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    size = tuple(to_2tuple(size))
     img_size = tuple(getattr(model.backbone, 'img_size', size))  # of a ViT; other encoders take any
     if size != img_size:
         raise InputError(f'The test pipeline gives images of {size} but img_size={img_size}; make them equal.')

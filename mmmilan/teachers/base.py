@@ -113,6 +113,8 @@ class Teacher(nn.Module):
         if weight_dtype not in (None, 'bfloat16', 'float16'):
             raise InputError(f"weight_dtype={weight_dtype!r} is unknown; choose 'float16', 'bfloat16' or None.")
         self.tower = tower
+        self.feature_dim, self.width, self.depth = tower.feature_dim, tower.width, tower.depth
+        self.patch_size, self.input_size = tower.patch_size, tower.input_size
         self.grid = pair(grid_size) if grid_size else tower.grid
         self.teacher_mean_std = teacher_mean_std
         self.take_images(IMAGENET_MEAN, IMAGENET_STD)
@@ -124,26 +126,6 @@ class Teacher(nn.Module):
             hold_in_bfloat16(tower)
         print_log(f'Teacher: {self.describe()}', logger='current')
         self.warn_of_other_pixels()
-
-    @property
-    def feature_dim(self) -> int:
-        return self.tower.feature_dim
-
-    @property
-    def width(self) -> int:
-        return self.tower.width
-
-    @property
-    def depth(self) -> int:
-        return self.tower.depth
-
-    @property
-    def patch_size(self) -> int:
-        return self.tower.patch_size
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.tower.input_size
 
     @property
     def num_patches(self) -> int:

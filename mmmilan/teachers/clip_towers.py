@@ -194,10 +194,12 @@ def load_text_tower(model: str | None, pretrained: str | None, head_width: int =
     weights, path = source.read()
     own, scale = text_part(weights, path)
     sizes = source.config.get('text_cfg') or text_sizes(own, path, head_width, source.config.get('text_heads'))
-    encoder, tokenize = build_text(source, sizes, path)
+    encoder, tokenize = build_text(source, sizes)
     kept = encoder.state_dict()
     try:  # transformers' towers no longer have their positions' numbers
-        encoder.load_state_dict({key: value for key, value in own.items() if not is_dropped(key, kept)})
+        encoder.load_state_dict(
+            {key: value for key, value in own.items() if key in kept or not key.endswith('position_ids')}
+        )
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise InputError(f'The text tower in {path} does not fit ({reason}); correct model= or head_width.') from error
@@ -222,7 +224,7 @@ def text_part(weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor],
     return {key: value.float() for key, value in own.items()}, float(scale.exp())
 
 
-def build_text(source: CLIPSource, sizes: dict, path: str) -> tuple[nn.Module, object]:
+def build_text(source: CLIPSource, sizes: dict) -> tuple[nn.Module, object]:
     """A text tower with random weights, and its tokenizer."""
     settings = sizes | (dict(hf_model_pretrained=False) if sizes.get('hf_model_name') else {})
     try:
@@ -235,7 +237,3 @@ def build_text(source: CLIPSource, sizes: dict, path: str) -> tuple[nn.Module, o
             f'The text tower of {source.name} cannot be built ({first_line(error)}); correct the config beside the '
             'file, or choose a teacher with another text tower.'
         ) from error
-
-
-def is_dropped(key: str, kept: dict[str, Tensor]) -> bool:
-    return key.endswith('position_ids') and key not in kept
