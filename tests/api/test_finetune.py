@@ -25,7 +25,8 @@ import mmmilan
 from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
 from mmmilan.api.finetune import say_probes
-from mmmilan.api.finetune_recipe import compared_config, encoder_in, new_config
+from mmmilan.api.finetune_encoder import encoder_in
+from mmmilan.api.finetune_recipe import compared_config, new_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
