@@ -99,12 +99,25 @@ def read_labelled(
         labelled, present = read(root, classes, ignored, evaluate)
     if labelled.task == 'classification':
         check_several(labelled, 1 if evaluate else 2)
+    check_labels(labelled, present, dict(test='train') if evaluate else dict(train='train', val='val'))
     if evaluate:
         labelled = labelled._replace(train=select(labelled.train, []), val=labelled.train)
     elif not image_paths(labelled.val):
         labelled = divided(labelled, present, seed)
     splits = dict(test='val') if evaluate else dict(train='train', val='val')
     return labelled._replace(source=str(root), notes=labelled.notes + absent_classes(labelled, present, splits))
+
+
+def check_labels(labelled: Labelled, present: Present, splits: Mapping[str, str]) -> None:
+    """Raise an :class:`InputError` for a split of images without a label; ``splits`` are called by their keys."""
+    for name, split in splits.items():
+        paths = image_paths(getattr(labelled, split))
+        if paths and not any(present[path] for path in paths):
+            but = ' but crowds and difficult objects' * (labelled.task == 'detection')
+            raise InputError(
+                f'{labelled.root} has {count(len(paths), "image")} of {name} without a label of '
+                f'{listed(labelled.classes)}{but}; label some, or remove them.'
+            )
 
 
 def absent_classes(labelled: Labelled, present: Present, splits: Mapping[str, str]) -> list[str]:
@@ -199,7 +212,7 @@ def read_annotations(
     for split in (train, val):
         own = {image['id']: present.setdefault(image['file_name'], set()) for image in split['images']}
         for each in split['annotations']:
-            own[each['image_id']].add(each['category_id'] - 1)
+            own[each['image_id']].update([each['category_id'] - 1] * (not each['iscrowd']))
     return Labelled('detection', tuple(names), train, val, has_masks, notes, str(folder)), present
 
 
@@ -290,7 +303,7 @@ def divided(labelled: Labelled, present: Present, seed: int) -> Labelled:
     paths = image_paths(labelled.train)
     keys = [relative(path, labelled.root) for path in paths]
     held_out = {paths[i] for i in stratify(keys, [present.get(path, set()) for path in paths], VAL_FRACTION, seed)}
-    if not held_out:
+    if not any(present.get(path) for path in held_out):
         raise InputError(
             f'No class of {labelled.root} has two images, so none can be kept to validate on; give more images, or a '
             'folder val beside train.'

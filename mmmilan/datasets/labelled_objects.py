@@ -69,9 +69,6 @@ def read_objects(
     called = dict(train='test' if evaluate else 'train', val='val')
     splits = {name: clean(each, classes, called[name], where[name], notes) for name, each in contents.items() if each}
     note_files(splits, {image['file_name'] for part in chain(*contents.values()) for image in part['images']}, notes)
-    if all(each['iscrowd'] for each in splits['train']['annotations']):
-        crowds = ' other than crowds and difficult ones' * bool(splits['train']['annotations'])
-        raise InputError(f'{where["train"]} has no objects of {listed(classes)}{crowds}; annotate some.')
     masks = [bool(each['segmentation']) for split in splits.values() for each in split['annotations']]
     if any(masks) and not all(masks):
         notes.append(f'{masks.count(False)} of {len(masks)} objects have no mask: boxes alone are used.')

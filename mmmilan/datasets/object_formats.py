@@ -31,8 +31,9 @@ from mmmilan.errors import InputError, count, listed
 from mmmilan.files import decode_text, extension, first_line, read_lines, read_text
 
 WHOLE = ('id', 'image_id', 'category_id', 'width', 'height')  # keys of COCO's format
-# What a file in COCO's format has that annotates objects.
-COCO = [re.compile(rb'"%s"\s*:' % key.encode()) for key in (*PARTS, '(bbox|segmentation)')]
+# What a file in COCO's format has that annotates objects, or images without any.
+COCO = [re.compile(rb'"%s"\s*:' % key.encode()) for key in PARTS]
+COCO.append(re.compile(rb'"(bbox|segmentation)"\s*:|"annotations"\s*:\s*\[\s*\]'))
 YAML_SPLITS = dict(train='train', val='val', valid='val', validation='val', test='test')
 
 
@@ -260,6 +261,11 @@ def read_coco(path: Path, role: str, images: Images) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
         raise InputError(f"{path} is not in COCO's format: {', '.join(PARTS)} must be lists; convert it.")
+    if any(isinstance(each, dict) and 'segments_info' in each for each in content['annotations']):
+        raise InputError(
+            f"{path} is in COCO's panoptic format, whose objects are drawn in PNG files; give the file of instances, "
+            'which has a box or a polygon of each.'
+        )
     named = [each for each in content['images'] if isinstance(each, dict) and isinstance(each.get('file_name'), str)]
     found = images.choose([images.seek(image['file_name'], path.parent) for image in named], role)
     for image, file in zip(named, found, strict=True):

@@ -369,6 +369,7 @@ def test_coco(tmp_path):
     assert labelled.notes == [
         f'train: 1 image without objects, kept as a negative; the first is {data}/train2017/ü 2.png.',
         f'val: 1 object neither trained on nor scored (a crowd, or difficult); the first is {data}/val2017/1.png.',
+        'Classes that cannot be measured, without images in val: cat.',
     ]
 
 
@@ -430,6 +431,31 @@ def test_images_of_both_splits_in_a_folder_of_one(tmp_path):
     (tmp_path / 'val.json').write_text(json.dumps(content))
     labelled = read_labelled(tmp_path, task='detection')
     assert [Path(path).name for path in image_paths(labelled.val)] == ['3.png', '4.png'] and not labelled.notes
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+@pytest.mark.parametrize('empty', ['train', 'val', 'test'])
+def test_a_split_without_a_label(tmp_path, task, empty):
+    """Nothing can be learnt from it or measured on it; one beside a val is not used."""
+    for split in ('train', 'val', 'test'):
+        if task == 'detection':
+            objects = {f'{i}.png': [DOG, CAT] * (split != empty) for i in range(2)}
+            coco(tmp_path, f'{split}.json', split, objects, {3: 'dog', 90: 'cat'})
+        else:
+            rows = [255, 255] if split == empty else [0, 1]
+            maps(tmp_path, f'images/{split}', f'masks/{split}', dict.fromkeys('ab', rows))
+    if empty == 'test':
+        assert len(image_paths(read_labelled(tmp_path, task).val)) == 2
+        shutil.rmtree(tmp_path / ('val' if task == 'detection' else 'masks/val'))
+        (tmp_path / 'val.json').unlink(missing_ok=True)
+        empty = 'val'
+    refused(tmp_path, f'has 2 images of {empty} without a label of .*; label some, or remove them', task=task)
+
+
+def test_one_image_with_objects(tmp_path):
+    objects = {f'{i}.png': [DOG] * (i == 3) for i in range(10)}
+    coco(tmp_path, 'a.json', 'images', objects, {3: 'dog'})
+    refused(tmp_path, 'No class of .* has two images, so none can be kept to validate on')
 
 
 def yolo(root: Path, rows: dict[str, str], content: str | None, size: tuple[int, int] = (40, 32)) -> Path:
@@ -558,7 +584,10 @@ def test_difficult_objects_of_pascal_voc(tmp_path):
     train, _ = built(labelled, tmp_path / 'out', DETECTION)
     for path in (tmp_path / 'data').glob('*.xml'):
         path.write_text(path.read_text().replace('<difficult>0', '<difficult>1'))
-    refused(tmp_path / 'data', 'has no objects of cat other than crowds and difficult ones; annotate some')
+    refused(
+        tmp_path / 'data',
+        'has 5 images of train without a label of cat but crowds and difficult objects; label some',
+    )
     ignored = [(each['bbox'], each['ignore_flag']) for each in train.get_data_info(0)['instances']]
     assert ignored == [([1, 2, 11, 12], 1), ([3, 4, 30, 31], 0)]
 
@@ -763,7 +792,7 @@ NAMES = 'train: images\nnames: [cat, dog]'
         (BOX, 'train: images\nnames: [caf\udce9]', r'data.yaml cannot be read as YAML \('),  # in Latin-1
         (BOX, f'{NAMES}\nkpt_shape: 17', r'has kpt_shape: 17; write two numbers, as \[17, 3\]'),
         (None, NAMES, 'Of 2 images of .*data.yaml none has a text file, as .*labels/'),
-        ('', NAMES, 'has no objects of cat, dog; annotate some'),
+        ('', NAMES, 'has 2 images of train without a label of cat, dog'),
         (BOX, None, 'has rows of boxes in text files, but no names of their classes; write data.yaml'),
     ],
 )  # fmt: skip
@@ -836,6 +865,8 @@ DEEP = 'lists in lists'
         (dict(image=dict(file_name=None)), r'images\[1\] has no file_name'),
         (dict(categories=[dict(id=3, name='dog'), dict(id=90, name='dog')]), 'has the name dog of an earlier one'),
         (dict(images=DEEP), "a.json cannot be read as JSON in COCO's format "),
+        (dict(annotation=dict(segments_info=[])), "a.json is in COCO's panoptic format, .*; give the file of"),
+        (dict(annotations=[]), 'has 4 images of train without a label of dog, cat'),
         (dict(images=5), "is not in COCO's format: images, categories, annotations must be lists"),
     ],
 )  # fmt: skip
