@@ -236,6 +236,10 @@ def read_class_folders(
     train_roots, val_roots = choose_parts(dict(train=splits.train, val=splits.held_out[:1]), evaluate)
     unused = [folder for part in splits for folder in part if folder not in (*train_roots, *val_roots)]
     notes = [f'Not used: {listed(unused)}.'] * bool(unused)
+    names_file = given and os.path.abspath(given.where)
+    kinds = Counter(extension(file) for file in list_annotated(root).files if str(root / file) != names_file)
+    if others := [f'{number} {kind}' for kind, number in sorted(kinds.items()) if kind in LABELS]:
+        notes.append(f'The folders name the classes; not read: {listed(others)}.')
     pairs = find_maps(root)
     train, val = (gather(roots, pairs.maps if pairs else set(), notes) for roots in (train_roots, val_roots))
     for name in map(as_name, ignored):

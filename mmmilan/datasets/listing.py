@@ -158,7 +158,7 @@ def list_annotated(folder: str | os.PathLike) -> Listing:
     return listing
 
 
-def list_pictures(folder: str | os.PathLike, classes: bool = False) -> Listing:
+def list_pictures(folder: str | os.PathLike, classes: bool = False, quiet: bool = False) -> Listing:
     """As :func:`list_folder`, of images and tar shards without label maps and the like, which the log counts.
 
     Of a folder that is named itself, such as ``masks``, nothing is taken for a label map because of its own name.
@@ -166,23 +166,28 @@ def list_pictures(folder: str | os.PathLike, classes: bool = False) -> Listing:
     Args:
         folder: The folder.
         classes: Whether the folders directly in it are classes, whatever they are called.
+        quiet: Whether the log says nothing, as the images are not read, or the label maps too.
     """
     folder = os.path.normpath(os.fspath(folder))
-    return remember((folder, 'pictures', classes), lambda: without_annotations(folder, list_folder(folder), classes))
+    listing, left_out = remember(
+        (folder, 'pictures', classes), lambda: without_annotations(folder, list_folder(folder), classes)
+    )
+    log_left_out(folder, {} if quiet else left_out)
+    return listing
 
 
-def without_annotations(folder: str, listing: Listing, classes: bool) -> Listing:
-    """What :func:`list_pictures` gives of the listing of a folder."""
+def without_annotations(folder: str, listing: Listing, classes: bool) -> tuple[Listing, Mapping[str, int]]:
+    """What :func:`list_pictures` gives of the listing of a folder, and how many label maps it leaves out."""
     if not any(ANNOTATION_FOLDERS.fullmatch(os.path.basename(each)) for each in listing.folders):
-        return listing  # without a look at each of perhaps millions of files
+        return listing, {}  # without a look at each of perhaps millions of files
     maps = annotation_folders(folders_of(listing.files), classes)
     if not maps:
-        return listing
+        return listing, {}
     files = Names(file for file in listing.files if not lies_in(file, maps))
     where = listed(sorted(each for each in maps if not lies_in(each.rpartition('/')[0], maps)))
     lost = len(listing.files) - len(files)
-    log_left_out(folder, {f'in folders of label maps and the like ({where})': lost})
-    return Listing(files, [each for each in listing.folders if not lies_in(each, maps)], listing.left_out)
+    folders = [each for each in listing.folders if not lies_in(each, maps)]
+    return Listing(files, folders, listing.left_out), {f'in folders of label maps and the like ({where})': lost}
 
 
 def annotation_folders(folders: Collection[str], classes: bool) -> set[str]:

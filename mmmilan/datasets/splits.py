@@ -127,7 +127,7 @@ def look_into(source: Source) -> Folder:
 
 
 def _look_into(root: str) -> Folder:
-    files = list_pictures(root).files if os.path.isdir(root) else []
+    files = list_pictures(root, quiet=True).files if os.path.isdir(root) else []
     if extension(root) == '.tar' and os.path.isfile(root):
         return Folder(root, {}, 1, None, divided_shards('', [root]))
     while True:

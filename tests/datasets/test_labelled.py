@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from helpers import ROOT
+from mmmilan.datasets.image_folder import list_images
 from mmmilan.datasets.labelled import (
     TASKS,
     Labelled,
@@ -218,6 +219,17 @@ def test_names_of_folders_from_a_file(tmp_path):
         InputError, match=r'has 1 of its 2 classes, bee \(2 samples\), where classes has ant, bea \(is bea meant'
     ):
         read_labelled(data, classes=['ant', 'bea'])
+
+
+def test_annotations_that_are_not_read(tmp_path):
+    """As of labelme or Supervisely, whose folders are cameras or parts and not classes."""
+    for number in range(8):
+        path = tmp_path / f'part{number % 2}/{number}.png'
+        image(path)
+        path.with_suffix('.json').write_text('{"shapes": [{"label": "cat", "points": [[1, 1], [5, 5]]}]}')
+    (tmp_path / 'classes.txt').write_text('part0\npart1\n')
+    (tmp_path / 'table.csv').write_text('0.png,cat\n')
+    assert read_labelled(tmp_path).notes[0] == 'The folders name the classes; not read: 1 .csv, 8 .json.'
 
 
 def test_only_what_is_held_out(tmp_path):
@@ -722,6 +734,14 @@ def test_maps_of_colours(tmp_path):
         _, val = built(labelled, tmp_path / f'out{number}', SEGMENTATION)
         assert stripes(val) == {'a.jpg': ['car', 'big tree', '-'], 'b.jpg': ['big tree', '-', '-']}
         (data / name).unlink()
+
+
+def test_label_maps_that_are_read_are_not_left_out(tmp_path, log):
+    maps(tmp_path, 'images', 'masks', {'a': [0, 1], 'b': [1, 0]})
+    read_labelled(tmp_path)
+    assert 'Left out' not in log.text
+    assert len(list_images(tmp_path)) == 2
+    assert f'Left out of {tmp_path}: 2 in folders of label maps and the like (masks).' in log.text
 
 
 def test_two_classes_and_pixels_without(tmp_path):
