@@ -15,9 +15,9 @@ import numpy as np
 from mmmilan.datasets.classes import IGNORE, Names, absent, as_name, match_names, names_of, order_of
 from mmmilan.datasets.image_folder import ImageFolder, expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
-from mmmilan.datasets.labelled_objects import Coco, read_objects
+from mmmilan.datasets.labelled_objects import Coco, find_objects, read_objects
 from mmmilan.datasets.listing import IMAGE_FOLDERS, LABELS, list_annotated, list_folder, listed_once
-from mmmilan.datasets.object_formats import Part, find_objects
+from mmmilan.datasets.object_formats import Part
 from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import Splits, choose_parts, look_into, splits_of
 from mmmilan.errors import InputError, count, listed

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,12 @@ from rich.progress import track
 
 from mmmilan.datasets.classes import Names, as_name, match_names, order_of
 from mmmilan.datasets.listing import list_folder
-from mmmilan.datasets.object_formats import Part, box_of, size_of
+from mmmilan.datasets.object_formats import Part, box_of, coco_files, coco_parts, size_of
+from mmmilan.datasets.pascal_voc import voc_files, voc_parts
 from mmmilan.datasets.splits import choose_parts
+from mmmilan.datasets.yolo import yolo_files, yolo_parts
 from mmmilan.errors import InputError, count, listed
+from mmmilan.files import extension
 
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
 MISSING, UNREADABLE = 'left out (missing)', 'left out (does not decode)'
@@ -37,6 +42,19 @@ class Counts(dict):
             f'{split}: {count(number, thing)} {what}; the first is {first}.'
             for (thing, what), (number, first) in self.items()
         ]
+
+
+def find_objects(root: Path) -> dict[str, Callable[[Names | None], list[Part]]]:
+    """The formats of annotations of objects that a folder has, each with what gives its splits, by names of classes.
+
+    Args:
+        root: A folder, or the ``data.yaml`` or JSON file of one.
+    """
+    if root.is_file() and extension(root) not in ('.json', '.yaml', '.yml'):
+        return {}
+    formats = dict(COCO=coco_files(root), YOLO=yolo_files(root), VOC=voc_files(root))
+    readers = dict(COCO=coco_parts, YOLO=yolo_parts, VOC=voc_parts)
+    return {name: partial(readers[name], files, root) for name, files in formats.items() if files}
 
 
 def read_objects(
