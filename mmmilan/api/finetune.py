@@ -158,7 +158,7 @@ def carry_out(plan: Plan, folder: Path, changes: dict[str, Any], gpus: int | Non
     from mmengine.logging import print_log
 
     from mmmilan.api.finetune_probe import begin_as_probe, is_probed
-    from mmmilan.datasets.labelled import write_labelled
+    from mmmilan.datasets.split_file import write_labelled
     from mmmilan.failures import step_errors
     from mmmilan.visualization.results_page import validate
 

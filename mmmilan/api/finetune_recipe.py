@@ -81,14 +81,15 @@ def new_config(
     """The config of a new run, and the data that it reads once they are written; arguments of ``mmmilan.finetune``.
 
     Args:
-        folder: Where :func:`mmmilan.datasets.labelled.write_labelled` will write the data.
+        folder: Where :func:`mmmilan.datasets.split_file.write_labelled` will write the data.
         of_data: What tells the data: arguments of :func:`mmmilan.datasets.labelled.read_labelled`.
         processes: Number of processes that train together.
 
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmmilan.datasets.labelled import image_paths, labelled_datasets, read_labelled
+    from mmmilan.datasets.labelled import image_paths, read_labelled
+    from mmmilan.datasets.split_file import labelled_datasets
     from mmmilan.visualization.pictures import class_colours
 
     if freeze and start is None:
@@ -132,7 +133,8 @@ def resumed_config(
     """
     from mmmilan.api.recipe import keep_own, run_config
     from mmmilan.building import arch_sizes
-    from mmmilan.datasets.labelled import read_labelled, read_split
+    from mmmilan.datasets.labelled import read_labelled
+    from mmmilan.datasets.split_file import read_split
 
     config, split = run_config(folder), read_split(folder / 'split.json')
     backbone, loader, optimizer = config.model.backbone, config.train_dataloader, config.optim_wrapper.optimizer

@@ -4,9 +4,9 @@ from mmmilan.datasets.coco import coco_dataset
 from mmmilan.datasets.crops import LoadRandomResizedCrop
 from mmmilan.datasets.decoding import CorruptImageError, LoadImage
 from mmmilan.datasets.image_folder import ImageFolder, ImageSources
-from mmmilan.datasets.labelled import LabelledImages
 from mmmilan.datasets.packed import ShardSampler
 from mmmilan.datasets.reproducible import Draw, ReproducibleSampler
+from mmmilan.datasets.split_file import LabelledImages
 
 __all__ = [
     'CaptionedImages',

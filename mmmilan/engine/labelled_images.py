@@ -13,7 +13,8 @@ from mmengine.logging import print_log
 
 from mmmilan.building import values_of
 from mmmilan.checkpoints.task_config import config_task, dataset_meta, loads_annotations, test_dataset
-from mmmilan.datasets.labelled import image_paths, labelled_datasets, read_labelled, write_labelled
+from mmmilan.datasets.labelled import image_paths, read_labelled
+from mmmilan.datasets.split_file import labelled_datasets, write_labelled
 from mmmilan.engine.work_dir import is_main
 from mmmilan.errors import InputError, count, listed
 

@@ -13,7 +13,7 @@ import mmmilan
 from helpers import HERE
 from mmmilan.api.finetune_probe import begin_as_probe, fit_probe
 from mmmilan.api.finetune_recipe import new_config
-from mmmilan.datasets.labelled import write_labelled
+from mmmilan.datasets.split_file import write_labelled
 from mmmilan.errors import InputError
 
 ARCH = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)

@@ -19,16 +19,8 @@ from PIL import Image
 
 from helpers import ROOT
 from mmmilan.datasets.image_folder import list_images
-from mmmilan.datasets.labelled import (
-    TASKS,
-    Labelled,
-    LabelledImages,
-    image_paths,
-    labelled_datasets,
-    read_labelled,
-    stratify,
-    write_labelled,
-)
+from mmmilan.datasets.labelled import TASKS, Labelled, image_paths, read_labelled, stratify
+from mmmilan.datasets.split_file import LabelledImages, labelled_datasets, write_labelled
 from mmmilan.errors import InputError
 from mmmilan.registry import DATASETS
 

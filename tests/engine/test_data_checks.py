@@ -20,7 +20,8 @@ from mmpretrain.structures import DataSample
 from helpers import ROOT, read_metrics, read_scalars, save_untrained
 from mmmilan.checkpoints.config import own_config
 from mmmilan.datasets import ImageFolder
-from mmmilan.datasets.labelled import read_labelled, write_labelled
+from mmmilan.datasets.labelled import read_labelled
+from mmmilan.datasets.split_file import write_labelled
 from mmmilan.engine import ClassCountHook
 from mmmilan.engine.data_checks import leave_out_replaced
 from mmmilan.errors import InputError
