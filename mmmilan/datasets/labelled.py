@@ -111,10 +111,10 @@ def check_labels(labelled: Labelled, present: Present, splits: Mapping[str, str]
     for name, split in splits.items():
         paths = image_paths(getattr(labelled, split))
         if paths and not any(present[path] for path in paths):
-            but = ' but crowds and difficult objects' * (labelled.task == 'detection')
+            reasons = [note.rstrip('.') for note in labelled.notes if note.startswith(f'{name}: ')]
             raise InputError(
                 f'{labelled.root} has {count(len(paths), "image")} of {name} without a label of '
-                f'{listed(labelled.classes)}{but}; label some, or remove them.'
+                f'{listed(labelled.classes)}{f" ({reasons[0]})" if reasons else ""}; label some, or remove them.'
             )
 
 

@@ -456,6 +456,15 @@ def test_a_split_without_a_label(tmp_path, task, empty):
     refused(tmp_path, f'has 2 images of {empty} without a label of .*; label some, or remove them', task=task)
 
 
+def test_objects_none_of_which_can_be_used(tmp_path):
+    """Such as boxes in shares of the image."""
+    content = coco(tmp_path, 'a.json', 'images', {'0.png': [CAT], '1.png': [CAT]}, {90: 'cat'})
+    for each in content['annotations']:
+        each.update(bbox=[0.1, 0.1, 0.5, 0.5], segmentation=[])
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    refused(tmp_path, r'without a label of cat \(train: 2 objects left out \(box of less than a pixel\); the first is ')
+
+
 def test_one_image_with_objects(tmp_path):
     objects = {f'{i}.png': [DOG] * (i == 3) for i in range(10)}
     coco(tmp_path, 'a.json', 'images', objects, {3: 'dog'})
@@ -590,7 +599,7 @@ def test_difficult_objects_of_pascal_voc(tmp_path):
         path.write_text(path.read_text().replace('<difficult>0', '<difficult>1'))
     refused(
         tmp_path / 'data',
-        'has 5 images of train without a label of cat but crowds and difficult objects; label some',
+        r'has 5 images of train without a label of cat \(train: 10 objects neither trained on nor scored',
     )
     ignored = [(each['bbox'], each['ignore_flag']) for each in train.get_data_info(0)['instances']]
     assert ignored == [([1, 2, 11, 12], 1), ([3, 4, 30, 31], 0)]
