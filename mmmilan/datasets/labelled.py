@@ -15,7 +15,7 @@ from mmmilan.datasets.classes import Names, absent, as_name, match_names, names_
 from mmmilan.datasets.image_folder import expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, find_objects, read_objects
-from mmmilan.datasets.listing import IMAGE_FOLDERS, LABELS, list_annotated, list_folder, listed_once
+from mmmilan.datasets.listing import IMAGE_FOLDERS, LABELS, Listing, list_annotated, list_folder, listed_once
 from mmmilan.datasets.object_formats import Part
 from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import Splits, choose_parts, look_into, splits_of
@@ -288,7 +288,19 @@ def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dic
             images.setdefault(as_name(file.partition('/')[0]), []).append(path)
         for name in listing.top_folders:
             images.setdefault(as_name(name), [])
+        notes += same_folders(listing)
     return images
+
+
+def same_folders(listing: Listing) -> list[str]:
+    """A line if all folders have several folders of the same names in them, which then may be the classes: of folds."""
+    inner: dict[str, set[str]] = {name: set() for name in listing.top_folders}
+    for folder, _, rest in (path.partition('/') for path in listing.folders):
+        inner[folder].add(rest.partition('/')[0])
+    same = sorted(set.intersection(*inner.values()) - {''}) if len(inner) > 1 else []
+    return [
+        f'Each of {listed(inner)} has the folders {listed(same)}; if those are the classes, give one of the former.'
+    ] * (len(same) > 1)
 
 
 # -- the split

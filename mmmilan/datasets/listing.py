@@ -23,7 +23,7 @@ IMAGE_FOLDERS = re.compile(r'images?|imgs?|img_dir|jpegimages|leftimg8bit|photos
 ANNOTATION_FOLDERS = re.compile(
     r'annotations?|ann_dir|labels?|masks?|gt\w*|ground_?truths?|segmentation\w*|panoptic\w*|depths?', re.IGNORECASE
 )
-OWN = ('.tar.index.json',)  # beside a shard, see mmmilan.datasets.packed
+OWN = '.tar.index.json'  # beside a shard, see mmmilan.datasets.packed
 
 IMAGES = (*EXTENSIONS, '.tar')
 LABELS = ('.json', '.yaml', '.yml', '.xml', '.txt', '.csv')
@@ -128,8 +128,8 @@ def remember(key: Any, make: Callable[[], Any]) -> Any:
 
 
 def is_leaving(name: str) -> bool:
-    """Whether a file or folder is hidden, or a leaving of another tool."""
-    return name.startswith(('.', '~$')) or name.lower() in LEAVINGS
+    """Whether a file or folder is hidden, a leaving of another tool, or a file that we leave."""
+    return name.startswith(('.', '~$')) or name.lower() in LEAVINGS or name.lower().endswith(OWN)
 
 
 def list_folder(folder: str | os.PathLike, kinds: tuple[str, ...] = IMAGES) -> Listing:
@@ -299,7 +299,7 @@ def is_kind(test: Callable[[], bool]) -> bool:
 def kind_of(entry: os.DirEntry) -> str:
     """What the log calls a file that is left out; '' for one that nobody misses."""
     name, kind = entry.name, extension(entry.name)
-    if is_leaving(name) or name.lower().endswith(OWN):
+    if is_leaving(name):
         return 'hidden images' if kind in EXTENSIONS else ''
     if not is_kind(entry.is_file):
         return 'broken links' if entry.is_symlink() else 'special files'

@@ -129,6 +129,7 @@ def test_images_in_shards(tmp_path):
     config = written(read_labelled(tmp_path / 'data'), tmp_path / 'out')['val']
     dataset = DATASETS.build(config | dict(pipeline=[dict(type='mmmilan.LoadImage')]))
     assert [(sample['img'][0, 0, 0], sample['gt_label']) for sample in dataset] == [(0, 0), (10, 1)]
+    assert (tmp_path / 'data/ant/0.tar.index.json').exists() and len(read_labelled(tmp_path / 'data').notes) == 1
 
 
 def test_two_splits_of_which_none_is_called_train(tmp_path):
@@ -222,6 +223,16 @@ def test_annotations_that_are_not_read(tmp_path):
     (tmp_path / 'classes.txt').write_text('part0\npart1\n')
     (tmp_path / 'table.csv').write_text('0.png,cat\n')
     assert read_labelled(tmp_path).notes[0] == 'The folders name the classes; not read: 1 .csv, 8 .json.'
+
+
+def test_folders_that_may_be_folds_of_the_same_classes(tmp_path):
+    for fold in 'xyz':
+        class_folders(tmp_path / f'folds/{fold}', dict(ant=2, bee=2))
+    notes = read_labelled(tmp_path / 'folds').notes
+    assert notes[0] == 'Each of x, y, z has the folders ant, bee; if those are the classes, give one of the former.'
+    class_folders(tmp_path / 'other/cat', dict(indoor=2, outdoor=2, left=1))
+    class_folders(tmp_path / 'other/dog', dict(outdoor=2, right=1))
+    assert len(read_labelled(tmp_path / 'other').notes) == 1
 
 
 def test_only_what_is_held_out(tmp_path):
