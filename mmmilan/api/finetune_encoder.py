@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from mmmilan.api.recipe import named_arch
+from mmmilan.building import arch_sizes
+from mmmilan.checkpoints.config import NoConfig, own_config, read_config_file
+from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
+from mmmilan.checkpoints.loading import as_mmmilan
+from mmmilan.checkpoints.positions import grid_of
+from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
 from mmmilan.errors import InputError, count
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    from torch import Tensor
+from mmmilan.teachers.base import pair
 
 
 class Encoder(NamedTuple):
@@ -41,8 +47,6 @@ def encoder_of(start: str | None, arch: str | dict[str, Any] | None, patch_size:
     Raises:
         InputError: the checkpoint is missing or of another kind, or ``arch`` or ``patch_size`` are not its own.
     """
-    from mmmilan.building import arch_sizes
-
     asked = None if arch is None else arch_sizes(named_arch(arch))
     if start is None:
         return Encoder(asked or arch_sizes('base'), patch_size or 16, 224, {})
@@ -70,11 +74,6 @@ def encoder_in(start: str) -> Encoder:
     Raises:
         InputError: there is no such checkpoint, or it holds no plain ViT.
     """
-    from mmmilan.building import arch_sizes
-    from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
-    from mmmilan.checkpoints.loading import as_mmmilan
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
-
     path = resolve_checkpoint(start)
     weights = as_mmmilan(get_state_dict(load_checkpoint_file(path), start), start)
     weights = {key.removeprefix('module.').removeprefix('backbone.'): value for key, value in weights.items()}
@@ -100,9 +99,6 @@ def encoder_in(start: str) -> Encoder:
 
 def config_of(start: str, path: Path) -> dict[str, Any]:
     """The config of a checkpoint; {} if it has none."""
-    from mmmilan.checkpoints.config import NoConfig, own_config, read_config_file
-    from mmmilan.checkpoints.zoo import zoo_models
-
     try:
         if path.is_file():
             return own_config(path).to_dict()
@@ -113,9 +109,6 @@ def config_of(start: str, path: Path) -> dict[str, Any]:
 
 def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[int, int]:
     """The size of images that positions [1, N or 1 + N, D] are stored for; ``said`` is that of the config."""
-    from mmmilan.checkpoints.positions import grid_of
-    from mmmilan.teachers.base import pair
-
     if said is not None:
         sides = tuple(side // patch_size for side in pair(said))
         if positions.shape[1] - math.prod(sides) in (0, 1):

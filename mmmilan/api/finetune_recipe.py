@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
 
 from mmmilan.api.finetune_encoder import Encoder, encoder_of
-from mmmilan.api.recipe import absolute, check_size, default_batch_size, named_arch, part
+from mmmilan.api.recipe import absolute, check_size, default_batch_size, keep_own, named_arch, part, run_config
+from mmmilan.building import arch_sizes, require_operators
+from mmmilan.checkpoints.config import CALL, call_of, read_config_file
+from mmmilan.checkpoints.task_config import config_task
+from mmmilan.checkpoints.zoo import find_model
+from mmmilan.datasets.labelled import Labelled, image_paths, read_labelled
+from mmmilan.datasets.object_formats import size_of
+from mmmilan.datasets.split_file import labelled_datasets, read_split
+from mmmilan.engine.config_check import leave_out_masks
 from mmmilan.errors import InputError, count, listed
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    from mmengine.config import Config
-
-    from mmmilan.datasets.labelled import Labelled
+from mmmilan.teachers.base import pair
+from mmmilan.visualization.pictures import class_colours
 
 ZOO = dict(
     classification='vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
@@ -88,10 +97,6 @@ def new_config(
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmmilan.datasets.labelled import image_paths, read_labelled
-    from mmmilan.datasets.split_file import labelled_datasets
-    from mmmilan.visualization.pictures import class_colours
-
     if freeze and start is None:
         raise InputError('freeze trains the head of random weights; give a start, or leave out freeze.')
     labelled = read_labelled(**of_data, seed=seed)
@@ -131,11 +136,6 @@ def resumed_config(
     Raises:
         InputError: there is no config, an argument is not that of the run, or its images have changed.
     """
-    from mmmilan.api.recipe import keep_own, run_config
-    from mmmilan.building import arch_sizes
-    from mmmilan.datasets.labelled import read_labelled
-    from mmmilan.datasets.split_file import read_split
-
     config, split = run_config(folder), read_split(folder / 'split.json')
     backbone, loader, optimizer = config.model.backbone, config.train_dataloader, config.optim_wrapper.optimizer
     own = dict(
@@ -172,9 +172,6 @@ def compared_with(config: Config, folder: Path, given: str | os.PathLike | None)
     Raises:
         InputError: the run in ``folder`` is compared with another.
     """
-    from mmmilan.api.recipe import keep_own
-    from mmmilan.checkpoints.config import call_of
-
     own, asked = call_of(config).get('compare'), given if given in (None, 'scratch') else absolute(given)
     if own is not None and asked is not None:
         keep_own(dict(compare=own), dict(compare=asked), folder)
@@ -190,11 +187,6 @@ def compared_config(config: Config, start: str) -> Config:
         InputError: it is not an encoder of the same shape, or random weights would be compared with themselves, or
             frozen.
     """
-    import copy
-
-    from mmmilan.checkpoints.config import CALL
-    from mmmilan.checkpoints.task_config import config_task
-
     second = copy.deepcopy(config)
     second.pop(CALL, None)  # it is not called by itself
     backbone, task, random = second.model.backbone, config_task(config), start == 'scratch'
@@ -222,10 +214,6 @@ def compared_config(config: Config, start: str) -> Config:
 
 def say(labelled: Labelled) -> None:
     """Log what was understood of the data."""
-    from mmengine.logging import print_log
-
-    from mmmilan.datasets.labelled import image_paths
-
     train, val = len(image_paths(labelled.train)), len(image_paths(labelled.val))
     sizes = f'{count(train, "image")} to train on and {val} to validate on'
     names = f'{count(len(labelled.classes), "class")} ({listed(labelled.classes)})'
@@ -266,10 +254,6 @@ class Batches(NamedTuple):
 
 def base_config(task: str) -> Config:
     """The published config of a task."""
-    from mmmilan.building import require_operators
-    from mmmilan.checkpoints.config import read_config_file
-    from mmmilan.checkpoints.zoo import find_model
-
     if task != 'classification':
         require_operators()
     return read_config_file(find_model(ZOO[task]).config)
@@ -280,9 +264,6 @@ def default_size(labelled: Labelled, encoder: Encoder) -> int:
 
     For a detector that is their median long side, for a segmentor the short one, in whole cells of the coarsest map.
     """
-    from mmmilan.datasets.object_formats import size_of
-    from mmmilan.teachers.base import pair
-
     if labelled.task == 'classification':
         return max(pair(encoder.img_size))
     cell, largest = 2 * encoder.patch_size, LARGEST[labelled.task]
@@ -329,8 +310,6 @@ def fit_detector(config: Config, labelled: Labelled, encoder: Encoder, side: int
     The published sizes are those of ViT-B at 1024 pixels with patches of 16; a narrower encoder has narrower heads, a
     smaller grid fewer proposals.
     """
-    from mmmilan.engine.config_check import leave_out_masks
-
     model, patch, width = config.model, encoder.patch_size, encoder.arch['embed_dims']
     classes, grid, channels = len(labelled.classes), side // patch, head_width(width)
     strides = [patch * scale / 4 if patch % 4 else patch * scale // 4 for scale in (1, 2, 4, 8, 16)]
@@ -410,8 +389,6 @@ def norm_of(channels: int) -> dict[str, Any]:
 
 def set_norm(config: Config, batches: Batches) -> None:
     """Give a detector the published BatchNorm in FPN and heads where enough images share it, of all GPUs together."""
-    from mmengine.device import get_device
-
     shared = get_device() == 'cuda' and batches.processes > 1
     if batches.size * (batches.processes if shared else 1) < ENOUGH_FOR_BN:
         return
@@ -432,8 +409,6 @@ FIT = dict(classification=fit_classifier, detection=fit_detector, segmentation=f
 
 def set_loaders(config: Config, batches: Batches, num_val: int, datasets: Mapping[str, dict]) -> None:
     """Set data sets and batches; the pipelines stay."""
-    from mmengine.device import get_device
-
     if batches.of_a_step > batches.images:
         size = (
             f'batch of {batches.size}' if batches.of_a_step == batches.size else f'step of {batches.of_a_step} images'
@@ -471,9 +446,6 @@ def set_schedule(
         lr: Rate of the head; None for that of the recipe at this batch size.
         freeze: Whether the head is trained alone.
     """
-    from mmengine.device import get_device
-    from mmengine.logging import print_log
-
     recipe, steps = RECIPES[task], batches.per_epoch // batches.accumulate
     if epochs is None:
         wanted = recipe.steps.get(get_device(), recipe.steps['cuda'])

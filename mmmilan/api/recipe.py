@@ -6,14 +6,27 @@ import os
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
 
+from mmmilan.arguments import typed
+from mmmilan.building import arch_sizes, change_config, dotted
+from mmmilan.checkpoints.config import CALL, call_of, own_config, parse_config, read_config_file
+from mmmilan.checkpoints.foreign_config import check_foreign_config
+from mmmilan.checkpoints.io import find_newest
+from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_root
+from mmmilan.datasets.image_folder import list_images
+from mmmilan.datasets.splits import class_folders, describe, evaluation_source, training_sources
+from mmmilan.engine.schedule import fit_batch_size, fit_schedule, own_schedule, use_schedule, width_of
 from mmmilan.errors import InputError, count
-
-if TYPE_CHECKING:  # imported where they are used: `import mmmilan` stays light
-    from mmengine.config import Config
+from mmmilan.files import read_text
+from mmmilan.models.fitting import as_num_patches
+from mmmilan.teachers import build_teacher, teacher_config
+from mmmilan.teachers.base import pair
 
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
@@ -26,9 +39,6 @@ CLASS_SHARE = 1 / 3  # of the class token in the loss of that recipe
 
 def base_config() -> Config:
     """The recipe's config."""
-    from mmmilan.checkpoints.config import read_config_file
-    from mmmilan.checkpoints.zoo import zoo_root
-
     return read_config_file(zoo_root() / BASE)
 
 
@@ -51,8 +61,6 @@ def new_config(
     Raises:
         InputError: an argument is wrong, or two do not fit.
     """
-    from mmmilan.datasets.splits import training_sources
-
     num_images = count_images(training_sources(sources), batch_size)
     config = base_config()
     config.runner_type = 'mmmilan.ConsoleRunner'
@@ -85,9 +93,6 @@ def resumed_config(
     Raises:
         InputError: there is no config, or an argument would make it another run.
     """
-    from mmmilan.building import change_config
-    from mmmilan.engine.schedule import own_schedule, use_schedule
-
     config = run_config(folder)
     refuse_changes(config, folder, given)
     schedule = own_schedule(config)
@@ -120,9 +125,6 @@ def keep_call(
         given: Its arguments that are given; ``data``, one or more, and ``out`` are typed without their names.
         changes: Of the config.
     """
-    from mmmilan.arguments import typed
-    from mmmilan.checkpoints.config import CALL, call_of
-
     options, commands = dict(given), call_of(config)['commands']
     resume, data = options.pop('resume', False), options.pop('data', [])
     words = [*(data if isinstance(data, list) else [data]), *([options.pop('out')] if data else [])]
@@ -138,11 +140,6 @@ def run_config(folder: Path) -> Config:
     Raises:
         InputError: there is none, or it could run code.
     """
-    from mmmilan.checkpoints.config import own_config, parse_config
-    from mmmilan.checkpoints.foreign_config import check_foreign_config
-    from mmmilan.checkpoints.io import find_newest
-    from mmmilan.files import read_text
-
     path = folder / 'config.py'
     if not path.is_file():
         return own_config(find_newest(folder), with_data=True)
@@ -153,10 +150,6 @@ def run_config(folder: Path) -> Config:
 
 def refuse_changes(config: Config, folder: Path, given: dict[str, Any]) -> None:
     """Raise an :class:`InputError` if an argument names another encoder or start than that of a run."""
-    from mmmilan.building import arch_sizes
-    from mmmilan.checkpoints.config import call_of
-    from mmmilan.teachers.base import pair
-
     backbone = config.model.backbone
     own = dict(
         arch=backbone.arch,
@@ -192,8 +185,6 @@ def change_teacher(config: Config, folder: Path, teacher: str | dict[str, Any]) 
     Raises:
         InputError: there is no such teacher, or its features have another width than those that the run predicts.
     """
-    from mmmilan.teachers.base import pair
-
     model = config.model
     grid = tuple(side // model.backbone.patch_size for side in pair(model.backbone.img_size))
     width = set_teacher(config, teacher, grid)
@@ -220,10 +211,6 @@ def change_images(
 
 def set_data(config: Config, sources: Sequence[str | os.PathLike]) -> None:
     """Set the images of training and evaluation, as absolute paths; what was understood of the folders is logged."""
-    from mmengine.logging import print_log
-
-    from mmmilan.datasets.splits import describe, evaluation_source, training_sources
-
     print_log(describe(sources), logger='current')
     images = (
         (config.train_dataloader, training_sources(sources)),
@@ -240,8 +227,6 @@ def count_images(sources: Sequence[str | os.PathLike], batch_size: int | None) -
     Raises:
         InputError: they do not fill a batch.
     """
-    from mmmilan.datasets.image_folder import list_images
-
     num_images = len(list_images(sources))
     if batch_size is not None and batch_size > num_images:
         raise InputError(f'{count(num_images, "image")} cannot fill one batch of {batch_size}; lower batch_size.')
@@ -255,8 +240,6 @@ def absolute(path: str | os.PathLike) -> str:
 
 def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
     """Set the size of the crops in training and of the whole images in evaluation."""
-    from mmmilan.teachers.base import pair
-
     steps, (height, width) = config.test_dataloader.dataset.pipeline, pair(img_size)
     crop = part(config.train_dataloader.dataset.pipeline, 'LoadRandomResizedCrop')
     crop.scale = img_size
@@ -282,9 +265,6 @@ def evaluation_images(
     Raises:
         InputError: ``labelled`` has no folders that name classes.
     """
-    from mmmilan.datasets.image_folder import list_images
-    from mmmilan.datasets.splits import class_folders, evaluation_source
-
     given = [labelled] if labelled is not None else sources
     root, classes = class_folders(evaluation_source(given[0])) if len(given) == 1 else ('', [])
     if labelled is not None and not classes:
@@ -300,10 +280,6 @@ def evaluation_images(
 
 def default_batch_size(num_images: int, largest: Mapping[str, int] = BATCH_SIZE) -> int:
     """The number of images per step, if the user does not set it; ``largest`` is the most, by device."""
-    from mmengine.device import get_device
-
-    from mmmilan.engine.schedule import fit_batch_size
-
     return fit_batch_size(num_images, largest.get(get_device(), largest['cuda']))
 
 
@@ -313,8 +289,6 @@ def set_start(config: Config, start: str | None) -> None:
     Raises:
         InputError: there are no such weights.
     """
-    from mmmilan.checkpoints.zoo import resolve_checkpoint
-
     if start is not None:
         resolve_checkpoint(start)
         config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
@@ -322,8 +296,6 @@ def set_start(config: Config, start: str | None) -> None:
 
 def check_size(img_size: tuple[int, int] | int, patch_size: int) -> None:
     """Raise an :class:`InputError` if an image is not a whole number of patches."""
-    from mmmilan.teachers.base import pair
-
     if any(side % patch_size for side in pair(img_size)):
         raise InputError(f'img_size={img_size} is not a multiple of patch_size={patch_size}; choose one that is.')
 
@@ -336,10 +308,6 @@ def set_model(
     Raises:
         InputError: the image is not a whole number of patches, or the encoder or the teacher is unknown.
     """
-    from mmmilan.building import arch_sizes
-    from mmmilan.models.fitting import as_num_patches
-    from mmmilan.teachers.base import pair
-
     check_size(img_size, patch_size)
     model, grid = config.model, tuple(side // patch_size for side in pair(img_size))
     arch = named_arch(arch)
@@ -354,8 +322,6 @@ def set_model(
 
 def named_teacher(teacher: str | dict[str, Any]) -> dict[str, Any]:
     """:func:`teacher_config`, with the absolute path of a file of weights."""
-    from mmmilan.teachers import teacher_config
-
     config = teacher_config(teacher)
     return config | (
         dict(pretrained=absolute(config['pretrained'])) if isinstance(config.get('pretrained'), str) else {}
@@ -380,8 +346,6 @@ def replace_teacher(config: Config, teacher: str | dict[str, Any], name: str | o
 
 def set_teacher(config: Config, teacher: str | dict[str, Any], grid: tuple[int, int]) -> int:
     """Set the teacher, with the encoder's grid of patches; returns the width of its features."""
-    from mmmilan.teachers import build_teacher
-
     head = config.model.head
     head.teacher = named_teacher(teacher)
     built = build_teacher(head.teacher)  # downloads it if necessary
@@ -404,9 +368,6 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
         num_images: How many are trained on.
         changes: What the user changes, which no recipe sets.
     """
-    from mmmilan.building import dotted
-    from mmmilan.checkpoints.config import CALL
-
     name, own = recipe or ('few-images' if num_images <= FEW_IMAGES else 'milan'), list(dotted(changes))
     patches = float(np.prod(config.model.neck.num_patches))
     weight = float(f'{patches * CLASS_SHARE / (1 - CLASS_SHARE):.3g}')
@@ -425,8 +386,6 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
 
 def about_recipe(config: Config) -> str:
     """A sentence or two on what a run trains with, and by which recipe and why if ``mmmilan.pretrain`` chose it."""
-    from mmmilan.checkpoints.config import call_of
-
     masking, neck, head = (config.model.get(part) or {} for part in ('masking', 'neck', 'head'))
     weight = float(head.get('cls_token', head.get('type', '').endswith('CLIPTarget')))
     kind = masking.type.rpartition('.')[2]
@@ -447,10 +406,6 @@ def about_recipe(config: Config) -> str:
 
 def set_schedule(config: Config, num_images: int, epochs: int | None) -> None:
     """Set length, warm-up and learning rate for this number of images, and how often to evaluate and save."""
-    from mmengine.logging import print_log
-
-    from mmmilan.engine.schedule import fit_schedule, width_of
-
     batch_size = config.train_dataloader.batch_size
     schedule = fit_schedule(num_images, batch_size, epochs, width_of(config))
     config.optim_wrapper.optimizer.lr = schedule.lr

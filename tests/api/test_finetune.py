@@ -342,7 +342,8 @@ def test_rates_and_jitter_of_dense_tasks(scenes, task, rate, jitter, tmp_path):
 )
 def test_norms_of_detectors(scenes, batch, processes, device, norm, together, tmp_path, monkeypatch):
     """BatchNorm where eight images share it; the processes of a machine share it on GPUs alone."""
-    monkeypatch.setattr('mmengine.device.get_device', lambda: device)
+    for module in ('recipe', 'finetune_recipe'):
+        monkeypatch.setattr(f'mmmilan.api.{module}.get_device', lambda: device)
     of_data = dict(data=scenes, task='detection')
     options = dict(arch=ARCH, patch_size=8, img_size=48, batch_size=batch, processes=processes)
     config, _ = new_config(tmp_path, of_data, **options)
