@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmmilan import arguments
-from mmmilan.api.embed import check_written_by, is_features, read_embeddings, read_features, write_npz
 from mmmilan.api.inference import Inferencer
 from mmmilan.arguments import checked
 from mmmilan.errors import InputError
@@ -105,6 +104,7 @@ def search(
 
     from mmmilan.datasets.image_folder import list_images
     from mmmilan.engine.distributed import joined
+    from mmmilan.evaluation.feature_files import check_written_by, is_features, read_embeddings
     from mmmilan.evaluation.features import join
 
     with joined():
@@ -174,6 +174,7 @@ def heat_maps(
 
     from mmmilan.datasets.image_folder import as_sources, list_images
     from mmmilan.engine.distributed import joined, on_main
+    from mmmilan.evaluation.feature_files import check_written_by, is_features, read_features, write_npz
     from mmmilan.files import check_output_folder, short_name
 
     with joined():

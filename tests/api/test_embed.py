@@ -15,11 +15,11 @@ from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT, build_model, load_trusted, relative_error, rest_slow
-from mmmilan.api.embed import is_features, read_features
 from mmmilan.api.models import build_embedder, get_model
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.datasets.image_folder import list_images
 from mmmilan.errors import InputError
+from mmmilan.evaluation.feature_files import is_features, read_features
 from mmmilan.registry import MODELS
 
 
@@ -133,7 +133,7 @@ def test_order_of_a_list_and_shards(images, checkpoint, tmp_path):
 def test_parquet(images, checkpoint, tmp_path, monkeypatch):
     """It is written in groups of rows as they come; what cannot be used stands in its place, at the end too."""
     parquet = pytest.importorskip('pyarrow.parquet')
-    monkeypatch.setattr('mmmilan.api.embed.GROUP_BYTES', 1)
+    monkeypatch.setattr('mmmilan.evaluation.feature_files.GROUP_BYTES', 1)
     (images / 'z.jpg').write_bytes(b'no image')
     path = mmmilan.embed(images, checkpoint, tmp_path / 'groups.parquet', batch_size=2, patches=True)
     file = np.load(mmmilan.embed(images, checkpoint, tmp_path / 'all.npz', batch_size=2, patches=True))

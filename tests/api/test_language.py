@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 
 import mmmilan
 from helpers import rest_slow
-from mmmilan.api.embed import read_features, write_features
 from mmmilan.cli import main
 from mmmilan.errors import InputError
+from mmmilan.evaluation.feature_files import read_features, write_features
 from mmmilan.models import MILAN
 from mmmilan.registry import MODELS
 from processes import exit_codes, start_ranks

@@ -16,8 +16,8 @@ import pytest
 import mmmilan
 from helpers import rest_slow
 from mmmilan import cli
-from mmmilan.api.embed import read_features
 from mmmilan.errors import InputError
+from mmmilan.evaluation.feature_files import read_features
 from mmmilan.teachers.cached import TargetCache
 
 # Command lines in a folder with images, a config and a checkpoint; OUT is a file that ends so.
