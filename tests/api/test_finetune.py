@@ -24,9 +24,9 @@ from mmpretrain.models import VisionTransformer
 import mmmilan
 from helpers import HERE, assert_identical, assert_same_weights, load_trusted, read_metrics, read_scalars, real_data
 from mmmilan import cli
-from mmmilan.api.finetune import say_probes
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.finetune_recipe import compared_config, new_config
+from mmmilan.api.finetune_run import say_probes
 from mmmilan.checkpoints.config import own_config
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError
@@ -427,7 +427,7 @@ def test_encoders_of_checkpoints(start, tmp_path, monkeypatch):
 )
 def test_a_refused_run_leaves_no_file(colours, start, tmp_path, change, monkeypatch):
     """It is refused before the features of the start are taken."""
-    monkeypatch.setattr('mmmilan.api.finetune_probe.begin_as_probe', lambda *args: pytest.fail('too late'))
+    monkeypatch.setattr('mmmilan.api.finetune_run.begin_as_probe', lambda *args: pytest.fail('too late'))
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run/notes.txt').write_text('mine')
     for name in ('run', 'new'):

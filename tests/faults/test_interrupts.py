@@ -124,7 +124,7 @@ def test_every_command(folder, name, seed):
 # run that is then left without its model.
 MOMENTS = {
     'mmmilan.api.finetune_probe.frozen_features': (1, 'finetuned'),
-    'mmmilan.api.finetune.save_weights': (1, 'finetuned'),
+    'mmmilan.api.finetune_run.save_weights': (1, 'finetuned'),
     'mmmilan.engine.loops.EpochLoop.run_epoch': (2, 'finetuned/compare'),
 }
 
