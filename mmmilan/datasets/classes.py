@@ -178,7 +178,8 @@ def check_numbers(dataset: BaseDataset, classes: Sequence[str], source: str) -> 
 def locate(dataset: Dataset) -> str:
     """The file or folder that a data set reads."""
     prefix = getattr(dataset, 'data_prefix', None) or {}
-    paths = [getattr(dataset, 'ann_file', ''), prefix.get('seg_map_path'), *prefix.values()]
+    paths = [*(getattr(dataset, 'metainfo', None) or {}).get('sources', ())]
+    paths += [getattr(dataset, 'ann_file', ''), prefix.get('seg_map_path'), *prefix.values()]
     paths += [getattr(dataset, 'data_root', None)]
     return next((os.fspath(path) for path in paths if path), type(dataset).__name__)
 

@@ -50,7 +50,9 @@ def tested_on(
     with tempfile.TemporaryDirectory() as folder:
         write_labelled(labelled, folder)
         names = dataset_meta(config).get('classes') or ()
-        use_dataset(config, labelled_datasets(labelled, folder)['val'], task)
+        dataset = labelled_datasets(labelled, folder)['val']
+        dataset['metainfo']['sources'] = [labelled.source]  # which messages name in place of a file that will be gone
+        use_dataset(config, dataset, task)
         hook = dict(type='mmmilan.ClassCountHook', classes=list(map(str, names)))
         config.custom_hooks = [*(config.get('custom_hooks') or []), hook]
         if is_main(config):

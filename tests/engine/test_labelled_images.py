@@ -47,7 +47,8 @@ def test_a_single_class(scenes, tmp_path, caplog):
     assert labels == [[len(names) - 1]] * len(list((tmp_path / 'other').rglob('*.jpg')))
     (tmp_path / 'other' / 'unknown').mkdir()
     shutil.copy(next((tmp_path / 'other').rglob('*.jpg')), tmp_path / 'other/unknown/a.jpg')
-    with pytest.raises(InputError, match=r'unknown \(1 samples\), where .*classification.pth has'):
+    message = rf'^{tmp_path}/other has 1 of its 2 classes, unknown \(1 samples\), where .*classification.pth has'
+    with pytest.raises(InputError, match=message):
         run_test(weights, data=tmp_path / 'other')
     run_test(weights, data=tmp_path / 'other', ignore='unknown')
 
