@@ -85,9 +85,9 @@ def report(
         milan = get_model(checkpoint, pretrained=True, encoder_only=False, device=device, teacher=teacher)
         backbones = measured.build_backbones(milan, config, device)
         images, features = measured.encode_images(dataset, max_images, milan, backbones, known)
-        bank = (
-            measured.encode_bank(known, max_images, milan, backbones) if known and images.labels is not None else None
-        )
+        bank = None
+        if known and images.labels is not None:
+            bank = measured.encode_bank(known, max_images, milan, backbones)
         others = dict(zip([f'{sections.OURS}: {title}' for title in titles[1:]], runs[1:], strict=True))
         for name, run in others.items():
             features |= measured.encode_run(run, name, sources, images, bank, max_images, device)

@@ -20,7 +20,7 @@ from PIL import Image
 import mmmilan
 from helpers import demo_config, rest_slow, save_trained
 from mmmilan import cli
-from mmmilan.api.predict import Items
+from mmmilan.api.predict_files import Items
 from mmmilan.checkpoints.config import own_config
 from mmmilan.datasets.listing import Names
 from mmmilan.errors import InputError
@@ -243,7 +243,7 @@ def test_processes_share_the_images(photos, checkpoints, tmp_path):
 
 
 def test_many_pictures_have_several_pages(photos, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr('mmmilan.api.predict.ON_A_PAGE', 2)
+    monkeypatch.setattr('mmmilan.api.predict_files.ON_A_PAGE', 2)
     cli.main(['predict', str(photos), str(checkpoints['classification']), str(tmp_path / 'out')])
     pages = [(tmp_path / 'out' / name).read_text() for name in ('index.html', 'index-2.html', 'index-3.html')]
     assert [page.count('<img') for page in pages] == [2, 2, 1]
@@ -254,7 +254,7 @@ def test_many_pictures_have_several_pages(photos, checkpoints, tmp_path, monkeyp
 
 def test_overwrite_leaves_nothing_of_an_earlier_run(photos, checkpoints, tmp_path, monkeypatch):
     """The folder is as if it were new, but for files of other names."""
-    monkeypatch.setattr('mmmilan.api.predict.ON_A_PAGE', 2)
+    monkeypatch.setattr('mmmilan.api.predict_files.ON_A_PAGE', 2)
     out, checkpoint = tmp_path / 'out', checkpoints['classification']
     mmmilan.predict(photos, checkpoints['segmentation'], out)
     others = {'notes.txt', 'index-new.html', 'drawn/a/notes.txt', 'maps.png'}
@@ -335,7 +335,7 @@ def test_many_names_take_little_memory(monkeypatch):
     """What is kept for an image is a byte beside its path."""
     number = 5_000
     paths = Names(f'/photos/2024-01/holiday/IMG_{i:08d}.jpg' for i in range(number))
-    monkeypatch.setattr('mmmilan.datasets.image_folder.images_in', lambda source: paths)
+    monkeypatch.setattr('mmmilan.api.predict_files.images_in', lambda source: paths)
     Items('/photos')  # imports
     tracemalloc.start()
     try:
