@@ -262,7 +262,7 @@ def zero_shot(
             ``test``.
         checkpoint: checkpoint of MILAN with its decoder, or of MaskCLIP: your own or a model of the zoo.
         class_names: the class names for the prompts, in the alphabetical order of the folders; by default the names of
-            the folders.
+            the folders, or what ImageNet-1k calls folders such as n01440764.
         templates: prompts with ``{}`` for the name of a class; the embeddings of several are averaged.
         batch_size: number of images that the model sees at once.
         device: where to run, by default on the GPU if there is one.
@@ -278,7 +278,7 @@ def zero_shot(
     from mmmilan.datasets.splits import list_labelled_images
     from mmmilan.engine.distributed import joined
     from mmmilan.evaluation.features import join
-    from mmmilan.evaluation.zero_shot import embed_classes, name_classes, nearest_text, read_templates
+    from mmmilan.evaluation.zero_shot import embed_classes, name_classes, names_of_folders, nearest_text, read_templates
 
     with joined():
         files, labels, classes = list_labelled_images(data)
@@ -286,7 +286,7 @@ def zero_shot(
             raise InputError(
                 f'{data} has no folders of classes; give a folder with one folder of images for each class.'
             )
-        names = name_classes(classes, class_names or classes, 'class_names')
+        names = name_classes(classes, class_names or names_of_folders(classes), 'class_names')
         space = JointSpace(checkpoint, device, teacher)
         classifier = embed_classes(space.texts, names, read_templates(templates))
         encode = nearest_text(dict(predicted=space.model.encode_image), classifier)

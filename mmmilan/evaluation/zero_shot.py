@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from mmengine.runner import Runner, TestLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmmilan.datasets.classes import class_names, wordnet_ids
-from mmmilan.errors import InputError, listed
+from mmmilan.datasets.classes import class_names, warn, wordnet_ids
+from mmmilan.errors import InputError, count, listed
 from mmmilan.evaluation.features import progress
 from mmmilan.files import read_lines
 from mmmilan.models.wrapping import unwrap
@@ -124,6 +125,20 @@ def name_classes(classes: Sequence[str], names: Mapping[str, str] | Sequence[str
             'give a dictionary from the classes to their names.'
         )
     return names
+
+
+def names_of_folders(folders: Sequence[str]) -> Sequence[str]:
+    """What texts call classes of which only the folders are known: of ImageNet-1k, whose folders are codes, its names.
+
+    The log warns of other folders that have no word for a name.
+    """
+    names = imagenet_names()
+    if set(folders) <= set(names):
+        return [names[folder] for folder in folders]
+    codes = [folder for folder in folders if re.fullmatch(r'n\d{8}|[\W\d_]*', folder)]
+    if codes:
+        warn(f'Texts name {count(len(codes), "class")} as the folder, {listed(codes)}; give class_names in words.')
+    return folders
 
 
 def imagenet_names() -> dict[str, str]:

@@ -241,6 +241,28 @@ def test_zero_shot(checkpoint, image_folder, tiny_config, maskclip_file, run_too
     assert f'accuracy/top1: {accuracy:.4f}' in capsys.readouterr().out
 
 
+def test_zero_shot_by_folders(checkpoint, image_folder, tmp_path, monkeypatch, log):
+    """Codes of ImageNet-1k have its names; of other codes the log warns."""
+    seen = []
+
+    def embed_classes(tower, names: list[str], prompts: list) -> Tensor:
+        seen.append(list(names))
+        return torch.eye(3, 24)
+
+    monkeypatch.setattr('mmmilan.evaluation.zero_shot.embed_classes', embed_classes)
+    cases = (('n01440764', 'n01443537', 'n01484850'), ('tench', 'gold fish', 'n01484850'), ('0', '1', 'b2'))
+    for number, folders in enumerate(cases):
+        for source, folder in zip(sorted(image_folder.iterdir()), folders, strict=True):
+            shutil.copytree(source, tmp_path / str(number) / folder)
+        mmmilan.zero_shot(tmp_path / str(number), checkpoint)
+    assert seen == [['tench', 'goldfish', 'great white shark'], ['gold fish', 'n01484850', 'tench'], ['0', '1', 'b2']]
+    warnings = [each.getMessage() for each in log.records if 'Texts name' in each.getMessage()]
+    assert warnings == [
+        'Texts name 1 class as the folder, n01484850; give class_names in words.',
+        'Texts name 2 classes as the folder, 0, 1; give class_names in words.',
+    ]
+
+
 def test_commands(checkpoint, photos, capsys, tmp_path):
     main(['search', str(photos), str(checkpoint), 'a red boat', '--top', '2'])
     rows = [line.split('\t') for line in capsys.readouterr().out.splitlines()[-2:]]
