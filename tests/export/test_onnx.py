@@ -20,6 +20,7 @@ from helpers import ROOT
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.errors import InputError
 from mmmilan.export import onnx as export
+from mmmilan.export import onnx_resizing as resizing
 from mmmilan.export.preprocessing import Preprocessing
 
 ARCH = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
@@ -35,7 +36,7 @@ def lines_of_the_guide(session: str) -> str:
 
 def save_photo(path: Path) -> np.ndarray:
     """A photo with edges and grain, portrait; BGR as read from its JPEG."""
-    photo = export.photos()[1][..., ::-1]
+    photo = resizing.photos()[1][..., ::-1]
     cv2.imwrite(str(path), photo)
     return cv2.imread(str(path))
 
@@ -102,7 +103,7 @@ def test_classifier(trained, tmp_path, monkeypatch, written_once):
     assert found['prepare']['resized'] == 'in the model'
 
     # where the file does not resize as the pipeline does, it is not written
-    monkeypatch.setitem(export.RESIZE, ('pillow', 'bicubic'), export.RESIZE['cv2', 'bilinear'])
+    monkeypatch.setitem(resizing.RESIZE, ('pillow', 'bicubic'), resizing.RESIZE['cv2', 'bilinear'])
     with pytest.raises(InputError, match='was not written: its probabilities differs from that of the test pipeline'):
         mmmilan.export_onnx(checkpoint, 'other.onnx', resize='graph')
     assert not Path('other.onnx').exists()
@@ -175,7 +176,7 @@ def test_segmentor(tmp_path, monkeypatch, written_once):
 
 
 @pytest.mark.parametrize(('height', 'width'), [(96, 128), (160, 100), (300, 40), (50, 40), (33, 64)])
-@pytest.mark.parametrize('kind', export.RESIZE)
+@pytest.mark.parametrize('kind', resizing.RESIZE)
 @pytest.mark.parametrize('square', [True, False])
 def test_resizing_in_the_graph(kind, height, width, square):
     """Few values differ from the pipeline's, and by 1 of 255 where Pillow too resizes the columns before the rows.
@@ -198,7 +199,7 @@ def test_resizing_in_the_graph(kind, height, width, square):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         for step in steps:
             results = TRANSFORMS.build(step)(results)
-    text = export.resizing_graph(settings, *export.RESIZE[kind])
+    text = resizing.resizing_graph(settings, *resizing.RESIZE[kind])
     graph = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]>{text}')
     onnx.checker.check_model(graph, full_check=True)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])
