@@ -39,7 +39,7 @@ def grid_of(positions: Tensor) -> tuple[int, int] | None:
         patches = positions[0, extra:].float()
         for rows in (each for each in range(1, len(patches) + 1) if len(patches) % each == 0):
             grid = (rows, len(patches) // rows)
-            expected = sincos_position_embedding(grid, width)[0, 1:].to(patches.device)
+            expected = sincos_position_embedding(grid, width)[0, 1:].to(patches)
             if torch.allclose(patches, expected, rtol=0, atol=0.01):  # as float16 and bfloat16 hold them, too
                 return grid
     return None

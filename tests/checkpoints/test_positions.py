@@ -87,3 +87,11 @@ def test_grid_of(grid, dtype):
     assert grid_of(positions) == grid_of(positions[:, 1:]) == grid
     assert grid_of(positions + 0.1) is None
     assert grid_of(positions[..., :6]) is None  # of no width that sines and cosines have
+
+
+def test_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert grid_of(sincos_position_embedding((2, 4), 48).float()) == (2, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
