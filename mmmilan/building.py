@@ -188,6 +188,8 @@ def check_top(cfg: Config, option: str, arguments: Iterable[str] = ()) -> None:
     name = name.replace('-', '_')
     if arguments and name in OWN:
         raise InputError(f'{option} is set by the command {OWN[name]}; leave it out.')
+    if name == 'data_preprocessor' and name in (cfg.get('model') or {}):
+        raise InputError(f'Nothing reads {option}, as the model has its own; change model.{option}.')
     known = {*arguments_of(Runner)[0]} - {'cfg'} | TOP
     if name in known:
         return

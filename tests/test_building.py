@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 import mmmilan
 from helpers import ROOT, rest_slow
 from mmmilan.building import change_config, check_config, faults_of, values_of
-from mmmilan.checkpoints.config import option_value, read_config_file
+from mmmilan.checkpoints.config import option_value, place_data_preprocessor, read_config_file
 from mmmilan.errors import InputError
 from mmmilan.failures import step_errors
 
@@ -122,6 +122,18 @@ def test_copies_of_values(config):
         'train_pipeline.0.scale: its value was copied when the config was read; change train_dataloader.dataset.'
         in (error_of(changed, {'train_pipeline.0.scale': 96}))
     )
+
+
+def test_a_data_preprocessor_beside_the_models_own(config):
+    """MMEngine takes that at the top of a config only for a model that has none."""
+    option = {'data_preprocessor.mean': [1, 2, 3]}
+    with pytest.raises(InputError, match='the model has its own; change model.data_preprocessor.mean.'):
+        change_config(Config(config.to_dict()), option)
+    without = Config(config.to_dict())
+    without.data_preprocessor = without.model.pop('data_preprocessor')
+    change_config(without, option)
+    place_data_preprocessor(without)
+    assert without.model.data_preprocessor.mean == [1, 2, 3] and 'data_preprocessor' not in without
 
 
 def test_keys_of_a_file(config, log):

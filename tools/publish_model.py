@@ -23,7 +23,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmmilan.api.models import get_model, is_checkpoint
-from mmmilan.checkpoints.config import config_text, own_config, read_config_file
+from mmmilan.checkpoints.config import config_text, own_config, place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.layouts import convert, detect_layout
@@ -79,6 +79,7 @@ def main() -> None:
     checkpoint = load_checkpoint_file(args.checkpoint)
     weights = convert(get_state_dict(checkpoint))
     config = read_config_file(os.fspath(args.config))
+    place_data_preprocessor(config)
     facts = gather_facts(args, config, checkpoint, weights)
     public = config_text(public_config(config))
 

@@ -137,7 +137,7 @@ def read_config(name: str | os.PathLike) -> Config:
     Raises:
         InputError: the file or the model does not exist, or the checkpoint has no config.
     """
-    from mmmilan.checkpoints.config import own_config, read_config_file
+    from mmmilan.checkpoints.config import own_config, place_data_preprocessor, read_config_file
 
     if is_checkpoint(name):
         config = own_config(name)
@@ -145,6 +145,7 @@ def read_config(name: str | os.PathLike) -> Config:
         config = read_config_file(find_config(name) if extension(name) == '.py' else find_model(str(name)).config)
     if not isinstance(config.get('model'), Mapping):
         raise InputError(f'The config of {name} has no model; give one that has.')
+    place_data_preprocessor(config)
     return config
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,19 @@ def call_of(config: Config) -> dict[str, Any]:
     return call | dict(commands=list(map(str, commands)) if isinstance(commands, list) else [])
 
 
+def place_data_preprocessor(config: Config) -> None:
+    """Move a data preprocessor at the top of a config, where mmpretrain's have it, into the model, as MMEngine does."""
+    model = config.get('model')
+    if isinstance(model, Mapping) and 'data_preprocessor' not in model and 'data_preprocessor' in config:
+        model['data_preprocessor'] = config.pop('data_preprocessor')
+
+
 def keep_encoder(config: Config) -> None:
     """Reduce the model of a pretraining config to its encoder, as an mmpretrain ``ImageClassifier`` without head."""
     if 'masking' in config.model:
-        normalisation = {key: config.model.data_preprocessor[key] for key in ('mean', 'std', 'to_rgb')}
+        given = config.model.get('data_preprocessor') or {}
+        normalisation = {key: given[key] for key in ('mean', 'std') if key in given}
+        normalisation['to_rgb'] = bool(given.get('to_rgb') or given.get('bgr_to_rgb'))
         backbone = config.model.backbone
         config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
 
@@ -150,7 +160,9 @@ def parse_config(text: str, source: str) -> Config:
     reserved = values.keys() & _RESERVED
     if reserved:
         raise NoConfig(f'{min(reserved)} of {source} is a name of MMEngine; remove it.')
-    return Config(values)
+    config = Config(values)
+    place_data_preprocessor(config)
+    return config
 
 
 def read_config_file(path: str | os.PathLike) -> Config:

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from mmmilan import arguments
 from mmmilan.arguments import checked
 from mmmilan.building import change_config, check_operators
-from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, read_config_file
+from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.task_config import loads_annotations
@@ -283,6 +283,7 @@ def read_config(
         raise InputError(f'The config {path} does not exist; correct its path.')
     cfg = read_config_file(path) if extension(path) == '.py' else own_config(path, with_data=True)
     change_config(cfg, changes)
+    place_data_preprocessor(cfg)
     check_plain(cfg.to_dict())
     cfg.launcher = launcher
     cfg.work_dir = os.fspath(work_dir or cfg.get('work_dir') or default_work_dir(cfg, path))

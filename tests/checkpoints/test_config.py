@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -94,6 +96,47 @@ def test_own_checkpoint_needs_no_config_file(own, image_folder):
     assert features.shape == (3, 48) and torch.equal(features, extract(images))
     whole = mmmilan.get_model(str(path), encoder_only=False)
     assert torch.equal(whole.neck.mask_token, model.neck.mask_token)
+
+
+@pytest.mark.parametrize('place', ['top', 'BGR', 'of MMEngine'])
+def test_the_data_preprocessor_of_a_checkpoint(own, image_folder, place):
+    """mmpretrain's own configs have it at the top, from where MMEngine moves it into the model."""
+    path, cfg, model = own
+    image = next(image_folder.glob('*/*/*.jpg'))
+    features = mmmilan.FeatureExtractor(path)(image)
+    given = cfg.model.pop('data_preprocessor')
+    if place == 'top':
+        cfg.data_preprocessor = given
+    elif place == 'BGR':
+        cfg.model.data_preprocessor = {key: given[key] for key in ('type', 'mean', 'std')}
+    else:
+        cfg.model.data_preprocessor = dict(
+            type='mmengine.ImgDataPreprocessor', mean=given.mean, std=given.std, bgr_to_rgb=True
+        )
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text)), path)
+    if place == 'BGR':
+        image = cv2.imread(str(image))[..., ::-1].copy()
+    assert torch.equal(mmmilan.FeatureExtractor(path)(image), features)
+
+
+def test_a_classifier_with_its_data_preprocessor_at_the_top(benchmark_config, tmp_path):
+    """It predicted from pixels that nothing had normalised."""
+    config = benchmark_config('vit-base-p16_milan-pre_8xb128-coslr-100e_in1k.py', {'model.backbone.init_cfg': None})
+    cfg, found = Config.fromfile(config), []
+    model = MODELS.build(cfg.model)
+    for _ in range(2):
+        torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text)), tmp_path / 'model.pth')
+        Config(cfg.to_dict()).dump(tmp_path / 'config.py')
+        for built in (
+            mmmilan.get_model(tmp_path / 'model.pth'),
+            mmmilan.get_model(tmp_path / 'config.py', pretrained=tmp_path / 'model.pth'),
+        ):
+            found.append(
+                mmmilan.ImageClassificationInferencer(built)(np.zeros((64, 64, 3), np.uint8))[0]['pred_scores']
+            )
+        if 'data_preprocessor' in cfg.model:
+            cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
+    assert all(np.array_equal(each, found[0]) for each in found)
 
 
 def test_the_config_beside_a_checkpoint(own):
