@@ -16,7 +16,7 @@ from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.loading import as_mmmilan
 from mmmilan.checkpoints.positions import grid_of
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.teachers.base import pair
 
 
@@ -94,7 +94,7 @@ def encoder_in(start: str) -> Encoder:
     if own is not None and (own := arch_sizes(own))['embed_dims'] == width:
         arch['num_heads'] = own['num_heads']
     side = stored_size(positions, patches.shape[-1], backbone.get('img_size'))
-    return Encoder(arch, patches.shape[-1], side, normalisation_of(config))
+    return Encoder(arch, patches.shape[-1], side, normalisation_of(config, start))
 
 
 def config_of(start: str, path: Path) -> dict[str, Any]:
@@ -121,7 +121,13 @@ def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[in
     return side * patch_size
 
 
-def normalisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and standard deviation of an encoder's images, if its config has them."""
+def normalisation_of(config: Mapping[str, Any], start: str) -> dict[str, Any]:
+    """Mean and standard deviation of an encoder's images, if its config has them; the log says if they may be BGR."""
     preprocessor = (config.get('model') or {}).get('data_preprocessor') or {}
-    return {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
+    found = {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
+    if found and not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
+        warn(
+            f'The data_preprocessor of {start} has no to_rgb: if it was trained on BGR images, fine-tune it by a '
+            'config of your own, as here it sees RGB ones.'
+        )
+    return found

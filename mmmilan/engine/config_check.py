@@ -43,6 +43,9 @@ LOOPS = dict(
     val=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test=('test_dataloader', 'test_cfg', 'test_evaluator'),
 )
+# Data preprocessors of mmpretrain, its default first, and ours, which normalise if they are given a mean.
+NORMALISING = ('ClsDataPreprocessor', 'SelfSupDataPreprocessor', 'PretrainingDataPreprocessor')
+NORMALISING += ('CaptionDataPreprocessor', 'ClassificationDataPreprocessor')
 # How the errors of an empty data set begin, in MMEngine and in mmpretrain.
 EMPTY = ('need at least one array to concatenate', 'Found 0 files')
 
@@ -71,9 +74,9 @@ def check_loops(cfg: Config, task: str) -> None:
                 f'{loop}_dataloader.sampler is None: images would not be shuffled, and each of several processes would '
                 'take all; give it a type.'
             )
-    if cfg.model.get('data_preprocessor', {}) is None:
+    if fault := lack_of_normalisation(cfg, task):
         raise InputError(
-            'model.data_preprocessor is None: the model would get images as they are, from 0 to 255; give it a type.'
+            f'{fault}: the model would get images as they are, from 0 to 255; give it a type, mean and std.'
         )
     default = cfg.get('default_hooks') or {}
     if task == 'train' and default.get('checkpoint', {}) is None:
@@ -91,6 +94,20 @@ def check_loops(cfg: Config, task: str) -> None:
             'the config has no val_dataloader' if lacking['val'] else f'train_cfg.val_begin={begin} is after the end'
         )
         raise InputError(f'{asking[0]} needs a validation, but {fault}; correct that, or leave it out.')
+
+
+def lack_of_normalisation(cfg: Config, task: str) -> str:
+    """What a data preprocessor lacks to normalise images, if no step of the pipeline does so; '' if nothing."""
+    preprocessor, name = cfg.model.get('data_preprocessor'), 'model.data_preprocessor'
+    loader = cfg.get(f'{task}_dataloader')
+    if any('Normalize' in str(part.get('type')) for _, part in _parts(loader, 'loader')):
+        return ''
+    if preprocessor is None:
+        if 'data_preprocessor' in cfg.model:
+            return f'{name} is None'
+        return f'{name} is not set' if 'backbone' in cfg.model else ''  # of other models nobody knows what they do
+    kind = str(preprocessor.get('type', NORMALISING[0])).rpartition('.')[2]
+    return f'{name} has no mean' if kind in NORMALISING and preprocessor.get('mean') is None else ''
 
 
 def check_data(cfg: Config, task: str) -> None:

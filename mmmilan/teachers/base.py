@@ -265,11 +265,15 @@ class Teacher(nn.Module):
 def statistics_of(preprocessor: dict | None) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and std of images in [0, 1] by the config of a data preprocessor; ImageNet's where it has none.
 
+    The log says if the teacher, which is given the same images, may see them in BGR.
+
     Raises:
         InputError: they are not three numbers each.
     """
     if not isinstance(preprocessor, dict) or not preprocessor.get('mean') or not preprocessor.get('std'):
         return IMAGENET_MEAN, IMAGENET_STD
+    if not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
+        warn('model.data_preprocessor has no to_rgb: the teacher sees BGR images, unless the pipeline gives RGB ones.')
     mean, std = check_statistics(preprocessor['mean'], preprocessor['std'], 'model.data_preprocessor')
     return [x / 255 for x in mean], [x / 255 for x in std]
 

@@ -71,6 +71,15 @@ def test_size_of_a_start_without_config(tmp_path):
         assert encoder_in(str(tmp_path / 'encoder.pth')).img_size == size
 
 
+@pytest.mark.parametrize('to_rgb', [True, False])
+def test_a_start_that_may_have_been_trained_on_bgr(start, tmp_path, log, to_rgb):
+    scale = dict(mean=[103.53, 116.28, 123.675], std=[57.375, 57.12, 58.395], to_rgb=to_rgb)
+    meta = dict(cfg=f'model = {dict(data_preprocessor=scale)}')
+    torch.save(dict(state_dict=torch.load(start), meta=meta), tmp_path / 'bgr.pth')
+    assert encoder_in(str(tmp_path / 'bgr.pth')).normalisation['mean'] == scale['mean']
+    assert ('bgr.pth has no to_rgb: if it was trained on BGR images' in log.text) != to_rgb
+
+
 def options_of(epochs: int = 2, **others) -> dict:
     return dict(epochs=epochs, batch_size=4) | HERE | others
 

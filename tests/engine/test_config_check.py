@@ -95,6 +95,7 @@ def test_a_logger_that_is_not_installed(option, kind, monkeypatch):
 TRAINING = dict(model={}, train_dataloader={}, train_cfg=dict(max_epochs=4), optim_wrapper={})
 VALIDATION = dict(val_dataloader={}, val_cfg={}, val_evaluator=[])
 SAVES_BEST = dict(default_hooks=dict(checkpoint=dict(save_best='auto')))
+NORMALISED = dict(dataset=dict(pipeline=[dict(type='mmcv.Normalize')]))
 UNSHUFFLED = dict(train_dataloader=dict(sampler=None))
 
 
@@ -120,6 +121,12 @@ UNSHUFFLED = dict(train_dataloader=dict(sampler=None))
         (TRAINING | dict(train_cfg=None), 'The config has no train_cfg, which the train loop needs; set it.'),
         (VALIDATION, 'no train_dataloader and no train_cfg and no optim_wrapper, which the train loop needs'),
         (TRAINING | dict(model=dict(data_preprocessor=None)), 'model.data_preprocessor is None: the model would get'),
+        (TRAINING | dict(model=dict(backbone={})), 'model.data_preprocessor is not set: the model would get'),
+        (TRAINING | dict(model=dict(backbone={}, data_preprocessor={})), 'model.data_preprocessor has no mean: the mo'),
+        (TRAINING | dict(model=dict(data_preprocessor=dict(type='mmpretrain.SelfSupDataPreprocessor'))), 'has no mean'),
+        (TRAINING | dict(model=dict(data_preprocessor=dict(type='mmdet.DetDataPreprocessor'))), ''),  # as YOLOX has it
+        (TRAINING | dict(model=dict(data_preprocessor=dict(mean=[123.7] * 3, std=[58.4] * 3))), ''),
+        (TRAINING | dict(model=dict(backbone={}), train_dataloader=NORMALISED), ''),
         (TRAINING | dict(default_hooks=dict(checkpoint=None)), 'checkpoint is None: nothing of the run would be'),
         (TRAINING | UNSHUFFLED, 'train_dataloader.sampler is None: images would not be shuffled'),
     ],

@@ -13,6 +13,7 @@ from helpers import randomise, relative_error, rest_slow
 from mmmilan.errors import InputError
 from mmmilan.registry import MODELS
 from mmmilan.teachers import Teacher
+from mmmilan.teachers.base import statistics_of
 
 FAMILIES = {
     'CLIP': dict(type='mmmilan.OpenCLIPTeacher', model='ViT-S-32', input_size=64),
@@ -186,3 +187,10 @@ def test_teacher_has_no_state(model):
     model.head.teacher(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
     assert all(map(torch.equal, model.head.teacher(images), first))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(('to_rgb', 'said'), [(dict(to_rgb=True), False), (dict(bgr_to_rgb=True), False), ({}, True)])
+def test_images_that_may_be_bgr(to_rgb, said, log):
+    mean, _ = statistics_of(dict(mean=[51, 102, 153], std=[51, 51, 51], **to_rgb))
+    assert mean == [0.2, 0.4, 0.6]
+    assert ('the teacher sees BGR images, unless the pipeline gives RGB ones' in log.text) == said
