@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,25 +237,15 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         InputError: it is none of these, or the numbers have a gap.
     """
-    pairs = read_numbered(path)
-    numbers = sorted(pairs)
-    if not numbers or numbers[0] not in (0, 1) or numbers[-1] - numbers[0] + 1 != len(numbers):
-        raise InputError(f'{path} does not number its {len(numbers)} classes without a gap from 0 or 1; correct it.')
-    names = [pairs[number] for number in numbers]
-    positions(names, str(path))
-    return names
-
-
-def read_numbered(path: Path) -> dict[int, str]:
-    """Number -> name from a file, see :func:`read_class_names`; numbers may have gaps.
-
-    Raises:
-        InputError: it cannot be read.
-    """
     text = read_text(path)
     with readable(path):
         pairs = json_names(json.loads(text)) if extension(path) == '.json' else text_names(text)
-    return {number: as_name(name) for number, name in pairs.items()}
+    numbers = sorted(pairs)
+    if not numbers or numbers[0] not in (0, 1) or numbers[-1] - numbers[0] + 1 != len(numbers):
+        raise InputError(f'{path} does not number its {len(numbers)} classes without a gap from 0 or 1; correct it.')
+    names = [as_name(pairs[number]) for number in numbers]
+    positions(names, str(path))
+    return names
 
 
 @contextmanager
@@ -435,10 +425,3 @@ def order_of(found: list[str], given: Names | None, where: str, notes: list[str]
         )
     notes.append(f'{given.where} names none of the classes of {where} ({listed(found)}) and is not used.')
     return found
-
-
-def absent(classes: Sequence[str], counts: Mapping[str, int], split: str) -> list[str]:
-    """A line about the classes that a split has no image of, if there are any."""
-    names = [name for name in classes if not counts.get(name)]
-    what = 'cannot be learnt' if split == 'train' else 'cannot be measured'
-    return [f'Classes that {what}, without images in {split}: {listed(names)}.'] * bool(names)

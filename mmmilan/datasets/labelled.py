@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmmilan.datasets.classes import Names, absent, as_name, match_names, names_of, order_of
+from mmmilan.datasets.classes import Names, as_name, match_names, names_of, order_of
 from mmmilan.datasets.image_folder import expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, find_objects, read_objects
@@ -122,8 +122,10 @@ def absent_classes(labelled: Labelled, present: Present, splits: Mapping[str, st
     """A line about the classes that a split has no image of; ``splits`` are called by their keys."""
     lines = []
     for name, split in splits.items():
-        images = Counter(label for path in image_paths(getattr(labelled, split)) for label in present[path])
-        lines += absent(labelled.classes, {each: images[label] for label, each in enumerate(labelled.classes)}, name)
+        found = set().union(*(present[path] for path in image_paths(getattr(labelled, split))))
+        names = [each for label, each in enumerate(labelled.classes) if label not in found]
+        what = 'cannot be learnt' if name == 'train' else 'cannot be measured'
+        lines += [f'Classes that {what}, without images in {name}: {listed(names)}.'] * bool(names)
     return lines
 
 
