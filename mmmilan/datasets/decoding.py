@@ -326,7 +326,7 @@ def from_pil(image: Image.Image, name: str = 'An image') -> np.ndarray:
 
 _GAP = rb'(?:\s|#[^\n]*\n)+'  # with comments
 _PNM = re.compile(rb'P[2356]' + _GAP + rb'\d+' + _GAP + rb'\d+' + _GAP + rb'(\d+)\s')
-_SAMPLES, _BITS, _SAMPLE_FORMAT, _COLOURS = 277, 258, 339, 262  # tags of TIFF
+_SAMPLES, _BITS, _SAMPLE_FORMAT, _COLOURS, _KIND = 277, 258, 339, 262, 254  # tags of TIFF
 _WHITE_IS_ZERO, _READ = 0, {0, 1, 2, 3, 6}  # of _COLOURS: grey, RGB, a palette, YCbCr; OpenCV gives others falsely
 DARK = 1 / 16  # if no value is above this share of white, the camera probably gave fewer than 16 bits
 
@@ -350,6 +350,9 @@ def tiff_white_level(content: bytes, path: str) -> int | None:
     tags = tiff_tags(content)
     if not tags:
         return None  # decoding the image will say what is wrong
+    page = tiff_tags(content, tags.next) if tags.next else {}
+    if page and not page.get(_KIND, 0):  # no smaller version of the first, and no mask
+        warn_pages()
     if tags.get(_COLOURS, 1) not in _READ:
         raise CorruptImageError(
             f'{path} has colours that are neither grey nor RGB, such as CMYK or CIELAB; convert it to RGB.'
@@ -362,12 +365,12 @@ def tiff_white_level(content: bytes, path: str) -> int | None:
     return 65535 if bits == 16 else None
 
 
-def tiff_tags(content: bytes) -> Mapping[int, Any]:
-    """The tags of the first image in a TIFF; {} if there are none that can be read."""
+def tiff_tags(content: bytes, start: int = 0) -> Mapping[int, Any]:
+    """The tags of the first image in a TIFF, or of that whose tags start there; {} if there are none to be read."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
         file = io.BytesIO(content)
-        file.seek(tags.next)
+        file.seek(start or tags.next)
         tags.load(file)
     except (OSError, SyntaxError, ValueError, struct.error):
         return {}
@@ -391,6 +394,15 @@ def to_8_bits(image: np.ndarray, white: int) -> np.ndarray:
         warn_dark(white)
     scaled = (image.astype(np.float32) * (255 / white)).round().astype(np.uint8)
     return cv2.cvtColor(scaled, cv2.COLOR_GRAY2BGR) if scaled.ndim == 2 else np.ascontiguousarray(scaled[..., :3])
+
+
+@functools.cache
+def warn_pages() -> None:
+    """Warn once that a TIFF may be a stack, of which one slice is read."""
+    warn(
+        'There are TIFF files of several pages, of which the first alone is read; save each page as a file of its own '
+        '(this warning appears once).'
+    )
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from mmmilan.datasets.decoding import (
     is_truncated_jpeg,
     read_size,
     warn_dark,
+    warn_pages,
 )
 from mmmilan.datasets.listing import list_folder
 from mmmilan.errors import InputError
@@ -290,6 +291,19 @@ def test_dark_images_are_warned_of_once(log):
     for _ in range(2):
         assert decode(encode(random_image(9, 7, dtype=np.uint16, top=4000), '.png'), 'a').max() < 16
     assert log.text.count('no value above 4095 of 65535, nearly black') == 1
+
+
+@pytest.mark.parametrize('kind, warned', [(0, 1), (1, 0), (4, 0)])
+def test_pages_are_warned_of_once(log, kind, warned):
+    """Slices of a stack, not the small version or the mask that GeoTIFFs have behind the image."""
+    warn_pages.cache_clear()
+    pages = [Image.fromarray(np.full((8, 8), grey, np.uint8)) for grey in (10, 200)]
+    file = io.BytesIO()
+    pages[1].encoderinfo = dict(tiffinfo={254: kind})
+    pages[0].save(file, 'TIFF', save_all=True, append_images=pages[1:])
+    for _ in range(2):
+        assert (decode(file.getvalue(), 'stack.tif') == 10).all()
+    assert log.text.count('several pages, of which the first alone is read') == warned
 
 
 def test_in_the_training_pipeline(tmp_path):
