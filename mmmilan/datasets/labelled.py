@@ -15,7 +15,15 @@ from mmmilan.datasets.classes import Names, as_name, match_names, names_of, orde
 from mmmilan.datasets.image_folder import expand_shards
 from mmmilan.datasets.labelled_maps import Pairs, find_maps, read_maps
 from mmmilan.datasets.labelled_objects import Coco, find_objects, read_objects
-from mmmilan.datasets.listing import IMAGE_FOLDERS, LABELS, Listing, list_annotated, list_folder, listed_once
+from mmmilan.datasets.listing import (
+    IMAGE_FOLDERS,
+    LABELS,
+    Listing,
+    list_annotated,
+    list_folder,
+    list_pictures,
+    listed_once,
+)
 from mmmilan.datasets.object_formats import Part
 from mmmilan.datasets.packed import refuse_archive
 from mmmilan.datasets.splits import Splits, choose_parts, look_into, splits_of
@@ -277,7 +285,7 @@ def gather(roots: Iterable[str | Path], maps: set[str], notes: list[str]) -> dic
     for root in roots:
         folder = look_into(root)
         base = folder.root if len(folder.counts) > 1 else os.path.abspath(root)
-        listing = list_folder(base)
+        listing = list_pictures(base, classes=True)
         files = [file for file in listing.files if '/' in file]
         if loose := len(listing.files) - len(files):
             notes.append(f'{count(loose, "image")} of {base} left out, in the folder of no class.')

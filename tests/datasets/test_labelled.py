@@ -197,6 +197,19 @@ def test_masks_beside_the_images_of_classes(tmp_path):
     refused(tmp_path, r'has 2 label maps of one name, .* not clear; rename or remove some', task='segmentation')
 
 
+def test_masks_of_single_objects_beside_the_images_of_classes(tmp_path, log):
+    """Several an image, of names of their own."""
+    for name in ('benign', 'malignant'):
+        for number in range(4):
+            image(tmp_path / f'{name}/images/{number}.png')
+            image(tmp_path / f'{name}/masks/object {number}.png')
+    labelled = read_labelled(tmp_path)
+    paths = image_paths(labelled.train) + image_paths(labelled.val)
+    assert sorted(paths) == sorted(map(str, tmp_path.glob('*/images/*.png'))) and len(labelled.notes) == 1
+    where = 'in folders of label maps and the like (benign/masks, malignant/masks).'
+    assert log.text.count(f'Left out of {tmp_path}: 8 {where}') == 1
+
+
 def test_names_of_folders_from_a_file(tmp_path):
     data = class_folders(tmp_path / 'data', dict(ant=2, bee=2))
     (data / 'classes.txt').write_text('bee\nant\n')
