@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mmmilan.checkpoints.archives import check_archive, read_archive, read_meta
 from mmmilan.checkpoints.layouts import find_models, outermost, several_models
-from mmmilan.checkpoints.unpickling import ForbiddenName, check_archive, read_archive, read_meta
+from mmmilan.checkpoints.unpickling import ForbiddenName
 from mmmilan.errors import InputError, count, warn
 from mmmilan.files import atomic_write, extension, first_line
 

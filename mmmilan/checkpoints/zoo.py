@@ -173,8 +173,8 @@ def resolve_checkpoint(checkpoint: str | os.PathLike) -> Path:
 
 def unfinished(path: Path) -> str | None:
     """How far the run of a checkpoint is, such as 'epoch 3 of 400'; None if it is finished, or does not say its end."""
+    from mmmilan.checkpoints.archives import read_meta
     from mmmilan.checkpoints.config import parse_config
-    from mmmilan.checkpoints.unpickling import read_meta
 
     meta = read_meta(path)
     if not isinstance(meta.get('cfg'), str):

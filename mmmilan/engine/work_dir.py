@@ -17,9 +17,9 @@ from mmengine.dist import broadcast_object_list, master_only
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmmilan.checkpoints.archives import read_meta
 from mmmilan.checkpoints.config import WRITTEN, config_text
 from mmmilan.checkpoints.io import checkpoints_in, find_newest
-from mmmilan.checkpoints.unpickling import read_meta
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError, count, warn

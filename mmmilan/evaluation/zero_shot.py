@@ -64,18 +64,14 @@ class ZeroShotLoop(TestLoop):
             names = dataset.metainfo.get('classes') or ()
         return name_classes(class_names(dataset), names, 'test_cfg.class_names')
 
+    @torch.no_grad()
     def run(self) -> dict:
         """Encode the prompts, then test."""
         self.runner.model.eval()
-        self.classifier, self.scale = self.encode_classes()
-        return super().run()
-
-    @torch.no_grad()
-    def encode_classes(self) -> tuple[Tensor, float]:
-        """Embeddings [C, E] of length 1 of the classes, and the scale of their cosines with images."""
         model = unwrap(self.runner.model)
         tower = model.text_tower().to(next(model.parameters()).device)
-        return embed_classes(tower, self.class_names, self.prompts), tower.scale
+        self.classifier, self.scale = embed_classes(tower, self.class_names, self.prompts), tower.scale
+        return super().run()
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict) -> None:
