@@ -39,7 +39,7 @@ BUILDERS = dict(
     set_randomness='self',
     from_cfg='cfg',
 )
-STEPS = ('train_step', 'val_step', 'test_step')  # of MMEngine's models
+STEPS = ('train_step', 'val_step', 'test_step', 'measure')  # of MMEngine's models, and of OnlineEvaluationHook
 
 
 def build_errors() -> AbstractContextManager:

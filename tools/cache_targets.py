@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmmilan.building import change_config
-from mmmilan.checkpoints.config import read_config_file
+from mmmilan.checkpoints.config import place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.engine.config_check import check_is_not_read
@@ -125,6 +125,7 @@ def main() -> None:
     use_safe_loading()
     cfg = read_config_file(args.config)
     change_config(cfg, args.cfg_options or {})
+    place_data_preprocessor(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     if not (cfg.model.get('head') or {}).get('teacher'):
         raise InputError(f'{args.config} has no model.head.teacher; take a config with one.')

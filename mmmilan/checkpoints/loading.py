@@ -235,7 +235,7 @@ def exact_initialisation(module: BaseModule) -> Iterator[None]:
     """
     init_cfg = module.init_cfg
     every = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-    pretrained = [cfg for cfg in every if is_pretrained(cfg['type'])]
+    pretrained = [cfg for cfg in every if is_pretrained(cfg.get('type', 'Pretrained'))]
     module.init_cfg = [cfg for cfg in every if cfg not in pretrained]
     yield
     module.init_cfg = init_cfg

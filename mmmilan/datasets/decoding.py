@@ -97,7 +97,7 @@ def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
 
     Raises:
         CorruptImageError: the path is not a regular file of at most ``MAX_BYTES``, or the file cannot be read.
-        InputError: there is no such file.
+        InputError: there is no such file, or nothing that reads its address.
     """
     try:
         if not backend_args and '://' not in str(path):
@@ -109,6 +109,11 @@ def read_bytes(path: str, backend_args: dict | None = None) -> bytes:
         content = get(path, backend_args)
     except FileNotFoundError:
         content = None
+    except (ImportError, KeyError) as error:  # a scheme that MMEngine does not know, or whose package is missing
+        raise InputError(
+            f'{path} cannot be read by MMEngine ({type(error).__name__}: {first_line(error)}); give a file, an http '
+            'address, or the backend_args of what holds it.'
+        ) from error
     except (OSError, MemoryError) as error:
         raise CorruptImageError(f'{path} cannot be read ({first_line(error)}); replace or remove it.') from error
     if content is None:  # MMEngine's LMDB backend returns None for a missing key

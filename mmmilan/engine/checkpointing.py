@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def __init__(self, *args, asynchronous: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if not re.fullmatch(r'(epoch|iter)_\{[^{}]*\}\.pth', self.filename_tmpl):
+            raise InputError(
+                f'filename_tmpl={self.filename_tmpl!r} names checkpoints that no run would find to resume from; leave '
+                'it out.'
+            )
         self.executor = ThreadPoolExecutor(max_workers=1) if asynchronous else None
         self.pending: Future | None = None
 

@@ -24,7 +24,10 @@ def check_parts(backbone: nn.Module, masking: Masking, neck: nn.Module, head: nn
         InputError: naming the first option that does not fit, and its right value.
     """
     grid, patch_size = tuple(backbone.patch_resolution), backbone.patch_size
+    several = len(backbone.out_indices) > 1  # whose outputs are taken before the norms
     rows = [
+        ('backbone.final_norm', backbone.final_norm or several, True),
+        ('backbone.pre_norm', not isinstance(backbone.pre_norm, nn.Identity), False),  # not of visible patches alone
         ('neck.embed_dim', neck.embed_dim, backbone.embed_dims),
         ('the number of backbone.out_indices', len(backbone.out_indices), getattr(neck, 'num_layers', 1)),
         ('neck.num_patches', as_num_patches(getattr(neck, 'grid', grid)), as_num_patches(grid)),

@@ -155,7 +155,7 @@ def check_text_options(
     return list(texts), float(temperature), bool(with_attention)
 
 
-def class_attention(tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_heads: int) -> Tensor:
+def class_attention(tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int) -> Tensor:
     """Attention of the class token to each patch, averaged over heads (paper, eq. 3).
 
     Only the class token's row is formed: its query is carried through the key projection, q·(W_k y) =
@@ -164,7 +164,7 @@ def class_attention(tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_he
     Args:
         tokens: Normed input [B, 1 + N, D] of a self-attention layer, class token first.
         qkv_weight: Packed projection [3D, D].
-        qkv_bias: Packed bias [3D].
+        qkv_bias: Packed bias [3D], or None.
         num_heads: Number of heads.
 
     Returns:
@@ -172,7 +172,8 @@ def class_attention(tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, num_he
     """
     width = tokens.shape[-1]
     head_dim = width // num_heads
-    query = F.linear(tokens[:, 0], qkv_weight[:width], qkv_bias[:width]).unflatten(1, (num_heads, head_dim))
+    query_bias = None if qkv_bias is None else qkv_bias[:width]
+    query = F.linear(tokens[:, 0], qkv_weight[:width], query_bias).unflatten(1, (num_heads, head_dim))
     key_weight = qkv_weight[width : 2 * width].unflatten(0, (num_heads, head_dim))
     query = torch.einsum('bhk,hkd->bhd', query, key_weight.to(query.dtype))
     scores = query @ tokens.to(query.dtype).transpose(1, 2)

@@ -444,3 +444,10 @@ def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, imag
     assert config.model.head.get('cls_token') == weight
     config.merge_from_dict(changes)
     assert re.search(words, about_recipe(config))
+
+
+def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quick, no_report, tmp_path):
+    """BatchNorm takes no tokens [B, N, D]."""
+    option = {'model.backbone.norm_cfg': dict(type='BN')}
+    with pytest.raises(InputError, match='with the given model.backbone.norm_cfg, but its first step fails'):
+        mmmilan.pretrain(image_folder, tmp_path / 'run', **quick | option)

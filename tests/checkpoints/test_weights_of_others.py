@@ -26,7 +26,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def our_vit(checkpoint: object = (), kind: object = 'Pretrained') -> MILANViT:
-    init_cfg = None if checkpoint == () else dict(type=kind, checkpoint=checkpoint)
+    init_cfg = None if checkpoint == () else dict(checkpoint=checkpoint) | (dict(type=kind) if kind else {})
     vit = MILANViT(ARCH, img_size=32, patch_size=8, out_type='raw', init_cfg=init_cfg)
     vit.init_weights()
     vit.eval()
@@ -116,7 +116,9 @@ def test_one_of_several_by_name(name, tmp_path):
 
 
 @pytest.mark.parametrize('safe', [True, False])
-@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', 'mmdet.Pretrained', PretrainedInit], ids=str)
+@pytest.mark.parametrize(
+    'kind', ['Pretrained', None, 'mmengine.Pretrained', 'mmdet.Pretrained', PretrainedInit], ids=str
+)
 def test_names_of_pretrained(kind, safe, tmp_path, request):
     """By a name with a scope MMEngine loaded nothing of this file, or initialised FFNs and positions after that."""
     if safe:

@@ -80,6 +80,12 @@ def test_turned_avif():
     assert decode(save('AVIF', exif=exif(6)), 'photo').shape == (66, 54, 3)
 
 
+@pytest.mark.parametrize('path', ['file:///photos/a.png', 'gs://bucket/a.png', 's3://bucket/a.png'])
+def test_addresses_that_nothing_reads(path):
+    with pytest.raises(InputError, match=f'{path} cannot be read by MMEngine .*; give a file, an http address, or the'):
+        LoadImage()(dict(img_path=path))
+
+
 def test_the_first_frame_of_a_film():
     frames = [Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (10, 200)]
     file = io.BytesIO()

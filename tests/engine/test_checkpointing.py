@@ -31,6 +31,14 @@ def test_training(tiny_config, run_tool, tmp_path):
     assert (tmp_path / 'work/last_checkpoint').read_text().endswith('epoch_2.pth')
 
 
+@pytest.mark.parametrize('name', ['vit_{}.pth', 'epoch_{}.pt', 'epoch_1.pth'])
+def test_names_that_no_run_finds(name):
+    """With them --resume began anew, and a run of mmmilan.pretrain had no checkpoint to make its model of."""
+    assert CheckpointHook(filename_tmpl='epoch_{:03d}.pth').filename_tmpl == 'epoch_{:03d}.pth'
+    with pytest.raises(InputError, match=f'filename_tmpl={name!r} names checkpoints that no run would find'):
+        CheckpointHook(filename_tmpl=name)
+
+
 def test_a_copy(tmp_path):
     """Changes after saving do not reach the file, although it is written later."""
     hook, free = CheckpointHook(asynchronous=True), threading.Event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from helpers import build_error
 
 
@@ -22,6 +24,13 @@ def test_widths_that_do_not_fit(milan_cfg):
     assert build_error(milan_cfg) == (
         'neck.predict_feature_dim is 512, but the other parts of the model need 24; set it to that.'
     )
+
+
+@pytest.mark.parametrize(('option', 'value'), [('final_norm', False), ('pre_norm', True)])
+def test_norms_that_do_not_fit(milan_cfg, option, value):
+    """Without its last norm the masked forward has no output; a norm before the blocks it does not have."""
+    milan_cfg['backbone'][option] = value
+    assert build_error(milan_cfg).startswith(f'backbone.{option} is {value}, but the other parts of the model need')
 
 
 def test_numbers_of_patches_that_do_not_fit(milan_cfg):
