@@ -83,6 +83,9 @@ def read_objects(
     notes += dict.fromkeys(note for part in (*train_parts, *val_parts) for note in part.notes)
     contents = dict(train=[each.read() for each in train_parts], val=[each.read() for each in val_parts])
     where = dict(train=' and '.join(p.where for p in train_parts), val=' and '.join(p.where for p in val_parts))
+    if val_parts is roles['test'] and not any(each['annotations'] for each in contents['val']):
+        contents['val'] = []  # often kept back, as in competitions
+        notes.append(f'Not used, as it has no objects: {where["val"]}.')
     classes = choose_classes(contents, where, given, ignored, notes)
     called = dict(train='test' if evaluate else 'train', val='val')
     splits = {name: clean(each, classes, called[name], where[name], notes) for name, each in contents.items() if each}

@@ -104,7 +104,7 @@ def yolo_parts(files: list[Path], root: Path, given: Names | None) -> list[Part]
         Part(
             role,
             f'{role} of {path}',
-            partial(read_yolo, list(dict.fromkeys(images)), names, str(path), keypoints),
+            partial(read_yolo, list(dict.fromkeys(images)), names, str(path), role, keypoints),
             notes,
         )
         for role, images in splits.items()
@@ -137,7 +137,7 @@ def yolo_folders(root: Path, given: Names | None) -> list[Part]:
     for file in list_images_of(root):
         splits[next(iter(roles_of(os.path.dirname(file))), '')].append(str(root / file))
     return [
-        Part(role, f'{role} of {root}' if role else str(root), partial(read_yolo, images, names, found.where))
+        Part(role, f'{role} of {root}' if role else str(root), partial(read_yolo, images, names, found.where, role))
         for role, images in splits.items()
     ]
 
@@ -214,13 +214,14 @@ def label_paths(image: str) -> list[str]:
     return [place + ending for place in places for ending in ('.txt', '.TXT')]
 
 
-def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 0) -> dict[str, Any]:
+def read_yolo(images: list[str], names: list[str], where: str, role: str, keypoints: int = 0) -> dict[str, Any]:
     """The objects of images, from their text files.
 
     Args:
         images: Paths of the images.
         names: Names of the classes.
         where: What has these names, for messages.
+        role: The split; a test may have no text file.
         keypoints: How many numbers stand behind a box, which are left out.
     """
     rows: dict[str, list[list[float]]] = {}  # of each image that has a text file
@@ -232,7 +233,7 @@ def read_yolo(images: list[str], names: list[str], where: str, keypoints: int = 
                 raise InputError(f'{text} belongs to {texts[text]} and to {image}; give the images different names.')
             texts[text] = image
             rows[image] = yolo_rows(text, names, where, keypoints)
-    if not texts:
+    if not texts and role != 'test':
         raise InputError(
             f'Of {count(len(images), "image")} of {where} none has a text file, as {label_paths(images[0])[0]}; put '
             'the folder labels beside images.'

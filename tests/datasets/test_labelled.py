@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tarfile
@@ -461,8 +462,9 @@ def test_images_of_both_splits_in_a_folder_of_one(tmp_path):
     assert [Path(path).name for path in image_paths(labelled.val)] == ['3.png', '4.png'] and not labelled.notes
 
 
-@pytest.mark.parametrize('task', ['detection', 'segmentation'])
-@pytest.mark.parametrize('empty', ['train', 'val', 'test'])
+@pytest.mark.parametrize(
+    'task, empty', [*itertools.product(['detection', 'segmentation'], ['train', 'val']), ('segmentation', 'test')]
+)
 def test_a_split_without_a_label(tmp_path, task, empty):
     """Nothing can be learnt from it or measured on it; one beside a val is not used."""
     for split in ('train', 'val', 'test'):
@@ -474,8 +476,7 @@ def test_a_split_without_a_label(tmp_path, task, empty):
             maps(tmp_path, f'images/{split}', f'masks/{split}', dict.fromkeys('ab', rows))
     if empty == 'test':
         assert len(image_paths(read_labelled(tmp_path, task).val)) == 2
-        shutil.rmtree(tmp_path / ('val' if task == 'detection' else 'masks/val'))
-        (tmp_path / 'val.json').unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / 'masks/val')
         empty = 'val'
     refused(tmp_path, f'has 2 images of {empty} without a label of .*; label some, or remove them', task=task)
 
@@ -506,6 +507,24 @@ def yolo(root: Path, rows: dict[str, str], content: str | None, size: tuple[int,
     if content:
         (root / 'data.yaml').write_text(content, errors='surrogateescape')
     return root
+
+
+@pytest.mark.parametrize('text', [None, ''])
+def test_a_test_without_objects(tmp_path, text):
+    """It is often kept back: a part of train takes its place, unless a model is to be tested on it."""
+    splits = {
+        f'images/{split}/{i}.png': '0 0.5 0.5 0.5 0.5' if split == 'train' else text
+        for split in ('train', 'test')
+        for i in range(10)
+    }
+    yolo(tmp_path / 'yolo', splits, 'train: images/train\ntest: images/test\nnames: [cat]')
+    for split, objects in (('train', [CAT]), ('test', [])):
+        coco(tmp_path / 'coco', f'{split}.json', split, {f'{i}.png': objects for i in range(10)}, {90: 'cat'})
+    for root in (tmp_path / 'yolo', tmp_path / 'coco'):
+        labelled = read_labelled(root)
+        assert [len(image_paths(each)) for each in (labelled.train, labelled.val)] == [8, 2]
+        assert any(note.startswith('Not used, as it has no objects: ') for note in labelled.notes)
+        refused(root, 'has 10 images of test without a label of cat', evaluate=True)
 
 
 @pytest.mark.parametrize(
