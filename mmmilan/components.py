@@ -24,6 +24,12 @@ EXACT = ('mmmilan.', 'torch.', 'mmengine.runner.')
 WRONG = ('loss_scale',)  # of MMEngine's AmpOptimWrapper: str, and takes numbers too
 
 
+def type_name(part: Mapping[str, Any]) -> str:
+    """The name of the type of a part of a config, without its scope or module."""
+    kind = part.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
 def lookup(registry: Registry, kind: str) -> Callable | None:
     """The registered class of a name; never imports a name that is not registered."""
     scope, _, name = kind.rpartition('.')

@@ -18,7 +18,7 @@ from mmengine.registry import Registry
 from mmengine.runner.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 
 from mmmilan.building import LOADERS, dotted, remedy, values_of
-from mmmilan.components import lookup, names_like
+from mmmilan.components import lookup, names_like, type_name
 from mmmilan.errors import InputError, shown
 from mmmilan.files import first_line
 
@@ -121,19 +121,11 @@ def name_of(part: Any, config: Mapping[str, Any], within: str = '') -> str | Non
     """The dotted name of the dict of a config that is most like a part, which may have lost or gained keys."""
     best, name = 0, None
     for key, value in values_of(config) if isinstance(part, Mapping) else ():
-        if (
-            key.startswith(within)
-            and isinstance(value, Mapping)
-            and _last(value.get('type')) == _last(part.get('type'))
-        ):
+        if key.startswith(within) and isinstance(value, Mapping) and type_name(value) == type_name(part):
             alike = sum(each in value and value[each] == part[each] for each in part)
             if alike > best or (name is None and 'type' in part):
                 best, name = alike, key
     return name
-
-
-def _last(kind: Any) -> Any:
-    return kind.rpartition('.')[2] if isinstance(kind, str) else kind
 
 
 def describe(error: Exception, name: str, part: Any, registry: Registry | None = None) -> str:

@@ -120,9 +120,10 @@ class Inferencer:
 def test_steps(config: Config) -> list[dict]:
     """The steps that read an image in evaluation, by our own decoding, without those that load annotations."""
     from mmmilan.checkpoints.task_config import loads_annotations, test_dataset
+    from mmmilan.components import type_name
 
     steps = [copy.deepcopy(step) for step in test_dataset(config)['pipeline'] if not loads_annotations(step)]
-    if str(steps[0]['type']).rpartition('.')[2] == 'LoadImageFromFile':
+    if type_name(steps[0]) == 'LoadImageFromFile':
         steps[0] = dict(type='mmmilan.LoadImage', backend_args=steps[0].get('backend_args'))
     return steps
 

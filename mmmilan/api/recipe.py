@@ -19,6 +19,7 @@ from mmmilan.checkpoints.config import CALL, call_of, own_config, parse_config, 
 from mmmilan.checkpoints.foreign_config import check_foreign_config
 from mmmilan.checkpoints.io import find_newest
 from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_root
+from mmmilan.components import type_name
 from mmmilan.datasets.image_folder import list_images
 from mmmilan.datasets.splits import class_folders, describe, evaluation_source, training_sources
 from mmmilan.engine.schedule import fit_batch_size, fit_schedule, own_schedule, use_schedule, width_of
@@ -254,7 +255,7 @@ def set_image_size(config: Config, img_size: tuple[int, int] | int) -> None:
 
 def part(parts: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     """The first of the hooks, or steps of a pipeline, of this type; None if there is none."""
-    return next((each for each in parts if each['type'].rpartition('.')[2] == kind), None)
+    return next((each for each in parts if type_name(each) == kind), None)
 
 
 def evaluation_images(
@@ -388,7 +389,7 @@ def about_recipe(config: Config) -> str:
     """A sentence or two on what a run trains with, and by which recipe and why if ``mmmilan.pretrain`` chose it."""
     masking, neck, head = (config.model.get(part) or {} for part in ('masking', 'neck', 'head'))
     weight = float(head.get('cls_token', head.get('type', '').endswith('CLIPTarget')))
-    kind = masking.type.rpartition('.')[2]
+    kind = type_name(masking)
     what = {'RandomMasking': 'random masks', 'SemanticAwareMasking': 'semantic-aware masks'}.get(kind, kind)
     what += f' of {masking.mask_ratio:.0%} of the patches' if 'mask_ratio' in masking else ''
     what += f'; a decoder of {count(neck.decoder_depth, "block")}' if 'decoder_depth' in neck else ''

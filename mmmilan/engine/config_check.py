@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from mmmilan.building import values_of
+from mmmilan.components import type_name
 from mmmilan.datasets.annotations import check_label_maps, has_masks
 from mmmilan.datasets.classes import class_names, datasets_in, locate, read_class_names, use_classes
 from mmmilan.datasets.listing import IMAGES, walk
@@ -84,7 +85,7 @@ def check_loops(cfg: Config, task: str) -> None:
     hooks = [default.get('checkpoint'), *(cfg.get('custom_hooks') or [])]
     hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
     asking = ['save_best of the checkpoint hook'] * any(hook.get('save_best') for hook in hooks)
-    asking += ['EarlyStoppingHook'] * any(str(hook.get('type')).endswith('EarlyStoppingHook') for hook in hooks)
+    asking += ['EarlyStoppingHook'] * any(type_name(hook).endswith('EarlyStoppingHook') for hook in hooks)
     if task != 'train' or not asking:
         return
     loop = cfg.train_cfg
@@ -156,7 +157,7 @@ def check_packages(cfg: Config) -> None:
     """Raise an :class:`InputError` if a backend of the visualizer logs to a package that is not installed."""
     for name in ('visualizer', 'vis_backends'):
         for option, part in _parts(cfg.get(name), name):
-            kind = getattr(part.get('type'), '__name__', str(part.get('type'))).rpartition('.')[2]
+            kind = type_name(part)
             if kind in PACKAGES and find_spec(PACKAGES[kind]) is None:
                 package = PACKAGES[kind]
                 raise InputError(
@@ -286,7 +287,7 @@ def prepare(dataset: Any) -> None:
     Data sets that are joined may differ in their classes, which are matched by name later.
     """
     for _, part in _parts(dataset, 'dataset'):
-        if str(part.get('type')).rpartition('.')[2] == 'ConcatDataset':
+        if type_name(part) == 'ConcatDataset':
             ignored = part.get('ignore_keys') or []
             part['ignore_keys'] = list({*([ignored] if isinstance(ignored, str) else ignored), 'classes'})
         if part.get('type') in ('CocoDataset', 'mmdet.CocoDataset'):  # numbers classes in the order of the file

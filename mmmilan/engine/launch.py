@@ -27,6 +27,7 @@ from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.task_config import loads_annotations
 from mmmilan.checkpoints.zoo import find_config
+from mmmilan.components import type_name
 from mmmilan.engine.config_check import (
     check_batches,
     check_data,
@@ -168,7 +169,7 @@ def test(
     if out is not None:
         check_output(out, [config, checkpoint or config], endings=('.pkl', '.pickle'), overwrite=overwrite)
     cfg = read_config(config, work_dir, launcher, local_rank, changes)
-    if str((cfg.get('test_cfg') or {}).get('type')).rpartition('.')[2] == 'KNNLoop':
+    if type_name(cfg.get('test_cfg') or {}) == 'KNNLoop':
         keep_encoder(cfg)  # it needs no teacher, which may not be here
     cfg.load_from = os.fspath(checkpoint or config)
     cfg.resume = False
@@ -400,7 +401,7 @@ def check_launcher(launcher: str) -> None:
 def add_hooks(cfg: Config) -> None:
     """Add the hooks that every run has to a config that does not name them."""
     hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
-    named = {str(hook.get('type')).rpartition('.')[2] for hook in hooks if isinstance(hook, dict)}
+    named = {type_name(hook) for hook in hooks if isinstance(hook, dict)}
     missing = [dict(type=f'mmmilan.{name}') for name in EVERY_RUN if name not in named]
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *missing]
 

@@ -152,13 +152,14 @@ def describe(model: nn.Module, task: str) -> tuple[dict[str, Any], Preprocessing
         InputError: the model takes images of any size, or the names of its classes are not as many as the classes.
     """
     from mmmilan.checkpoints.task_config import test_dataset
+    from mmmilan.components import type_name
     from mmmilan.evaluation.predictions import all_names
     from mmmilan.export.preprocessing import normalisation, read_preprocessing
 
     preparation, steps = None, test_dataset(model._config)['pipeline']
     mean, std = normalisation(model)
     values = dict(colours='RGB', range=[0, 1], mean=mean, std=std, normalised='in the model')
-    resize = next((step for step in steps if step['type'].rpartition('.')[2] == 'Resize'), {})
+    resize = next((step for step in steps if type_name(step) == 'Resize'), {})
     if task == 'segmentation' and resize.get('keep_ratio'):
         long, short = max(resize['scale']), min(resize['scale'])
         library, interpolation = resize.get('backend') or 'cv2', resize.get('interpolation', 'bilinear')

@@ -12,6 +12,7 @@ from mmpretrain.registry import TRANSFORMS
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.task_config import test_dataset
+from mmmilan.components import type_name
 from mmmilan.errors import InputError
 from mmmilan.export.preprocessing import READING, Preprocessing
 
@@ -42,7 +43,7 @@ def prepare(model: nn.Module, photo: np.ndarray) -> Tensor:
     results = dict(img=photo[..., ::-1].copy(), img_shape=photo.shape[:2])
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         for step in test_dataset(model._config)['pipeline']:
-            if step['type'].rpartition('.')[2] not in READING:
+            if type_name(step) not in READING:
                 results = TRANSFORMS.build(step)(results)
     image = np.ascontiguousarray(results['img'][..., ::-1].transpose(2, 0, 1))
     return torch.from_numpy(image)[None].float() / 255

@@ -12,6 +12,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmmilan.checkpoints.task_config import test_dataset
+from mmmilan.components import type_name
 from mmmilan.errors import InputError
 
 # Pillow's numbers. Only OpenCV has 'area'; the antialiased bilinear filter of the others averages pixels too.
@@ -129,7 +130,7 @@ def read_preprocessing(config: Config, model: nn.Module) -> Preprocessing:
             'The model takes BGR images (data_preprocessor.to_rgb=False), and other libraries give it RGB; publish one '
             'that takes RGB.'
         )
-    steps = {step['type'].rpartition('.')[2]: step for step in test_dataset(config)['pipeline']}
+    steps = {type_name(step): step for step in test_dataset(config)['pipeline']}
     resizing = {name: step for name, step in steps.items() if name not in READING}
     resize: int | None = None
     step = resizing.get('ResizeEdge') or resizing.get('Resize') or {}

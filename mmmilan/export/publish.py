@@ -17,6 +17,7 @@ from mmmilan.checkpoints.download import file_sha256
 from mmmilan.checkpoints.io import save_checkpoint_file
 from mmmilan.checkpoints.layouts import NORM_EPS, Layout, convert, detect_layout, to_open_clip
 from mmmilan.checkpoints.zoo import zoo_models
+from mmmilan.components import type_name
 from mmmilan.evaluation.predictions import all_names
 from mmmilan.export.preprocessing import Preprocessing, read_preprocessing
 from mmmilan.files import check_output_folder, write_text
@@ -206,11 +207,11 @@ class Facts:
 def pretraining_method(config: Config) -> str | None:
     """The method of a pretraining config, or of the zoo's model that a downstream config starts from; None: unknown."""
     model = config.model
-    kind = model.type.rpartition('.')[2]
+    kind = type_name(model)
     if kind == 'MaskCLIP':
         return 'MaskCLIP'
     if kind in ('MILAN', 'CachedMILAN'):
-        parts = [model[part].type.rpartition('.')[2] for part in ('masking', 'neck', 'head')]
+        parts = [type_name(model[part]) for part in ('masking', 'neck', 'head')]
         return 'MAE' if parts == ['RandomMasking', 'MAEDecoder', 'PixelTarget'] else 'MILAN'
     start = (model.backbone.get('init_cfg') or {}).get('checkpoint')
     return zoo_models()[start].collection if start in zoo_models() else None

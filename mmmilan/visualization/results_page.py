@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from mmmilan.arguments import typed
 from mmmilan.building import in_scope
 from mmmilan.checkpoints.config import call_of, own_config
+from mmmilan.components import type_name
 from mmmilan.datasets.classes import class_names
 from mmmilan.datasets.decoding import LoadImage
 from mmmilan.datasets.image_folder import is_replaced
@@ -194,9 +195,9 @@ def introduction(config: Config, found: Validation) -> str:
     backbone, start = config.model.backbone, (config.model.backbone.get('init_cfg') or {}).get('checkpoint')
     arch = backbone.get('arch')
     size = arch if isinstance(arch, str) else f'{arch.embed_dims} dimensions and {arch.num_layers} layers'
-    trained, kind = trained_on(config), config.model.type.rpartition('.')[2]
+    trained, kind = trained_on(config), type_name(config.model)
     if kind == 'EncoderDecoder':  # which says nothing
-        kind = config.model.decode_head.type.rpartition('.')[2]
+        kind = type_name(config.model.decode_head)
     elif kind == 'MaskRCNN' and not found.has_masks:
         kind = 'FasterRCNN'
     kind = KINDS.get(kind, kind)
