@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mmmilan.api.recipe import named_arch
+from mmmilan.api.recipe import config_of, named_arch, normalisation_of
 from mmmilan.building import arch_sizes
-from mmmilan.checkpoints.config import NoConfig, own_config, read_config_file
 from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
 from mmmilan.checkpoints.loading import as_mmmilan
 from mmmilan.checkpoints.positions import grid_of
-from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models
-from mmmilan.errors import InputError, count, warn
+from mmmilan.checkpoints.zoo import resolve_checkpoint
+from mmmilan.errors import InputError, count
 from mmmilan.teachers.base import pair
 
 
@@ -75,7 +73,8 @@ def encoder_in(start: str) -> Encoder:
         InputError: there is no such checkpoint, or it holds no plain ViT.
     """
     path = resolve_checkpoint(start)
-    weights = as_mmmilan(get_state_dict(load_checkpoint_file(path), start), start)
+    content = load_checkpoint_file(path)
+    weights = as_mmmilan(get_state_dict(content, start), start)
     weights = {key.removeprefix('module.').removeprefix('backbone.'): value for key, value in weights.items()}
     if 'pre_norm.weight' in weights:
         raise InputError(
@@ -87,7 +86,7 @@ def encoder_in(start: str) -> Encoder:
         raise InputError(f'{start} holds no ViT; give the checkpoint of an encoder.')
     patches, positions, widening = (weights[name] for name in names)
     width, blocks = len(patches), len({key.split('.')[1] for key in weights if key.startswith('layers.')})
-    config = config_of(start, path)
+    config = config_of(start, path, content)
     backbone = config.get('model', {}).get('backbone', {})
     arch = dict(embed_dims=width, num_layers=blocks, num_heads=max(1, width // 64), feedforward_channels=len(widening))
     own = backbone.get('arch')
@@ -95,16 +94,6 @@ def encoder_in(start: str) -> Encoder:
         arch['num_heads'] = own['num_heads']
     side = stored_size(positions, patches.shape[-1], backbone.get('img_size'))
     return Encoder(arch, patches.shape[-1], side, normalisation_of(config, start))
-
-
-def config_of(start: str, path: Path) -> dict[str, Any]:
-    """The config of a checkpoint; {} if it has none."""
-    try:
-        if path.is_file():
-            return own_config(path).to_dict()
-    except NoConfig:
-        pass
-    return read_config_file(zoo_models()[start].config).to_dict() if start in zoo_models() else {}
 
 
 def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[int, int]:
@@ -119,15 +108,3 @@ def stored_size(positions: Tensor, patch_size: int, said: Any) -> int | tuple[in
     if positions.shape[1] - side * side not in (0, 1):
         return 224
     return side * patch_size
-
-
-def normalisation_of(config: Mapping[str, Any], start: str) -> dict[str, Any]:
-    """Mean and standard deviation of an encoder's images, if its config has them; the log says if they may be BGR."""
-    preprocessor = (config.get('model') or {}).get('data_preprocessor') or {}
-    found = {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
-    if found and not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
-        warn(
-            f'The data_preprocessor of {start} has no to_rgb: if it was trained on BGR images, fine-tune it by a '
-            'config of your own, as here it sees RGB ones.'
-        )
-    return found

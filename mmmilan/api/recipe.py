@@ -15,15 +15,23 @@ from mmengine.logging import print_log
 
 from mmmilan.arguments import typed
 from mmmilan.building import arch_sizes, change_config, dotted
-from mmmilan.checkpoints.config import CALL, call_of, own_config, parse_config, read_config_file
+from mmmilan.checkpoints.config import (
+    CALL,
+    NoConfig,
+    call_of,
+    config_within,
+    own_config,
+    parse_config,
+    read_config_file,
+)
 from mmmilan.checkpoints.foreign_config import check_foreign_config
-from mmmilan.checkpoints.io import find_newest
-from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_root
+from mmmilan.checkpoints.io import find_newest, load_checkpoint_file
+from mmmilan.checkpoints.zoo import resolve_checkpoint, zoo_models, zoo_root
 from mmmilan.components import type_name
 from mmmilan.datasets.image_folder import list_images
 from mmmilan.datasets.splits import class_folders, describe, evaluation_source, training_sources
 from mmmilan.engine.schedule import fit_batch_size, fit_schedule, own_schedule, use_schedule, width_of
-from mmmilan.errors import InputError, count
+from mmmilan.errors import InputError, count, warn
 from mmmilan.files import read_text
 from mmmilan.models.fitting import as_num_patches
 from mmmilan.teachers import build_teacher, teacher_config
@@ -285,14 +293,44 @@ def default_batch_size(num_images: int, largest: Mapping[str, int] = BATCH_SIZE)
 
 
 def set_start(config: Config, start: str | None) -> None:
-    """Set the initial weights of the encoder; they are found or downloaded at once.
+    """Set the initial weights of the encoder, found or downloaded at once, and the normalisation of its images.
 
     Raises:
         InputError: there are no such weights.
     """
     if start is not None:
-        resolve_checkpoint(start)
+        path = resolve_checkpoint(start)
+        normalisation = normalisation_of(config_of(start, path, load_checkpoint_file(path)), start)
+        config.model.data_preprocessor.update(normalisation)
         config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=absolute(start))
+
+
+def config_of(start: str, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint, of which nothing is built; {} if it has none.
+
+    Args:
+        start: What the user calls the checkpoint.
+        path: Its file.
+        content: What is in it.
+    """
+    try:
+        if path.is_file():
+            return config_within(path, content)[0].to_dict()
+    except NoConfig:
+        pass
+    return read_config_file(zoo_models()[start].config).to_dict() if start in zoo_models() else {}
+
+
+def normalisation_of(config: Mapping[str, Any], start: str) -> dict[str, Any]:
+    """Mean and standard deviation of an encoder's images, if its config has them; the log says if they may be BGR."""
+    preprocessor = (config.get('model') or {}).get('data_preprocessor') or {}
+    found = {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
+    if found and not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
+        warn(
+            f'The data_preprocessor of {start} has no to_rgb: if it was trained on BGR images, fine-tune it by a '
+            'config of your own, as here it sees RGB ones.'
+        )
+    return found
 
 
 def check_size(img_size: tuple[int, int] | int, patch_size: int) -> None:

@@ -53,6 +53,22 @@ def own_config(checkpoint: str | os.PathLike, with_data: bool = False) -> Config
     """
     path = Path(checkpoint)
     content = load_checkpoint_file(path)
+    config, source = config_within(path, content)
+    for name in set(config) - {*arguments_of(Runner)[0], CALL} - TOP:
+        config.pop(name)
+    check_foreign_config(config.to_dict(), source, with_data)
+    mark_foreign(config, source, get_state_dict(content, str(path)))
+    return config
+
+
+def config_within(path: Path, content: Mapping[str, Any]) -> tuple[Config, str]:
+    """The config in a checkpoint, or beside it, to read values from, and its name in messages.
+
+    Only what :func:`own_config` gives may be built. This one may name types that are not known here.
+
+    Raises:
+        NoConfig: see :func:`own_config`.
+    """
     meta = content.get('meta')
     text, source = meta.get('cfg') if isinstance(meta, dict) else None, f'the config in {path}'
     if not isinstance(text, str):
@@ -66,11 +82,7 @@ def own_config(checkpoint: str | os.PathLike, with_data: bool = False) -> Config
     config = parse_config(text, source)
     if not isinstance(config.get('model'), dict):
         raise NoConfig(f'There is no model in {source}; give a config file as well.')
-    for name in set(config) - {*arguments_of(Runner)[0], CALL} - TOP:
-        config.pop(name)
-    check_foreign_config(config.to_dict(), source, with_data)
-    mark_foreign(config, source, get_state_dict(content, str(path)))
-    return config
+    return config, source
 
 
 def call_of(config: Config) -> dict[str, Any]:

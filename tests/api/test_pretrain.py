@@ -22,6 +22,7 @@ from PIL import Image
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
+from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
 from mmmilan.api.recipe import about_recipe, new_config, refuse_changes
 from mmmilan.checkpoints.config import own_config
@@ -451,3 +452,16 @@ def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quic
     option = {'model.backbone.norm_cfg': dict(type='BN')}
     with pytest.raises(InputError, match='with the given model.backbone.norm_cfg, but its first step fails'):
         mmmilan.pretrain(image_folder, tmp_path / 'run', **quick | option)
+
+
+def test_a_start_brings_the_normalisation_of_its_images(image_folder, quick, tmp_path):
+    """Also one whose config names types of others: nothing is built from it."""
+    vit = VisionTransformer(quick['arch'], img_size=64, patch_size=16)
+    model = dict(type='my.Model', data_preprocessor=dict(mean=[127.5] * 3, std=[63.75] * 3, to_rgb=True))
+    meta = dict(cfg=Config(dict(model=model, custom_hooks=[dict(type='MyHook')])).pretty_text)
+    torch.save(dict(state_dict=vit.state_dict(), meta=meta), tmp_path / 'start.pth')
+    options = {name: quick[name] for name in ('arch', 'teacher', 'img_size', 'batch_size')}
+    for start, mean in ((None, 123.675), (str(tmp_path / 'start.pth'), 127.5)):
+        config = new_config([image_folder], start=start, **options)
+        assert config.model.data_preprocessor.mean[0] == mean
+    assert encoder_in(str(tmp_path / 'start.pth')).normalisation['std'] == [63.75] * 3  # of finetune
