@@ -250,16 +250,22 @@ def typed(command: str, words: Iterable[Any], options: Mapping[str, Any], change
     """
     from mmmilan.building import dotted, values_of
 
-    line = ['mmmilan', command, *map(as_word, words)]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-            line += [f'--{name.replace("_", "-")}', *map(as_word, values)]
+    line = ['mmmilan', command, *map(as_word, words), *as_options(options)]
     values = dict(values_of(changes))
     pairs = [(key, as_word(values[key])) for key in dotted(changes)]
     line += [word for key, value in pairs if '.' in key for word in (f'--{key}', value)]
     whole = [f'{key}={value}' for key, value in pairs if '.' not in key]
     return shlex.join([*line, *(['--cfg-options', *whole] if whole else [])])
+
+
+def as_options(options: Mapping[str, Any]) -> list[str]:
+    """Arguments by name as the words of a command line, without those that are None or False."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            words += [f'--{name.replace("_", "-")}', *map(as_word, values)]
+    return words
 
 
 def as_word(value: Any) -> str:

@@ -140,7 +140,7 @@ def run(config: Config, folder: Path, resume: bool, gpus: int | None) -> Path:
     else:
         write_text(folder / 'config.py', config_text(config))
         start_processes(
-            'train', [folder / 'config.py'], gpus, dict(work_dir=folder, resume='auto' if resume else ''), {}
+            'train', [folder / 'config.py'], gpus, dict(work_dir=folder, resume='auto' if resume else None), {}
         )
     weights, best = folder / 'model.pth', sorted(folder.glob('best_*.pth'))
     if best or not weights.exists():

@@ -20,7 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmmilan import arguments
-from mmmilan.arguments import checked
+from mmmilan.arguments import as_options, checked
 from mmmilan.building import change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
@@ -212,11 +212,7 @@ def start_processes(
     launch = [f'--{name}={value}' for name, value in where.items()]
     launch += [f'--nproc_per_node={per_machine}']
     launch += [f'--numa-binding={os.environ["NUMA"]}'] if os.environ.get('NUMA') else []
-    words = ['--module', 'mmmilan.cli', command, *map(os.fspath, words), '--launcher', 'pytorch']
-    for name, value in options.items():
-        if value:
-            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-            words += [f'--{name.replace("_", "-")}', *map(os.fspath, values)]
+    words = ['--module', 'mmmilan.cli', command, *map(os.fspath, words), '--launcher', 'pytorch', *as_options(options)]
     words += ['--cfg-options', *(f'{key}={value!r}' for key, value in changes.items())] if changes else []
     torchrun.main(launch + words)
 
