@@ -101,13 +101,13 @@ def lack_of_normalisation(cfg: Config, task: str) -> str:
     """What a data preprocessor lacks to normalise images, if no step of the pipeline does so; '' if nothing."""
     preprocessor, name = cfg.model.get('data_preprocessor'), 'model.data_preprocessor'
     loader = cfg.get(f'{task}_dataloader')
-    if any('Normalize' in str(part.get('type')) for _, part in _parts(loader, 'loader')):
+    if any('Normalize' in type_name(part) for _, part in _parts(loader, 'loader')):
         return ''
     if preprocessor is None:
         if 'data_preprocessor' in cfg.model:
             return f'{name} is None'
         return f'{name} is not set' if 'backbone' in cfg.model else ''  # of other models nobody knows what they do
-    kind = str(preprocessor.get('type', NORMALISING[0])).rpartition('.')[2]
+    kind = type_name(preprocessor) if 'type' in preprocessor else NORMALISING[0]
     return f'{name} has no mean' if kind in NORMALISING and preprocessor.get('mean') is None else ''
 
 
