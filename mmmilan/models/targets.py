@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,10 +95,15 @@ class CLIPTarget(Target):
         teacher: Config or name of a teacher.
         cls_token: Count the class token in the mean (published code); False leaves it to patches (paper), a number
             counts it as that many patches.
+
+    Raises:
+        InputError: that number is negative or not finite.
     """
 
     def __init__(self, teacher: dict | str | Teacher, cls_token: float = True, init_cfg: dict | None = None) -> None:
         super().__init__(teacher, init_cfg)
+        if not 0 <= cls_token < math.inf:
+            raise InputError(f'head.cls_token={cls_token} is no weight; give a number from 0 on.')
         self.cls_weight = float(cls_token)
         self.feature_dim = self.teacher.feature_dim
 

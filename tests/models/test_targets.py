@@ -87,6 +87,13 @@ def test_two_teachers_give_their_features_and_the_first_the_importance(milan_cfg
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize('weight', [-1, float('nan'), float('inf')])
+def test_a_weight_that_is_none(milan_cfg, weight):
+    milan_cfg['head']['cls_token'] = weight
+    with pytest.raises(InputError, match=f'head.cls_token={weight} is no weight; give a number from 0 on'):
+        build_model(milan_cfg)
+
+
 def test_class_token_counts_as_several_patches(milan_cfg):
     images = torch.randn(2, 3, 64, 64)
     milan_cfg['head']['cls_token'] = 3.0
