@@ -21,6 +21,7 @@ from mmmilan.evaluation.features import class_and_mean, evenly_spaced, extract, 
 from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import DATASETS, HOOKS
+from mmmilan.teachers import Teacher
 
 BATCH_SIZE = 64
 COMPARED_WITH_TEACHER = 64
@@ -33,7 +34,7 @@ class OnlineEvaluationHook(Hook):
 
     * ``eval/rankme``: effective rank of the class tokens (arXiv 2210.02885);
     * ``eval/cosine_class``, ``eval/cosine_patches``: cosine between the prediction from unmasked images and the
-      teacher's features, on 64 images;
+      teacher's features, on 64 images, where a teacher is at hand;
     * ``eval/knn``, ``eval/probe_10``: for labelled images, top-1 accuracy in percent of 20 nearest neighbours and of a
       linear probe on a tenth of the labels, by the class token. A fifth of the images is held out for testing;
     * ``eval/knn_mean``, ``eval/probe_10_mean``: the same by the mean of the patch tokens. The better of the two
@@ -99,7 +100,7 @@ class OnlineEvaluationHook(Hook):
         extract_from = partial(extract, self.dataset, model.data_preprocessor, **options)
         found = join(extract_from(partial(class_and_mean, model.backbone), indices=self.chosen))
         scores = {}
-        if model.has_joint_space:
+        if model.has_joint_space and isinstance(model.head.teacher, Teacher):  # a cached one knows no other images
             compared = self.chosen[:COMPARED_WITH_TEACHER]
             cosines = join(extract_from(partial(cosines_to_teacher, model), indices=compared))
             scores = {name: float(cosines[name].mean()) for name in ('cosine_class', 'cosine_patches')}

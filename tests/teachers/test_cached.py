@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from helpers import ROOT, relative_error
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.engine.compilation import compile_model
+from mmmilan.engine.online_evaluation import OnlineEvaluationHook, evaluating
 from mmmilan.errors import InputError
 from mmmilan.teachers.cached import TargetCache, checksum_of_names, encode, record_dtype
 
@@ -155,6 +157,18 @@ def test_no_teacher_is_needed(cached):
     assert not list(model.head.teacher.parameters())
     with pytest.raises(InputError, match='come without the targets of .*; set train_dataloader.dataset.type=mmmilan.C'):
         model.loss(torch.randn(1, 3, 64, 64))
+
+
+def test_evaluation_without_the_teacher(cached):
+    """Other images than those of the cache have no features to compare with."""
+    config, folder, _ = cached
+    cfg = cached_config(config, folder)
+    hook = OnlineEvaluationHook(cfg.test_dataloader.dataset)
+    hook.before_train(SimpleNamespace(iter=1))
+    with evaluating(MODELS.build(cfg.model)) as model:
+        assert list(hook.measure(model)) == ['rankme']
+    with evaluating(MODELS.build(Config.fromfile(config).model)) as model:
+        assert list(hook.measure(model)) == ['cosine_class', 'cosine_patches', 'rankme']
 
 
 # -- caches that do not fit
