@@ -151,7 +151,7 @@ class Images:
         name = name.replace('\\', '/')
         if os.path.isabs(name) and os.path.isfile(name):
             name = os.path.relpath(name, self.root)
-            return Sought([name], as_name(name).split('/')[:-1], inside)
+            return Sought([name], parent_folders(name), inside)
         parts = [part for part in as_name(name).split('/') if part not in ('', '.', '..')]
         return Sought(self.by_name.get(parts[-1], []) if parts else [], parts[:-1], inside)
 
@@ -168,28 +168,33 @@ class Images:
         Raises:
             InputError: several folders have an image.
         """
-        found = [each.found for each in sought]
-        tests = (
-            lambda file, folders, _: as_name(file).split('/')[:-1][-len(folders) :] == folders if folders else True,
-            lambda file, *_: not any(map(ANNOTATION_FOLDERS.fullmatch, file.split('/')[:-1])),  # label maps
-            lambda file, _, beside: file.startswith(beside),
-            lambda file, *_: roles_of(os.path.dirname(file))[:1] == [role],
-        )
-        by_folders, waiting = tests[0], range(len(sought))
-        for test in tests:
-            kept = {i: [file for file in found[i] if test(file, *sought[i][1:])] for i in waiting}
-            tells = any(own for i, own in kept.items() if test is not by_folders or sought[i].folders)
-            for i, own in kept.items():
-                found[i] = own if tells else own or found[i]
-            if test is by_folders:
-                waiting = [i for i in waiting if len(found[i]) > 1 or not sought[i].folders or not tells]
-        for own in found:
+        found = {i: each.found for i, each in enumerate(sought)}
+
+        def narrow(places: Sequence[int], test: Callable[[str, Sought], bool]) -> bool:
+            """Keep the files that pass a test, if one of these images has any; and whether that is so."""
+            kept = {i: [file for file in found[i] if test(file, sought[i])] for i in places}
+            if told := any(kept.values()):
+                found.update(kept)
+            return told
+
+        with_folders = [i for i, each in enumerate(sought) if each.folders]
+        told = narrow(with_folders, lambda file, each: parent_folders(file)[-len(each.folders) :] == each.folders)
+        others = [i for i, each in enumerate(sought) if len(found[i]) > 1 or not (told and each.folders)]
+        narrow(others, lambda file, _: not any(map(ANNOTATION_FOLDERS.fullmatch, parent_folders(file))))
+        narrow(others, lambda file, each: file.startswith(each.beside))
+        narrow(others, lambda file, _: roles_of(os.path.dirname(file))[:1] == [role])
+        for own in found.values():
             if len(own) > 1:
                 raise InputError(
                     f'{self.root} has the image {os.path.basename(own[0])} in {len(own)} places ({listed(own)}); give '
                     'the images different names, or write their folders into the annotations.'
                 )
-        return [str(self.root / own[0]) if own else None for own in found]
+        return [str(self.root / own[0]) if own else None for own in found.values()]
+
+
+def parent_folders(file: str) -> list[str]:
+    """The folders in the path of a file, as names are compared."""
+    return as_name(file).split('/')[:-1]
 
 
 def missing(name: str, path: Path) -> str:

@@ -14,8 +14,8 @@ from mmengine.runner import Runner, TestLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmmilan.datasets.classes import class_names, warn, wordnet_ids
-from mmmilan.errors import InputError, count, listed
+from mmmilan.datasets.classes import class_names, wordnet_ids
+from mmmilan.errors import InputError, count, listed, warn
 from mmmilan.evaluation.features import progress
 from mmmilan.files import read_lines
 from mmmilan.models.wrapping import unwrap
