@@ -20,6 +20,7 @@ from mmmilan.checkpoints.config import (
     NoConfig,
     call_of,
     config_within,
+    gives_rgb,
     own_config,
     parse_config,
     read_config_file,
@@ -325,7 +326,7 @@ def normalisation_of(config: Mapping[str, Any], start: str) -> dict[str, Any]:
     """Mean and standard deviation of an encoder's images, if its config has them; the log says if they may be BGR."""
     preprocessor = (config.get('model') or {}).get('data_preprocessor') or {}
     found = {key: list(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key) is not None}
-    if found and not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
+    if found and not gives_rgb(preprocessor):
         warn(
             f'The data_preprocessor of {start} has no to_rgb: if it was trained on BGR images, fine-tune it by a '
             'config of your own, as here it sees RGB ones.'

@@ -100,12 +100,17 @@ def place_data_preprocessor(config: Config) -> None:
         model['data_preprocessor'] = config.pop('data_preprocessor')
 
 
+def gives_rgb(preprocessor: Mapping[str, Any]) -> bool:
+    """Whether a data preprocessor, by its config, turns the images, which are read as BGR, into RGB."""
+    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))  # mmpretrain's option, and MMDetection's
+
+
 def keep_encoder(config: Config) -> None:
     """Reduce the model of a pretraining config to its encoder, as an mmpretrain ``ImageClassifier`` without head."""
     if 'masking' in config.model:
         given = config.model.get('data_preprocessor') or {}
         normalisation = {key: given[key] for key in ('mean', 'std') if key in given}
-        normalisation['to_rgb'] = bool(given.get('to_rgb') or given.get('bgr_to_rgb'))
+        normalisation['to_rgb'] = gives_rgb(given)
         backbone = config.model.backbone
         config.model = dict(type='ImageClassifier', backbone=backbone, data_preprocessor=normalisation)
 

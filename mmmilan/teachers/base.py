@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmmilan.checkpoints.config import gives_rgb
 from mmmilan.errors import InputError, warn
 from mmmilan.teachers.importance import TextImportance, check_text_options
 
@@ -272,7 +273,7 @@ def statistics_of(preprocessor: dict | None) -> tuple[Sequence[float], Sequence[
     """
     if not isinstance(preprocessor, dict) or not preprocessor.get('mean') or not preprocessor.get('std'):
         return IMAGENET_MEAN, IMAGENET_STD
-    if not (preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb')):
+    if not gives_rgb(preprocessor):
         warn('model.data_preprocessor has no to_rgb: the teacher sees BGR images, unless the pipeline gives RGB ones.')
     mean, std = check_statistics(preprocessor['mean'], preprocessor['std'], 'model.data_preprocessor')
     return [x / 255 for x in mean], [x / 255 for x in std]
