@@ -82,6 +82,7 @@ def config_within(path: Path, content: Mapping[str, Any]) -> tuple[Config, str]:
     config = parse_config(text, source)
     if not isinstance(config.get('model'), dict):
         raise NoConfig(f'There is no model in {source}; give a config file as well.')
+    place_data_preprocessor(config)
     return config, source
 
 
@@ -177,9 +178,7 @@ def parse_config(text: str, source: str) -> Config:
     reserved = values.keys() & _RESERVED
     if reserved:
         raise NoConfig(f'{min(reserved)} of {source} is a name of MMEngine; remove it.')
-    config = Config(values)
-    place_data_preprocessor(config)
-    return config
+    return Config(values)
 
 
 def read_config_file(path: str | os.PathLike) -> Config:

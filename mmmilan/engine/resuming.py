@@ -23,7 +23,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmmilan.checkpoints.config import parse_config
+from mmmilan.checkpoints.config import parse_config, place_data_preprocessor
 from mmmilan.checkpoints.loading import load_weights
 from mmmilan.engine.loops import EpochLoop
 from mmmilan.errors import InputError, shown, warn
@@ -102,6 +102,7 @@ def changed_settings(meta: dict[str, Any], cfg: Config, source: str) -> dict[str
     except InputError as error:
         warn(f'{error} What differs from it is not known.')
         return {}
+    place_data_preprocessor(saved)  # which a runner of MMEngine leaves at the top of what it saves
     old, new = (dict(settings_of(each.to_dict())) for each in (saved, cfg))
     changes = {
         key: (old.get(key), new.get(key))
