@@ -13,8 +13,8 @@ def _child(root: Registry, *locations: str) -> Registry:
 
 
 MODELS = _child(roots.MODELS, 'mmmilan.models', 'mmmilan.teachers')
-TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.models.masking', 'mmmilan.datasets')
-DATASETS = _child(roots.DATASETS, 'mmmilan.datasets', 'mmmilan.teachers.cached')
+TRANSFORMS = _child(roots.TRANSFORMS, 'mmmilan.models.masking', 'mmmilan.datasets', 'mmmilan.teachers.cache')
+DATASETS = _child(roots.DATASETS, 'mmmilan.datasets')
 DATA_SAMPLERS = _child(roots.DATA_SAMPLERS, 'mmmilan.datasets')
 RUNNERS = _child(roots.RUNNERS, 'mmmilan.engine')
 HOOKS = _child(roots.HOOKS, 'mmmilan.engine', 'mmmilan.visualization.show_hook')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ from mmmilan.files import read_text
 from mmmilan.models.fitting import as_num_patches
 from mmmilan.teachers import build_teacher, teacher_config
 from mmmilan.teachers.base import pair
+from mmmilan.teachers.cache import record_dtype
 
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
@@ -45,6 +48,7 @@ EVALUATIONS = 10  # per run, about
 CHECKPOINTS = 20  # per run
 FEW_IMAGES = 100_000  # up to which the recipe for few images is used; it was measured on 500, 4,167 and 25,000
 CLASS_SHARE = 1 / 3  # of the class token in the loss of that recipe
+EPOCHS_OF_A_CROP = 8  # in that recipe: as many as it may come again without loss (docs/efficiency.md)
 
 
 def base_config() -> Config:
@@ -424,6 +428,37 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
     config[CALL] = dict(commands=[], recipe=dict(name=name, asked=recipe is not None, images=num_images))
 
 
+def keep_teacher(config: Config, folder: Path) -> None:
+    """Let crops come again in the recipe for few images, and keep what the teacher gives of each, if there is room.
+
+    A user decides otherwise by ``train_dataloader.sampler.crops``, a number or None.
+
+    Args:
+        config: The config with the user's changes, changed in place.
+        folder: Where the run writes.
+    """
+    model, loader, epochs = config.model, config.train_dataloader, config.train_cfg.get('max_epochs', 0)
+    recipe, crops = call_of(config)['recipe'], math.ceil(epochs / EPOCHS_OF_A_CROP)
+    parts = [type_name(part) for part in (model.head, loader.dataset, loader.sampler)]
+    is_usual = parts == ['CLIPTarget', 'ImageSources', 'ReproducibleSampler']
+    if recipe['name'] == 'few-images' and is_usual and crops < epochs and 'crops' not in loader.sampler:
+        patches = int(np.prod(pair(model.backbone.img_size))) // model.backbone.patch_size**2
+        size = crops * recipe['images'] * record_dtype(patches, model.neck.predict_feature_dim).itemsize
+        if size <= room_for_files(folder):
+            loader.sampler.crops = crops
+        else:
+            print_log(f'No room for a cache of the teacher ({size / 1e9:.1f} GB).', logger='current')
+    if loader.sampler.get('crops'):
+        config.default_hooks.teacher_cache = dict(type='mmmilan.TeacherCacheHook')
+
+
+def room_for_files(folder: Path) -> float:
+    """The bytes that files of a run may take which are read all the time: half of the free disk and of the memory."""
+    disk = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return min(shutil.disk_usage(disk).free, memory) / 2
+
+
 def about_recipe(config: Config) -> str:
     """A sentence or two on what a run trains with, and by which recipe and why if ``mmmilan.pretrain`` chose it."""
     masking, neck, head = (config.model.get(part) or {} for part in ('masking', 'neck', 'head'))
@@ -432,6 +467,8 @@ def about_recipe(config: Config) -> str:
     what = {'RandomMasking': 'random masks', 'SemanticAwareMasking': 'semantic-aware masks'}.get(kind, kind)
     what += f' of {masking.mask_ratio:.0%} of the patches' if 'mask_ratio' in masking else ''
     what += f'; a decoder of {count(neck.decoder_depth, "block")}' if 'decoder_depth' in neck else ''
+    crops = ((config.get('train_dataloader') or {}).get('sampler') or {}).get('crops')
+    what += f'; {count(crops, "crop")} of each image' if crops else ''
     what += f'; the class token weighs in the loss as {weight:g} patch{"es" * (weight != 1)}' * (weight > 0)
     if not (recipe := call_of(config).get('recipe')):
         return f'{what[0].upper()}{what[1:]}.'

@@ -22,7 +22,7 @@ from mmengine.dataset import DefaultSampler
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
-from mmmilan.errors import warn
+from mmmilan.errors import InputError, warn
 from mmmilan.registry import DATA_SAMPLERS
 
 
@@ -42,12 +42,25 @@ class Draw(int):
 class ReproducibleSampler(DefaultSampler):
     """MMEngine's ``DefaultSampler`` that yields a :class:`Draw`, and lets the data set fetch each in :func:`seeded`.
 
-    Same arguments. An augmentation with a generator of its own, besides those of Python, NumPy and PyTorch, is as
-    MMEngine seeds it; so is a data set that is not an object of a Python class, such as a list, which the log says.
+    An augmentation with a generator of its own, besides those of Python, NumPy and PyTorch, is as MMEngine seeds it; so
+    is a data set that is not an object of a Python class, such as a list, which the log says.
+
+    Args:
+        dataset: The data set.
+        crops: Number K of ways in which a sample is augmented: epoch e has that of epoch e modulo K, in another order.
+            By default there is a new one in each epoch.
+        args: Other arguments of ``DefaultSampler``.
+        kwargs: Likewise.
+
+    Raises:
+        InputError: there is no crop.
     """
 
-    def __init__(self, dataset: Any, *args, **kwargs) -> None:
+    def __init__(self, dataset: Any, *args, crops: int | None = None, **kwargs) -> None:
         super().__init__(dataset, *args, **kwargs)
+        if crops is not None and crops < 1:
+            raise InputError(f'sampler.crops={crops} leaves no crop; choose 1 or more, or None for new ones.')
+        self.crops = crops
         try:
             dataset.__getitems__ = partial(fetch, dataset)  # what PyTorch's DataLoader asks for a batch
         except AttributeError:
@@ -55,8 +68,9 @@ class ReproducibleSampler(DefaultSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         order = self.order()  # not the list of ``DefaultSampler``, which has an object for each index
+        crop = self.epoch % self.crops if self.crops else self.epoch
         for place in range(self.rank, self.total_size, self.world_size):  # round_up begins again at the end
-            yield Draw(self.seed, self.epoch, int(order[place % len(order)]))
+            yield Draw(self.seed, crop, int(order[place % len(order)]))
 
     def order(self) -> Tensor:
         """The order of all samples in this epoch: that of ``DefaultSampler``, [M], int64."""

@@ -16,6 +16,7 @@ from mmmilan.engine.optim import (
 from mmmilan.engine.resuming import ExactLoadingHook
 from mmmilan.engine.schedule import ScheduleCheckHook
 from mmmilan.engine.stopping import HeartbeatHook, StopHook
+from mmmilan.engine.teacher_cache import TeacherCacheHook
 from mmmilan.engine.throughput import ThroughputHook
 
 __all__ = [
@@ -44,5 +45,6 @@ __all__ = [
     'SeveralViewsHook',
     'StepSeedHook',
     'StopHook',
+    'TeacherCacheHook',
     'ThroughputHook',
 ]

@@ -21,7 +21,6 @@ from mmmilan.evaluation.features import class_and_mean, evenly_spaced, extract, 
 from mmmilan.evaluation.probes import cosines_to_teacher, knn_accuracy, linear_probe_accuracy, rankme
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import DATASETS, HOOKS
-from mmmilan.teachers import Teacher
 
 BATCH_SIZE = 64
 COMPARED_WITH_TEACHER = 64
@@ -100,7 +99,7 @@ class OnlineEvaluationHook(Hook):
         extract_from = partial(extract, self.dataset, model.data_preprocessor, **options)
         found = join(extract_from(partial(class_and_mean, model.backbone), indices=self.chosen))
         scores = {}
-        if model.has_joint_space and isinstance(model.head.teacher, Teacher):  # a cached one knows no other images
+        if model.has_joint_space:
             compared = self.chosen[:COMPARED_WITH_TEACHER]
             cosines = join(extract_from(partial(cosines_to_teacher, model), indices=compared))
             scores = {name: float(cosines[name].mean()) for name in ('cosine_class', 'cosine_patches')}

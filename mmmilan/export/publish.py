@@ -210,7 +210,7 @@ def pretraining_method(config: Config) -> str | None:
     kind = type_name(model)
     if kind == 'MaskCLIP':
         return 'MaskCLIP'
-    if kind in ('MILAN', 'CachedMILAN'):
+    if kind == 'MILAN':
         parts = [type_name(model[part]) for part in ('masking', 'neck', 'head')]
         return 'MAE' if parts == ['RandomMasking', 'MAEDecoder', 'PixelTarget'] else 'MILAN'
     start = (model.backbone.get('init_cfg') or {}).get('checkpoint')

@@ -1,4 +1,3 @@
-from mmmilan.models.cached_milan import CachedMILAN
 from mmmilan.models.decoders import LinearProjection, MAEDecoder, PromptingDecoder
 from mmmilan.models.dense_vit import DenseViT
 from mmmilan.models.layer_alignment import LayerAlignment, LayerMixture
@@ -14,12 +13,10 @@ from mmmilan.models.semantic_aware_vit import SemanticAwareClassifier, SemanticA
 from mmmilan.models.targets import CLIPTarget, PixelTarget, SumTarget, Target
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import MeanTeacher
-from mmmilan.teachers import CachedTeacher, OpenCLIPTeacher, TimmTeacher
+from mmmilan.teachers import OpenCLIPTeacher, TimmTeacher
 
 __all__ = [
     'CLIPTarget',
-    'CachedMILAN',
-    'CachedTeacher',
     'CaptionDataPreprocessor',
     'ClassificationDataPreprocessor',
     'CodewordTarget',

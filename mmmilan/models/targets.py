@@ -27,10 +27,12 @@ class Target(BaseModule):
     Attributes:
         feature_dim: Width C of the target.
         cls_weight: Weight of the class token in the mean; a patch has 1.
+        recalled: What the teacher gives of the images of this step, if it is known (``TeacherCacheHook``).
     """
 
     feature_dim: int
     cls_weight: float = 1.0
+    recalled: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, teacher: dict | str | Teacher | None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
@@ -42,11 +44,14 @@ class Target(BaseModule):
 
     def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Tell the teacher how its images come normalised: mean and standard deviation of RGB in [0, 1]."""
-        if isinstance(self.teacher, Teacher):
+        if self.teacher is not None:
             self.teacher.take_images(mean, std)
 
     def run_teacher(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Images [B, 3, H, W] -> the teacher's features [B, 1 + N, C] and importance [B, N]; None without one."""
+        if self.recalled is not None:
+            features, importance = self.recalled
+            return features[: len(images)], importance[: len(images)]  # a measurement may take the first of them
         if self._teacher is None:
             return None, None
         if next(self.teacher.parameters(), images).device != images.device:

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -24,13 +25,16 @@ from helpers import assert_identical, load_trusted
 from mmmilan import cli
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
-from mmmilan.api.recipe import about_recipe, new_config, refuse_changes
+from mmmilan.api.recipe import about_recipe, keep_teacher, new_config, refuse_changes
+from mmmilan.building import change_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
 from mmmilan.engine import OnlineEvaluationHook
 from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.engine.schedule import fit_schedule
 from mmmilan.errors import InputError
+from mmmilan.models.targets import Target
+from mmmilan.teachers.cache import record_dtype
 
 SMALL = dict(num_layers=2, num_heads=3, feedforward_channels=96)
 
@@ -445,6 +449,42 @@ def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, imag
     assert config.model.head.get('cls_token') == weight
     config.merge_from_dict(changes)
     assert re.search(words, about_recipe(config))
+
+
+def test_the_teacher_runs_once_for_each_crop(image_folder, quick, no_report, tmp_path, monkeypatch):
+    """By default a crop comes up to eight times. The three evaluations run the teacher too."""
+    calls, call_teacher = [], Target.call_teacher
+    monkeypatch.setattr(Target, 'call_teacher', lambda self, images: calls.append(1) or call_teacher(self, images))
+    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick)
+    assert len(calls) == 3 + 3 and not (tmp_path / 'run/teacher_cache').exists()
+    config = own_config(weights, with_data=True)
+    assert config.train_dataloader.sampler.crops == 1
+    assert '; 1 crop of each image; the class token' in about_recipe(config)
+    calls.clear()
+    mmmilan.pretrain(image_folder, tmp_path / 'new', **quick, **{'train_dataloader.sampler.crops': None})
+    assert len(calls) == 6 + 3
+
+
+def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_path):
+    given = {name: quick[name] for name in ('arch', 'teacher', 'img_size')}
+
+    def crops(epochs: int, changes: dict, **options: object) -> tuple[int | None, bool]:
+        config = new_config([str(image_folder)], **given, epochs=epochs, changes=changes, **options)
+        change_config(config, changes)
+        keep_teacher(config, tmp_path / 'not/there')
+        return config.train_dataloader.sampler.get('crops'), 'teacher_cache' in config.default_hooks
+
+    assert [crops(epochs, {})[0] for epochs in (1, 2, 8, 9, 400)] == [None, 1, 1, 2, 50]
+    assert crops(20, {}, recipe='milan') == (None, False)
+    assert crops(20, {'train_dataloader.sampler.crops': 4}, recipe='milan') == (4, True)
+    assert crops(20, {'train_dataloader.sampler.crops': None}) == (None, False)
+    assert crops(20, {'model.head.type': 'mmmilan.LayerAlignment'}) == (None, False)
+    assert crops(20, {'train_dataloader.sampler.type': 'DefaultSampler'}) == (None, False)
+    needed = 3 * 24 * record_dtype(16, 24).itemsize
+    for free, expected in ((2 * needed, (3, True)), (2 * needed - 2, (None, False))):
+        monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: SimpleNamespace(free=free))
+        assert crops(20, {}) == expected
+    assert 'No room for a cache of the teacher (0.0 GB)' in log.text
 
 
 def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quick, no_report, tmp_path):

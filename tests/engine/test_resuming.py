@@ -456,19 +456,6 @@ def pooling_teacher(tmp_path):
 
 
 @pytest.fixture
-def cached_teacher(tiny_config, run_tool, tmp_path):
-    """The config's teacher from a cache of two epochs."""
-    cache = str(tmp_path / 'cache')
-    run_tool('cache_targets.py', tiny_config({'train_dataloader.num_workers': 0}), cache, '--epochs', 2)
-    return {
-        'train_dataloader.dataset.type': 'mmmilan.CachedTargets',
-        'train_dataloader.dataset.cache': cache,
-        'model.type': 'mmmilan.CachedMILAN',
-        'model.head.teacher': dict(_delete_=True, type='mmmilan.CachedTeacher', cache=cache),
-    }
-
-
-@pytest.fixture
 def prompted(maskclip_file):
     """Texts, not attention, decide on the masks."""
     return {
@@ -487,7 +474,7 @@ def several_targets(clip_file):
     return {'model.head': head, 'model.neck.predict_feature_dim': 24 + 768}
 
 
-OTHER_PARTS = [ALIGNMENT, 'prompted', 'several_targets', 'cached_teacher', 'pooling_teacher']
+OTHER_PARTS = [ALIGNMENT, 'prompted', 'several_targets', 'pooling_teacher']
 
 
 @pytest.mark.parametrize('options', rest_slow(OTHER_PARTS, ALIGNMENT))

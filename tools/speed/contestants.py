@@ -17,14 +17,14 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmpretrain.structures import DataSample
-from options import OPTIONS, cached_samples
+from options import align, random_records
 from timing import Contestant, Lap
 from torch import Tensor, nn
 
 from mmmilan.datasets.decoding import EXTENSIONS
 from mmmilan.datasets.reproducible import Draw, seeded
 from mmmilan.engine.compilation import compile_model
+from mmmilan.teachers.cache import decode
 
 NAME = 'milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 OURS = Path(__file__).parents[2] / 'configs' / NAME
@@ -67,7 +67,7 @@ def milan_models(args: argparse.Namespace, ours: bool, option: str | None = None
     Args:
         args: The options of benchmark.py.
         ours: Build mmmilan's model, not mmpretrain's.
-        option: A key of ``OPTIONS``, which changes our config.
+        option: One of ``OPTIONS``, which may change our config.
 
     Returns:
         The model, on the device and in training mode, and its config.
@@ -85,8 +85,8 @@ def milan_models(args: argparse.Namespace, ours: bool, option: str | None = None
         torch.save(random_clip(args), path)
         if ours:
             cfg.model.head.teacher.update(model=None, pretrained=path)
-            if option:
-                OPTIONS[option](cfg.model, Path(folder))
+            if option == 'alignment':
+                align(cfg.model)
         else:
             cfg.model.target_generator.tokenizer_path = path
         model = MODELS.build(cfg.model)
@@ -103,13 +103,15 @@ def teacher_of(model: BaseModel) -> nn.Module:
 
 
 def training_step(
-    model: BaseModel, wrapper: OptimWrapper, images: Tensor, data_samples: list[DataSample] | None, lap: Lap
+    model: BaseModel, wrapper: OptimWrapper, images: Tensor, records: np.ndarray | None, lap: Lap
 ) -> None:
-    """MMEngine's ``train_step``, with laps."""
+    """MMEngine's ``train_step``, with laps; ``records`` [B] of a cache stand for the teacher."""
+    if records is not None:
+        model.head.recalled = decode(records, images.device)
     whole = 'mean_loss' in vars(model)  # compiled as a whole, with the teacher
     hook = nullcontext() if whole else teacher_of(model).register_forward_hook(lambda *_: lap('teacher'))
     with hook, wrapper.optim_context(model):
-        data = model.data_preprocessor(dict(inputs=images, data_samples=data_samples), training=True)
+        data = model.data_preprocessor(dict(inputs=images, data_samples=None), training=True)
         losses = model(**data, mode='loss')
         loss, _ = model.parse_losses(losses)
         lap('forward' if whole else 'encoder, decoder')
@@ -140,13 +142,13 @@ def step(args: argparse.Namespace) -> Iterator[Contestant]:
     contests += [(f'mmmilan, {option}', True, args.dtype, option) for option in args.options]
     for name, ours, dtype, option in contests:
         model, cfg = milan_models(args, ours, option)
-        samples = cached_samples(cfg.model, args.batch_size) if option == 'cached' else None
+        records = random_records(model, images) if option == 'cached' else None
         cfg.optim_wrapper.type = wrapper_of[dtype]
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         if dtype == torch.bfloat16 and not ours:
             wrapper.enabled = True  # even on a CPU without bfloat16, where mmmilan falls back to float32
         extra = dict(precision='bfloat16' if getattr(wrapper, 'enabled', False) else 'float32')
-        yield Contestant(name, partial(training_step, model, wrapper, images, samples), args.batch_size, extra=extra)
+        yield Contestant(name, partial(training_step, model, wrapper, images, records), args.batch_size, extra=extra)
 
 
 def teacher(args: argparse.Namespace) -> Iterator[Contestant]:

@@ -34,6 +34,7 @@ PAPER = {
 }
 # Those with less computation (docs/efficiency.md); they run only where --arms names them.
 CHEAPER = {
+    'MILAN, few-images, one crop, half the epochs': 'milan-few-images-one-crop_vit-tiny-p4_cifar10.py',
     'alignment, half the epochs': 'milan-alignment_vit-tiny-p4_cifar10.py',
 }
 ARMS = PAPER | CHEAPER

@@ -315,8 +315,12 @@ def load_encoder(model: nn.Module, path: Path) -> None:
 
 
 def count_gflops(model: nn.Module, cfg: Config) -> float:
-    """GFLOP per image of a training step, forward and backward."""
-    size = cfg.model.backbone.img_size
+    """GFLOP per image of a training step, forward and backward, mean over the training."""
+    images = torch.randn(4, 3, cfg.model.backbone.img_size, cfg.model.backbone.img_size)
     with counted_flops() as counter:
-        model.loss(torch.randn(4, 3, size, size))['loss'].backward()
-    return counter.get_total_flops() / 4 / 1e9
+        model.loss(images)['loss'].backward()
+    with counted_flops() as teacher:
+        model.head.run_teacher(images)
+    crops, epochs = cfg.train_dataloader.sampler.get('crops'), cfg.train_cfg.max_epochs
+    recalled = max(0, 1 - crops / epochs) if crops else 0  # share of the steps
+    return (counter.get_total_flops() - recalled * teacher.get_total_flops()) / 4 / 1e9

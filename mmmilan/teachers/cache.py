@@ -1,0 +1,295 @@
+"""What a teacher gives of the crops of some images, kept in 8 bits (docs/efficiency.md).
+
+A cache is a folder with ``manifest.json``, which says of which teacher and which crops it is, and ``records.bin``, with
+a record for each crop of each image. A crop and its flip are a function of (seed, crop, image), see
+:mod:`mmmilan.datasets.reproducible`: they are drawn again and not stored. Several processes may read and write at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.config import Config
+from torch import Tensor
+
+from mmmilan.datasets.image_folder import ImageFolder
+from mmmilan.datasets.reproducible import CURRENT
+from mmmilan.errors import InputError, warn
+from mmmilan.files import check_output_folder, make_folder, write_text
+from mmmilan.registry import TRANSFORMS
+from mmmilan.teachers.by_name import teacher_config
+
+VERSION = 3
+MANIFEST, RECORDS = 'manifest.json', 'records.bin'
+COLOUR_TOLERANCE = 2  # of 255: other decoders differ by rounding, other crops or images differ by more
+
+
+def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
+    """A record: 8-bit features with a scale per token, 8-bit importance, mean colour of the crop, checksum."""
+    return np.dtype(
+        [
+            ('codes', 'i1', (1 + num_patches, feature_dim)),
+            ('scales', '<f4', (1 + num_patches,)),
+            ('importance', 'u1', (num_patches,)),
+            ('importance_scale', '<f4'),
+            ('colour', 'u1', (3,)),
+            ('checksum', '<u4'),
+        ]
+    )
+
+
+def checksum(record: np.void) -> int:
+    """CRC-32 of a record without its last four bytes, which hold the checksum; 1 in place of 0, which is no record."""
+    return zlib.crc32(record.tobytes()[:-4]) or 1
+
+
+def encode(images: Tensor, features: Tensor, importance: Tensor) -> np.ndarray:
+    """Records [B] of crops [B, 3, H, W], uint8, their features [B, 1 + N, C] and importance [B, N].
+
+    A feature is scale · code, with codes from -127 to 127; the largest feature of a token is exact. The importance of a
+    patch is never rounded to zero.
+    """
+    features, importance = features.float().cpu(), importance.float().cpu()
+    scales = features.abs().amax(-1).clamp(min=1e-30) / 127
+    importance_scale = importance.amax(-1).clamp(min=1e-30) / 255
+    records = np.zeros(len(features), record_dtype(importance.shape[1], features.shape[2]))
+    records['codes'] = (features / scales[..., None]).round().numpy()
+    records['scales'] = scales
+    records['importance'] = (importance / importance_scale[:, None]).round().clamp(min=1).numpy()
+    records['importance_scale'] = importance_scale
+    records['colour'] = mean_colour(images)
+    for record in records:
+        record['checksum'] = checksum(record)
+    return records
+
+
+def decode(records: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Records [B] -> features [B, 1 + N, C] and importance [B, N], float32, on a device."""
+    codes, scales, importance = (
+        torch.from_numpy(part.copy()).to(device, non_blocking=True)  # the fields of records are not aligned
+        for part in (records['codes'], records['scales'], importance_of(records))
+    )
+    return codes * scales[..., None], importance
+
+
+def importance_of(records: np.ndarray) -> np.ndarray:
+    """The importance [..., N], float32, in records [...]."""
+    return records['importance'] * records['importance_scale'][..., None]
+
+
+def mean_colour(images: Tensor) -> np.ndarray:
+    """Mean colour [..., 3] of images [..., 3, H, W], rounded."""
+    return images.float().mean((-2, -1)).round().cpu().numpy()
+
+
+def describe(config: Config, dataset: ImageFolder, seed: int, num_patches: int, feature_dim: int) -> dict:
+    """The manifest of a training's cache: what the output of its teacher depends on, and the size of it.
+
+    Args:
+        config: The config of the training, which has ``model.head.teacher``.
+        dataset: Its images.
+        seed: Of their crops.
+        num_patches: Number N of patches.
+        feature_dim: Width C of the features.
+    """
+    model, loader = config.model.to_dict(), config.train_dataloader.to_dict()
+    names = [dataset.get_data_info(i)['img_path'].removeprefix(dataset.img_prefix) for i in range(len(dataset))]
+    manifest = dict(
+        version=VERSION,
+        teacher=teacher_config(model['head']['teacher']),
+        head=model['head']['type'],
+        data_preprocessor=model.get('data_preprocessor'),
+        pipeline=pixel_steps(loader['dataset']['pipeline']),
+        seed=seed,
+        images=len(names),
+        names=zlib.crc32('\n'.join(names).encode(errors='surrogateescape')),  # as the system has them
+        num_patches=num_patches,
+        feature_dim=feature_dim,
+    )
+    return json.loads(json.dumps(manifest))  # as it will be read: tuples become lists
+
+
+def pixel_steps(pipeline: list[dict]) -> list[dict]:
+    """The steps of a pipeline without those that draw masks and pack samples, which change no pixel."""
+    others = 'LoadImportance', 'Masking', 'PackInputs'
+    return [step for step in pipeline if not str(step['type']).endswith(others)]
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of the cache in a folder.
+
+    Raises:
+        InputError: there is none, it is damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f'{folder} holds no readable {MANIFEST}; make a cache with tools/cache_targets.py.') from error
+    if manifest.get('version') != VERSION:
+        raise InputError(f'{folder} is a cache of another version; make it again with tools/cache_targets.py.')
+    sizes = [manifest.get(name) for name in ('images', 'num_patches', 'feature_dim')]
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        raise InputError(f'{path} lacks the number of images, patches or features; make the cache again.')
+    return manifest
+
+
+def make_cache(folder: Path, manifest: dict) -> None:
+    """Begin a cache, or go on with one.
+
+    Raises:
+        InputError: the folder holds another cache or other files.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        check_output_folder(folder, [RECORDS])
+        make_folder(folder)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + '\n')
+    found = read_manifest(folder)
+    if other := [key for key in manifest if found.get(key) != manifest[key]]:
+        raise InputError(f'{folder} holds a cache of another {", ".join(other)}; choose another folder.')
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove a cache, if there is one, and its folder, if nothing else is in it."""
+    if os.path.lexists(folder / MANIFEST):
+        for name in (RECORDS, MANIFEST):  # several processes may do so
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+class TeacherCache:
+    """A cache, opened for reading and writing.
+
+    Args:
+        folder: The folder, see :func:`make_cache`.
+
+    Attributes:
+        dtype: Of a record.
+        num_images: Number M of images.
+        compared: Whether its output has been compared with the teacher's.
+
+    Raises:
+        InputError: the folder is no cache, or cannot be used.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.num_images = manifest['images']
+        flags = os.O_RDWR | os.O_CREAT if os.access(self.folder, os.W_OK) else os.O_RDONLY
+        try:
+            self.dtype = record_dtype(manifest['num_patches'], manifest['feature_dim'])
+            self.file = os.open(self.folder / RECORDS, flags, 0o666)
+        except (OSError, ValueError) as error:  # numpy's limit of a record
+            raise InputError(
+                f'The cache {folder} cannot be used ({error}); make it again in another folder.'
+            ) from error
+        self.compared = os.fstat(self.file).st_size == 0  # nothing to compare
+        self.checked = defaultdict(partial(np.zeros, self.num_images, bool))  # the records of each crop
+
+    def __del__(self) -> None:
+        if hasattr(self, 'file'):
+            os.close(self.file)
+
+    def __reduce__(self) -> tuple:
+        return TeacherCache, (self.folder,)  # to a data worker
+
+    def place(self, crop: int, image: int) -> int:
+        """Where a record begins, in bytes."""
+        return (crop * self.num_images + image) * self.dtype.itemsize
+
+    def has(self, crop: int, image: int) -> bool:
+        """Whether there is a record, which may be damaged."""
+        content = os.pread(self.file, 4, self.place(crop, image + 1) - 4)
+        return len(content) == 4 and content != bytes(4)
+
+    def read(self, crop: int, images: Sequence[int], inputs: Tensor) -> np.ndarray:
+        """The records of a crop of some images.
+
+        Args:
+            crop: Number of the crop.
+            images: Their numbers, [B].
+            inputs: These crops [B, 3, H, W], uint8.
+
+        Returns:
+            Records [B]; zeros where there is none, or it is damaged or of another image, which the log says.
+        """
+        records, size = np.zeros(len(images), self.dtype), self.dtype.itemsize
+        for i, image in enumerate(images):
+            content = os.pread(self.file, size, self.place(crop, image))
+            if len(content) < size:
+                continue
+            records[i] = np.frombuffer(content, self.dtype)[0]
+            if records[i]['checksum'] and not self.checked[crop][image]:
+                fits = checksum(records[i]) == records[i]['checksum']
+                fits = fits and (np.abs(mean_colour(inputs[i]) - records[i]['colour']) <= COLOUR_TOLERANCE).all()
+                self.checked[crop][image] = fits
+                if not fits:
+                    warn(f'Crop {crop} of image {image} in {self.folder} is damaged, or of another image.')
+                    records[i] = np.zeros((), self.dtype)
+        return records
+
+    def write(self, crop: int, images: Sequence[int], records: np.ndarray) -> None:
+        """Write the records [B] of a crop of some images.
+
+        Raises:
+            InputError: the disk is full, or the folder may only be read.
+        """
+        for image, record in zip(images, records, strict=True):
+            try:
+                written = os.pwrite(self.file, record.tobytes(), self.place(crop, image))
+            except OSError as error:
+                raise InputError(
+                    f'{self.folder / RECORDS} cannot be written ({error.strerror}); free some space, or choose another '
+                    'folder.'
+                ) from error
+            self.checked[crop][image] = written == self.dtype.itemsize
+
+
+@TRANSFORMS.register_module()
+class LoadImportance(BaseTransform):
+    """``results['importance']`` [N], float32, of the crop from a complete cache, for a masking in a data pipeline.
+
+    The crops must come by a ``ReproducibleSampler`` with ``crops``.
+
+    Args:
+        cache: The folder that ``tools/cache_targets.py`` wrote.
+
+    Raises:
+        InputError: the folder is no cache.
+    """
+
+    def __init__(self, cache: str) -> None:
+        self.folder = cache
+        TeacherCache(cache)
+
+    @cached_property
+    def cache(self) -> TeacherCache:
+        """Opened in each data worker."""
+        return TeacherCache(self.folder)
+
+    def transform(self, results: dict) -> dict:
+        """Add the importance of the crop.
+
+        Raises:
+            InputError: the cache lacks it.
+        """
+        draw, inputs = CURRENT.get(), torch.from_numpy(results['img']).permute(2, 0, 1)[None]
+        record = None if draw is None else self.cache.read(draw.epoch, [results['sample_idx']], inputs)[0]
+        if record is None or not record['checksum']:
+            raise InputError(
+                f'The cache {self.folder} lacks this crop of {results["img_path"]}; make it with '
+                'tools/cache_targets.py, with --epochs as train_dataloader.sampler.crops.'
+            )
+        return results | dict(importance=importance_of(record))
