@@ -30,7 +30,7 @@ class TeacherCacheHook(Hook):
     """Keep what the teacher gives of each crop, in 8 bits, and train on that when the crop comes again.
 
     Crops come again by ``train_dataloader.sampler.crops``; without it nothing is kept. The first time, too, training is
-    on the rounded output, so a resumed run is the same with the cache or without it.
+    on the rounded output, so a run that is resumed with its cache ends with the weights of an uninterrupted one.
 
     Args:
         cache: The folder of the cache. It stays, for other trainings with the same teacher, images, crops and seed, and
@@ -132,20 +132,23 @@ def recall_or_run(cache: TeacherCache, model: nn.Module, crop: int, batch: dict)
     Raises:
         InputError: the cache is of another teacher.
     """
-    inputs = batch['inputs'] if isinstance(batch['inputs'], Tensor) else torch.stack(batch['inputs'])
-    images = [sample.sample_idx for sample in batch['data_samples']]
+    pixels = batch['inputs'] if isinstance(batch['inputs'], Tensor) else torch.stack(batch['inputs'])
+    images = np.array([sample.sample_idx for sample in batch['data_samples']])
     original = np.array([not is_replaced(sample) for sample in batch['data_samples']])
-    records = cache.read(crop, images, inputs)
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        """The teacher's output on some images of the batch, bool [B], as records."""
+        inputs = model.data_preprocessor(batch, training=True)['inputs'][torch.from_numpy(rows)]
+        return encode(pixels[torch.from_numpy(rows)], *model.head.run_teacher(inputs))
+
+    records = cache.read(crop, images, pixels)
     known = original & (records['checksum'] > 0)
-    if not known.all() or not cache.compared:
-        # the whole batch, so that the same numbers come out whatever is known
-        output = encode(inputs, *model.head.run_teacher(model.data_preprocessor(batch, training=True)['inputs']))
-        if known.any() and not cache.compared:
-            compare(cache, records[known], output[known])
-            cache.compared = True
-        new = np.flatnonzero(original & ~known)
-        cache.write(crop, [images[i] for i in new], output[new])
-        records[~known] = output[~known]
+    if known.any() and not cache.compared:
+        compare(cache, records[known], run(known))
+        cache.compared = True
+    if not known.all():
+        records[~known] = run(~known)
+        cache.write(crop, images[original & ~known], records[original & ~known])
     return decode(records, next(model.parameters()).device)
 
 

@@ -28,8 +28,8 @@ class ThroughputHook(Hook):
     """Log the speed of training since the last log line, in text and in TensorBoard.
 
     * ``images_per_s``: over all processes;
-    * ``mfu``: model FLOPs utilization, 0 to 1, teacher included. The operations are counted once, on a few images of
-      the first batch. Only for devices whose peak is known;
+    * ``mfu``: model FLOPs utilization, 0 to 1, teacher included unless its output is kept. The operations are counted
+      once, on a few images of the first batch. Only for devices whose peak is known;
     * ``data_wait``: share of the time that training waited for data;
     * ``peak_memory_gb``: peak memory of tensors on the GPU, or of the process on a CPU;
     * ``hours_left``: to the end of the run, at this speed; it and the log's ``eta`` include the evaluations to come,

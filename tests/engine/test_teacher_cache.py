@@ -107,9 +107,13 @@ def test_resumed_within_an_epoch(lost, tiny_config, run_tool, tmp_path, teacher_
         shutil.rmtree(folder / 'teacher_cache')
     teacher_calls.clear()
     run_tool('train.py', tiny_config(CACHE), '--work-dir', folder, '--resume')
-    assert_identical(weights(folder), weights(tmp_path / 'whole'))
     assert not (folder / 'teacher_cache').exists()
-    assert 2 < len(teacher_calls) <= 8 if lost else len(teacher_calls) == 1
+    if lost:  # images are in other batches, and so rounded otherwise here and there
+        assert losses(folder)[-6:] == pytest.approx(losses(tmp_path / 'whole')[-6:], rel=1e-3)
+        assert sum(teacher_calls) == 2 * 4 + 4 * 4
+    else:
+        assert_identical(weights(folder), weights(tmp_path / 'whole'))
+        assert teacher_calls == [4]  # the first batch is compared
 
 
 def test_a_run_that_begins_anew_does_not_trust_what_lies_there(tiny_config, run_tool, tmp_path, teacher_calls):
@@ -155,10 +159,11 @@ def test_images_that_stand_in_for_others_are_not_kept(tiny_config, image_folder,
     config = tiny_config(CACHE | {'train_dataloader.dataset.data_root': str(folder)})
     model, dataset, cache = opened(config, tmp_path / 'cache')
     data = batch(dataset, range(4))
-    first = recall_or_run(cache, model, 0, data)
+    first, _ = recall_or_run(cache, model, 0, data)
     assert [cache.has(0, i) for i in range(24)] == [True, False, True, True] + 20 * [False]
-    again = recall_or_run(cache, model, 0, data)
-    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True)) and teacher_calls == [4, 4]
+    again, _ = recall_or_run(cache, model, 0, data)
+    assert relative_error(again, first) < 1e-3 and teacher_calls == [4, 1]
+    assert torch.equal(again[[0, 2, 3]], first[[0, 2, 3]])
 
 
 def test_an_image_that_changed(tiny_config, image_folder, tmp_path, log):
