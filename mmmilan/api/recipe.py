@@ -48,6 +48,11 @@ EVALUATIONS = 10  # per run, about
 CHECKPOINTS = 20  # per run
 FEW_IMAGES = 100_000  # up to which the recipe for few images is used; it was measured on 500, 4,167 and 25,000
 CLASS_SHARE = 1 / 3  # of the class token in the loss of that recipe
+PARTS = ('model.masking.', 'model.neck.', 'model.head.')  # of a model that a recipe sets
+REASONS = {
+    'few-images': ' On CIFAR-10 this was better than the published method.',
+    'milan': ' This is the published method.',
+}
 EPOCHS_OF_A_CROP = 8  # in that recipe: as many as it may come again without loss (docs/efficiency.md)
 
 
@@ -425,7 +430,10 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
         part = key.rpartition('.')[0]
         if not any(f'{key}.'.startswith(f'{each}.') or each == f'{part}.type' for each in own):
             config.merge_from_dict({key: value})
-    config[CALL] = dict(commands=[], recipe=dict(name=name, asked=recipe is not None, images=num_images))
+    changed = any(f'{key}.'.startswith(PARTS) and not f'{key}.'.startswith('model.head.teacher.') for key in own)
+    config[CALL] = dict(
+        commands=[], recipe=dict(name=name, asked=recipe is not None, images=num_images, changed=changed)
+    )
 
 
 def keep_teacher(config: Config, folder: Path) -> None:
@@ -474,10 +482,7 @@ def about_recipe(config: Config) -> str:
         return f'{what[0].upper()}{what[1:]}.'
     side = 'up to' if recipe['name'] == 'few-images' else 'above'
     why = 'as asked for' if recipe['asked'] else f'the default {side} {FEW_IMAGES:,} images, here {recipe["images"]:,}'
-    if kind == 'RandomMasking' and weight > 1:
-        reason = ' On CIFAR-10 this was better than the published method.'
-    else:
-        reason = ' This is the published method.' * (kind == 'SemanticAwareMasking' and weight == 1)
+    reason = '' if recipe.get('changed') else REASONS[recipe['name']]
     return f'Recipe {recipe["name"]}, {why}: {what}.{reason}'
 
 

@@ -448,7 +448,15 @@ def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, imag
     assert config.model.masking.type == f'mmmilan.{masks}Masking' or 'model.masking.type' in changes
     assert config.model.head.get('cls_token') == weight
     config.merge_from_dict(changes)
-    assert re.search(words, about_recipe(config))
+    about = about_recipe(config)
+    assert re.search(words, about) and 'published' not in about
+
+
+def test_another_teacher_changes_no_recipe(image_folder, quick):
+    given = {name: quick[name] for name in ('arch', 'teacher', 'img_size')}
+    for changes in ({'model.head.teacher.teacher_mean_std': 'own'}, {'optim_wrapper.optimizer.lr': 1e-4}):
+        config = new_config([str(image_folder)], **given, recipe='milan', changes=changes)
+        assert about_recipe(config).endswith('This is the published method.')
 
 
 def test_the_teacher_runs_once_for_each_crop(image_folder, quick, no_report, tmp_path, monkeypatch):
