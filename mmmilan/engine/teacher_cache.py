@@ -19,7 +19,16 @@ from mmmilan.errors import InputError, count
 from mmmilan.models.targets import Target
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
-from mmmilan.teachers.cache import RECORDS, TeacherCache, decode, describe, encode, make_cache, remove_cache
+from mmmilan.teachers.cache import (
+    RECORDS,
+    TeacherCache,
+    decode,
+    describe,
+    differences,
+    encode,
+    make_cache,
+    remove_cache,
+)
 
 FOLDER = 'teacher_cache'  # in the work dir
 OTHER_TEACHER = 0.02  # 2 - 2 cos; rounding and precision of the teacher's weights make 1e-4
@@ -58,7 +67,7 @@ class TeacherCacheHook(Hook):
             raise InputError('Crops come again by epochs; train by epochs, or without sampler.crops.')
         manifest = manifest_of(runner.cfg, unwrap(runner.model), loader.dataset, sampler.seed)
         folder = Path(self.folder or Path(runner.work_dir, FOLDER))
-        if not self.folder and runner.iter == 0:
+        if not self.folder and (runner.iter == 0 or not is_of(folder, manifest)):
             remove_cache(folder)
         barrier()  # all processes make the same cache
         make_cache(folder, manifest)
@@ -83,6 +92,14 @@ class TeacherCacheHook(Hook):
         if self.cache is not None and not self.folder and runner.iter >= runner.max_iters:
             remove_cache(self.cache.folder)
         self.cache = None
+
+
+def is_of(folder: Path, manifest: dict) -> bool:
+    """Whether a folder holds the cache that a manifest describes."""
+    try:
+        return not differences(folder, manifest)
+    except InputError:  # none, or a damaged one
+        return False
 
 
 def manifest_of(config: Config, model: nn.Module, dataset: object, seed: int) -> dict:

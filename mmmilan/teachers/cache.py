@@ -146,18 +146,28 @@ def read_manifest(folder: Path) -> dict:
 
 
 def make_cache(folder: Path, manifest: dict) -> None:
-    """Begin a cache, or go on with one.
+    """Begin a cache, or go on with one; several processes may do so.
 
     Raises:
         InputError: the folder holds another cache or other files.
     """
+    taken = os.path.lexists(folder / RECORDS)  # asked first: another process writes the manifest before the records
     if not os.path.lexists(folder / MANIFEST):
-        check_output_folder(folder, [RECORDS])
+        check_output_folder(folder, [RECORDS] if taken else [])
         make_folder(folder)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + '\n')
-    found = read_manifest(folder)
-    if other := [key for key in manifest if found.get(key) != manifest[key]]:
+    if other := differences(folder, manifest):
         raise InputError(f'{folder} holds a cache of another {", ".join(other)}; choose another folder.')
+
+
+def differences(folder: Path, manifest: dict) -> list[str]:
+    """The names of what a cache in a folder does not share with the one that a manifest describes.
+
+    Raises:
+        InputError: see :func:`read_manifest`.
+    """
+    found = read_manifest(folder)
+    return [key for key in manifest if found.get(key) != manifest[key]]
 
 
 def remove_cache(folder: Path) -> None:

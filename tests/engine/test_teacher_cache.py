@@ -127,6 +127,24 @@ def test_a_run_that_begins_anew_does_not_trust_what_lies_there(tiny_config, run_
     assert_identical(weights(tmp_path / 'work'), weights(tmp_path / 'whole'))
 
 
+@pytest.mark.parametrize('change', ['images', 'damaged'])
+def test_a_resumed_run_trusts_no_other_cache(change, tiny_config, image_folder, run_tool, tmp_path, teacher_calls):
+    """It makes its own anew."""
+    folder, changes = tmp_path / 'work', {}
+    run_tool('train.py', tiny_config(CACHE | {'default_hooks.teacher_cache.cache': str(folder / 'teacher_cache')}))
+    (folder / 'epoch_2.pth').unlink()
+    if change == 'images':
+        shutil.copytree(image_folder, tmp_path / 'images')
+        next((tmp_path / 'images').rglob('*.jpg')).rename(tmp_path / 'images/other.jpg')
+        changes = {'train_dataloader.dataset.data_root': str(tmp_path / 'images')}
+    else:
+        (folder / 'teacher_cache/manifest.json').write_text('{')
+    teacher_calls.clear()
+    run_tool('train.py', tiny_config(CACHE | changes), '--resume')
+    assert teacher_calls == [4] * 6 and (folder / 'epoch_2.pth').exists()
+    assert not (folder / 'teacher_cache').exists()
+
+
 def test_several_processes_share_a_cache(tiny_config, tmp_path, run_tool):
     options = CACHE | {'train_dataloader.batch_size': 2}
     run_script_on_ranks('train.py', 2, tiny_config(options), '--work-dir', tmp_path / 'own')
