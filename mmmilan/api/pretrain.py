@@ -92,7 +92,15 @@ def pretrain(
     from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import about_recipe, base_config, keep_call, keep_teacher, new_config, resumed_config
+    from mmmilan.api.recipe import (
+        about_recipe,
+        base_config,
+        keep_call,
+        keep_teacher,
+        new_config,
+        repeat_crops,
+        resumed_config,
+    )
     from mmmilan.building import change_config, check_top, dotted
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
@@ -120,7 +128,8 @@ def pretrain(
                 config = new_config(sources, changes=changes, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
         if not resume:
-            keep_teacher(config, folder)
+            repeat_crops(config, folder)
+        keep_teacher(config)
         set_folder(config, folder)
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         if not resume:

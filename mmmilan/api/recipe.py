@@ -39,7 +39,6 @@ from mmmilan.files import read_text
 from mmmilan.models.fitting import as_num_patches
 from mmmilan.teachers import build_teacher, teacher_config
 from mmmilan.teachers.base import pair
-from mmmilan.teachers.cache import record_dtype
 
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
@@ -122,7 +121,10 @@ def resumed_config(
     change_images(config, sources, given.get('labelled'))
     for loader in (config.train_dataloader, config.test_dataloader):
         loader.batch_size = given.get('batch_size', loader.batch_size)
+    sampler, crops = config.train_dataloader.sampler, usual_crops(config)
     config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
+    if sampler.get('crops') == crops:  # a longer run has more
+        sampler.crops = usual_crops(config)
     change_config(config, changes)
     if schedule is not None:
         loader = config.train_dataloader
@@ -436,8 +438,8 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
     )
 
 
-def keep_teacher(config: Config, folder: Path) -> None:
-    """Let crops come again in the recipe for few images, and keep what the teacher gives of each, if there is room.
+def repeat_crops(config: Config, folder: Path) -> None:
+    """Let crops come again in the recipe for few images, if there is room for what the teacher gives of each.
 
     A user decides otherwise by ``train_dataloader.sampler.crops``, a number or None.
 
@@ -445,19 +447,32 @@ def keep_teacher(config: Config, folder: Path) -> None:
         config: The config with the user's changes, changed in place.
         folder: Where the run writes.
     """
-    model, loader, epochs = config.model, config.train_dataloader, config.train_cfg.get('max_epochs', 0)
-    recipe, crops = call_of(config)['recipe'], math.ceil(epochs / EPOCHS_OF_A_CROP)
-    parts = [type_name(part) for part in (model.head, loader.dataset, loader.sampler)]
-    is_usual = parts == ['CLIPTarget', 'ImageSources', 'ReproducibleSampler']
-    if recipe['name'] == 'few-images' and is_usual and crops < epochs and 'crops' not in loader.sampler:
-        patches = int(np.prod(pair(model.backbone.img_size))) // model.backbone.patch_size**2
-        size = crops * recipe['images'] * record_dtype(patches, model.neck.predict_feature_dim).itemsize
+    model, loader, recipe = config.model, config.train_dataloader or {}, call_of(config)['recipe']
+    parts = [type_name(part or {}) for part in (model.get('head'), loader.get('dataset'), loader.get('sampler'))]
+    is_usual = parts == ['CLIPTarget', 'ImageSources', 'ReproducibleSampler'] and 'crops' not in loader.sampler
+    epochs, crops = (config.train_cfg or {}).get('max_epochs', 0), usual_crops(config)
+    if recipe['name'] == 'few-images' and is_usual and crops < epochs:
+        tokens = 1 + int(np.prod(pair(model.backbone.img_size))) // model.backbone.patch_size**2
+        size = crops * recipe['images'] * tokens * (model.neck.predict_feature_dim or 0)  # bytes, but for a hundredth
         if size <= room_for_files(folder):
             loader.sampler.crops = crops
         else:
-            print_log(f'No room for a cache of the teacher ({size / 1e9:.1f} GB).', logger='current')
-    if loader.sampler.get('crops'):
-        config.default_hooks.teacher_cache = dict(type='mmmilan.TeacherCacheHook')
+            print_log(
+                f'What the teacher gives of {count(crops, "crop")} of each image would take {size / 1e9:.1f} GB, more '
+                'than half of the free disk or memory: it runs at each step.',
+                logger='current',
+            )
+
+
+def usual_crops(config: Config) -> int:
+    """How many crops of an image the recipe for few images has."""
+    return math.ceil((config.train_cfg or {}).get('max_epochs', 0) / EPOCHS_OF_A_CROP)
+
+
+def keep_teacher(config: Config) -> None:
+    """Run the teacher once for each crop where crops come again, unless the user has set or removed the hook."""
+    if ((config.train_dataloader or {}).get('sampler') or {}).get('crops'):
+        config.default_hooks.setdefault('teacher_cache', dict(type='mmmilan.TeacherCacheHook'))
 
 
 def room_for_files(folder: Path) -> float:

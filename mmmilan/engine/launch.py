@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from mmmilan import arguments
 from mmmilan.arguments import as_options, checked
-from mmmilan.building import change_config, check_operators
+from mmmilan.building import DEFAULT_HOOKS, change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -395,7 +395,13 @@ def check_launcher(launcher: str) -> None:
 
 
 def add_hooks(cfg: Config) -> None:
-    """Add the hooks that every run has to a config that does not name them."""
+    """Add the hooks that every run has to a config that does not name them, and leave out those that are None.
+
+    MMEngine takes None only for its own.
+    """
+    for name, hook in list((cfg.get('default_hooks') or {}).items()):
+        if hook is None and name not in DEFAULT_HOOKS:
+            del cfg.default_hooks[name]
     hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
     named = {type_name(hook) for hook in hooks if isinstance(hook, dict)}
     missing = [dict(type=f'mmmilan.{name}') for name in EVERY_RUN if name not in named]

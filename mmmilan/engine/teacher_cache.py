@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dist import barrier
 from mmengine.hooks import Hook
@@ -31,7 +30,6 @@ from mmmilan.teachers.cache import (
 )
 
 FOLDER = 'teacher_cache'  # in the work dir
-OTHER_TEACHER = 0.02  # 2 - 2 cos; rounding and precision of the teacher's weights make 1e-4
 
 
 @HOOKS.register_module()
@@ -44,7 +42,7 @@ class TeacherCacheHook(Hook):
     Args:
         cache: The folder of the cache. It stays, for other trainings with the same teacher, images, crops and seed, and
             may be filled before by ``tools/cache_targets.py``. By default it is ``teacher_cache`` in the work dir, and
-            removed when the training is complete.
+            removed when the training ends; one that is stopped leaves it, to resume.
 
     Raises:
         InputError: the folder holds another cache, the disk is too small, the output of this model's teacher cannot be
@@ -58,18 +56,20 @@ class TeacherCacheHook(Hook):
         self.cache: TeacherCache | None = None
 
     def before_train(self, runner: Runner) -> None:
-        loader = runner.train_loop.dataloader
-        sampler, self.crops = loader.batch_sampler.sampler, getattr(loader.batch_sampler.sampler, 'crops', None)
-        if not self.crops:
-            runner.logger.info('No train_dataloader.sampler.crops: the teacher runs at each step.')
-            return
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        loader, own = runner.train_loop.dataloader, Path(runner.work_dir, FOLDER)
+        sampler = loader.batch_sampler.sampler
+        self.crops = getattr(sampler, 'crops', None)
+        if self.crops and not isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise InputError('Crops come again by epochs; train by epochs, or without sampler.crops.')
+        if not self.crops or (not self.folder and self.crops >= runner.max_epochs):
+            runner.logger.info('No crop comes again (train_dataloader.sampler.crops): the teacher runs at each step.')
+            remove_cache(own)
+            return
         manifest = manifest_of(runner.cfg, unwrap(runner.model), loader.dataset, sampler.seed)
-        folder = Path(self.folder or Path(runner.work_dir, FOLDER))
-        if not self.folder and (runner.iter == 0 or not is_of(folder, manifest)):
-            remove_cache(folder)
+        if not self.folder and (runner.iter == 0 or not is_of(own, manifest)) and remove_cache(own):
+            runner.logger.info(f'{own}, which is of another run, is removed.')
         barrier()  # all processes make the same cache
+        folder = Path(self.folder or own)
         make_cache(folder, manifest)
         self.cache = TeacherCache(folder)
         check_space(self.cache, self.crops)
@@ -89,7 +89,7 @@ class TeacherCacheHook(Hook):
             unwrap(runner.model).head.recalled = None
 
     def after_train(self, runner: Runner) -> None:
-        if self.cache is not None and not self.folder and runner.iter >= runner.max_iters:
+        if self.cache is not None and not self.folder:
             remove_cache(self.cache.folder)
         self.cache = None
 
@@ -119,7 +119,7 @@ def manifest_of(config: Config, model: nn.Module, dataset: object, seed: int) ->
             f'A cache knows the images of an ImageFolder or ImageSources, not of a {type(dataset).__name__}; take one '
             'of these as train_dataloader.dataset, or leave TeacherCacheHook out.'
         )
-    return describe(config, dataset, seed, model.backbone.num_patches, head.feature_dim)
+    return describe(config, head.teacher, dataset, seed, model.backbone.num_patches, head.feature_dim)
 
 
 def check_space(cache: TeacherCache, crops: int) -> None:
@@ -147,34 +147,22 @@ def recall_or_run(cache: TeacherCache, model: nn.Module, crop: int, batch: dict)
         Features [B, 1 + N, C] and importance [B, N], float32.
 
     Raises:
-        InputError: the cache is of another teacher.
+        InputError: the images are not bytes, or have no number.
     """
-    pixels = batch['inputs'] if isinstance(batch['inputs'], Tensor) else torch.stack(batch['inputs'])
-    images = np.array([sample.sample_idx for sample in batch['data_samples']])
-    original = np.array([not is_replaced(sample) for sample in batch['data_samples']])
-
-    def run(rows: np.ndarray) -> np.ndarray:
-        """The teacher's output on some images of the batch, bool [B], as records."""
-        inputs = model.data_preprocessor(batch, training=True)['inputs'][torch.from_numpy(rows)]
-        return encode(pixels[torch.from_numpy(rows)], *model.head.run_teacher(inputs))
-
-    records = cache.read(crop, images, pixels)
-    known = original & (records['checksum'] > 0)
-    if known.any() and not cache.compared:
-        compare(cache, records[known], run(known))
-        cache.compared = True
-    if not known.all():
-        records[~known] = run(~known)
-        cache.write(crop, images[original & ~known], records[original & ~known])
-    return decode(records, next(model.parameters()).device)
-
-
-def compare(cache: TeacherCache, records: np.ndarray, output: np.ndarray) -> None:
-    """Raise an :class:`InputError` if records [B] are not the teacher's output, records [B] of the same crops."""
-    codes = (torch.from_numpy(each['codes'].astype(np.float32)) for each in (records, output))
-    difference = float((2 - 2 * F.cosine_similarity(*codes, dim=-1)).mean())
-    if difference > OTHER_TEACHER:
+    pixels, samples = batch['inputs'], batch['data_samples']
+    pixels = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
+    if pixels.dtype != torch.uint8 or not all('sample_idx' in sample for sample in samples):
         raise InputError(
-            f"The cache {cache.folder} is not this teacher's (2 - 2 cos = {difference:.2g}); its weights have changed: "
-            'remove it, or choose another folder.'
+            'TeacherCacheHook needs images in bytes and their sample_idx; leave normalisation to the data preprocessor '
+            'and sample_idx among the meta_keys of PackInputs, or set train_dataloader.sampler.crops=None.'
         )
+    images = np.array([sample.sample_idx for sample in samples])
+    original = np.array([not is_replaced(sample) for sample in samples])
+    records = np.zeros(len(images), cache.dtype)
+    records[original] = cache.read(crop, images[original], pixels[torch.from_numpy(original)])
+    if (unknown := records['checksum'] == 0).any():
+        rows = torch.from_numpy(unknown)
+        output = model.head.run_teacher(model.data_preprocessor(batch, training=True)['inputs'][rows])
+        records[unknown] = encode(pixels[rows], *output)
+        cache.write(crop, images[original & unknown], records[original & unknown])
+    return decode(records, next(model.parameters()).device)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.reproducible import CURRENT
@@ -31,18 +32,19 @@ from mmmilan.teachers.by_name import teacher_config
 
 VERSION = 3
 MANIFEST, RECORDS = 'manifest.json', 'records.bin'
-COLOUR_TOLERANCE = 2  # of 255: other decoders differ by rounding, other crops or images differ by more
+TOLERANCE = 2  # of 255: other decoders differ by rounding, other crops or images differ by more
+SIDE = 4  # of a thumbnail
 
 
 def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
-    """A record: 8-bit features with a scale per token, 8-bit importance, mean colour of the crop, checksum."""
+    """A record: 8-bit features with a scale per token, 8-bit importance, a thumbnail of the crop, checksum."""
     return np.dtype(
         [
             ('codes', 'i1', (1 + num_patches, feature_dim)),
             ('scales', '<f4', (1 + num_patches,)),
             ('importance', 'u1', (num_patches,)),
             ('importance_scale', '<f4'),
-            ('colour', 'u1', (3,)),
+            ('thumbnail', 'u1', (3, SIDE, SIDE)),
             ('checksum', '<u4'),
         ]
     )
@@ -68,7 +70,7 @@ def encode(images: Tensor, features: Tensor, importance: Tensor) -> np.ndarray:
     records = np.zeros(len(features), record_dtype(importance.shape[1], features.shape[2]))
     for name, part in parts.items():
         records[name] = part.cpu().numpy()
-    records['colour'] = mean_colour(images)
+    records['thumbnail'] = thumbnails(images).round()
     for record in records:
         record['checksum'] = checksum(record)
     return records
@@ -88,17 +90,21 @@ def importance_of(records: np.ndarray) -> np.ndarray:
     return records['importance'] * records['importance_scale'][..., None]
 
 
-def mean_colour(images: Tensor) -> np.ndarray:
-    """Mean colour [..., 3] of images [..., 3, H, W] by every fourth pixel of every fourth row, rounded."""
-    return images[..., ::4, ::4].float().mean((-2, -1)).round().numpy()
+def thumbnails(images: Tensor) -> np.ndarray:
+    """Images [B, 3, H, W], uint8, of 4 x 4 pixels, by some pixels of large ones: [B, 3, 4, 4], float32."""
+    step = max(1, images.shape[-1] // 56)
+    return F.adaptive_avg_pool2d(images[..., ::step, ::step].float(), SIDE).numpy()
 
 
-def describe(config: Config, dataset: ImageFolder, seed: int, num_patches: int, feature_dim: int) -> dict:
+def describe(
+    config: Config, teacher: nn.Module, dataset: ImageFolder, seed: int, num_patches: int, feature_dim: int
+) -> dict:
     """The manifest of a training's cache: what the output of its teacher depends on, and the size of it.
 
     Args:
         config: The config of the training, which has ``model.head.teacher``.
-        dataset: Its images.
+        teacher: The teacher.
+        dataset: The images.
         seed: Of their crops.
         num_patches: Number N of patches.
         feature_dim: Width C of the features.
@@ -107,7 +113,8 @@ def describe(config: Config, dataset: ImageFolder, seed: int, num_patches: int, 
     names = [dataset.get_data_info(i)['img_path'].removeprefix(dataset.img_prefix) for i in range(len(dataset))]
     manifest = dict(
         version=VERSION,
-        teacher=teacher_config(model['head']['teacher']),
+        teacher={key: value for key, value in teacher_config(model['head']['teacher']).items() if key != 'pretrained'},
+        weights=checksum_of_weights(teacher),
         head=model['head']['type'],
         data_preprocessor=model.get('data_preprocessor'),
         pipeline=pixel_steps(loader['dataset']['pipeline']),
@@ -118,6 +125,14 @@ def describe(config: Config, dataset: ImageFolder, seed: int, num_patches: int, 
         feature_dim=feature_dim,
     )
     return json.loads(json.dumps(manifest))  # as it will be read: tuples become lists
+
+
+def checksum_of_weights(module: nn.Module) -> int:
+    """CRC-32 of weights in 16 bits, the same whether they are held in 16 bits or 32."""
+    checksum = 0
+    for tensor in module.state_dict().values():
+        checksum = zlib.crc32(tensor.detach().half().flatten().cpu().numpy(), checksum)
+    return checksum
 
 
 def pixel_steps(pipeline: list[dict]) -> list[dict]:
@@ -170,13 +185,15 @@ def differences(folder: Path, manifest: dict) -> list[str]:
     return [key for key in manifest if found.get(key) != manifest[key]]
 
 
-def remove_cache(folder: Path) -> None:
-    """Remove a cache, if there is one, and its folder, if nothing else is in it."""
-    if os.path.lexists(folder / MANIFEST):
-        for name in (RECORDS, MANIFEST):  # several processes may do so
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
+def remove_cache(folder: Path) -> bool:
+    """Remove a cache, and its folder if nothing else is in it; whether there was one."""
+    if not os.path.lexists(folder / MANIFEST):
+        return False
+    for name in (RECORDS, MANIFEST):  # several processes may do so
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+    return True
 
 
 class TeacherCache:
@@ -188,7 +205,6 @@ class TeacherCache:
     Attributes:
         dtype: Of a record.
         num_images: Number M of images.
-        compared: Whether its output has been compared with the teacher's.
 
     Raises:
         InputError: the folder is no cache, or cannot be used.
@@ -198,7 +214,8 @@ class TeacherCache:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         self.num_images = manifest['images']
-        flags = os.O_RDWR | os.O_CREAT if os.access(self.folder, os.W_OK) else os.O_RDONLY
+        self.is_writable = os.access(self.folder, os.W_OK)
+        flags = os.O_RDWR | os.O_CREAT if self.is_writable else os.O_RDONLY
         try:
             self.dtype = record_dtype(manifest['num_patches'], manifest['feature_dim'])
             self.file = os.open(self.folder / RECORDS, flags, 0o666)
@@ -206,8 +223,8 @@ class TeacherCache:
             raise InputError(
                 f'The cache {folder} cannot be used ({error}); make it again in another folder.'
             ) from error
-        self.compared = os.fstat(self.file).st_size == 0  # nothing to compare
-        self.checked = defaultdict(partial(np.zeros, self.num_images, bool))  # the records of each crop
+        self.whole = defaultdict(partial(np.zeros, self.num_images, bool))  # records by crop, whose checksum is right
+        self.has_warned = False
 
     def __del__(self) -> None:
         if hasattr(self, 'file'):
@@ -220,53 +237,60 @@ class TeacherCache:
         """Where a record begins, in bytes."""
         return (crop * self.num_images + image) * self.dtype.itemsize
 
-    def has(self, crop: int, image: int) -> bool:
-        """Whether there is a record, which may be damaged."""
-        content = os.pread(self.file, 4, self.place(crop, image + 1) - 4)
-        return len(content) == 4 and content != bytes(4)
+    def load(self, crop: int, image: int) -> np.ndarray:
+        """A record as bytes, [L], uint8; zeros if there is none, or it is damaged."""
+        size, content = self.dtype.itemsize, os.pread(self.file, self.dtype.itemsize, self.place(crop, image))
+        if len(content) < size:
+            return np.zeros(size, np.uint8)
+        row = np.frombuffer(content, np.uint8)
+        if not self.whole[crop][image]:
+            record = row.view(self.dtype)[0]
+            self.whole[crop][image] = record['checksum'] == checksum(record)
+        return row if self.whole[crop][image] else np.zeros(size, np.uint8)
 
-    def read(self, crop: int, images: Sequence[int], inputs: Tensor) -> np.ndarray:
+    def has(self, crop: int, image: int) -> bool:
+        """Whether there is a record that is not damaged."""
+        return bool(self.load(crop, image).any())
+
+    def read(self, crop: int, images: Sequence[int], pixels: Tensor) -> np.ndarray:
         """The records of a crop of some images.
 
         Args:
             crop: Number of the crop.
             images: Their numbers, [B].
-            inputs: These crops [B, 3, H, W], uint8.
+            pixels: These crops [B, 3, H, W], uint8.
 
         Returns:
-            Records [B]; zeros where there is none, or it is damaged or of another image, which the log says.
+            Records [B]; zeros where there is none, it is damaged, or of other pixels, of which the log has the first.
         """
-        records = np.zeros(len(images), self.dtype)
-        rows = records.view(np.uint8).reshape(len(records), -1)
-        for i, image in enumerate(images):
-            content = os.pread(self.file, rows.shape[1], self.place(crop, image))
-            if len(content) < rows.shape[1]:
-                continue
-            rows[i] = np.frombuffer(content, np.uint8)
-            if records[i]['checksum'] and not self.checked[crop][image]:
-                fits = checksum(records[i]) == records[i]['checksum']
-                fits = fits and (np.abs(mean_colour(inputs[i]) - records[i]['colour']) <= COLOUR_TOLERANCE).all()
-                self.checked[crop][image] = fits
-                if not fits:
-                    warn(f'Crop {crop} of image {image} in {self.folder} is damaged, or of another image.')
-                    rows[i] = 0
+        if not len(images):
+            return np.zeros(0, self.dtype)
+        records = np.stack([self.load(crop, image) for image in images]).view(self.dtype)[:, 0]
+        difference = np.abs(thumbnails(pixels) - records['thumbnail']).max((1, 2, 3))
+        other = (difference > TOLERANCE) & (records['checksum'] > 0)
+        if other.any() and not self.has_warned:
+            self.has_warned = True
+            warn(
+                f'Crop {crop} of image {images[other.argmax()]} has other pixels than in {self.folder}: the image has '
+                'changed, or the pipeline does not give the same crops again. The teacher runs on such crops.'
+            )
+        records[other] = np.zeros((), self.dtype)
         return records
 
     def write(self, crop: int, images: Sequence[int], records: np.ndarray) -> None:
-        """Write the records [B] of a crop of some images.
+        """Write the records [B] of a crop of some images, unless the folder may only be read.
 
         Raises:
-            InputError: the disk is full, or the folder may only be read.
+            InputError: the disk is full.
         """
-        for image, record in zip(images, records, strict=True):
+        for image, record in zip(images, records, strict=True) if self.is_writable else ():
             try:
-                written = os.pwrite(self.file, record.tobytes(), self.place(crop, image))
+                os.pwrite(self.file, record.tobytes(), self.place(crop, image))
             except OSError as error:
                 raise InputError(
                     f'{self.folder / RECORDS} cannot be written ({error.strerror}); free some space, or choose another '
                     'folder.'
                 ) from error
-            self.checked[crop][image] = written == self.dtype.itemsize
 
 
 @TRANSFORMS.register_module()
@@ -292,16 +316,23 @@ class LoadImportance(BaseTransform):
         return TeacherCache(self.folder)
 
     def transform(self, results: dict) -> dict:
-        """Add the importance of the crop.
+        """Add the importance of the crop; of an image that stands in for one that does not decode, a uniform one.
 
         Raises:
-            InputError: the cache lacks it.
+            InputError: the cache lacks the crop, or the sampler does not say which one it is.
         """
-        draw, inputs = CURRENT.get(), torch.from_numpy(results['img']).permute(2, 0, 1)[None]
-        record = None if draw is None else self.cache.read(draw.epoch, [results['sample_idx']], inputs)[0]
-        if record is None or not record['checksum']:
+        draw, image = CURRENT.get(), results['sample_idx']
+        if draw is None:
+            raise InputError(
+                'LoadImportance has to know the crop; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
+            )
+        pixels = torch.from_numpy(results['img']).permute(2, 0, 1)[None]
+        importance = importance_of(self.cache.read(draw.epoch, [image], pixels))[0]
+        if draw.index != image:
+            importance = np.ones_like(importance)
+        elif not importance.any():
             raise InputError(
                 f'The cache {self.folder} lacks this crop of {results["img_path"]}; make it with '
                 'tools/cache_targets.py, with --epochs as train_dataloader.sampler.crops.'
             )
-        return results | dict(importance=importance_of(record))
+        return results | dict(importance=importance)

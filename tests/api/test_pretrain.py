@@ -25,7 +25,7 @@ from helpers import assert_identical, load_trusted
 from mmmilan import cli
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
-from mmmilan.api.recipe import about_recipe, keep_teacher, new_config, refuse_changes
+from mmmilan.api.recipe import about_recipe, keep_teacher, new_config, refuse_changes, repeat_crops
 from mmmilan.building import change_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
@@ -34,7 +34,6 @@ from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.engine.schedule import fit_schedule
 from mmmilan.errors import InputError
 from mmmilan.models.targets import Target
-from mmmilan.teachers.cache import record_dtype
 
 SMALL = dict(num_layers=2, num_heads=3, feedforward_channels=96)
 
@@ -479,7 +478,8 @@ def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_pat
     def crops(epochs: int, changes: dict, **options: object) -> tuple[int | None, bool]:
         config = new_config([str(image_folder)], **given, epochs=epochs, changes=changes, **options)
         change_config(config, changes)
-        keep_teacher(config, tmp_path / 'not/there')
+        repeat_crops(config, tmp_path / 'not/there')
+        keep_teacher(config)
         return config.train_dataloader.sampler.get('crops'), 'teacher_cache' in config.default_hooks
 
     assert [crops(epochs, {})[0] for epochs in (1, 2, 8, 9, 400)] == [None, 1, 1, 2, 50]
@@ -488,11 +488,36 @@ def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_pat
     assert crops(20, {'train_dataloader.sampler.crops': None}) == (None, False)
     assert crops(20, {'model.head.type': 'mmmilan.LayerAlignment'}) == (None, False)
     assert crops(20, {'train_dataloader.sampler.type': 'DefaultSampler'}) == (None, False)
-    needed = 3 * 24 * record_dtype(16, 24).itemsize
+    needed = 3 * 24 * 17 * 24
     for free, expected in ((2 * needed, (3, True)), (2 * needed - 2, (None, False))):
         monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: SimpleNamespace(free=free))
         assert crops(20, {}) == expected
-    assert 'No room for a cache of the teacher (0.0 GB)' in log.text
+    assert 'What the teacher gives of 3 crops of each image would take 0.0 GB, more than half of the free' in log.text
+
+
+@pytest.mark.parametrize('part', ['train_dataloader', 'model.head', 'train_cfg', 'model.neck.predict_feature_dim'])
+def test_without_a_part_no_crop_comes_again(part, image_folder, quick, tmp_path):
+    """What is wrong with such a config is said elsewhere."""
+    config = new_config([str(image_folder)], **{name: quick[name] for name in ('arch', 'teacher', 'img_size')})
+    config.merge_from_dict({part: None})
+    repeat_crops(config, tmp_path)
+    keep_teacher(config)
+
+
+def test_the_cache_is_the_users_to_set(image_folder, quick, no_report, tmp_path):
+    hook = {'default_hooks.teacher_cache': dict(type='mmmilan.TeacherCacheHook', cache=str(tmp_path / 'kept'))}
+    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick, **hook)
+    assert own_config(weights, with_data=True).default_hooks.teacher_cache.cache == str(tmp_path / 'kept')
+    assert (tmp_path / 'kept/records.bin').exists()
+    mmmilan.pretrain(image_folder, tmp_path / 'without', **quick, **{'default_hooks.teacher_cache': None})
+
+
+def test_a_resumed_run_has_crops_for_its_length(interrupted, no_report, tmp_path):
+    quick = {'train_dataloader.num_workers': 0, 'test_dataloader.num_workers': 0}
+    weights = mmmilan.pretrain(None, interrupted, resume=True, epochs=9, seed=3, **quick)
+    config = own_config(weights, with_data=True)
+    assert config.train_dataloader.sampler.crops == 2 and config.default_hooks.teacher_cache
+    assert not (interrupted / 'teacher_cache').exists()
 
 
 def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quick, no_report, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,13 @@ def test_without_crops_nothing_is_kept(tiny_config, run_tool, tmp_path, teacher_
     config = tiny_config(CACHE | {'train_dataloader.sampler.crops': None})
     run_tool('train.py', config, '--work-dir', tmp_path / 'new')
     assert teacher_calls == [4] * 12
-    assert 'No train_dataloader.sampler.crops: the teacher runs at each step' in capsys.readouterr().out
+    assert 'No crop comes again (train_dataloader.sampler.crops): the teacher runs at' in capsys.readouterr().out
+    run_tool('train.py', tiny_config(CACHE | {'train_dataloader.sampler.crops': 2}))
+    assert teacher_calls == [4] * 24 and 'No crop comes again' in capsys.readouterr().out
+    assert not (tmp_path / 'work/teacher_cache').exists()
+    hook = {'default_hooks.teacher_cache': None, 'default_hooks.prefetch': None}
+    run_tool('train.py', tiny_config(CACHE | hook), '--work-dir', tmp_path / 'none')
+    assert teacher_calls == [4] * 36
 
 
 def test_a_cache_that_stays(tiny_config, run_tool, tmp_path, teacher_calls):
@@ -74,11 +81,11 @@ def test_a_cache_that_stays(tiny_config, run_tool, tmp_path, teacher_calls):
     for name in ('first', 'second'):
         run_tool('train.py', kept, '--work-dir', tmp_path / name)
         assert_identical(weights(tmp_path / name), weights(tmp_path / 'own'))
-    assert teacher_calls == [4] * 6 + [4]  # the second one compares its first batch
+    assert teacher_calls == [4] * 6
     run_tool('cache_targets.py', kept, tmp_path / 'tool', '--epochs', 1)
     teacher_calls.clear()
     run_tool('train.py', tiny_config(CACHE | {'default_hooks.teacher_cache.cache': str(tmp_path / 'tool')}))
-    assert teacher_calls == [4]
+    assert teacher_calls == []
 
 
 def test_masks_of_the_data_pipeline(tiny_config, run_tool, tmp_path, teacher_calls):
@@ -90,7 +97,7 @@ def test_masks_of_the_data_pipeline(tiny_config, run_tool, tmp_path, teacher_cal
     teacher_calls.clear()
     changes = {'train_dataloader.dataset.pipeline': pipeline, 'default_hooks.teacher_cache.cache': folder}
     run_tool('train.py', tiny_config(CACHE | {'train_dataloader.num_workers': 2} | changes))
-    assert teacher_calls == [4] and len(losses(tmp_path / 'work')) == 12
+    assert teacher_calls == [] and len(losses(tmp_path / 'work')) == 12
 
 
 @pytest.mark.parametrize('lost', [False, True])
@@ -113,11 +120,11 @@ def test_resumed_within_an_epoch(lost, tiny_config, run_tool, tmp_path, teacher_
         assert sum(teacher_calls) == 2 * 4 + 4 * 4
     else:
         assert_identical(weights(folder), weights(tmp_path / 'whole'))
-        assert teacher_calls == [4]  # the first batch is compared
+        assert teacher_calls == []
 
 
 def test_a_run_that_begins_anew_does_not_trust_what_lies_there(tiny_config, run_tool, tmp_path, teacher_calls):
-    """In the run's own folder: of another teacher with the same name, or of other crops."""
+    """In the run's own folder."""
     run_tool('train.py', tiny_config(CACHE), '--work-dir', tmp_path / 'whole')
     folder = tmp_path / 'work/teacher_cache'
     run_tool('cache_targets.py', tiny_config(CACHE), folder, '--epochs', 1)
@@ -127,7 +134,7 @@ def test_a_run_that_begins_anew_does_not_trust_what_lies_there(tiny_config, run_
     assert_identical(weights(tmp_path / 'work'), weights(tmp_path / 'whole'))
 
 
-@pytest.mark.parametrize('change', ['images', 'damaged'])
+@pytest.mark.parametrize('change', ['images', 'seed', 'damaged'])
 def test_a_resumed_run_trusts_no_other_cache(change, tiny_config, image_folder, run_tool, tmp_path, teacher_calls):
     """It makes its own anew."""
     folder, changes = tmp_path / 'work', {}
@@ -137,6 +144,8 @@ def test_a_resumed_run_trusts_no_other_cache(change, tiny_config, image_folder, 
         shutil.copytree(image_folder, tmp_path / 'images')
         next((tmp_path / 'images').rglob('*.jpg')).rename(tmp_path / 'images/other.jpg')
         changes = {'train_dataloader.dataset.data_root': str(tmp_path / 'images')}
+    elif change == 'seed':
+        changes = {'randomness.seed': 3}
     else:
         (folder / 'teacher_cache/manifest.json').write_text('{')
     teacher_calls.clear()
@@ -195,7 +204,7 @@ def test_an_image_that_changed(tiny_config, image_folder, tmp_path, log):
     model, dataset, cache = opened(config, tmp_path / 'cache')
     data = batch(dataset, range(4))
     features, _ = recall_or_run(cache, model, 0, data)
-    assert 'Crop 0 of image 1 in' in log.text
+    assert 'Crop 0 of image 1 has other pixels than in' in log.text
     expected, _ = model.head.run_teacher(model.data_preprocessor(data)['inputs'])
     assert relative_error(features, expected) < 0.01
 
@@ -261,12 +270,48 @@ def test_what_cannot_be_kept_is_refused(tiny_config, tmp_path, monkeypatch):
     assert "The teacher's output takes 0.0 GB more in" in message and 'sampler.crops=None' in message
 
 
-def test_another_teacher_of_the_same_name_is_refused(tiny_config, tmp_path):
-    model, dataset, cache = opened(config := tiny_config(CACHE), tmp_path / 'cache')
+def test_teachers_are_told_apart_by_their_weights(tiny_config, tmp_path):
+    cfg = Config.fromfile(tiny_config(CACHE))
+    model, dataset, _ = opened(tiny_config(CACHE), tmp_path / 'cache')
+    shutil.copy(cfg.model.head.teacher.pretrained, tmp_path / 'moved.pt')
+    opened(tiny_config(CACHE | {'model.head.teacher.pretrained': str(tmp_path / 'moved.pt')}), tmp_path / 'cache')
+    half = copy.deepcopy(model)
+    half.head.teacher.half()
+    make_cache(tmp_path / 'cache', manifest_of(cfg, half, dataset, 0))
+    next(model.head.teacher.parameters()).data[0] += 0.01
+    with pytest.raises(InputError, match='holds a cache of another weights; choose another folder'):
+        make_cache(tmp_path / 'cache', manifest_of(cfg, model, dataset, 0))
+
+
+def test_other_pixels_than_those_of_a_record(tiny_config, tmp_path, log):
+    """A pipeline that does not give the same crop again: the targets are of what it gives, and the log says so."""
+    model, dataset, cache = opened(tiny_config(CACHE), tmp_path / 'cache')
+    for crop in (0, 1, 2):
+        data = batch(dataset, range(4), crop)
+        features, _ = recall_or_run(cache, model, 0, data)  # of a sampler that says otherwise
+        expected, _ = model.head.run_teacher(model.data_preprocessor(data)['inputs'])
+        assert relative_error(features, expected) < 0.01
+    assert log.text.count('has other pixels than in') == 1
+    assert 'the image has changed, or the pipeline does not give the same crops again' in log.text
+
+
+def test_a_cache_that_may_only_be_read(tiny_config, tmp_path, teacher_calls, monkeypatch):
+    model, dataset, cache = opened(tiny_config(CACHE), tmp_path / 'cache')
     recall_or_run(cache, model, 0, batch(dataset, range(4)))
-    model, dataset, cache = opened(config, tmp_path / 'cache')
-    for parameter in model.head.teacher.parameters():
-        parameter.data = parameter + 0.5 * torch.randn_like(parameter)
-    recall_or_run(cache, model, 0, batch(dataset, range(4, 8)))  # nothing to compare with
-    with pytest.raises(InputError, match="is not this teacher's .*; its weights have changed: remove it, or choose"):
-        recall_or_run(cache, model, 0, batch(dataset, range(4)))
+    monkeypatch.setattr('os.access', lambda path, mode: False)
+    cache = TeacherCache(tmp_path / 'cache')
+    for _ in range(2):
+        recall_or_run(cache, model, 0, batch(dataset, range(2, 6)))
+    assert teacher_calls == [4, 2, 2] and not cache.has(0, 5)
+
+
+@pytest.mark.parametrize('lack', ['bytes', 'numbers'])
+def test_images_that_cannot_be_kept(lack, tiny_config, tmp_path):
+    model, dataset, cache = opened(tiny_config(CACHE), tmp_path / 'cache')
+    data = batch(dataset, range(4))
+    if lack == 'bytes':
+        data['inputs'] = data['inputs'].float()
+    else:
+        del data['data_samples'][1].sample_idx
+    with pytest.raises(InputError, match='needs images in bytes and their sample_idx; leave normalisation to the data'):
+        recall_or_run(cache, model, 0, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zlib
 from pathlib import Path
 
@@ -13,11 +14,21 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS
+from torch import nn
 
 from helpers import ROOT, relative_error
 from mmmilan.datasets import Draw, ImageFolder
 from mmmilan.errors import InputError
-from mmmilan.teachers.cache import TeacherCache, decode, describe, encode, importance_of, make_cache, record_dtype
+from mmmilan.teachers.cache import (
+    TeacherCache,
+    decode,
+    describe,
+    encode,
+    importance_of,
+    make_cache,
+    record_dtype,
+    thumbnails,
+)
 
 CONFIG = ROOT / 'configs/milan/milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 LOADER = {f'train_dataloader.{key}': value for key, value in dict(batch_size=4, num_workers=0).items()}
@@ -68,7 +79,7 @@ def test_records_are_those_of_their_crop_and_image(tmp_path):
         assert not each.read(7, [0], inputs[:1])['checksum']  # beyond the end of the file
 
 
-def test_damaged_records_and_other_images_count_as_none(tmp_path, log):
+def test_damaged_records_and_those_of_other_pixels_count_as_none(tmp_path, log):
     make_cache(tmp_path / 'cache', MANIFEST)
     inputs, *output = random_output()
     TeacherCache(tmp_path / 'cache').write(0, [0, 1, 2], encode(inputs, *output))
@@ -76,12 +87,23 @@ def test_damaged_records_and_other_images_count_as_none(tmp_path, log):
     content = bytearray(path.read_bytes())
     content[size + 17] ^= 1
     path.write_bytes(content[:-1])  # and the last one is cut
-    other = inputs.clone()
-    other[0] = 255 - inputs[0] // 2
-    found = TeacherCache(tmp_path / 'cache').read(0, [0, 1, 2], inputs)
-    assert (found['checksum'] > 0).tolist() == [True, False, False]
-    assert 'Crop 0 of image 1 in' in log.text and 'is damaged, or of another image' in log.text
-    assert not TeacherCache(tmp_path / 'cache').read(0, [0], other)['checksum']
+    cache = TeacherCache(tmp_path / 'cache')
+    assert [cache.has(0, image) for image in range(3)] == [True, False, False]
+    assert (cache.read(0, [0, 1, 2], inputs)['checksum'] > 0).tolist() == [True, False, False]
+    assert not log.text
+    noise = inputs[:1].int() + torch.randint(-1, 2, inputs[:1].shape)
+    assert cache.read(0, [0], noise.clamp(0, 255).byte())['checksum']
+    for other in (inputs[:1].flip(-1), inputs[1:2]):
+        assert not cache.read(0, [0], other)['checksum']
+    assert log.text.count('Crop 0 of image 0 has other pixels than in') == 1
+
+
+def test_thumbnails():
+    images = torch.randint(256, (2, 3, 224, 112), dtype=torch.uint8)
+    images[1, :, :56, 28:56] = 7
+    found = thumbnails(images)
+    assert found.shape == (2, 3, 4, 4) and (found[1, :, 0, 1] == 7).all()
+    assert found[0, 1, 2, 3] == pytest.approx(images[0, 1, 112:168:2, 84::2].float().mean().item(), abs=1e-3)
 
 
 def test_names_that_are_not_utf8_have_a_checksum(tmp_path, tiny_config):
@@ -89,7 +111,7 @@ def test_names_that_are_not_utf8_have_a_checksum(tmp_path, tiny_config):
     for folder, name in (('a', b'\xff\xe9.jpg'), ('b', b'\xfe\xe9.jpg'), ('c', 'ÿé.jpg'.encode())):
         (tmp_path / folder).mkdir()
         Path(tmp_path / folder, os.fsdecode(name)).touch()
-        manifest = describe(config, ImageFolder(str(tmp_path / folder), pipeline=[]), 0, 16, 24)
+        manifest = describe(config, nn.Linear(2, 2), ImageFolder(str(tmp_path / folder), pipeline=[]), 0, 16, 24)
         assert manifest['names'] == zlib.crc32(name) and manifest['images'] == 1
 
 
@@ -143,8 +165,35 @@ def test_masks_that_the_pipeline_draws(cached):
         assert patches.tolist() == np.flatnonzero(~np.asarray(sample.mask.cpu())).tolist()
     with pytest.raises(InputError, match='lacks this crop of .*; make it with tools/cache_targets.py, with --ep'):
         dataset[Draw(0, 2, 0)]
-    with pytest.raises(InputError, match='lacks this crop of'):  # a sampler that gives no crop
+    with pytest.raises(InputError, match='has to know the crop; set train_dataloader.sampler.type=mmmilan.Repro'):
         dataset[0]
+
+
+def test_the_importance_of_an_image_that_does_not_decode(tiny_config, image_folder, run_tool, tmp_path):
+    """What stands in for it has a uniform one."""
+    shutil.copytree(image_folder, tmp_path / 'images')
+    sorted((tmp_path / 'images').rglob('*.jpg'))[3].write_bytes(b'damaged')
+    config = tiny_config(LOADER | {'train_dataloader.dataset.data_root': str(tmp_path / 'images')})
+    run_tool('cache_targets.py', config, tmp_path / 'cache', '--epochs', 1)
+    cfg = Config.fromfile(config)
+    pack = dict(type='PackInputs', algorithm_keys=('importance',))
+    cfg.train_dataloader.dataset.pipeline[1:] = [
+        dict(type='mmmilan.LoadImportance', cache=str(tmp_path / 'cache')),
+        pack,
+    ]
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert (dataset[Draw(0, 0, 3)]['data_samples'].importance == 1).all()
+    assert (dataset[Draw(0, 0, 4)]['data_samples'].importance < 1).all()
+
+
+def test_the_tool_makes_damaged_records_again(cached, run_tool):
+    config, folder, _ = cached
+    content = (folder / 'records.bin').read_bytes()
+    (folder / 'records.bin').write_bytes(content[:5000] + b'damaged' + content[5007:])
+    run_tool('cache_targets.py', config, folder, '--epochs', 2)
+    repaired = np.frombuffer((folder / 'records.bin').read_bytes(), record_dtype(16, 24))
+    expected = np.frombuffer(content, record_dtype(16, 24))
+    assert relative_error(*(torch.from_numpy(each['codes'].astype(float)) for each in (repaired, expected))) < 0.01
 
 
 # -- caches that do not fit

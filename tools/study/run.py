@@ -321,6 +321,6 @@ def count_gflops(model: nn.Module, cfg: Config) -> float:
         model.loss(images)['loss'].backward()
     with counted_flops() as teacher:
         model.head.run_teacher(images)
-    crops, epochs = cfg.train_dataloader.sampler.get('crops'), cfg.train_cfg.max_epochs
-    recalled = max(0, 1 - crops / epochs) if crops else 0  # share of the steps
+    is_kept, epochs = 'teacher_cache' in cfg.default_hooks, cfg.train_cfg.max_epochs
+    recalled = max(0, 1 - cfg.train_dataloader.sampler.crops / epochs) if is_kept else 0  # share of the steps
     return (counter.get_total_flops() - recalled * teacher.get_total_flops()) / 4 / 1e9
