@@ -237,20 +237,21 @@ class TeacherCache:
         """Where a record begins, in bytes."""
         return (crop * self.num_images + image) * self.dtype.itemsize
 
-    def load(self, crop: int, image: int) -> np.ndarray:
-        """A record as bytes, [L], uint8; zeros if there is none, or it is damaged."""
-        size, content = self.dtype.itemsize, os.pread(self.file, self.dtype.itemsize, self.place(crop, image))
-        if len(content) < size:
-            return np.zeros(size, np.uint8)
-        row = np.frombuffer(content, np.uint8)
-        if not self.whole[crop][image]:
-            record = row.view(self.dtype)[0]
-            self.whole[crop][image] = record['checksum'] == checksum(record)
-        return row if self.whole[crop][image] else np.zeros(size, np.uint8)
+    def load(self, crop: int, images: Sequence[int]) -> np.ndarray:
+        """The records [B] of a crop of some images; zeros where there is none, or it is damaged."""
+        records = np.zeros(len(images), self.dtype)
+        rows = records.view(np.uint8).reshape(len(images), self.dtype.itemsize)
+        for row, record, image in zip(rows, records, images, strict=True):
+            size = os.preadv(self.file, [row], self.place(crop, image))
+            if not self.whole[crop][image]:
+                self.whole[crop][image] = size == len(row) and record['checksum'] == checksum(record)
+            if not self.whole[crop][image]:
+                row[:] = 0
+        return records
 
     def has(self, crop: int, image: int) -> bool:
         """Whether there is a record that is not damaged."""
-        return bool(self.load(crop, image).any())
+        return self.load(crop, [image])['checksum'][0] > 0
 
     def read(self, crop: int, images: Sequence[int], pixels: Tensor) -> np.ndarray:
         """The records of a crop of some images.
@@ -263,9 +264,7 @@ class TeacherCache:
         Returns:
             Records [B]; zeros where there is none, it is damaged, or of other pixels, of which the log has the first.
         """
-        if not len(images):
-            return np.zeros(0, self.dtype)
-        records = np.stack([self.load(crop, image) for image in images]).view(self.dtype)[:, 0]
+        records = self.load(crop, images)
         difference = np.abs(thumbnails(pixels) - records['thumbnail']).max((1, 2, 3))
         other = (difference > TOLERANCE) & (records['checksum'] > 0)
         if other.any() and not self.has_warned:
