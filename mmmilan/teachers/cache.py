@@ -23,6 +23,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmmilan.components import type_name
 from mmmilan.datasets.image_folder import ImageFolder
 from mmmilan.datasets.reproducible import CURRENT
 from mmmilan.errors import InputError, warn
@@ -124,7 +125,7 @@ def describe(
         num_patches=num_patches,
         feature_dim=feature_dim,
     )
-    return json.loads(json.dumps(manifest))  # as it will be read: tuples become lists
+    return json.loads(json.dumps(manifest, default=str))  # as it will be read: tuples become lists, classes names
 
 
 def checksum_of_weights(module: nn.Module) -> int:
@@ -138,7 +139,7 @@ def checksum_of_weights(module: nn.Module) -> int:
 def pixel_steps(pipeline: list[dict]) -> list[dict]:
     """The steps of a pipeline without those that draw masks and pack samples, which change no pixel."""
     others = 'LoadImportance', 'Masking', 'PackInputs'
-    return [step for step in pipeline if not str(step['type']).endswith(others)]
+    return [step for step in pipeline if not type_name(step).endswith(others)]
 
 
 def read_manifest(folder: Path) -> dict:
