@@ -74,7 +74,7 @@ class TeacherCacheHook(Hook):
         self.cache = TeacherCache(folder)
         check_space(self.cache, self.crops)
         size, crops = self.crops * self.cache.num_images * self.cache.dtype.itemsize, count(self.crops, 'crop')
-        runner.logger.info(f"The teacher's output on {crops} of each image is kept in {folder}: {size / 1e9:.1f} GB.")
+        runner.logger.info(f"The teacher's output on {crops} of each image is kept in {folder}: {size / 1e6:,.0f} MB.")
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         if self.cache is not None:
