@@ -92,15 +92,8 @@ def pretrain(
     from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.recipe import (
-        about_recipe,
-        base_config,
-        keep_call,
-        keep_teacher,
-        new_config,
-        repeat_crops,
-        resumed_config,
-    )
+    from mmmilan.api.few_images import about_recipe, keep_teacher, repeat_crops
+    from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources

@@ -58,8 +58,8 @@ def report(
     from mmengine.registry import DefaultScope
 
     from mmmilan.api import report_features as measured
+    from mmmilan.api.few_images import about_recipe
     from mmmilan.api.models import get_model, read_config, titles_of
-    from mmmilan.api.recipe import about_recipe
     from mmmilan.arguments import typed
     from mmmilan.checkpoints.config import call_of
     from mmmilan.datasets.image_folder import as_sources

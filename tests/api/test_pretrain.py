@@ -23,9 +23,10 @@ from PIL import Image
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
+from mmmilan.api.few_images import about_recipe, keep_teacher, repeat_crops
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
-from mmmilan.api.recipe import about_recipe, keep_teacher, new_config, refuse_changes, repeat_crops
+from mmmilan.api.recipe import new_config, refuse_changes
 from mmmilan.building import change_config
 from mmmilan.checkpoints.config import own_config
 from mmmilan.checkpoints.io import load_checkpoint_file
