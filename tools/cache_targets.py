@@ -1,8 +1,8 @@
-"""Run the teacher of a config once for all images and E epochs of crops, and store its outputs in 8 bits.
+"""Run the teacher of a config on some crops of all images, and store its outputs in 8 bits.
 
 python tools/cache_targets.py configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py cache --epochs 10
 
-Run it again to resume. docs/efficiency.md describes how to train with a cache, and its costs.
+Run it again to resume, or to mend it. docs/efficiency.md describes how to train with a cache, and its costs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from mmmilan.building import change_config
 from mmmilan.checkpoints.config import place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.loading import use_safe_loading
+from mmmilan.components import type_name
 from mmmilan.datasets import Draw
 from mmmilan.engine.config_check import check_is_not_read
 from mmmilan.engine.teacher_cache import check_space, manifest_of, recall_or_run
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='pretraining config, with a teacher')
     parser.add_argument('folder', type=Path, help='folder of the cache')
-    parser.add_argument('--epochs', type=int, required=True, help='epochs of crops; training starts over after them')
+    parser.add_argument('--epochs', type=int, required=True, help='crops of an image (train_dataloader.sampler.crops)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE pairs merged into the config')
     args = parser.parse_args()
     check_output_folder(args.folder)
@@ -51,8 +52,11 @@ def main() -> None:
     change_config(cfg, args.cfg_options or {})
     place_data_preprocessor(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
+    dataset = cfg.train_dataloader.dataset
+    others = 'LoadImportance', 'Masking'  # of a training with the cache
+    dataset.pipeline = [step for step in dataset.pipeline if not type_name(step).endswith(others)]
     model = MODELS.build(cfg.model).to(get_device()).eval()
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset = DATASETS.build(dataset)
     check_is_not_read(args.folder, cfg)
     seed = cfg.get('randomness', {}).get('seed') or 0
     make_cache(args.folder, manifest_of(cfg, model, dataset, seed))
@@ -62,13 +66,13 @@ def main() -> None:
         loader = DataLoader(
             dataset,
             cfg.train_dataloader.batch_size,
-            sampler=[Draw(seed, crop, i) for i in range(len(dataset)) if not cache.has(crop, i)],
+            sampler=[Draw(seed, crop, i) for i in range(len(dataset))],
             num_workers=cfg.train_dataloader.num_workers,
             collate_fn=FUNCTIONS.get('default_collate'),
         )
-        for batch in track(loader, f'Epoch {crop}'):
+        for batch in track(loader, f'Crop {crop + 1} of {args.epochs}'):
             recall_or_run(cache, model, crop, batch)
-    print(f'{args.folder}: {count(args.epochs, "epoch")}, {cache.dtype.itemsize / 1e3:.1f} KB per image and epoch.')
+    print(f'{args.folder}: {count(args.epochs, "crop")} of each image, {cache.dtype.itemsize / 1e3:.1f} KB each.')
 
 
 if __name__ == '__main__':

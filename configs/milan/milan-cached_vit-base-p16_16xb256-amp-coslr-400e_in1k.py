@@ -1,6 +1,6 @@
 # MILAN with a cache of what its teacher gives of 10 crops of each image (docs/efficiency.md). SemanticAwareMasking is a step of the
 # data pipeline here, so the data workers draw the masks: the same ones whenever a crop comes again.
-# First: python tools/cache_targets.py configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py data/milan_cache --epochs 10
+# First: python tools/cache_targets.py configs/milan/milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k.py data/milan_cache --epochs 10
 # 16 GPUs x 256 images: bash tools/dist_train.sh configs/milan/milan-cached_vit-base-p16_16xb256-amp-coslr-400e_in1k.py 8
 _base_ = './milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 

@@ -1,4 +1,4 @@
-"""The recipe of ``mmmilan.pretrain`` for few images, what it needs room for, and what is said of a run's recipe."""
+"""The recipe of ``mmmilan.pretrain`` for few images, and a sentence on the recipe of any run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmmilan.teachers.base import pair
 
 FEW_IMAGES = 100_000  # up to which the recipe for few images is used; it was measured on 500, 4,167 and 25,000
 CLASS_SHARE = 1 / 3  # of the class token in the loss of that recipe
-PARTS = ('model.masking.', 'model.neck.', 'model.head.')  # of a model that a recipe sets
+PARTS = ('model.masking.', 'model.neck.', 'model.head.', 'train_dataloader.sampler.crops.')  # that a recipe sets
 REASONS = {
     'few-images': ' On CIFAR-10 this was better than the published method.',
     'milan': ' This is the published method.',
@@ -51,6 +51,8 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
         part = key.rpartition('.')[0]
         if not any(f'{key}.'.startswith(f'{each}.') or each == f'{part}.type' for each in own):
             config.merge_from_dict({key: value})
+    if name == 'few-images':
+        config.default_hooks.teacher_cache = dict(type='mmmilan.TeacherCacheHook')
     changed = any(f'{key}.'.startswith(PARTS) and not f'{key}.'.startswith('model.head.teacher.') for key in own)
     config[CALL] = dict(
         commands=[], recipe=dict(name=name, asked=recipe is not None, images=num_images, changed=changed)
@@ -60,42 +62,44 @@ def set_recipe(config: Config, recipe: str | None, num_images: int, changes: Map
 def repeat_crops(config: Config, folder: Path) -> None:
     """Let crops come again in the recipe for few images, if there is room for what the teacher gives of each.
 
-    A user decides otherwise by ``train_dataloader.sampler.crops``, a number or None.
+    A user decides otherwise by ``train_dataloader.sampler.crops``, a number or None, or by the hook.
 
     Args:
         config: The config with the user's changes, changed in place.
         folder: Where the run writes.
     """
-    model, loader, recipe = config.model, config.train_dataloader or {}, call_of(config)['recipe']
-    parts = [type_name(part or {}) for part in (model.get('head'), loader.get('dataset'), loader.get('sampler'))]
-    is_usual = parts == ['CLIPTarget', 'ImageSources', 'ReproducibleSampler'] and 'crops' not in loader.sampler
-    epochs, crops = (config.train_cfg or {}).get('max_epochs', 0), usual_crops(config)
-    if recipe['name'] == 'few-images' and is_usual and crops < epochs:
-        tokens = 1 + int(np.prod(pair(model.backbone.img_size))) // model.backbone.patch_size**2
-        size = crops * recipe['images'] * tokens * (model.neck.predict_feature_dim or 0)  # bytes, but for a hundredth
-        if size <= room_for_files(folder):
-            loader.sampler.crops = crops
+    loader, hook = config.train_dataloader or {}, config.default_hooks.get('teacher_cache')
+    sampler, size = loader.get('sampler') or {}, cache_size(config)
+    epochs = (config.train_cfg or {}).get('max_epochs', 0)
+    crops = math.ceil(epochs / EPOCHS_OF_A_CROP)
+    if hook and size and 'crops' not in sampler and crops < epochs:
+        if crops * size <= room_for_files(Path(hook.get('cache') or folder)):
+            sampler.crops = config[CALL]['recipe']['crops'] = crops
         else:
             print_log(
-                f'What the teacher gives of {count(crops, "crop")} of each image would take {size / 1e9:.1f} GB, more '
-                'than half of the free disk or memory: it runs at each step.',
+                f'What the teacher gives of {count(crops, "crop")} of each image would take {crops * size / 1e9:.1f} '
+                'GB, more than half of the free disk or of the memory: it runs at each step.',
                 logger='current',
             )
+    elif sampler.get('crops') and 'teacher_cache' not in config.default_hooks:
+        config.default_hooks.teacher_cache = dict(type='mmmilan.TeacherCacheHook')
 
 
-def usual_crops(config: Config) -> int:
-    """How many crops of an image the recipe for few images has."""
-    return math.ceil((config.train_cfg or {}).get('max_epochs', 0) / EPOCHS_OF_A_CROP)
-
-
-def keep_teacher(config: Config) -> None:
-    """Run the teacher once for each crop where crops come again, unless the user has set or removed the hook."""
-    if ((config.train_dataloader or {}).get('sampler') or {}).get('crops'):
-        config.default_hooks.setdefault('teacher_cache', dict(type='mmmilan.TeacherCacheHook'))
+def cache_size(config: Config) -> int:
+    """Bytes of what the teacher gives of one crop of each image, but for a hundredth; 0 where it is not kept."""
+    model, loader = config.model, config.train_dataloader or {}
+    dataset = loader.get('dataset') or {}
+    parts = [model.get('head'), dataset, loader.get('sampler'), *dataset.get('pipeline', [])]
+    usual = ['CLIPTarget', 'ImageSources', 'ReproducibleSampler', 'LoadRandomResizedCrop', 'PackInputs']
+    if [type_name(part or {}) for part in parts] != usual or 'meta_keys' in parts[-1]:
+        return 0
+    tokens = 1 + int(np.prod(pair(model.backbone.img_size))) // model.backbone.patch_size**2
+    images = (call_of(config).get('recipe') or {}).get('images', 0)
+    return images * tokens * ((model.get('neck') or {}).get('predict_feature_dim') or 0)
 
 
 def room_for_files(folder: Path) -> float:
-    """The bytes that files of a run may take which are read all the time: half of the free disk and of the memory."""
+    """The bytes that files may take which a run reads all the time: half of the free disk, or of the memory if less."""
     disk = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     return min(shutil.disk_usage(disk).free, memory) / 2

@@ -60,7 +60,8 @@ def pretrain(
             has eight blocks, or four if the encoder has fewer than 512 dimensions.
         recipe: 'milan', the published method, or 'few-images', with random masks of half the patches, a decoder of one
             block and a third of the loss on the class token, which was better on small folders; by default this one up
-            to 100,000 images.
+            to 100,000 images. Its crops come again up to eight times, and ``out/teacher_cache`` keeps what the teacher
+            gives of each while it trains.
         teacher: MODEL:TAG of open_clip (by default ViT-B-16-quickgelu:openai), the name of a timm ViT, a file of
             weights, or another name or the config of a teacher, see ``mmmilan.teachers.teacher_config``. It
             sees the pixels that it was trained on.
@@ -92,7 +93,7 @@ def pretrain(
     from mmengine.logging import print_log
     from mmengine.registry import DefaultScope
 
-    from mmmilan.api.few_images import about_recipe, keep_teacher, repeat_crops
+    from mmmilan.api.few_images import about_recipe, repeat_crops
     from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted
     from mmmilan.checkpoints.io import find_newest
@@ -120,9 +121,8 @@ def pretrain(
             else:
                 config = new_config(sources, changes=changes, **given)
         change_config(config, changes, inspect.signature(pretrain).parameters)
-        if not resume:
+        if not resume or 'epochs' in given:
             repeat_crops(config, folder)
-        keep_teacher(config)
         set_folder(config, folder)
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         if not resume:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
-from mmmilan.api.few_images import set_recipe, usual_crops
+from mmmilan.api.few_images import set_recipe
 from mmmilan.arguments import typed
 from mmmilan.building import arch_sizes, change_config
 from mmmilan.checkpoints.config import (
@@ -111,10 +111,10 @@ def resumed_config(
     change_images(config, sources, given.get('labelled'))
     for loader in (config.train_dataloader, config.test_dataloader):
         loader.batch_size = given.get('batch_size', loader.batch_size)
-    sampler, crops = config.train_dataloader.sampler, usual_crops(config)
     config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
-    if sampler.get('crops') == crops:  # a longer run has more
-        sampler.crops = usual_crops(config)
+    crops = (call_of(config).get('recipe') or {}).get('crops')
+    if 'epochs' in given and crops and config.train_dataloader.sampler.crops == crops:  # not the user's
+        del config.train_dataloader.sampler['crops']  # for repeat_crops
     change_config(config, changes)
     if schedule is not None:
         loader = config.train_dataloader

@@ -369,10 +369,13 @@ class ImageFolder(CustomDataset):
         with seeded(index) if isinstance(index, Draw) else nullcontext():
             return self.load_or_replace(int(index))
 
-    def prepare_data(self, index: int) -> dict:
-        """Sample ``index`` after the pipeline; a file deleted since the start counts as one that does not decode."""
+    def prepare_data(self, index: int, stands_in: bool = False) -> dict:
+        """Sample ``index`` after the pipeline; a file deleted since the start counts as one that does not decode.
+
+        The steps of the pipeline are told if it stands in for another one, which does not decode.
+        """
         try:
-            return super().prepare_data(index)
+            return self.pipeline(self.get_data_info(index) | (dict(stands_in=True) if stands_in else {}))
         except InputError as error:
             path = self.get_data_info(index)['img_path']
             if isinstance(error, CorruptImageError) or self.backend_args or exists(path):
@@ -384,7 +387,7 @@ class ImageFolder(CustomDataset):
         fault = ''
         for _ in range(MAX_CORRUPT_IN_A_ROW):
             try:
-                sample = self.prepare_data(index)
+                sample = self.prepare_data(index, bool(fault))
                 if fault:
                     mark_replaced(sample)
                 return sample

@@ -1,4 +1,4 @@
-"""Augmentations that depend only on (seed, epoch, sample).
+"""Augmentations that depend only on (seed, crop, sample), where each epoch has a crop of its own or they come again.
 
 MMEngine seeds data workers once, or the same way at every epoch. Augmentations then depend on the number of workers,
 and a resumed run sees other images than an uninterrupted one. Here the sampler gives a random seed for each
@@ -27,15 +27,15 @@ from mmmilan.registry import DATA_SAMPLERS
 
 
 class Draw(int):
-    """One sample of one epoch, as the sampler asks for it: its index, which is an int to any data set, and its seed."""
+    """One crop of one sample, as the sampler asks for it: the index, which is an int to any data set, and the seed."""
 
-    def __new__(cls, seed: int, epoch: int, index: int) -> Draw:
+    def __new__(cls, seed: int, crop: int, index: int) -> Draw:
         draw = super().__new__(cls, index)
-        draw.seed, draw.epoch, draw.index = seed, epoch, int(index)
+        draw.seed, draw.crop, draw.index = seed, crop, int(index)
         return draw
 
     def __getnewargs__(self) -> tuple[int, int, int]:
-        return self.seed, self.epoch, self.index
+        return self.seed, self.crop, self.index
 
 
 @DATA_SAMPLERS.register_module()
@@ -127,7 +127,7 @@ def seeded(draw: Draw) -> Iterator[None]:
         yield
         return
     states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence((draw.seed, draw.epoch, draw.index)).generate_state(1)[0])
+    seed = int(np.random.SeedSequence((draw.seed, draw.crop, draw.index)).generate_state(1)[0])
     np.random.set_bit_generator(GENERATOR)
     random.seed(seed)
     np.random.seed(seed)

@@ -112,18 +112,20 @@ def manifest_of(config: Config, model: nn.Module, dataset: object, seed: int) ->
     if not isinstance(head, Target) or head.teacher is None or type(head).target is not Target.target:
         raise InputError(
             'Only the features of a single teacher can be kept; take CLIPTarget or LayerAlignment as the head, or '
-            'leave TeacherCacheHook out.'
+            'train without a cache (default_hooks.teacher_cache=None).'
         )
     if not isinstance(dataset, ImageFolder):
         raise InputError(
             f'A cache knows the images of an ImageFolder or ImageSources, not of a {type(dataset).__name__}; take one '
-            'of these as train_dataloader.dataset, or leave TeacherCacheHook out.'
+            'of these as train_dataloader.dataset, or train without a cache (default_hooks.teacher_cache=None).'
         )
     return describe(config, head.teacher, dataset, seed, model.backbone.num_patches, head.feature_dim)
 
 
 def check_space(cache: TeacherCache, crops: int) -> None:
     """Raise an :class:`InputError` if the disk has too little space for what is not in the cache yet."""
+    if not cache.is_writable:
+        return
     needed = crops * cache.num_images * cache.dtype.itemsize - 512 * (cache.folder / RECORDS).stat().st_blocks
     free = shutil.disk_usage(cache.folder).free
     if needed > free:

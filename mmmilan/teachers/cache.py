@@ -59,14 +59,14 @@ def checksum(record: np.void) -> int:
 def encode(images: Tensor, features: Tensor, importance: Tensor) -> np.ndarray:
     """Records [B] of crops [B, 3, H, W], uint8, their features [B, 1 + N, C] and importance [B, N].
 
-    A feature is scale · code, with codes from -127 to 127; the largest feature of a token is exact. The importance of a
-    patch is never rounded to zero.
+    A feature is scale · code, with codes from -127 to 127. The importance of a patch is not rounded to zero.
     """
     features, importance = features.float(), importance.float()
     scales = features.abs().amax(-1).clamp(min=1e-30) / 127
     importance_scale = importance.amax(-1).clamp(min=1e-30) / 255
     parts = dict(codes=(features / scales[..., None]).round().to(torch.int8), scales=scales)
-    parts['importance'] = (importance / importance_scale[:, None]).round().clamp(min=1).to(torch.uint8)
+    codes = (importance / importance_scale[:, None]).round().clamp(min=1)
+    parts['importance'] = (codes * (importance > 0)).to(torch.uint8)
     parts['importance_scale'] = importance_scale
     records = np.zeros(len(features), record_dtype(importance.shape[1], features.shape[2]))
     for name, part in parts.items():
@@ -250,10 +250,6 @@ class TeacherCache:
                 row[:] = 0
         return records
 
-    def has(self, crop: int, image: int) -> bool:
-        """Whether there is a record that is not damaged."""
-        return self.load(crop, [image])['checksum'][0] > 0
-
     def read(self, crop: int, images: Sequence[int], pixels: Tensor) -> np.ndarray:
         """The records of a crop of some images.
 
@@ -272,7 +268,7 @@ class TeacherCache:
             self.has_warned = True
             warn(
                 f'Crop {crop} of image {images[other.argmax()]} has other pixels than in {self.folder}: the image has '
-                'changed, or the pipeline does not give the same crops again. The teacher runs on such crops.'
+                'changed, or the pipeline does not give the same crops again.'
             )
         records[other] = np.zeros((), self.dtype)
         return records
@@ -321,18 +317,18 @@ class LoadImportance(BaseTransform):
         Raises:
             InputError: the cache lacks the crop, or the sampler does not say which one it is.
         """
-        draw, image = CURRENT.get(), results['sample_idx']
+        draw = CURRENT.get()
         if draw is None:
             raise InputError(
                 'LoadImportance has to know the crop; set train_dataloader.sampler.type=mmmilan.ReproducibleSampler.'
             )
+        if results.get('stands_in'):
+            return results | dict(importance=np.ones(self.cache.dtype['importance'].shape, np.float32))
         pixels = torch.from_numpy(results['img']).permute(2, 0, 1)[None]
-        importance = importance_of(self.cache.read(draw.epoch, [image], pixels))[0]
-        if draw.index != image:
-            importance = np.ones_like(importance)
-        elif not importance.any():
+        record = self.cache.read(draw.crop, [results['sample_idx']], pixels)[0]
+        if not record['checksum']:
             raise InputError(
-                f'The cache {self.folder} lacks this crop of {results["img_path"]}; make it with '
-                'tools/cache_targets.py, with --epochs as train_dataloader.sampler.crops.'
+                f'The cache {self.folder} lacks this crop of {results["img_path"]}; run tools/cache_targets.py, with '
+                '--epochs as train_dataloader.sampler.crops.'
             )
-        return results | dict(importance=importance)
+        return results | dict(importance=importance_of(record))

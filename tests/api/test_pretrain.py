@@ -23,7 +23,7 @@ from PIL import Image
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
-from mmmilan.api.few_images import about_recipe, keep_teacher, repeat_crops
+from mmmilan.api.few_images import about_recipe, repeat_crops
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
 from mmmilan.api.recipe import new_config, refuse_changes
@@ -440,6 +440,7 @@ def test_recipes(image_folder, quick):
         ({'model.masking.mask_ratio': 0.75}, 'Random', 8, 'random masks of 75%.* 8 patches.'),
         ({'model.neck.decoder_depth': 2}, 'Random', 8, 'a decoder of 2 blocks'),
         ({'model.neck.type': 'mmmilan.MAEDecoder'}, 'Random', 8, 'a decoder of 4 blocks'),
+        ({'train_dataloader.sampler.crops': 3}, 'Random', 8, '; 3 crops of each image'),
     ],
 )
 def test_what_the_user_changes_is_no_recipes(changes, masks, weight, words, image_folder, quick):
@@ -480,19 +481,24 @@ def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_pat
         config = new_config([str(image_folder)], **given, epochs=epochs, changes=changes, **options)
         change_config(config, changes)
         repeat_crops(config, tmp_path / 'not/there')
-        keep_teacher(config)
-        return config.train_dataloader.sampler.get('crops'), 'teacher_cache' in config.default_hooks
+        return config.train_dataloader.sampler.get('crops'), bool(config.default_hooks.get('teacher_cache'))
 
     assert [crops(epochs, {})[0] for epochs in (1, 2, 8, 9, 400)] == [None, 1, 1, 2, 50]
     assert crops(20, {}, recipe='milan') == (None, False)
     assert crops(20, {'train_dataloader.sampler.crops': 4}, recipe='milan') == (4, True)
-    assert crops(20, {'train_dataloader.sampler.crops': None}) == (None, False)
-    assert crops(20, {'model.head.type': 'mmmilan.LayerAlignment'}) == (None, False)
-    assert crops(20, {'train_dataloader.sampler.type': 'DefaultSampler'}) == (None, False)
+    for other in (
+        {'train_dataloader.sampler.crops': None},
+        {'model.head.type': 'mmmilan.LayerAlignment'},
+        {'train_dataloader.sampler.type': 'DefaultSampler'},
+        {'train_dataloader.dataset.pipeline': [dict(type='mmmilan.LoadImage'), dict(type='PackInputs')]},
+    ):
+        assert crops(20, other)[0] is None
+    assert crops(20, {'default_hooks.teacher_cache': None}) == (None, False)
     needed = 3 * 24 * 17 * 24
-    for free, expected in ((2 * needed, (3, True)), (2 * needed - 2, (None, False))):
+    for free, pages, expected in ((2 * needed, 10**9, 3), (2 * needed - 2, 10**9, None), (10**12, needed, None)):
         monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: SimpleNamespace(free=free))
-        assert crops(20, {}) == expected
+        monkeypatch.setattr('os.sysconf', lambda name, pages=pages: pages if name == 'SC_PHYS_PAGES' else 1)
+        assert crops(20, {})[0] == expected
     assert 'What the teacher gives of 3 crops of each image would take 0.0 GB, more than half of the free' in log.text
 
 
@@ -502,23 +508,26 @@ def test_without_a_part_no_crop_comes_again(part, image_folder, quick, tmp_path)
     config = new_config([str(image_folder)], **{name: quick[name] for name in ('arch', 'teacher', 'img_size')})
     config.merge_from_dict({part: None})
     repeat_crops(config, tmp_path)
-    keep_teacher(config)
+    assert not ((config.train_dataloader or {}).get('sampler') or {}).get('crops')
 
 
 def test_the_cache_is_the_users_to_set(image_folder, quick, no_report, tmp_path):
-    hook = {'default_hooks.teacher_cache': dict(type='mmmilan.TeacherCacheHook', cache=str(tmp_path / 'kept'))}
+    hook = {'default_hooks.teacher_cache.cache': str(tmp_path / 'kept')}
     weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick, **hook)
     assert own_config(weights, with_data=True).default_hooks.teacher_cache.cache == str(tmp_path / 'kept')
     assert (tmp_path / 'kept/records.bin').exists()
     mmmilan.pretrain(image_folder, tmp_path / 'without', **quick, **{'default_hooks.teacher_cache': None})
 
 
-def test_a_resumed_run_has_crops_for_its_length(interrupted, no_report, tmp_path):
-    quick = {'train_dataloader.num_workers': 0, 'test_dataloader.num_workers': 0}
-    weights = mmmilan.pretrain(None, interrupted, resume=True, epochs=9, seed=3, **quick)
+@pytest.mark.parametrize('own', [None, 1])
+def test_a_resumed_run_has_crops_for_its_length(own, image_folder, quick, no_report, tmp_path):
+    """Unless the user has chosen their number."""
+    crops = {} if own is None else {'train_dataloader.sampler.crops': own}
+    mmmilan.pretrain(image_folder, tmp_path / 'run', **quick, **crops)
+    weights = mmmilan.pretrain(None, tmp_path / 'run', resume=True, epochs=9, seed=3)
     config = own_config(weights, with_data=True)
-    assert config.train_dataloader.sampler.crops == 2 and config.default_hooks.teacher_cache
-    assert not (interrupted / 'teacher_cache').exists()
+    assert config.train_dataloader.sampler.crops == (own or 2) and config.default_hooks.teacher_cache
+    assert not (tmp_path / 'run/teacher_cache').exists()
 
 
 def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quick, no_report, tmp_path):

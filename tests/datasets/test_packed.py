@@ -169,7 +169,7 @@ def test_shard_sampler_reads_one_shard_after_the_other(shards):
     for epoch in range(8):
         sampler.set_epoch(epoch)
         draws = list(sampler)
-        assert draws == list(sampler) and {(draw.seed, draw.epoch) for draw in draws} == {(3, epoch)}
+        assert draws == list(sampler) and {(draw.seed, draw.crop) for draw in draws} == {(3, epoch)}
         orders.append([draw.index for draw in draws])
     for order in orders:
         assert sorted(order) == list(range(7))

@@ -120,7 +120,7 @@ def test_a_list_is_seeded_as_by_mmengine(log):
 
 def test_a_draw_is_an_index():
     draw = pickle.loads(pickle.dumps(copy.deepcopy(Draw(7, 5, 0))))
-    assert (draw.seed, draw.epoch, draw.index, draw) == (7, 5, 0, 0)
+    assert (draw.seed, draw.crop, draw.index, draw) == (7, 5, 0, 0)
     assert 'abc'[draw] == 'a' and draw - 1 == -1
 
 

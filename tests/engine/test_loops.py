@@ -24,7 +24,7 @@ class Draws(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple:
         time.sleep(self.seconds)
-        return draw.seed, draw.epoch, draw.index
+        return draw.seed, draw.crop, draw.index
 
 
 def loader(seconds: float = 0) -> DataLoader:

@@ -49,6 +49,10 @@ def random_output(images: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return inputs, torch.randn(images, 5, 64), torch.rand(images, 4).softmax(-1)
 
 
+def has(cache: TeacherCache, crop: int, image: int) -> bool:
+    return cache.load(crop, [image])['checksum'][0] > 0
+
+
 def batch_of(cfg: Config, crop: int) -> dict:
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     return FUNCTIONS.get('default_collate')([dataset[Draw(0, crop, i)] for i in range(6)])
@@ -71,7 +75,8 @@ def test_records_are_those_of_their_crop_and_image(tmp_path):
     inputs, *output = random_output()
     records = encode(inputs, *output)
     cache.write(1, [2, 0], records[:2])
-    assert [cache.has(crop, image) for crop in (0, 1) for image in range(3)] == [False, False, False, True, False, True]
+    expected = [False, False, False, True, False, True]
+    assert [has(cache, crop, image) for crop in (0, 1) for image in range(3)] == expected
     for each in (cache, TeacherCache(tmp_path / 'cache'), pickle.loads(pickle.dumps(cache))):
         found = each.read(1, [0, 1, 2], inputs[[1, 2, 0]])
         assert found[0] == records[1] and found[2] == records[0]
@@ -88,7 +93,7 @@ def test_damaged_records_and_those_of_other_pixels_count_as_none(tmp_path, log):
     content[size + 17] ^= 1
     path.write_bytes(content[:-1])  # and the last one is cut
     cache = TeacherCache(tmp_path / 'cache')
-    assert [cache.has(0, image) for image in range(3)] == [True, False, False]
+    assert [has(cache, 0, image) for image in range(3)] == [True, False, False]
     assert (cache.read(0, [0, 1, 2], inputs)['checksum'] > 0).tolist() == [True, False, False]
     assert not log.text
     noise = inputs[:1].int() + torch.randint(-1, 2, inputs[:1].shape)
@@ -126,7 +131,7 @@ def test_the_cache_holds_what_the_teacher_gives(cached):
         assert 0 < relative_error(codes, features) < 0.01 and 0 < relative_error(kept, importance) < 0.01
     record = record_dtype(16, 24).itemsize
     assert (folder / 'records.bin').stat().st_size == 2 * 24 * record
-    assert f'{record / 1e3:.1f} KB per image and epoch' in printed
+    assert f'{record / 1e3:.1f} KB each' in printed
 
 
 def test_a_resumed_cache_is_the_same(cached, run_tool, tmp_path):
@@ -163,7 +168,7 @@ def test_masks_that_the_pipeline_draws(cached):
     assert torch.isfinite(model.loss(**data)['loss'])
     for patches, sample in zip(seen[0][0], data['data_samples'], strict=True):
         assert patches.tolist() == np.flatnonzero(~np.asarray(sample.mask.cpu())).tolist()
-    with pytest.raises(InputError, match='lacks this crop of .*; make it with tools/cache_targets.py, with --ep'):
+    with pytest.raises(InputError, match='lacks this crop of .*; run tools/cache_targets.py, with --epochs as'):
         dataset[Draw(0, 2, 0)]
     with pytest.raises(InputError, match='has to know the crop; set train_dataloader.sampler.type=mmmilan.Repro'):
         dataset[0]
@@ -184,6 +189,16 @@ def test_the_importance_of_an_image_that_does_not_decode(tiny_config, image_fold
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert (dataset[Draw(0, 0, 3)]['data_samples'].importance == 1).all()
     assert (dataset[Draw(0, 0, 4)]['data_samples'].importance < 1).all()
+
+
+def test_the_tool_takes_the_config_that_trains_with_the_cache(cached, run_tool, tiny_config):
+    config, folder, _ = cached
+    content = (folder / 'records.bin').read_bytes()
+    pipeline = Config.fromfile(config).train_dataloader.dataset.to_dict()['pipeline']
+    pipeline[1:1] = [dict(type='mmmilan.LoadImportance', cache='none'), dict(type='mmmilan.SemanticAwareMasking')]
+    config = tiny_config(LOADER | {'train_dataloader.dataset.pipeline': pipeline})
+    run_tool('cache_targets.py', config, folder, '--epochs', 2)
+    assert (folder / 'records.bin').read_bytes() == content
 
 
 def test_the_tool_makes_damaged_records_again(cached, run_tool):

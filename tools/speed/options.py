@@ -1,4 +1,4 @@
-"""The options that reduce the cost of a step: what each changes in MILAN's config, and what is known of the teacher."""
+"""The options that reduce the cost of a step: another decoder and target, or a teacher whose output is known."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def random_records(model: MILAN, images: Tensor) -> np.ndarray:
     """Records [B] of a cache, of random features and importance, for images [B, 3, H, W], uint8."""
     patches = model.backbone.num_patches
     features = torch.randn(len(images), 1 + patches, model.head.feature_dim)
-    return encode(images, features, torch.rand(len(images), patches))
+    return encode(images.cpu(), features, torch.rand(len(images), patches))
