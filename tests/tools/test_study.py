@@ -138,7 +138,11 @@ def test_arms_have_the_same_steps_and_images(study):
             cfg = arms.read_arm(arm)
             batch = cfg.train_dataloader.batch_size
             assert batch == 16
-            assert cfg.train_cfg.max_epochs == {arms.LIGHTLY: 2.8, 'alignment, half the epochs': 2}.get(arm, 4)
+            assert cfg.train_cfg.max_epochs == {
+                arms.LIGHTLY: 2.8,
+                'alignment, half the epochs': 2,
+                'MILAN, few-images, one crop, half the epochs': 2,
+            }.get(arm, 4)
             arms.set_schedule(cfg, images, budget)
             assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_epochs * (images // batch)
             if arm == 'MILAN':
