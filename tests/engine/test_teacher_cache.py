@@ -154,6 +154,7 @@ def test_a_resumed_run_trusts_no_other_cache(change, tiny_config, image_folder, 
     assert not (folder / 'teacher_cache').exists()
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_cache(tiny_config, tmp_path, run_tool):
     options = CACHE | {'train_dataloader.batch_size': 2}
     run_script_on_ranks('train.py', 2, tiny_config(options), '--work-dir', tmp_path / 'own')
