@@ -113,7 +113,7 @@ def resumed_config(
         loader.batch_size = given.get('batch_size', loader.batch_size)
     config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
     crops = (call_of(config).get('recipe') or {}).get('crops')
-    if 'epochs' in given and crops and config.train_dataloader.sampler.crops == crops:  # not the user's
+    if 'epochs' in given and crops and config.train_dataloader.sampler.get('crops') == crops:  # not the user's
         del config.train_dataloader.sampler['crops']  # for repeat_crops
     change_config(config, changes)
     if schedule is not None:
