@@ -29,7 +29,7 @@ from mmmilan.engine.teacher_cache import check_space, manifest_of, recall_or_run
 from mmmilan.errors import InputError, count, exit_on_input_error
 from mmmilan.failures import build_errors
 from mmmilan.files import check_output_folder
-from mmmilan.teachers.cache import TeacherCache, make_cache
+from mmmilan.teachers.cache import MASKING, TeacherCache, make_cache
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,8 +53,7 @@ def main() -> None:
     place_data_preprocessor(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmpretrain')
     dataset = cfg.train_dataloader.dataset
-    others = 'LoadImportance', 'Masking'  # of a training with the cache
-    dataset.pipeline = [step for step in dataset.pipeline if not type_name(step).endswith(others)]
+    dataset.pipeline = [step for step in dataset.pipeline if not type_name(step).endswith(MASKING)]  # needs the cache
     model = MODELS.build(cfg.model).to(get_device()).eval()
     dataset = DATASETS.build(dataset)
     check_is_not_read(args.folder, cfg)

@@ -73,7 +73,7 @@ class TeacherCacheHook(Hook):
         make_cache(folder, manifest)
         self.cache = TeacherCache(folder)
         check_space(self.cache, self.crops)
-        size, crops = self.crops * self.cache.num_images * self.cache.dtype.itemsize, count(self.crops, 'crop')
+        size, crops = self.cache.place(self.crops), count(self.crops, 'crop')
         runner.logger.info(f"The teacher's output on {crops} of each image is kept in {folder}: {size / 1e6:,.0f} MB.")
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
@@ -126,7 +126,7 @@ def check_space(cache: TeacherCache, crops: int) -> None:
     """Raise an :class:`InputError` if the disk has too little space for what is not in the cache yet."""
     if not cache.is_writable:
         return
-    needed = crops * cache.num_images * cache.dtype.itemsize - 512 * (cache.folder / RECORDS).stat().st_blocks
+    needed = cache.place(crops) - 512 * (cache.folder / RECORDS).stat().st_blocks
     free = shutil.disk_usage(cache.folder).free
     if needed > free:
         raise InputError(

@@ -35,6 +35,7 @@ VERSION = 3
 MANIFEST, RECORDS = 'manifest.json', 'records.bin'
 TOLERANCE = 2  # of 255: other decoders differ by rounding, other crops or images differ by more
 SIDE = 4  # of a thumbnail
+MASKING = ('LoadImportance', 'Masking')  # the steps of a pipeline that draw masks
 
 
 def record_dtype(num_patches: int, feature_dim: int) -> np.dtype:
@@ -130,16 +131,15 @@ def describe(
 
 def checksum_of_weights(module: nn.Module) -> int:
     """CRC-32 of weights in 16 bits, the same whether they are held in 16 bits or 32."""
-    checksum = 0
+    total = 0
     for tensor in module.state_dict().values():
-        checksum = zlib.crc32(tensor.detach().half().flatten().cpu().numpy(), checksum)
-    return checksum
+        total = zlib.crc32(tensor.detach().half().flatten().cpu().numpy(), total)
+    return total
 
 
 def pixel_steps(pipeline: list[dict]) -> list[dict]:
     """The steps of a pipeline without those that draw masks and pack samples, which change no pixel."""
-    others = 'LoadImportance', 'Masking', 'PackInputs'
-    return [step for step in pipeline if not type_name(step).endswith(others)]
+    return [step for step in pipeline if not type_name(step).endswith((*MASKING, 'PackInputs'))]
 
 
 def read_manifest(folder: Path) -> dict:
@@ -234,8 +234,8 @@ class TeacherCache:
     def __reduce__(self) -> tuple:
         return TeacherCache, (self.folder,)  # to a data worker
 
-    def place(self, crop: int, image: int) -> int:
-        """Where a record begins, in bytes."""
+    def place(self, crop: int, image: int = 0) -> int:
+        """Where a record begins, in bytes; of the first image, how much the crops before take."""
         return (crop * self.num_images + image) * self.dtype.itemsize
 
     def load(self, crop: int, images: Sequence[int]) -> np.ndarray:
