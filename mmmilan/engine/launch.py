@@ -42,7 +42,7 @@ from mmmilan.engine.distributed import processes
 from mmmilan.engine.labelled_images import tested_on
 from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.schedule import own_schedule, use_schedule
-from mmmilan.engine.stopping import HeartbeatHook
+from mmmilan.engine.stopping import HeartbeatHook, handlers_restored
 from mmmilan.engine.work_dir import can_resume, is_main, setup_env, training_in, write_config
 from mmmilan.errors import InputError, count
 from mmmilan.failures import build_errors, step_errors
@@ -380,7 +380,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         guard_workers(runner)
         check_data_sets(runner)
         heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
-        with heartbeat.publish_error(), build_errors(), worker_errors():
+        with heartbeat.publish_error(), handlers_restored(), build_errors(), worker_errors():
             yield runner
 
 

@@ -60,11 +60,14 @@ class StopHook(Hook):
         self.answer: tuple[dist.Work, torch.Tensor] | None = None
 
     def before_train(self, runner: Runner) -> None:
+        self.process = os.getpid()
         self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
         # on the CPU, where nothing waits for a GPU
         self.group = dist.new_group(backend='gloo') if is_distributed() else None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and os.getpid() != self.process:
+            os._exit(0)  # a data worker that starts, and has no handler of PyTorch's yet: the exit waits for it
         if number == signal.SIGINT and self.received is not None:
             self.restore()
             os.kill(os.getpid(), number)
@@ -111,6 +114,22 @@ class StopHook(Hook):
         """Restore the signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """A context after whose error a program has its own handlers of signals again, not those of :class:`StopHook`.
+
+    A launcher's process keeps the latter: it may be told to stop while it reports its error.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    except Exception:
+        if not is_distributed():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        raise
 
 
 @HOOKS.register_module()

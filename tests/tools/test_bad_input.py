@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,11 @@ def test_nothing_but_corrupt_images(tiny_config, error_of, tmp_path):
     for i in range(8):
         (folder / f'{i}.png').write_bytes(b'')
     config = tiny_config({'train_dataloader.dataset.data_root': str(folder), 'train_dataloader.num_workers': 0})
+    before = signal.getsignal(signal.SIGTERM)
     assert error_of('train.py', config).startswith(
         f'100 images in a row under {folder}/ cannot be used; mend or remove them'
     )
+    assert signal.getsignal(signal.SIGTERM) is before  # a program that goes on has its own again
 
 
 def test_fewer_images_than_a_batch(tiny_config, error_of):
