@@ -127,6 +127,13 @@ def end_at_interrupt() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
+def set_handlers(handlers: dict[int, Any]) -> None:
+    """Set the handlers of signals; in a thread other than the main one, where Python allows none, they stay."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def is_command() -> bool:
     """Whether this process was started as one of the project's commands, not as a user's program that imports it."""
     arguments = sys.orig_argv

@@ -23,7 +23,7 @@ from mmmilan.checkpoints.io import get_dataset_meta
 from mmmilan.datasets.annotations import category_ids
 from mmmilan.datasets.classes import class_names, positions, use_classes, wordnet_ids
 from mmmilan.datasets.image_folder import is_replaced, num_corrupt
-from mmmilan.errors import InputError, count, warn
+from mmmilan.errors import InputError, count, set_handlers, warn
 from mmmilan.files import first_line
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
@@ -258,7 +258,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again for the next worker
+        set_handlers({signal.SIGCHLD: signal.SIG_DFL})  # PyTorch's handler would raise again for the next worker
         message = first_line(error).rstrip('. ')
         if was_handing_over(error):
             message = f'DataLoader worker ended while it handed over a batch ({message})'

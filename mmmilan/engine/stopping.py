@@ -32,7 +32,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmmilan.engine.checkpointing import CheckpointHook
-from mmmilan.errors import send_to_torchrun, warn
+from mmmilan.errors import send_to_torchrun, set_handlers, warn
 from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
@@ -61,7 +61,8 @@ class StopHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.process = os.getpid()
-        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        set_handlers(dict.fromkeys(SIGNALS, self.receive))
         # on the CPU, where nothing waits for a GPU
         self.group = dist.new_group(backend='gloo') if is_distributed() else None
 
@@ -112,8 +113,7 @@ class StopHook(Hook):
 
     def restore(self) -> None:
         """Restore the signal handlers."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        set_handlers(self.before)
 
 
 @contextmanager
@@ -127,8 +127,7 @@ def handlers_restored() -> Iterator[None]:
         yield
     except Exception:
         if not is_distributed():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            set_handlers(before)
         raise
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,6 +282,16 @@ def test_a_data_set_in_parts(image_folder, quick, tmp_path, capfd):
     mmmilan.pretrain(data, tmp_path / 'other', **quick)
     assert not (tmp_path / 'other/report.html').exists()
     assert '/val holds 9 images; give at least 12' in capfd.readouterr().out
+
+
+def test_in_a_thread_of_a_program(image_folder, quick, no_report, tmp_path, monkeypatch):
+    """As a web interface would call it: Python allows no handlers of signals there."""
+    with ThreadPoolExecutor() as executor:
+        weights = executor.submit(mmmilan.pretrain, image_folder, tmp_path / 'run', **{**quick, 'epochs': 1}).result()
+        assert weights.exists()
+        monkeypatch.setattr('mmmilan.models.MILAN.loss', lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            executor.submit(mmmilan.pretrain, image_folder, tmp_path / 'failing', **quick).result()
 
 
 def test_rectangles(image_folder, quick, no_report, tmp_path):
