@@ -1,4 +1,4 @@
-# MaskAlign: no decoder, the teacher's last two layers as target, at half the epochs (200 in place of 400).
+# MaskAlign: no decoder, the teacher's last two layers as target, at half the epochs (as in its paper).
 _base_ = './milan_vit-tiny-p4_cifar10.py'
 
 model = dict(
