@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -136,9 +137,14 @@ def set_handlers(handlers: dict[int, Any]) -> None:
 
 def is_command() -> bool:
     """Whether this process was started as one of the project's commands, not as a user's program that imports it."""
-    arguments = sys.orig_argv
-    if '-m' in arguments:
-        return arguments[arguments.index('-m') + 1].startswith('mmmilan.')
+    options = iter(sys.orig_argv[1:])
+    for option in options:  # Python's own, before the program and its arguments
+        if re.fullmatch('-[a-zA-Z]*m', option):
+            return next(options, '').startswith('mmmilan.')
+        if option in ('-W', '-X'):
+            next(options, None)
+        elif option == '-c' or not option.startswith('-'):
+            break
     file = getattr(sys.modules['__main__'], '__file__', None)
     if not file:  # python -c, a notebook
         return False

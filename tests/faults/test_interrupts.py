@@ -221,9 +221,18 @@ def test_a_program_of_the_user_keeps_its_own(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, 'orig_argv', ['python', str(script)])
         monkeypatch.setattr(sys.modules['__main__'], '__file__', str(script), raising=False)
         assert is_command() is expected, script
-    for module, expected in [('mmmilan.torchrun', True), ('pytest', False), ('mmmilano', False)]:
-        monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', module])
-        assert is_command() is expected
+    for options, expected in [
+        ('-m mmmilan.torchrun', True),
+        ('-X dev -W error -Im mmmilan.cli', True),
+        ('-m pytest', False),
+        ('-m mmmilano', False),
+        ('-m', False),
+        ('run.py -m', False),  # Hydra's sweep
+        ('-u run.py -m mmmilan.cli', False),
+        ('-c pass -m mmmilan.cli', False),
+    ]:
+        monkeypatch.setattr(sys, 'orig_argv', ['python', *options.split()])
+        assert is_command() is expected, options
 
 
 @pytest.mark.parametrize('moment', [0, 1, *(pytest.param(0.2 * i, marks=pytest.mark.slow) for i in range(1, 30, 7))])
