@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ OWN = '.tar.index.json'  # beside a shard, see mmmilan.datasets.packed
 IMAGES = (*EXTENSIONS, '.tar')
 LABELS = ('.json', '.yaml', '.yml', '.xml', '.txt', '.csv')
 
-_remembered: dict[Any, Any] | None = None  # within listed_once
+# Within listed_once, of each thread its own: another one may list while a training runs.
+_remembered: ContextVar[dict[Any, Any] | None] = ContextVar('remembered', default=None)
 
 
 class Names(Sequence[str]):
@@ -110,21 +112,21 @@ def listed_once() -> Iterator[None]:
 
     What comes into the folder meanwhile is not seen.
     """
-    global _remembered
-    outer, _remembered = _remembered, {} if _remembered is None else _remembered
+    token = _remembered.set({} if _remembered.get() is None else _remembered.get())
     try:
         yield
     finally:
-        _remembered = outer
+        _remembered.reset(token)
 
 
 def remember(key: Any, make: Callable[[], Any]) -> Any:
     """What ``make`` returns; within :func:`listed_once` it is called once for each key."""
-    if _remembered is None:
+    remembered = _remembered.get()
+    if remembered is None:
         return make()
-    if key not in _remembered:
-        _remembered[key] = make()
-    return _remembered[key]
+    if key not in remembered:
+        remembered[key] = make()
+    return remembered[key]
 
 
 def is_leaving(name: str) -> bool:
@@ -228,8 +230,9 @@ def lies_in(path: str, folders: Collection[str]) -> bool:
 def part_of_known(folder: str, kinds: tuple[str, ...]) -> Listing | None:
     """The listing of a folder within another one that was listed before."""
     outer, inner = os.path.split(folder)
-    while _remembered and inner and outer and not any(map(is_leaving, inner.split('/'))):
-        if whole := _remembered.get((outer, kinds)):
+    remembered = _remembered.get()
+    while remembered and inner and outer and not any(map(is_leaving, inner.split('/'))):
+        if whole := remembered.get((outer, kinds)):
             prefix = f'{inner}/'
             files, folders = (
                 [path[len(prefix) :] for path in paths if path.startswith(prefix)]

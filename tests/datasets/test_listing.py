@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -66,8 +67,10 @@ def test_a_folder_is_listed_once(tmp_path, monkeypatch, log):
         make(root, 'val/5.jpg')
         assert list_folder(root) == whole
         assert len(seen) == len(set(seen)) == 7
+        with ThreadPoolExecutor() as executor:  # another call of the program
+            assert executor.submit(list_folder, root / 'val').result().files == ['3.jpg', '5.jpg']
     assert list_folder(root / 'val').files == ['3.jpg', '5.jpg']
-    assert log.text.count('1 .mp4') == 2
+    assert log.text.count('1 .mp4') == 3
 
 
 @pytest.mark.parametrize('name', [b'caf\xe9.jpg', b'\x1b[31mred.jpg', b'two\nlines.jpg'])
