@@ -21,7 +21,7 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-from mmmilan.errors import InputError, exit_on_input_error
+from mmmilan.errors import InputError, exit_on_input_error, set_handlers
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -48,13 +48,11 @@ def forwarding() -> Iterator[None]:
     # torchrun has handlers of its own for the last two, and leaves them behind
     numbers = (*FORWARDED, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
-    for number in FORWARDED:
-        signal.signal(number, forward_signal)
+    set_handlers(dict.fromkeys(FORWARDED, forward_signal))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        set_handlers(before)
 
 
 def forward_signal(number: int, frame: FrameType | None) -> None:
