@@ -129,10 +129,14 @@ def end_at_interrupt() -> None:
 
 
 def set_handlers(handlers: dict[int, Any]) -> None:
-    """Set the handlers of signals; in a thread other than the main one, where Python allows none, they stay."""
+    """Set the handlers of signals; in a thread other than the main one, where Python allows none, they stay.
+
+    So does one that stands for another language's, which Python gives as None.
+    """
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def is_command() -> bool:

@@ -254,7 +254,11 @@ def init_worker(then: Callable[[int], None] | None, worker: int) -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn PyTorch's errors about a data worker that died or hangs into an ``InputError``, and end all workers."""
+    """Turn PyTorch's errors about a data worker that died or hangs into an ``InputError``, and end all workers.
+
+    Other processes that the program started before are not ended.
+    """
+    others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -263,8 +267,9 @@ def worker_errors() -> Iterator[None]:
         if was_handing_over(error):
             message = f'DataLoader worker ended while it handed over a batch ({message})'
         if not message.startswith('DataLoader '):
+            set_handlers({signal.SIGCHLD: handler})
             raise
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - set(others):
             process.kill()  # a suspended worker ignores SIGTERM, and the exit would wait for it
         if 'timed out' in message:
             remedy = 'look at the disk and at the workers, or raise train_dataloader.timeout'

@@ -32,7 +32,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmmilan.engine.checkpointing import CheckpointHook
-from mmmilan.errors import send_to_torchrun, set_handlers, warn
+from mmmilan.errors import is_command, send_to_torchrun, set_handlers, warn
 from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
@@ -168,7 +168,7 @@ class HeartbeatHook(Hook):
     """End this process when another one is gone or training makes no progress, and name the process at fault.
 
     A thread publishes the progress of this process in the store of the process group and reads the others' progress.
-    A process that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, while
+    A command that trains alone notices when it makes no step, as when a data worker hangs. During evaluation, while
     hooks work between epochs, and while the first step compiles, only processes that are gone are noticed.
 
     Args:
@@ -197,7 +197,7 @@ class HeartbeatHook(Hook):
             self.store = dist.PrefixStore('mmmilan/heartbeat', store)
             self.publish()
             barrier()  # all have published
-        elif not self.guarding:  # a program of the user, which goes on when training fails
+        elif not (self.guarding and is_command()):  # a program of the user, which goes on when training fails
             self.finished.set()
         runner.model.register_forward_hook(self.after_forward)
         self.thread = threading.Thread(target=self.watch, name='heartbeat', daemon=True)

@@ -18,12 +18,12 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
 from helpers import rest_slow
-from mmmilan.engine import data_checks
+from mmmilan.engine import data_checks, stopping
 from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.stopping import RESUMABLE, HeartbeatHook, StopHook
 from mmmilan.errors import InputError, exit_on_input_error
 from mmmilan.files import write_text
-from processes import exit_code, exit_codes, free_port, launched_pids
+from processes import exit_code, exit_codes, fork, free_port, launched_pids
 from small_runs import runner, start_run
 
 LOOP = dict(type='mmmilan.EpochLoop', max_epochs=3)
@@ -102,12 +102,18 @@ def test_the_process_that_has_the_store(tmp_path, safe_mmengine, fault):
     assert outcome(ranks, 1, tmp_path).startswith('error: Process 0')
 
 
+def be_command() -> None:
+    """In this fork, be a command, which ends when its training is stuck, and not a program of the user."""
+    stopping.is_command = lambda: True
+
+
 class SlowHook(Hook):
     def after_train_epoch(self, runner):
         time.sleep(1.5 * LIMIT)
 
 
 def train_with_pauses(work_dir: Path) -> None:
+    be_command()
     built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=2))
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
     for hook in (heartbeat, SlowHook()):
@@ -133,11 +139,16 @@ class CompiledHook(Hook):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('compiled', 'slow', 'fault'), [(True, 0, False), (False, 0, True), (True, 1, True)])
-def test_a_compilation_takes_its_time(tmp_path, safe_mmengine, compiled, slow, fault):
-    """In the first step of a compiled model no progress is no fault."""
+@pytest.mark.parametrize(
+    ('command', 'compiled', 'slow', 'fault'),
+    [(True, True, 0, False), (True, False, 0, True), (True, True, 1, True), (False, False, 0, False)],
+)
+def test_a_compilation_takes_its_time(tmp_path, safe_mmengine, command, compiled, slow, fault):
+    """In the first step of a compiled model no progress is no fault, nor in a program that someone may debug."""
 
     def train_slowly(work_dir: Path) -> None:
+        if command:
+            be_command()
         sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
         built = runner(work_dir, length=10, train_cfg=dict(LOOP, max_epochs=1))
         heartbeat = HeartbeatHook(silent=LIMIT, stuck=LIMIT)
@@ -186,6 +197,7 @@ class WorkerHook(Hook):
 
 
 def train_with_workers(work_dir: Path, number: int) -> None:
+    be_command()
     sys.stderr = open(work_dir / 'output', 'w', buffering=1)  # noqa: SIM115
     data_checks.PATIENCE = LIMIT
     built = runner(work_dir, length=400, train_cfg=dict(LOOP), num_workers=2)
@@ -215,6 +227,27 @@ def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
     assert re.match(message, line) and line.endswith('continue with --resume.')
 
 
+def test_processes_of_the_program_are_not_ended():
+    before = fork(time.sleep, 60)
+    with pytest.raises(InputError, match='DataLoader worker'), worker_errors():
+        after = fork(time.sleep, 60)
+        raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
+    after.join(10)
+    assert after.exitcode == -signal.SIGKILL and before.is_alive()
+    before.kill()
+
+
+def test_an_error_of_the_program_keeps_its_handler():
+    before = signal.signal(signal.SIGCHLD, lambda *args: None)
+    try:
+        mine = signal.getsignal(signal.SIGCHLD)
+        with pytest.raises(RuntimeError, match='no worker'), worker_errors():
+            raise RuntimeError('no worker')
+        assert signal.getsignal(signal.SIGCHLD) is mine
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_connection_error_is_a_workers_only_while_a_batch_is_read():
     def _try_get_data():  # as PyTorch's data loader calls it
         raise ConnectionResetError(104, 'Connection reset by peer')
@@ -232,6 +265,7 @@ class ExitHook(Hook):
 
 
 def train_and_exit_slowly(work_dir: Path) -> None:
+    be_command()
     built = runner(work_dir, length=100, train_cfg=dict(LOOP))
     heartbeat = HeartbeatHook(silent=LIMIT, stuck=10 * LIMIT)
     for hook in (heartbeat, ExitHook()):
