@@ -6,8 +6,9 @@ import copy
 import difflib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from mmmilan.components import SCOPES, Kinds, arguments_of, described, fits, loo
 from mmmilan.errors import InputError, shown, warn
 from mmmilan.files import first_line
 
+SCOPE = threading.RLock()  # held in in_scope
 # What MMEngine and we read at the top of a config, besides the arguments of the runner.
 TOP = {'runner_type', 'strategy', 'compile', 'sync_bn', 'find_unused_parameters', 'model_wrapper_cfg'}
 TOP |= {'activation_checkpointing', 'efficient_conv_bn_eval', 'custom_imports', 'env_variables', 'tta_model'}
@@ -246,7 +248,7 @@ def check_config(cfg: Config, options: Iterable[str] = ()) -> None:
     scope = cfg.get('default_scope') or 'mmpretrain'
     if not isinstance(scope, str):
         raise InputError(f'default_scope={scope!r} is not a name; set it to that of a package, such as mmpretrain.')
-    with DefaultScope.overwrite_default_scope(scope):
+    with in_scope(scope):
         for fault in faults_of(cfg):
             own = any(f'{fault.key}.'.startswith(f'{each}.') or each.startswith(f'{fault.key}.') for each in options)
             if fault.refused or own:
@@ -477,9 +479,16 @@ def _read_by_owners(part: Part, names: set[str]) -> set[str]:
 # -- what it is built with
 
 
-def in_scope(cfg: Config) -> AbstractContextManager:
-    """A context in which a type without a scope is looked up where the config means it, as MMEngine's runner does."""
-    return DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmpretrain')
+@contextmanager
+def in_scope(scope: str | Config = 'mmpretrain') -> Iterator[None]:
+    """A context in which a type without a scope is looked up in a library, or where a config means it.
+
+    MMEngine has one such scope for the whole process, so one thread at a time is in such a context.
+    """
+    if isinstance(scope, Config):
+        scope = scope.get('default_scope') or 'mmpretrain'
+    with SCOPE, DefaultScope.overwrite_default_scope(scope):
+        yield
 
 
 def check_operators(cfg: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +13,7 @@ from mmengine.registry import DefaultScope
 
 import mmmilan
 from helpers import ROOT, rest_slow
-from mmmilan.building import change_config, check_config, faults_of, values_of
+from mmmilan.building import change_config, check_config, faults_of, in_scope, values_of
 from mmmilan.checkpoints.config import option_value, place_data_preprocessor, read_config_file
 from mmmilan.errors import InputError
 from mmmilan.failures import step_errors
@@ -384,3 +386,22 @@ def test_errors_of_steps_are_named_where_the_model_was_changed():
             Model().train_step(torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match='2x3'), step_errors(changes):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def test_one_thread_at_a_time_is_in_a_scope():
+    """MMEngine's scope is the process's: a thread would look its types up where another one means to."""
+
+    def enter(scope: str) -> list[str]:
+        found = []
+        for _ in range(20):
+            with in_scope(scope):
+                time.sleep(0.0005)  # others run
+                found.append(DefaultScope.get_current_instance().scope_name)
+        return found
+
+    before = DefaultScope.get_current_instance().scope_name
+    scopes = ['mmpretrain', 'mmseg', 'mmpretrain', 'mmdet']
+    with ThreadPoolExecutor(len(scopes)) as executor:
+        for scope, found in zip(scopes, executor.map(enter, scopes), strict=True):
+            assert set(found) == {scope}
+    assert DefaultScope.get_current_instance().scope_name == before

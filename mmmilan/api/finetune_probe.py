@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
-from mmmilan.building import dotted
+from mmmilan.building import dotted, in_scope
 from mmmilan.checkpoints.io import checkpoints_in, load_checkpoint_file, save_checkpoint_file
 from mmmilan.checkpoints.loading import use_safe_loading
 from mmmilan.checkpoints.task_config import config_task
@@ -135,7 +134,7 @@ def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np
     use_safe_loading()
     backbone = dict(copy.deepcopy(config.model.backbone), out_type='raw', final_norm=True, drop_path_rate=0.0)
     preprocessor = {key: value for key, value in config.model.data_preprocessor.items() if key != 'num_classes'}
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    with in_scope():
         model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=preprocessor))
         model.init_weights()
         model = model.to(choose_device(None)).eval()

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import DefaultScope
 
 from mmmilan.api.finetune_probe import begin_as_probe, is_probed, refuse_what_it_sets
 from mmmilan.api.finetune_recipe import compared_config, compared_with, new_config, resumed_config
 from mmmilan.api.recipe import keep_call
 from mmmilan.api.runs import save_weights, set_folder, train, trained_anyway
-from mmmilan.building import change_config
+from mmmilan.building import change_config, in_scope
 from mmmilan.checkpoints.config import config_text
 from mmmilan.checkpoints.io import checkpoints_in, find_newest, load_checkpoint_file
 from mmmilan.checkpoints.task_config import config_task
@@ -68,7 +67,7 @@ def planned(
     of_data = {name: given[name] for name in ('data', 'task', 'classes', 'ignore') if name in given}
     others = {name: value for name, value in given.items() if name not in (*of_data, 'compare', 'gpus')}
     compose = resumed_config if resume else new_config
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    with in_scope():
         config, labelled = compose(folder, of_data, processes=given.get('gpus', 1), **others)
         change_config(config, changes, arguments)
         set_folder(config, folder)

@@ -212,12 +212,10 @@ class FeatureExtractor(Inferencer):
         Raises:
             InputError: there is no image, or one is missing, does not decode or is not uint8 [H, W, 3].
         """
+        from mmmilan.evaluation.features import output_as
+
         backbone = self.model.backbone
-        trained_with, backbone.out_type = backbone.out_type, self.out_type
-        try:
-            return self.encode(images, lambda inputs: backbone(inputs)[-1], batch_size)
-        finally:
-            backbone.out_type = trained_with
+        return self.encode(images, lambda inputs: output_as(self.out_type, backbone, inputs), batch_size)
 
 
 class Predictor(Inferencer):

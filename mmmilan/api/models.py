@@ -170,9 +170,9 @@ def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
 
     That is MaskCLIP's projection, or the decoder of a MILAN that predicts CLIP features, if the file has it.
     """
-    from mmengine.registry import DefaultScope
     from torch import nn
 
+    from mmmilan.building import in_scope
     from mmmilan.checkpoints.foreign_config import within_weights
     from mmmilan.checkpoints.io import get_state_dict, load_checkpoint_file
     from mmmilan.checkpoints.loading import as_mmmilan, load_weights
@@ -193,7 +193,7 @@ def build_joint(checkpoint: str | os.PathLike) -> nn.Module | None:
         width, dim = reversed(weights['image_projection.weight'].shape)
         joint = nn.Linear(width, dim, bias=False)
     elif 'neck.decoder_pred.weight' in weights:
-        with DefaultScope.overwrite_default_scope('mmpretrain'), within_weights(whole):
+        with in_scope(), within_weights(whole):
             joint = MODELS.build(config.neck)
     else:
         return None

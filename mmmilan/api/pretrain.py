@@ -91,11 +91,10 @@ def pretrain(
         >>> mmmilan.pretrain('photos', 'runs/photos', start='milan_vit-base-p16_16xb256-amp-coslr-400e_in1k')
     """
     from mmengine.logging import print_log
-    from mmengine.registry import DefaultScope
 
     from mmmilan.api.few_images import about_recipe, repeat_crops
     from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
-    from mmmilan.building import change_config, check_top, dotted
+    from mmmilan.building import change_config, check_top, dotted, in_scope
     from mmmilan.checkpoints.io import find_newest
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
@@ -115,7 +114,7 @@ def pretrain(
     given |= dict(img_size=img_size, patch_size=patch_size, labelled=labelled, seed=seed, recipe=recipe)
     given = {name: value for name, value in given.items() if value is not None}
     with listed_once():
-        with DefaultScope.overwrite_default_scope('mmpretrain'):
+        with in_scope():
             if resume:
                 config = resumed_config(folder, sources, changes, **given)
             else:

@@ -55,12 +55,12 @@ def report(
         >>> mmmilan.report('photos', 'runs/photos/milan.pth', 'runs/photos/report.html')
     """
     import torch
-    from mmengine.registry import DefaultScope
 
     from mmmilan.api import report_features as measured
     from mmmilan.api.few_images import about_recipe
     from mmmilan.api.models import get_model, read_config, titles_of
     from mmmilan.arguments import typed
+    from mmmilan.building import in_scope
     from mmmilan.checkpoints.config import call_of
     from mmmilan.datasets.image_folder import as_sources
     from mmmilan.datasets.listing import listed_once
@@ -78,7 +78,7 @@ def report(
     if 'masking' not in config.model:
         raise InputError(f'{checkpoint} was not pretrained by MILAN; give the checkpoint of a pretraining.')
     device = choose_device(device)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    with in_scope():
         with listed_once():
             known = measured.read_known(config, sources)
             dataset = measured.read_images(config, sources, known)

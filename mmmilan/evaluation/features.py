@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,8 @@ from mmmilan.errors import InputError, count, warn
 
 Step, Batch = TypeVar('Step'), TypeVar('Batch')
 Arrays = dict[str, np.ndarray]
+
+OUT_TYPE = threading.Lock()  # held while an encoder has another out_type than its own
 
 
 def extract(
@@ -259,11 +262,17 @@ def split_tokens(backbone: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     return dict(class_token=tokens[:, 0], mean_token=mean, patch_tokens=patches)
 
 
+def output_as(out_type: str, backbone: nn.Module, images: Tensor) -> Tensor:
+    """What an encoder gives of normalised images with an ``out_type``, whatever its own is."""
+    with OUT_TYPE:  # another thread may want another type of the same encoder
+        own, backbone.out_type = backbone.out_type, out_type
+        try:
+            return backbone(images)[-1]
+        finally:
+            backbone.out_type = own
+
+
 def class_and_mean(backbone: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """``class_token`` and ``mean_token`` [B, D] of normalised images, whatever ``out_type`` the encoder has."""
-    out_type, backbone.out_type = backbone.out_type, 'raw'
-    try:
-        features = split_tokens(backbone, backbone(images)[-1])
-    finally:
-        backbone.out_type = out_type
+    features = split_tokens(backbone, output_as('raw', backbone, images))
     return {name: features[name] for name in ('class_token', 'mean_token')}

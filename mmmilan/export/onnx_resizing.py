@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.registry import DefaultScope
 from mmpretrain.registry import TRANSFORMS
 from torch import Tensor, nn
 
+from mmmilan.building import in_scope
 from mmmilan.checkpoints.task_config import test_dataset
 from mmmilan.components import type_name
 from mmmilan.errors import InputError
@@ -41,7 +41,7 @@ def photos() -> list[np.ndarray]:
 def prepare(model: nn.Module, photo: np.ndarray) -> Tensor:
     """A photo uint8 [H, W, 3], RGB, resized by the test pipeline of a model -> [1, 3, h, w] from 0 to 1."""
     results = dict(img=photo[..., ::-1].copy(), img_shape=photo.shape[:2])
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
+    with in_scope():
         for step in test_dataset(model._config)['pipeline']:
             if type_name(step) not in READING:
                 results = TRANSFORMS.build(step)(results)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from mmmilan.datasets import ImageFolder
 from mmmilan.errors import InputError
 from mmmilan.evaluation import features
-from mmmilan.evaluation.features import extract, join
+from mmmilan.evaluation.features import extract, join, output_as
 
 PIPELINE = [dict(type='mmmilan.LoadImage'), dict(type='mmpretrain.PackInputs')]
 
@@ -86,3 +89,21 @@ def test_processes_share_the_images(dataset, monkeypatch, log, count):
     for name, values in expected.items():
         assert np.array_equal(rows[name], values), name
     assert log.text.count('does not decode') == sum(i < count for i in (2, 7))
+
+
+def test_threads_want_different_tokens_of_one_encoder():
+    class Encoder(nn.Module):
+        out_type = 'cls_token'
+
+        def forward(self, images: torch.Tensor) -> list:
+            time.sleep(0.001)  # others run
+            return [self.out_type]
+
+    def features(out_type: str) -> list[str]:
+        return [output_as(out_type, encoder, None) for _ in range(20)]
+
+    encoder, types = Encoder(), ['raw', 'avg_featmap', 'raw', 'featmap']
+    with ThreadPoolExecutor(len(types)) as executor:
+        for out_type, found in zip(types, executor.map(features, types), strict=True):
+            assert set(found) == {out_type}
+    assert encoder.out_type == 'cls_token'
