@@ -27,7 +27,7 @@ from mmmilan.components import SCOPES, Kinds, arguments_of, described, fits, loo
 from mmmilan.errors import InputError, shown, warn
 from mmmilan.files import first_line
 
-SCOPE = threading.RLock()  # held in in_scope
+SCOPE = threading.RLock()  # held while MMEngine's default scope is another, or changes
 # What MMEngine and we read at the top of a config, besides the arguments of the runner.
 TOP = {'runner_type', 'strategy', 'compile', 'sync_bn', 'find_unused_parameters', 'model_wrapper_cfg'}
 TOP |= {'activation_checkpointing', 'efficient_conv_bn_eval', 'custom_imports', 'env_variables', 'tta_model'}

@@ -254,28 +254,39 @@ def init_worker(then: Callable[[int], None] | None, worker: int) -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn PyTorch's errors about a data worker that died or hangs into an ``InputError``, and end all workers.
+    """End the data workers at any error, and turn PyTorch's own about one that died or hangs into an ``InputError``.
 
-    Other processes that the program started before are not ended.
+    Python would wait at its exit for workers to which it sends SIGTERM, and one that starts or is suspended may lose
+    it. Other processes that the program started before are not ended.
     """
     others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        set_handlers({signal.SIGCHLD: signal.SIG_DFL})  # PyTorch's handler would raise again for the next worker
-        message = first_line(error).rstrip('. ')
-        if was_handing_over(error):
-            message = f'DataLoader worker ended while it handed over a batch ({message})'
-        if not message.startswith('DataLoader '):
-            set_handlers({signal.SIGCHLD: handler})
-            raise
-        for process in set(multiprocessing.active_children()) - set(others):
-            process.kill()  # a suspended worker ignores SIGTERM, and the exit would wait for it
-        if 'timed out' in message:
-            remedy = 'look at the disk and at the workers, or raise train_dataloader.timeout'
-        else:
-            remedy = 'if memory ran out, lower train_dataloader.num_workers'
-        raise InputError(f'{message}; {remedy}, and continue with --resume.') from error
+    except BaseException as error:
+        set_handlers({signal.SIGCHLD: signal.SIG_DFL})  # PyTorch's handler would raise again for each worker
+        workers = set(multiprocessing.active_children()) - set(others)
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)  # one may wait for a disk that hangs
+        set_handlers({signal.SIGCHLD: handler})
+        if message := fault_of_worker(error):
+            raise InputError(f'{message}, and continue with --resume.') from error
+        raise
+
+
+def fault_of_worker(error: BaseException) -> str:
+    """What PyTorch's error says of a data worker that died or hangs, and what to do; '' for another error."""
+    if not isinstance(error, (RuntimeError, ConnectionError, EOFError)):
+        return ''
+    message = first_line(error).rstrip('. ')
+    if was_handing_over(error):
+        message = f'DataLoader worker ended while it handed over a batch ({message})'
+    if not message.startswith('DataLoader '):
+        return ''
+    if 'timed out' in message:
+        return f'{message}; look at the disk and at the workers, or raise train_dataloader.timeout'
+    return f'{message}; if memory ran out, lower train_dataloader.num_workers'
 
 
 def was_handing_over(error: Exception) -> bool:

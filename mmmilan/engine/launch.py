@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from mmmilan import arguments
 from mmmilan.arguments import as_options, checked
-from mmmilan.building import DEFAULT_HOOKS, change_config, check_operators
+from mmmilan.building import DEFAULT_HOOKS, SCOPE, change_config, check_operators
 from mmmilan.checkpoints.config import check_plain, keep_encoder, own_config, place_data_preprocessor, read_config_file
 from mmmilan.checkpoints.foreign_config import within_weights
 from mmmilan.checkpoints.loading import use_safe_loading
@@ -41,8 +41,9 @@ from mmmilan.engine.data_checks import guard_workers, worker_errors
 from mmmilan.engine.distributed import processes
 from mmmilan.engine.labelled_images import tested_on
 from mmmilan.engine.optim import computes_in_bfloat16
+from mmmilan.engine.program import program_kept
 from mmmilan.engine.schedule import own_schedule, use_schedule
-from mmmilan.engine.stopping import HeartbeatHook, handlers_restored
+from mmmilan.engine.stopping import HeartbeatHook
 from mmmilan.engine.work_dir import can_resume, is_main, setup_env, training_in, write_config
 from mmmilan.errors import InputError, count
 from mmmilan.failures import build_errors, step_errors
@@ -370,17 +371,17 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         check_output_folder(cfg.work_dir)
         check_is_not_read(cfg.work_dir, cfg)
     use_safe_loading()
-    Runner.dump_config, Runner.setup_env = write_config, setup_env
-    with training_in(cfg) if task == 'train' else nullcontext(), processes(cfg):
+    with training_in(cfg) if task == 'train' else nullcontext(), program_kept(), processes(cfg):
+        Runner.dump_config, Runner.setup_env = write_config, setup_env
         add_hooks(cfg)
-        with build_errors(), within_weights(cfg):
+        with build_errors(), within_weights(cfg), SCOPE:  # which the runner sets, and keeps
             runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if changed:
             runner.logger.warning(changed)
         guard_workers(runner)
         check_data_sets(runner)
         heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
-        with heartbeat.publish_error(), handlers_restored(), build_errors(), worker_errors():
+        with heartbeat.publish_error(), build_errors(), worker_errors():
             yield runner
 
 

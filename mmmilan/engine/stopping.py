@@ -32,11 +32,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmmilan.engine.checkpointing import CheckpointHook
+from mmmilan.engine.program import SIGNALS
 from mmmilan.errors import is_command, send_to_torchrun, set_handlers, warn
 from mmmilan.files import first_line
 from mmmilan.registry import HOOKS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a scheduler's end, Ctrl-C, Slurm's warning (--signal=USR1)
 # Exit status of a stopped run that can be resumed (EX_TEMPFAIL of sysexits.h: "try again later").
 RESUMABLE = os.EX_TEMPFAIL
 
@@ -60,15 +60,12 @@ class StopHook(Hook):
         self.answer: tuple[dist.Work, torch.Tensor] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        self.process = os.getpid()
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         set_handlers(dict.fromkeys(SIGNALS, self.receive))
         # on the CPU, where nothing waits for a GPU
         self.group = dist.new_group(backend='gloo') if is_distributed() else None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and os.getpid() != self.process:
-            os._exit(0)  # a data worker that starts, and has no handler of PyTorch's yet: the exit waits for it
         if number == signal.SIGINT and self.received is not None:
             self.restore()
             os.kill(os.getpid(), number)
@@ -114,21 +111,6 @@ class StopHook(Hook):
     def restore(self) -> None:
         """Restore the signal handlers."""
         set_handlers(self.before)
-
-
-@contextmanager
-def handlers_restored() -> Iterator[None]:
-    """A context after whose error a program has its own handlers of signals again, not those of :class:`StopHook`.
-
-    A launcher's process keeps the latter: it may be told to stop while it reports its error.
-    """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    except Exception:
-        if not is_distributed():
-            set_handlers(before)
-        raise
 
 
 @HOOKS.register_module()

@@ -21,6 +21,7 @@ from mmmilan.checkpoints.archives import read_meta
 from mmmilan.checkpoints.config import WRITTEN, config_text
 from mmmilan.checkpoints.io import checkpoints_in, find_newest
 from mmmilan.engine.loops import use_epoch_loop
+from mmmilan.engine.program import only_training
 from mmmilan.engine.resuming import changed_settings
 from mmmilan.errors import InputError, count, warn
 from mmmilan.files import check_output, contains, is_same, make_folder, write_text
@@ -63,7 +64,7 @@ def training_in(cfg: Config) -> Iterator[None]:
     main = is_main(cfg)
     use_epoch_loop(cfg)
     make_paths_absolute(cfg._cfg_dict)
-    with locked(Path(cfg.work_dir)) if main else nullcontext():
+    with only_training(), locked(Path(cfg.work_dir)) if main else nullcontext():
         prepare(cfg, main)
         yield
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from mmengine.runner import ValLoop
 from helpers import assert_identical, load_trusted, rest_slow
 from mmmilan.checkpoints.io import find_newest
 from mmmilan.engine.loops import PrefetchHook
-from mmmilan.engine.stopping import RESUMABLE, EarlyStoppingHook, StopHook, handlers_restored
+from mmmilan.engine.stopping import RESUMABLE, EarlyStoppingHook, StopHook
 from mmmilan.errors import InputError
-from processes import exit_code, exit_codes, fork
+from processes import exit_code, exit_codes
 from small_runs import Model, Numbers, runner, start_run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -84,33 +83,6 @@ def test_a_signal_with_data_workers(tmp_path, safe_mmengine, whole, hooks):
     newest = str(find_newest(tmp_path))
     run(tmp_path, *[hook() for hook in hooks], load_from=newest, resume=True, num_workers=2)
     assert_identical(load_trusted(tmp_path / 'epoch_3.pth'), whole)
-
-
-def test_a_data_worker_that_starts_can_be_ended():
-    """Python waits at its exit for the workers to which it sends SIGTERM, also before PyTorch's handler is theirs."""
-    hook = StopHook()
-    hook.before_train(None)
-    try:
-        worker = fork(time.sleep, 60)
-        worker.terminate()
-        worker.join(10)
-        assert worker.exitcode == 0
-    finally:
-        hook.restore()
-        worker.kill()
-
-
-@pytest.mark.parametrize('number', SIGNALS)
-def test_handlers_of_a_program_after_an_error(tmp_path, number):
-    class Failing(Hook):
-        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-            assert signal.getsignal(number) is not before
-            raise ValueError('no')
-
-    before = signal.getsignal(number)
-    with pytest.raises(ValueError, match='no'), handlers_restored():
-        run(tmp_path, Failing())
-    assert signal.getsignal(number) is before
 
 
 def test_gradients_that_accumulate_are_not_cut_in_two(tmp_path, safe_mmengine):

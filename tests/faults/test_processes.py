@@ -227,25 +227,20 @@ def test_a_data_worker_that_is_gone(tmp_path, safe_mmengine, number, message):
     assert re.match(message, line) and line.endswith('continue with --resume.')
 
 
-def test_processes_of_the_program_are_not_ended():
-    before = fork(time.sleep, 60)
-    with pytest.raises(InputError, match='DataLoader worker'), worker_errors():
-        after = fork(time.sleep, 60)
-        raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
-    after.join(10)
-    assert after.exitcode == -signal.SIGKILL and before.is_alive()
-    before.kill()
-
-
-def test_an_error_of_the_program_keeps_its_handler():
-    before = signal.signal(signal.SIGCHLD, lambda *args: None)
+@pytest.mark.parametrize('error', [RuntimeError('DataLoader worker is killed'), KeyError('a bug'), SystemExit(75)])
+def test_any_error_ends_the_workers_and_no_other_process(error):
+    """Also a worker that starts: SIGTERM would be lost on it, and the exit of the program would wait for it."""
+    before, handler = fork(time.sleep, 60), signal.signal(signal.SIGCHLD, lambda *args: None)
     try:
-        mine = signal.getsignal(signal.SIGCHLD)
-        with pytest.raises(RuntimeError, match='no worker'), worker_errors():
-            raise RuntimeError('no worker')
-        assert signal.getsignal(signal.SIGCHLD) is mine
+        own = signal.getsignal(signal.SIGCHLD)
+        with pytest.raises((InputError, KeyError, SystemExit)), worker_errors():
+            worker = fork(time.sleep, 60)
+            raise error
+        assert worker.exitcode == -signal.SIGKILL and before.is_alive()
+        assert signal.getsignal(signal.SIGCHLD) is own
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGCHLD, handler)
+        before.kill()
 
 
 def test_a_connection_error_is_a_workers_only_while_a_batch_is_read():
