@@ -203,8 +203,9 @@ def add_reconstruction(
             reader = Inferencer(get_model(source), device=device)
         batch = reader.inputs(files)
         originals = to_images(batch, reader.model.data_preprocessor)
-        torch.manual_seed(seed)
-        predicted = list(zip(originals, model.predict(batch), strict=True))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            predicted = list(zip(originals, model.predict(batch), strict=True))
         columns = {
             'image': originals,
             'visible': [draw_masked(image, sample.mask) for image, sample in predicted],

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -381,7 +381,7 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         guard_workers(runner)
         check_data_sets(runner)
         heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
-        with heartbeat.publish_error(), build_errors(), worker_errors():
+        with closing(runner.visualizer), heartbeat.publish_error(), build_errors(), worker_errors():
             yield runner
 
 

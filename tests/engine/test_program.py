@@ -34,6 +34,7 @@ def state() -> dict:
         method=multiprocessing.get_start_method(allow_none=True),
         benchmark=torch.backends.cudnn.benchmark,
         mmengine=(Runner.dump_config, Runner.setup_env),
+        writers=sum(type(thread).__module__.startswith('tensorboard') for thread in threading.enumerate()),
     )
 
 
@@ -48,7 +49,9 @@ def start_method():
 
 @pytest.mark.parametrize('fails', [False, True])
 def test_a_program_is_as_before(tiny_config, start_method, monkeypatch, tmp_path, fails):
-    config, threads = tiny_config({'train_dataloader.num_workers': 0, 'train_cfg.max_epochs': 1}), cv2.getNumThreads()
+    changes = {'train_dataloader.num_workers': 0, 'train_cfg.max_epochs': 1}
+    changes['visualizer.vis_backends'] = [dict(type='TensorboardVisBackend')]
+    config, threads = tiny_config(changes), cv2.getNumThreads()
     cv2.setNumThreads(2)
     random.seed(1)
     torch.manual_seed(2)
