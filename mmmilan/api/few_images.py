@@ -81,7 +81,17 @@ def repeat_crops(config: Config, folder: Path) -> None:
                 'GB, more than half of the free disk or of the memory: it runs at each step.',
                 logger='current',
             )
-    elif sampler.get('crops') and 'teacher_cache' not in config.default_hooks:
+
+
+def keep_repeated(config: Config) -> None:
+    """Add the hook to a config with crops that come again, without which nothing is gained, unless it names the hook.
+
+    Args:
+        config: The config with the user's changes, changed in place.
+    """
+    sampler, hooks = (config.train_dataloader or {}).get('sampler') or {}, config.get('custom_hooks') or []
+    named = 'teacher_cache' in config.default_hooks or 'TeacherCacheHook' in map(type_name, hooks)
+    if sampler.get('crops') and not named:
         config.default_hooks.teacher_cache = dict(type='mmmilan.TeacherCacheHook')
 
 

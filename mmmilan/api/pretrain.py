@@ -92,7 +92,7 @@ def pretrain(
     """
     from mmengine.logging import print_log
 
-    from mmmilan.api.few_images import about_recipe, repeat_crops
+    from mmmilan.api.few_images import about_recipe, keep_repeated, repeat_crops
     from mmmilan.api.recipe import base_config, keep_call, new_config, resumed_config
     from mmmilan.building import change_config, check_top, dotted, in_scope
     from mmmilan.checkpoints.io import find_newest
@@ -122,6 +122,7 @@ def pretrain(
         change_config(config, changes, inspect.signature(pretrain).parameters)
         if not resume or 'epochs' in given:
             repeat_crops(config, folder)
+        keep_repeated(config)
         set_folder(config, folder)
         keep_call(config, 'pretrain', given | dict(data=data or [], out=out, resume=resume), changes)
         if not resume:

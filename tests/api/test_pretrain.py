@@ -24,7 +24,7 @@ from PIL import Image
 import mmmilan
 from helpers import assert_identical, load_trusted
 from mmmilan import cli
-from mmmilan.api.few_images import about_recipe, repeat_crops
+from mmmilan.api.few_images import about_recipe, keep_repeated, repeat_crops
 from mmmilan.api.finetune_encoder import encoder_in
 from mmmilan.api.pretrain import reported_images
 from mmmilan.api.recipe import new_config, refuse_changes
@@ -492,6 +492,7 @@ def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_pat
         config = new_config([str(image_folder)], **given, epochs=epochs, changes=changes, **options)
         change_config(config, changes)
         repeat_crops(config, tmp_path / 'not/there')
+        keep_repeated(config)
         return config.train_dataloader.sampler.get('crops'), bool(config.default_hooks.get('teacher_cache'))
 
     assert [crops(epochs, {})[0] for epochs in (1, 2, 8, 9, 400)] == [None, 1, 1, 2, 50]
@@ -505,6 +506,7 @@ def test_crops_by_recipe_and_room(image_folder, quick, monkeypatch, log, tmp_pat
     ):
         assert crops(20, other)[0] is None
     assert crops(20, {'default_hooks.teacher_cache': None}) == (None, False)
+    assert crops(20, {'default_hooks.teacher_cache': None, 'train_dataloader.sampler.crops': 4}) == (4, False)
     needed = 3 * 24 * 17 * 24
     for free, pages, expected in ((2 * needed, 10**9, 3), (2 * needed - 2, 10**9, None), (10**12, needed, None)):
         monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: SimpleNamespace(free=free))
@@ -538,6 +540,26 @@ def test_a_resumed_run_has_crops_for_its_length(own, image_folder, quick, no_rep
     weights = mmmilan.pretrain(None, tmp_path / 'run', resume=True, epochs=9, seed=3)
     config = own_config(weights, with_data=True)
     assert config.train_dataloader.sampler.crops == (own or 2) and config.default_hooks.teacher_cache
+    assert not (tmp_path / 'run/teacher_cache').exists()
+
+
+def stop_after_one_epoch(run: Path) -> None:
+    """Leave a run as if it had been stopped after its first epoch."""
+    for path in [*run.glob('epoch_*.pth'), run / 'milan.pth', run / 'last_checkpoint']:
+        if path.name != 'epoch_1.pth':
+            path.unlink()
+
+
+def test_crops_that_a_resumed_run_is_given_are_kept(image_folder, quick, no_report, tmp_path, monkeypatch):
+    """Also in the published method, which has no hook for it by itself."""
+    calls, call_teacher = [], Target.call_teacher
+    monkeypatch.setattr(Target, 'call_teacher', lambda self, images: calls.append(1) or call_teacher(self, images))
+    mmmilan.pretrain(image_folder, tmp_path / 'run', recipe='milan', **quick | dict(epochs=3))
+    stop_after_one_epoch(tmp_path / 'run')
+    calls.clear()
+    mmmilan.pretrain(out=tmp_path / 'run', resume=True, **{'train_dataloader.sampler.crops': 1})
+    assert len(calls) == 3 + 2  # of two epochs, each with an evaluation
+    assert Config.fromfile(tmp_path / 'run/config.py').default_hooks.teacher_cache.type == 'mmmilan.TeacherCacheHook'
     assert not (tmp_path / 'run/teacher_cache').exists()
 
 
