@@ -83,6 +83,14 @@ def repeat_crops(config: Config, folder: Path) -> None:
             )
 
 
+def drop_crops(config: Config) -> None:
+    """Leave out the number of crops that :func:`repeat_crops` chose; one of the user's own stays."""
+    recipe, sampler = call_of(config).get('recipe') or {}, (config.train_dataloader or {}).get('sampler') or {}
+    crops = recipe.pop('crops', None)
+    if crops and sampler.get('crops') == crops:
+        del sampler['crops']
+
+
 def keep_repeated(config: Config) -> None:
     """Add the hook to a config with crops that come again, without which nothing is gained, unless it names the hook.
 

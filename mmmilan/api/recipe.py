@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
-from mmmilan.api.few_images import set_recipe
+from mmmilan.api.few_images import drop_crops, set_recipe
 from mmmilan.arguments import typed
 from mmmilan.building import arch_sizes, change_config
 from mmmilan.checkpoints.config import (
@@ -112,10 +112,11 @@ def resumed_config(
     for loader in (config.train_dataloader, config.test_dataloader):
         loader.batch_size = given.get('batch_size', loader.batch_size)
     config.train_cfg.max_epochs = given.get('epochs', config.train_cfg.max_epochs)
-    crops = (call_of(config).get('recipe') or {}).get('crops')
-    if 'epochs' in given and crops and config.train_dataloader.sampler.get('crops') == crops:  # not the user's
-        del config.train_dataloader.sampler['crops']  # for repeat_crops
+    if 'epochs' in given:
+        drop_crops(config)  # for repeat_crops
     change_config(config, changes)
+    if config.default_hooks.get('teacher_cache') is None:  # no crop is kept any more
+        drop_crops(config)
     if schedule is not None:
         loader = config.train_dataloader
         num_images = count_images(loader.dataset.sources, loader.batch_size)

@@ -44,6 +44,7 @@ from mmmilan.engine.optim import computes_in_bfloat16
 from mmmilan.engine.program import program_kept
 from mmmilan.engine.schedule import own_schedule, use_schedule
 from mmmilan.engine.stopping import HeartbeatHook
+from mmmilan.engine.teacher_cache import remove_left
 from mmmilan.engine.work_dir import can_resume, is_main, setup_env, training_in, write_config
 from mmmilan.errors import InputError, count
 from mmmilan.failures import build_errors, step_errors
@@ -383,6 +384,8 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
         heartbeat = next(hook for hook in runner.hooks if isinstance(hook, HeartbeatHook))
         with closing(runner.visualizer), heartbeat.publish_error(), build_errors(), worker_errors():
             yield runner
+            if task == 'train' and cfg.resume:
+                remove_left(runner)
 
 
 def check_launcher(launcher: str) -> None:

@@ -94,6 +94,13 @@ class TeacherCacheHook(Hook):
         self.cache = None
 
 
+def remove_left(runner: Runner) -> None:
+    """Remove what a stopped run left in its work dir, after it was resumed to its end without the hook."""
+    own = Path(runner.work_dir, FOLDER)
+    if not any(isinstance(hook, TeacherCacheHook) for hook in runner.hooks) and remove_cache(own):
+        runner.logger.info(f'{own}, of which the run makes no use any more, is removed.')
+
+
 def is_of(folder: Path, manifest: dict) -> bool:
     """Whether a folder holds the cache that a manifest describes."""
     try:

@@ -563,6 +563,28 @@ def test_crops_that_a_resumed_run_is_given_are_kept(image_folder, quick, no_repo
     assert not (tmp_path / 'run/teacher_cache').exists()
 
 
+@pytest.mark.parametrize('own', [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_that_is_resumed_without_its_cache(own, image_folder, quick, no_report, tmp_path, monkeypatch, capfd):
+    """Each epoch has new crops again, unless the user wants them to come again, and the cache is removed at the end."""
+    with monkeypatch.context() as patch:
+        patch.setattr('mmmilan.engine.TeacherCacheHook.after_train', lambda hook, runner: None)  # as if it were stopped
+        mmmilan.pretrain(image_folder, tmp_path / 'run', **quick)
+    stop_after_one_epoch(tmp_path / 'run')
+    cache = tmp_path / 'run/teacher_cache'
+    assert cache.exists()
+    crops = {} if own is None else {'train_dataloader.sampler.crops': own}
+    without = dict(default_hooks=dict(teacher_cache=None))
+    with pytest.raises(InputError):
+        mmmilan.pretrain(out=tmp_path / 'run', resume=True, arch='tiny', **without)
+    assert cache.exists()
+    mmmilan.pretrain(out=tmp_path / 'run', resume=True, **without, **crops)
+    assert not cache.exists() and f'{cache}, of which the run makes no use' in capfd.readouterr().out
+    mmmilan.pretrain(out=tmp_path / 'run', resume=True, epochs=3)  # also the next time
+    config = Config.fromfile(tmp_path / 'run/config.py')
+    assert config.train_dataloader.sampler.get('crops') == own
+    assert config.default_hooks.teacher_cache is None and 'crops' not in config.call.recipe
+
+
 def test_a_model_that_fails_in_the_evaluation_before_training(image_folder, quick, no_report, tmp_path):
     """BatchNorm takes no tokens [B, N, D]."""
     option = {'model.backbone.norm_cfg': dict(type='BN')}
