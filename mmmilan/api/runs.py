@@ -67,10 +67,11 @@ def train(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     from mmmilan.checkpoints.config import config_text, parse_config
     from mmmilan.engine.config_check import check_batches
     from mmmilan.engine.launch import launched
-    from mmmilan.engine.work_dir import ConfigFileHook
+    from mmmilan.engine.work_dir import ConfigFileHook, make_paths_absolute
     from mmmilan.evaluation.features import choose_device, device_name
 
     path = folder / 'config.py'
+    make_paths_absolute(config._cfg_dict)
     text = config_text(config)
     config = parse_config(text, str(path))  # the values that mmmilan train reads
     config.resume = resume

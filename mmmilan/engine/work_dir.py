@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from mmmilan.checkpoints.archives import read_meta
 from mmmilan.checkpoints.config import WRITTEN, config_text
 from mmmilan.checkpoints.io import checkpoints_in, find_newest
+from mmmilan.components import type_name
 from mmmilan.engine.loops import use_epoch_loop
 from mmmilan.engine.program import only_training
 from mmmilan.engine.resuming import changed_settings
@@ -70,7 +71,10 @@ def training_in(cfg: Config) -> Iterator[None]:
 
 
 def make_paths_absolute(part: dict | list) -> None:
-    """Make paths in a config absolute, in place, so that what the run writes can be used from any folder."""
+    """Make paths in a config absolute, in place, so that what the run writes can be used from any folder.
+
+    A value may be a name and no path: only what exists is one, and the cache that a run makes itself.
+    """
     for key, value in part.items() if isinstance(part, dict) else enumerate(part):
         if isinstance(value, (dict, list)):
             make_paths_absolute(value)
@@ -78,6 +82,7 @@ def make_paths_absolute(part: dict | list) -> None:
             (key in FILES and os.path.isfile(value))
             or (key in FOLDERS and os.path.isdir(value))
             or (key == 'ann_file' and 'data_root' not in part and os.path.isfile(value))
+            or (key == 'cache' and value and type_name(part) == 'TeacherCacheHook')
         ):
             part[key] = os.path.abspath(value)
 

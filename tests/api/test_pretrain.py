@@ -524,10 +524,13 @@ def test_without_a_part_no_crop_comes_again(part, image_folder, quick, tmp_path)
     assert not ((config.train_dataloader or {}).get('sampler') or {}).get('crops')
 
 
-def test_the_cache_is_the_users_to_set(image_folder, quick, no_report, tmp_path):
-    hook = {'default_hooks.teacher_cache.cache': str(tmp_path / 'kept')}
+def test_the_cache_is_the_users_to_set(image_folder, quick, no_report, tmp_path, monkeypatch):
+    """From any folder, where the run is resumed."""
+    monkeypatch.chdir(tmp_path)
+    hook = dict(default_hooks=dict(teacher_cache=dict(type='mmmilan.TeacherCacheHook', cache='kept')))
     weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **quick, **hook)
-    assert own_config(weights, with_data=True).default_hooks.teacher_cache.cache == str(tmp_path / 'kept')
+    for config in (own_config(weights, with_data=True), Config.fromfile(tmp_path / 'run/config.py')):
+        assert config.default_hooks.teacher_cache.cache == str(tmp_path / 'kept')
     assert (tmp_path / 'kept/records.bin').exists()
     mmmilan.pretrain(image_folder, tmp_path / 'without', **quick, **{'default_hooks.teacher_cache': None})
 

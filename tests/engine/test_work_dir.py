@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 
 from mmmilan.checkpoints.io import find_newest
-from mmmilan.engine.work_dir import locked, prepare
+from mmmilan.engine.work_dir import locked, make_paths_absolute, prepare
 from mmmilan.errors import InputError
 from mutations import spoil_bytes
 from processes import fork
@@ -119,3 +119,14 @@ def test_a_second_run_is_refused(tmp_path):
     first.join()
     with locked(tmp_path):
         pass
+
+
+def test_a_cache_has_an_absolute_path_before_it_is_there(tmp_path, monkeypatch):
+    """What may be a name and no path stays, and None or '', the run's own cache."""
+    monkeypatch.chdir(tmp_path)
+    for cache, expected in (('cache', str(tmp_path / 'cache')), ('/a', '/a'), (None, None), ('', '')):
+        hooks = dict(teacher_cache=dict(type='mmmilan.TeacherCacheHook', cache=cache))
+        config = dict(default_hooks=hooks, train_dataloader=dict(dataset=dict(type='Other', cache='ram')))
+        make_paths_absolute(config)
+        assert config['default_hooks']['teacher_cache']['cache'] == expected
+        assert config['train_dataloader']['dataset']['cache'] == 'ram'
