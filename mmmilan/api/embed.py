@@ -81,7 +81,8 @@ def embed(
             return {name: rows for name, rows in features.items() if patches or name != 'patch_tokens'}
 
         model = fingerprint(embedder.backbone)
-        batches = reader.extract(files, encode, 'Features', batch_size=batch_size, num_workers=num_workers)
+        options = dict(batch_size=batch_size, num_workers=num_workers, option='num_workers')
+        batches = reader.extract(files, encode, 'Features', **options)
         columns = (rows | dict(model=np.full(len(rows['ok']), model)) for rows in add_rows(files, batches))
         if is_main_process():
             write_features(path, len(files), columns, as_bytes=not is_utf8(files))

@@ -149,9 +149,9 @@ def frozen_features(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np
         mean = nn.functional.layer_norm(tokens[:, 1:].mean(1), norm.normalized_shape, eps=norm.eps)
         return dict(cls_token=norm(tokens[:, 0]), avg_featmap=mean)
 
-    workers = config.val_dataloader.num_workers
+    options = dict(num_workers=config.val_dataloader.num_workers, option='val_dataloader.num_workers')
     return tuple(
-        join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', num_workers=workers))
+        join(extract(dataset, model.data_preprocessor, encode, 'Features of the frozen start', **options))
         for dataset in splits
     )
 

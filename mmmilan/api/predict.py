@@ -72,7 +72,8 @@ def predict(
         with journal or nullcontext():
             begin = [journal.begin if journal else 0]
             broadcast_object_list(begin)
-            options = dict(begin=begin[0], batch_size=batch_size or predictor.batch_size, num_workers=num_workers)
+            options = dict(begin=begin[0], batch_size=batch_size or predictor.batch_size)
+            options |= dict(num_workers=num_workers, option='num_workers')
             for batch in predictor.each_batch(files, work.write, 'Predictions', **options):
                 if journal:
                     journal.append(zip(batch['position'].tolist(), batch['row'], strict=True))

@@ -24,10 +24,10 @@ from mmmilan.datasets.annotations import category_ids
 from mmmilan.datasets.classes import class_names, positions, use_classes, wordnet_ids
 from mmmilan.datasets.image_folder import is_replaced, num_corrupt
 from mmmilan.errors import InputError, count, set_handlers, warn
-from mmmilan.files import first_line
 from mmmilan.models.vit import MILANViT
 from mmmilan.models.wrapping import unwrap
 from mmmilan.registry import HOOKS
+from mmmilan.workers import worker_fault
 
 OF_WORKERS = ('persistent_workers', 'prefetch_factor')  # options that only data workers have
 PATIENCE = 600.0  # seconds that a batch may take, where a data loader's config sets no ``timeout``
@@ -270,29 +270,10 @@ def worker_errors() -> Iterator[None]:
         for worker in workers:
             worker.join(1)  # one may wait for a disk that hangs
         set_handlers({signal.SIGCHLD: handler})
-        if message := fault_of_worker(error):
-            raise InputError(f'{message}, and continue with --resume.') from error
-        raise
-
-
-def fault_of_worker(error: BaseException) -> str:
-    """What PyTorch's error says of a data worker that died or hangs, and what to do; '' for another error."""
-    if not isinstance(error, (RuntimeError, ConnectionError, EOFError)):
-        return ''
-    message = first_line(error).rstrip('. ')
-    if was_handing_over(error):
-        message = f'DataLoader worker ended while it handed over a batch ({message})'
-    if not message.startswith('DataLoader '):
-        return ''
-    if 'timed out' in message:
-        return f'{message}; look at the disk and at the workers, or raise train_dataloader.timeout'
-    return f'{message}; if memory ran out, lower train_dataloader.num_workers'
-
-
-def was_handing_over(error: Exception) -> bool:
-    """Whether a worker died while its batch was read. PyTorch then raises a bare connection error."""
-    names, trace = [], error.__traceback__
-    while trace:
-        names.append(trace.tb_frame.f_code.co_name)
-        trace = trace.tb_next
-    return not isinstance(error, RuntimeError) and '_try_get_data' in names
+        if not (message := worker_fault(error)):
+            raise
+        if 'timed out' in message:
+            remedy = 'look at the disk and at the workers, or raise train_dataloader.timeout'
+        else:
+            remedy = 'if memory ran out, lower train_dataloader.num_workers'
+        raise InputError(f'{message}; {remedy}, and continue with --resume.') from error

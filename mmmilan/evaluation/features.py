@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmmilan.errors import InputError, count, warn
+from mmmilan.workers import read_batches
 
 Step, Batch = TypeVar('Step'), TypeVar('Batch')
 Arrays = dict[str, np.ndarray]
@@ -67,6 +68,7 @@ def each_batch(
     begin: int = 0,
     batch_size: int = 64,
     num_workers: int | None = None,
+    option: str = '',
     skip: bool = True,
     shared: bool = True,
 ) -> Iterator[Arrays]:
@@ -83,6 +85,7 @@ def each_batch(
         begin: Position of the first one, after those that a stopped run did.
         batch_size: Number of images that the model sees at once.
         num_workers: Number of processes that read images, by default one per core and at most 8.
+        option: What sets ``num_workers``, for messages.
         skip: False stops at an image that cannot be used.
         shared: Each process of a distributed run takes a part of the images, and every one gets all arrays; False:
             each process has images of its own.
@@ -91,7 +94,7 @@ def each_batch(
         What ``compute`` gives, and ``position``.
 
     Raises:
-        InputError: no image can be used, or ``skip`` is False and one cannot.
+        InputError: no image can be used, or ``skip`` is False and one cannot; a process that reads images died.
     """
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     rank, world_size = get_dist_info() if shared else (0, 1)
@@ -102,7 +105,7 @@ def each_batch(
     images = _Images(dataset, chosen, share)
     loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=partial(_divide, collate))
     faults, last = {}, -1
-    for batch in progress(loader, description):
+    for batch in progress(read_batches(loader, option), description, len(loader)):
         part = _compute(batch, compute), batch.faults
         parts = all_gather_object(part) if shared else [part]
         for position, fault in sorted(item for _, each in parts for item in each.items()):
@@ -184,10 +187,11 @@ def _compute(batch: _Divided, compute: Callable[[Batch, np.ndarray], Arrays]) ->
     return dict(position=batch.positions) | compute(batch.content, batch.positions) if len(batch.positions) else {}
 
 
-def progress(steps: Collection[Step], description: str) -> Iterable[Step]:
+def progress(steps: Iterable[Step], description: str, total: int | None = None) -> Iterable[Step]:
     """Go through steps with a progress bar on stderr of the main process, if there are several steps."""
-    shown = description and len(steps) > 1 and is_main_process()
-    return track(steps, description, console=Console(stderr=True), disable=not shown)
+    total = len(steps) if total is None else total
+    shown = description and total > 1 and is_main_process()
+    return track(steps, description, total, console=Console(stderr=True), disable=not shown)
 
 
 def choose_device(device: str | None) -> str:

@@ -156,6 +156,7 @@ class KNNLoop(TestLoop):
         """Features [M, D] and labels [M] of all labelled images, on every process."""
         model, loader = unwrap(self.runner.model), self.bank_dataloader
         options = dict(batch_size=loader.batch_size, num_workers=loader.num_workers)
+        options['option'] = 'test_cfg.bank_dataloader.num_workers'
         batches = extract(
             loader.dataset,
             model.data_preprocessor,
