@@ -1,8 +1,10 @@
-"""Data workers of PyTorch's loaders: what is said when one is gone."""
+"""Data workers of PyTorch's loaders: how many a process may start, and what is said when one is gone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -10,6 +12,21 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from mmmilan.errors import InputError
 from mmmilan.files import first_line
+
+
+def default_workers(most: int) -> int:
+    """How many data workers a loader has by default: one per core; none in a daemonic process, which can start none."""
+    return 0 if multiprocessing.current_process().daemon else min(most, os.cpu_count() or 1)
+
+
+def check_workers(options: Sequence[str]) -> None:
+    """Raise an :class:`InputError` if options ask for data workers in a process that can start none."""
+    if options and multiprocessing.current_process().daemon:
+        are, them = ('is', 'it') if len(options) == 1 else ('are', 'them')
+        raise InputError(
+            f'{" and ".join(options)} {are} above 0, but this process is daemonic, as those of Celery are, and can '
+            f'start no data workers; set {them} to 0.'
+        )
 
 
 def read_batches(loader: DataLoader, option: str = '') -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Data workers: one that dies ends what reads in one sentence, and nothing else."""
+"""Data workers: one that dies ends what reads in one sentence, and nothing else; processes that can start none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mmmilan.errors import InputError
-from mmmilan.workers import read_batches
+from mmmilan.workers import check_workers, default_workers, read_batches
 from processes import fork
 
 
@@ -68,9 +68,21 @@ def test_other_code_goes_on_when_a_worker_dies():
         list(batches)
 
 
-@pytest.mark.parametrize('num_workers', [0, 1])
-def test_other_errors_pass(num_workers):
-    """Such as that of another loader's worker, which PyTorch raises wherever the program is."""
+def test_the_error_of_another_loader_passes():
+    """PyTorch raises it wherever the program is."""
     fault = RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
-    with pytest.raises(RuntimeError, match='is killed by'):
-        list(read_batches(DataLoader(Numbers(3, fault), 2, num_workers=num_workers)))
+    with pytest.raises(RuntimeError, match='^DataLoader worker'):
+        list(read_batches(DataLoader(Numbers(3, fault), 2, num_workers=0)))
+
+
+def test_a_daemonic_process_starts_none(monkeypatch):
+    """Such as a worker of Celery, or of multiprocessing.Pool."""
+    assert default_workers(1) == 1 and default_workers(10**6) == os.cpu_count()
+    check_workers(['num_workers'])
+    monkeypatch.setitem(multiprocessing.current_process()._config, 'daemon', True)
+    assert default_workers(10**6) == 0
+    check_workers([])
+    with pytest.raises(InputError, match=r'^num_workers is above 0, but .* is daemonic, .* workers; set it to 0\.$'):
+        check_workers(['num_workers'])
+    with pytest.raises(InputError, match=r'^a and b are above 0, .* set them to 0\.$'):
+        check_workers(['a', 'b'])

@@ -28,6 +28,7 @@ from mmmilan.engine.config_check import leave_out_masks
 from mmmilan.errors import InputError, count, listed
 from mmmilan.teachers.base import pair
 from mmmilan.visualization.pictures import class_colours
+from mmmilan.workers import default_workers
 
 ZOO = dict(
     classification='vit-base-p16_milan-pre_8xb128-coslr-100e_in1k',
@@ -418,7 +419,7 @@ def set_loaders(config: Config, batches: Batches, num_val: int, datasets: Mappin
     train, val = config.train_dataloader, config.val_dataloader
     for loader, name, images in ((train, 'train', batches.images), (val, 'val', num_val)):
         loader.dataset = dict(datasets[name], pipeline=loader.dataset.pipeline)
-        loader.num_workers = min(loader.num_workers, os.cpu_count(), images // OF_A_WORKER)
+        loader.num_workers = min(default_workers(loader.num_workers), images // OF_A_WORKER)
         loader.persistent_workers = loader.num_workers > 0
     train.sampler = dict(type='mmmilan.ReproducibleSampler', shuffle=True)
     train.update(batch_size=batches.size, drop_last=True, pin_memory=get_device() == 'cuda')

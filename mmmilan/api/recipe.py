@@ -37,6 +37,7 @@ from mmmilan.files import read_text
 from mmmilan.models.fitting import as_num_patches
 from mmmilan.teachers import build_teacher, teacher_config
 from mmmilan.teachers.base import pair
+from mmmilan.workers import default_workers
 
 BASE = 'configs/milan/milan_vit-base-p16_16xb256-amp-coslr-400e_in1k.py'
 ARCHS = {'tiny': 'deit-tiny', 'small': 'deit-small'}  # mmpretrain's own 'small' is wider and shallower
@@ -76,7 +77,7 @@ def new_config(
     set_data(config, sources)
     for loader in (config.train_dataloader, config.test_dataloader):
         loader.batch_size = batch_size or default_batch_size(num_images)
-        loader.num_workers = min(loader.num_workers, os.cpu_count())
+        loader.num_workers = default_workers(loader.num_workers)
     set_image_size(config, img_size)
     images = evaluation_images(config, sources, labelled)
     config.custom_hooks.append(dict(type='mmmilan.OnlineEvaluationHook', dataset=images))

@@ -23,6 +23,7 @@ from mmmilan.datasets.classes import class_names, datasets_in, locate, read_clas
 from mmmilan.datasets.listing import IMAGES, walk
 from mmmilan.errors import InputError, count
 from mmmilan.files import first_line
+from mmmilan.workers import check_workers
 
 LOADERS = dict(
     train=('train_dataloader', 'val_dataloader', 'val_evaluator'),
@@ -135,6 +136,12 @@ def _check_part(option: str, part: Mapping[str, Any]) -> None:
     file = part.get('ann_file')
     if isinstance(file, str) and file and '://' not in file and not Path(root, file).is_file():
         raise InputError(f'The annotations {Path(root, file)} do not exist; set {option}.ann_file to them.')
+
+
+def check_processes(cfg: Config, task: str) -> None:
+    """Raise an :class:`InputError` if the data loaders of a task have workers, and this process can start none."""
+    parts = [pair for name in LOADERS[task] for pair in values_of(cfg.get(name), name)]
+    check_workers([name for name, value in parts if name.endswith('.num_workers') and value])
 
 
 def check_is_not_read(folder: str | os.PathLike, cfg: Config) -> None:

@@ -35,6 +35,7 @@ from mmmilan.engine.config_check import (
     check_is_not_read,
     check_loops,
     check_packages,
+    check_processes,
     use_boxes_alone,
 )
 from mmmilan.engine.data_checks import guard_workers, worker_errors
@@ -360,13 +361,14 @@ def launched(cfg: Config, task: Literal['train', 'test']) -> Iterator[Runner]:
     Raises:
         InputError: a part of the config cannot be built; data are missing; mmcv lacks the operators that mmdet and
             mmseg import; another run uses the work dir; there is no complete checkpoint to resume from; a data worker
-            died or hangs.
+            died, hangs or cannot be started.
     """
     check_launcher(cfg.launcher)
     check_operators(cfg)
     check_packages(cfg)
     check_loops(cfg, task)
     check_data(cfg, task)
+    check_processes(cfg, task)
     changed = use_boxes_alone(cfg, task)
     if is_main(cfg):
         check_output_folder(cfg.work_dir)

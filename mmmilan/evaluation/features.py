@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmmilan.errors import InputError, count, warn
-from mmmilan.workers import read_batches
+from mmmilan.workers import check_workers, default_workers, read_batches
 
 Step, Batch = TypeVar('Step'), TypeVar('Batch')
 Arrays = dict[str, np.ndarray]
@@ -84,7 +83,8 @@ def each_batch(
         indices: The images, by default all.
         begin: Position of the first one, after those that a stopped run did.
         batch_size: Number of images that the model sees at once.
-        num_workers: Number of processes that read images, by default one per core and at most 8.
+        num_workers: Number of processes that read images, by default one per core and at most 8,
+            and none in a daemonic process, which can start none.
         option: What sets ``num_workers``, for messages.
         skip: False stops at an image that cannot be used.
         shared: Each process of a distributed run takes a part of the images, and every one gets all arrays; False:
@@ -94,14 +94,17 @@ def each_batch(
         What ``compute`` gives, and ``position``.
 
     Raises:
-        InputError: no image can be used, or ``skip`` is False and one cannot; a process that reads images died.
+        InputError: no image can be used, or ``skip`` is False and one cannot; a process that reads images died, or
+            cannot be started.
     """
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     rank, world_size = get_dist_info() if shared else (0, 1)
     left = len(chosen) - begin
     share = begin + np.arange(rank, world_size * -(-left // world_size), world_size) % max(left, 1)
     if num_workers is None:
-        num_workers = min(8, os.cpu_count() or 1, len(share) // batch_size)
+        num_workers = min(default_workers(8), len(share) // batch_size)
+    elif num_workers:
+        check_workers([option or 'num_workers'])
     images = _Images(dataset, chosen, share)
     loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=partial(_divide, collate))
     faults, last = {}, -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -292,6 +293,17 @@ def test_in_a_thread_of_a_program(image_folder, quick, no_report, tmp_path, monk
         monkeypatch.setattr('mmmilan.models.MILAN.loss', lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             executor.submit(mmmilan.pretrain, image_folder, tmp_path / 'failing', **quick).result()
+
+
+def test_in_a_daemonic_process(image_folder, quick, no_report, tmp_path, monkeypatch):
+    """It can start no data workers: by default it has none."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, 'daemon', True)
+    arguments = {name: value for name, value in quick.items() if 'num_workers' not in name} | dict(epochs=1)
+    workers = {'train_dataloader.num_workers': 2, 'test_dataloader.num_workers': 2}
+    with pytest.raises(InputError, match='^train_dataloader.num_workers is above 0, but this process is daemonic'):
+        mmmilan.pretrain(image_folder, tmp_path / 'refused', **arguments, **workers)
+    weights = mmmilan.pretrain(image_folder, tmp_path / 'run', **arguments)
+    assert own_config(weights, with_data=True).train_dataloader.num_workers == 0
 
 
 def test_rectangles(image_folder, quick, no_report, tmp_path):

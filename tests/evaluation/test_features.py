@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mmmilan.datasets import ImageFolder
 from mmmilan.errors import InputError
@@ -68,6 +72,32 @@ def test_what_cannot_be_used(dataset):
         list(extract(dataset, Halved(), encode, skip=False))
     with pytest.raises(InputError, match=r'Of 2 images none can be used \(.*2\.png does not decode .*\); give'):
         list(extract(dataset, Halved(), encode, indices=[2, 7]))
+
+
+def test_in_a_daemonic_process(dataset, monkeypatch):
+    """No other process reads images there, unless one is asked for."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, 'daemon', True)
+    for options in ({}, dict(num_workers=0)):
+        assert len(join(extract(dataset, Halved(), encode, batch_size=2, **options))['position']) == 7
+    for option, name in ((dict(), 'num_workers'), (dict(option='loader.num_workers'), 'loader.num_workers')):
+        with pytest.raises(InputError, match=f'^{name} is above 0, but this process is daemonic'):
+            list(extract(dataset, Halved(), encode, num_workers=1, **option))
+
+
+class Fatal(ImageFolder):
+    """Its fourth image ends the process that reads it."""
+
+    def prepare_data(self, index: int) -> dict:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().prepare_data(index)
+
+
+def test_a_process_that_dies(dataset, monkeypatch):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, '__defaults__', (0.1,))  # s between two looks
+    with pytest.raises(InputError, match=r'^DataLoader worker .*; if memory or /dev/shm ran out, lower num_workers\.$'):
+        dataset.__class__ = Fatal
+        list(extract(dataset, Halved(), encode, batch_size=2, num_workers=1, option='num_workers'))
 
 
 @pytest.mark.parametrize('count', [1, 8, 9])
