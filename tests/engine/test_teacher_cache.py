@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from helpers import assert_identical, load_trusted, read_scalars, relative_error
 from mmmilan.datasets import Draw
 from mmmilan.engine.compilation import compile_model
-from mmmilan.engine.teacher_cache import manifest_of, recall_or_run
+from mmmilan.engine.teacher_cache import TeacherCacheHook, manifest_of, recall_or_run, remove_left
 from mmmilan.engine.throughput import counted_flops
 from mmmilan.errors import InputError
 from mmmilan.models.targets import Target
@@ -316,3 +318,13 @@ def test_images_that_cannot_be_kept(lack, tiny_config, tmp_path):
         del data['data_samples'][1].sample_idx
     with pytest.raises(InputError, match='needs images in bytes and their sample_idx; leave normalisation to the data'):
         recall_or_run(cache, model, 0, data)
+
+
+@pytest.mark.parametrize('hooks, stays', [([], False), (['elsewhere'], False), (['run/teacher_cache'], True)])
+def test_what_a_stopped_run_left_is_removed_by_one_that_makes_no_use_of_it(tmp_path, monkeypatch, hooks, stays):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'run/teacher_cache'
+    make_cache(folder, dict(version=3, images=1, num_patches=4, feature_dim=8))
+    hooks = [TeacherCacheHook(each) for each in hooks]
+    remove_left(SimpleNamespace(work_dir=tmp_path / 'run', hooks=hooks, logger=Mock()))
+    assert folder.exists() == stays
