@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         lr: Rate of the head for a batch of ``batch`` and, if dense, an encoder of width ``WIDTH``; with the
-            square root of the batch size, and inverse to the width, as in ``fit_schedule``.
+            square root of the batch size, and inverse to the width.
         layer_decay: Of the rate, from block to block towards the input.
         batch: Batch size of the rate.
         largest: Batch size at most, by device.

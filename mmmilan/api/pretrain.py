@@ -40,8 +40,8 @@ def pretrain(
     """Pretrain a ViT with MILAN on your own images, without labels.
 
     The widths of decoder and target follow from encoder and teacher, the schedule from the number of images: about
-    10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate proportional to the square root of
-    the batch size and inverse to the width of the encoder, with or without ``start``. The encoder is evaluated before
+    10000 steps in 20 to 400 epochs, a tenth of them for warm-up, and a learning rate that rises with the square root of
+    the batch size and falls with the width of the encoder, with or without ``start``. The encoder is evaluated before
     training and about ten times in it, see ``mmmilan.OnlineEvaluationHook``.
 
     The resulting config is written to ``out/config.py``; ``mmmilan train out/config.py`` runs the same training, and

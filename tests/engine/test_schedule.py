@@ -18,8 +18,9 @@ def test_schedule_fits_the_images():
     small = fit_schedule(3068, 32, None)
     assert small.steps_per_epoch == 95 and small.steps >= 10_000 and small.warmup == small.steps // 10
     assert 2e-4 < small.lr < 2.2e-4  # where the linear rule gives 1.9e-5
-    assert fit_schedule(3068, 32, None, 384).lr == pytest.approx(2 * small.lr, rel=0.05)  # a ViT-S, half as wide
+    assert fit_schedule(3068, 32, None, 384).lr == pytest.approx(2.52 * small.lr, rel=0.05)  # a ViT-S, half as wide
     assert fit_schedule(4096, 4096, None).lr == fit_schedule(4096, 4096, None, 192).lr == 2.4e-3  # the paper's, at most
+    assert [fit_schedule(4167, 16, 4, width).lr for width in (96, 192, 768)] == [2.4e-3, 9.5e-4, 1.5e-4]
     assert fit_schedule(64, 8, None).epochs == 400
     assert fit_schedule(10**6, 128, None).epochs == 20
     assert [fit_batch_size(n, 128) for n in (3, 24, 64, 512, 3068)] == [3, 8, 8, 64, 128]
