@@ -49,7 +49,7 @@ def program_kept() -> Iterator[None]:
     states, handlers = (random.getstate(), np.random.get_state()), {each: signal.getsignal(each) for each in SIGNALS}
     threads, method = cv2.getNumThreads(), multiprocessing.get_start_method(allow_none=True)
     benchmark, methods = torch.backends.cudnn.benchmark, (Runner.dump_config, Runner.setup_env)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # none is claimed for this
     try:
         with torch.random.fork_rng(devices):
             yield
