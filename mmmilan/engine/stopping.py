@@ -166,7 +166,7 @@ class HeartbeatHook(Hook):
         self.moved: float | None = None  # time of the last progress; None while none is expected
         self.compiling: bool | None = None  # whether this step compiles; None before the first step
         self.store: dist.Store | None = None
-        self.guarding = False  # within publish_error
+        self.guarding = False  # in a command, within publish_error
         self.finished = threading.Event()
 
     # -- what training does
@@ -179,7 +179,7 @@ class HeartbeatHook(Hook):
             self.store = dist.PrefixStore('mmmilan/heartbeat', store)
             self.publish()
             barrier()  # all have published
-        elif not (self.guarding and is_command()):  # a program of the user, which goes on when training fails
+        elif not self.guarding:  # a program of the user, which goes on when training fails
             self.finished.set()
         runner.model.register_forward_hook(self.after_forward)
         self.thread = threading.Thread(target=self.watch, name='heartbeat', daemon=True)
@@ -222,17 +222,17 @@ class HeartbeatHook(Hook):
 
     @contextmanager
     def publish_error(self) -> Iterator[None]:
-        """Publish an exception of this context, within which a process that trains alone is watched, too.
+        """Publish an exception of this context, within which a command that trains alone is watched, too.
 
         A lost connection only says that some process is gone. The main thread then waits until the heartbeat's thread
         has found out which one, or until the launcher ends this process.
         """
-        self.guarding = True
+        self.guarding = is_command()
         try:
             yield
         except Exception as error:
             if isinstance(error, dist.DistError) or 'gloo' in str(error):
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                set_handlers({signal.SIGTERM: signal.SIG_DFL})
                 time.sleep(2 * self.silent if self.store else 0)
             self.publish(error=first_line(error))
             raise

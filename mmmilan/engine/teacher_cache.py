@@ -97,8 +97,8 @@ class TeacherCacheHook(Hook):
 def remove_left(runner: Runner) -> None:
     """Remove what a stopped run left in its work dir, after it was resumed to its end without it."""
     own = Path(runner.work_dir, FOLDER).absolute()
-    kept = [hook.folder for hook in runner.hooks if isinstance(hook, TeacherCacheHook) and hook.folder]
-    if own not in map(Path.absolute, map(Path, kept)) and remove_cache(own):
+    kept = [Path(hook.folder) for hook in runner.hooks if isinstance(hook, TeacherCacheHook) and hook.folder]
+    if own not in [folder.absolute() for folder in kept] and remove_cache(own):
         runner.logger.info(f'{own}, of which the run makes no use any more, is removed.')
 
 

@@ -116,6 +116,13 @@ def no_report(monkeypatch):
     monkeypatch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
 
 
+def stop_after_one_epoch(run: Path) -> None:
+    """Leave a run as if it had been stopped after its first epoch."""
+    for path in [*run.glob('epoch_*.pth'), run / 'milan.pth', run / 'last_checkpoint']:
+        if path.name != 'epoch_1.pth':
+            path.unlink()
+
+
 @pytest.fixture
 def interrupted(image_folder, quick, tmp_path):
     """A run of 2 epochs of 3 steps, of which the first is done, with a ratio of its own. Its arguments are relative."""
@@ -126,8 +133,7 @@ def interrupted(image_folder, quick, tmp_path):
         patch.setattr('mmmilan.api.pretrain.write_report', lambda *args, **kwargs: None)
         arguments = {**quick, 'teacher': 'teacher.pt', 'model.masking.mask_ratio': 0.5}
         mmmilan.pretrain('photos', 'run', **arguments)
-    for name in ('epoch_2.pth', 'milan.pth', 'last_checkpoint'):
-        (tmp_path / 'run' / name).unlink()
+    stop_after_one_epoch(tmp_path / 'run')
     return tmp_path / 'run'
 
 
@@ -556,13 +562,6 @@ def test_a_resumed_run_has_crops_for_its_length(own, image_folder, quick, no_rep
     config = own_config(weights, with_data=True)
     assert config.train_dataloader.sampler.crops == (own or 2) and config.default_hooks.teacher_cache
     assert not (tmp_path / 'run/teacher_cache').exists()
-
-
-def stop_after_one_epoch(run: Path) -> None:
-    """Leave a run as if it had been stopped after its first epoch."""
-    for path in [*run.glob('epoch_*.pth'), run / 'milan.pth', run / 'last_checkpoint']:
-        if path.name != 'epoch_1.pth':
-            path.unlink()
 
 
 def test_crops_that_a_resumed_run_is_given_are_kept(image_folder, quick, no_report, tmp_path, monkeypatch):
